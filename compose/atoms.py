@@ -1,0 +1,91 @@
+"""Atoms: the few things every kind lowers to.
+
+At a linear site with y0 = W x (bias c0 kept outside) an expert e contributes with weight w_e
+
+    y = y0 * (1 + sum_e w_e (g_e - 1)) + sum_e w_e (s_e B_e A_e x + D_e x)
+    c = c0 * (1 + sum_e w_e (g_e - 1) [g_e scales the bias]) + sum_e w_e (b_e + F_e(y0 + c0))
+
+and an input gain l_e replaces x in y0 by x * (1 + sum_e w_e (l_e - 1)). A kind whose gain also scales its own delta
+(DoRA) folds it into B. Prefix and prompt atoms act at the attention and at the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Function:
+    """A block function F added to a site's output.
+
+    ``fn`` maps (..., d) to (..., d_out). It reads the site's own output, or with ``tap`` the *input* of the site at
+    that path (a parallel adapter reads what enters the feed-forward block); the runtime then sets ``source``.
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    tap: str | None = None
+    source: Callable[[], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Replace:
+    """A module that takes the place of the base module: F(x) = M(x) - y0, so a weight of one gives M(x)."""
+
+    fn: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Atoms:
+    """What one adapter does at one site. Shapes: A (r, d_in), B (d_out, r), gain, bias (d_out,), input_gain (d_in,),
+    delta (d_out, d_in) dense or sparse.
+    """
+
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scale: float = 1.0
+    gain: Tensor | None = None
+    gain_scales_bias: bool = False
+    input_gain: Tensor | None = None
+    bias: Tensor | None = None
+    delta: Tensor | None = None
+    function: Function | Replace | None = None
+    dropout: float = 0.0
+
+    @property
+    def additive(self) -> bool:
+        """True if the contribution does not read or scale y0: such atoms commute with everything before them."""
+        return self.gain is None and self.input_gain is None and self.function is None
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values put before a self-attention's own: each (n, kv_heads, head_dim)."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Embeddings (n, d) put before the input embeddings."""
+
+    embeddings: Tensor
+
+
+class Below(Protocol):
+    """The linear map W' that an adapter sits on: the frozen layer with the stages before it, bias left out."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """W' x for x (..., d_in)."""
+
+    def row_norm_squared(self) -> Tensor:
+        """||W'||^2 of each output row, (d_out,), float32."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where W' lives."""

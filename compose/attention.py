@@ -1,0 +1,171 @@
+"""Prefix atoms: trained keys and values in front of a self-attention's own, per row and weighted.
+
+They enter through transformers' attention interface, so the model's code and its cache stay untouched: the prefix is
+not in the cache, and cached decoding equals uncached. A weight w on a prefix adds log w to its attention scores, so
+w = 1 is the prefix alone, w = 0 is none, and halves of the same prefix add up to one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from compose.atoms import Prefix
+from compose.kernels import expand
+from hub.errors import HubError
+
+OURS = {"sdpa": "moduloom_sdpa", "eager": "moduloom_eager"}
+
+
+@dataclass(frozen=True)
+class PrefixState:
+    """What one attention module prepends: key, value (R, kv_heads, n, head_dim), log_weight (R, 1 or T, n)."""
+
+    key: Tensor
+    value: Tensor
+    log_weight: Tensor
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return int(self.key.shape[2])
+
+
+def stack_prefixes(rows: Sequence[Sequence[tuple[float | Tensor, Prefix]]], device: torch.device) -> PrefixState:
+    """Lay out each row's prefixes end to end, right-aligned in the longest row's length; padding has weight zero."""
+    lengths = [sum(p.key.shape[0] for _, p in row) for row in rows]
+    n = max(lengths)
+    keys, values, logs = [], [], []
+    times = max((w.shape[-1] for row in rows for w, _ in row if isinstance(w, Tensor) and w.dim()), default=1)
+    sample = next(p for row in rows for _, p in row)
+    heads, width = sample.key.shape[1:]
+    for row, length in zip(rows, lengths, strict=True):
+        pad = sample.key.new_zeros(n - length, heads, width)
+        keys.append(torch.cat([pad, *(p.key for _, p in row)]))
+        values.append(torch.cat([pad, *(p.value for _, p in row)]))
+        log = [torch.full((times, n - length), -torch.inf, device=device)]
+        for w, p in row:
+            weight = torch.as_tensor(w, dtype=torch.float32, device=device)
+            if bool((weight < 0).any()):
+                raise HubError("a prefix cannot have a negative weight: attention scores have no negative share")
+            log.append(weight.log().reshape(-1, 1).expand(times, p.key.shape[0]))
+        logs.append(torch.cat(log, dim=1))
+    return PrefixState(torch.stack(keys).transpose(1, 2), torch.stack(values).transpose(1, 2), torch.stack(logs))
+
+
+def use_interface(model: PreTrainedModel, on: bool) -> None:
+    """Switch every attention config of the model to our wrappers of sdpa and eager attention, or back."""
+    back = {v: k for k, v in OURS.items()}
+    configs = {
+        id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
+    }
+    for config in configs.values():
+        current = config._attn_implementation
+        name = OURS.get(current, current) if on else back.get(current, current)
+        if on and name not in back:
+            raise HubError(
+                f"prefixes need sdpa or eager attention, and this model runs {current!r}",
+                hint='load the base with attn_implementation="sdpa"',
+            )
+        if name != current:
+            config._attn_implementation = name
+
+
+def _with_prefix(
+    inner: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> Any:
+    state = cast("PrefixState | None", getattr(module, "moduloom_prefix", None))
+    if state is None:
+        return inner(module, query, key, value, attention_mask, **options)
+    batch, length = query.shape[0], query.shape[2]
+    bias = options.get("position_bias")
+    if isinstance(bias, Tensor):
+        options["position_bias"] = torch.cat([_virtual_bias(module, bias, state.length), bias], dim=-1)
+    mask = _extend_mask(_filled(attention_mask, module, query, key, options), state, batch, length, query.dtype)
+    key = torch.cat([_rows(state.key, batch).to(key.dtype), key], dim=2)
+    value = torch.cat([_rows(state.value, batch).to(value.dtype), value], dim=2)
+    options["is_causal"] = False
+    return inner(module, query, key, value, mask, **options)
+
+
+def _rows(x: Tensor, batch: int) -> Tensor:
+    return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else expand(x, batch)
+
+
+def _filled(mask: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
+    """The base's mask as a tensor (bool or additive float): where transformers leaves it out, causality is implied."""
+    if mask is not None:
+        return mask
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    q, k = query.shape[2], key.shape[2]
+    full = torch.ones(q, k, dtype=torch.bool, device=query.device)
+    return (full.tril(k - q) if causal and q > 1 else full)[None, None]
+
+
+def _extend_mask(mask: Tensor, state: PrefixState, batch: int, length: int, dtype: torch.dtype) -> Tensor:
+    """(B, 1, q, n + k): the virtual tokens' log weights in front of the base's mask."""
+    log = state.log_weight[:, -length:] if state.log_weight.shape[1] > 1 else state.log_weight
+    log = _rows(log, batch)[:, None].expand(batch, 1, length, -1)
+    mask = mask.expand(batch, mask.shape[1], length, mask.shape[-1])
+    log = log.expand(batch, mask.shape[1], length, -1)
+    if mask.dtype == torch.bool and bool(((log == 0) | log.isneginf()).all()):
+        return torch.cat([log == 0, mask], dim=-1)
+    lowest = torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, lowest)
+    return torch.cat([log.clamp_min(lowest).to(dtype), mask.to(dtype)], dim=-1)
+
+
+def _virtual_bias(module: nn.Module, bias: Tensor, n: int) -> Tensor:
+    """Relative position bias (1, H, q, n) of n tokens that stand before everything (T5)."""
+    length, past = bias.shape[2], bias.shape[3] - bias.shape[2]
+    owner = getattr(module, "moduloom_bias_owner", module)
+    if not getattr(owner, "has_relative_attention_bias", False):
+        return bias.new_zeros(*bias.shape[:3], n)
+    return cast("Tensor", owner.compute_bias(length, n, device=bias.device, past_seen_tokens=past + n))
+
+
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Any:
+    return _with_prefix(sdpa_attention_forward, module, query, key, value, attention_mask, **options)
+
+
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Any:
+    # Each modeling file has its own eager function: the one transformers would have taken by default.
+    inner = sys.modules[type(module).__module__].eager_attention_forward
+    return _with_prefix(inner, module, query, key, value, attention_mask, **options)
+
+
+def _whole_sdpa_mask(*args: Any, **options: Any) -> Tensor | None:
+    """Transformers' mask, never left out: the prefix has to be put before it."""
+    options.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    return cast("Tensor | None", sdpa_mask(*args, **options))
+
+
+def _whole_eager_mask(*args: Any, **options: Any) -> Tensor | None:
+    options.update(allow_is_bidirectional_skip=False)
+    return cast("Tensor | None", eager_mask(*args, **options))
+
+
+AttentionInterface.register(OURS["sdpa"], _sdpa)
+AttentionInterface.register(OURS["eager"], _eager)
+AttentionMaskInterface.register(OURS["sdpa"], _whole_sdpa_mask)
+AttentionMaskInterface.register(OURS["eager"], _whole_eager_mask)

@@ -1,0 +1,173 @@
+"""Where the named sites of each transformer family are.
+
+One row per family: module-path suffix inside a block -> neutral role. Roles are ``attn.{q,k,v,o,qkv}``,
+``cross.{q,k,v,o}`` (cross-attention) and ``mlp.{gate,up,gate_up,down}``; ``embed`` and ``position`` name modules
+outside the blocks. A family that is not listed here is read by :func:`guess_role`, from the names its linears carry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_LLAMA = {
+    "self_attn.q_proj": "attn.q",
+    "self_attn.k_proj": "attn.k",
+    "self_attn.v_proj": "attn.v",
+    "self_attn.o_proj": "attn.o",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.down",
+}
+_BERT = {
+    "attention.self.query": "attn.q",
+    "attention.self.key": "attn.k",
+    "attention.self.value": "attn.v",
+    "attention.output.dense": "attn.o",
+    "crossattention.self.query": "cross.q",
+    "crossattention.self.key": "cross.k",
+    "crossattention.self.value": "cross.v",
+    "crossattention.output.dense": "cross.o",
+    "intermediate.dense": "mlp.up",
+    "output.dense": "mlp.down",
+}
+_T5 = {
+    "SelfAttention.q": "attn.q",
+    "SelfAttention.k": "attn.k",
+    "SelfAttention.v": "attn.v",
+    "SelfAttention.o": "attn.o",
+    "EncDecAttention.q": "cross.q",
+    "EncDecAttention.k": "cross.k",
+    "EncDecAttention.v": "cross.v",
+    "EncDecAttention.o": "cross.o",
+    "DenseReluDense.wi": "mlp.up",
+    "DenseReluDense.wi_0": "mlp.gate",
+    "DenseReluDense.wi_1": "mlp.up",
+    "DenseReluDense.wo": "mlp.down",
+}
+_BART = {
+    "self_attn.q_proj": "attn.q",
+    "self_attn.k_proj": "attn.k",
+    "self_attn.v_proj": "attn.v",
+    "self_attn.out_proj": "attn.o",
+    "encoder_attn.q_proj": "cross.q",
+    "encoder_attn.k_proj": "cross.k",
+    "encoder_attn.v_proj": "cross.v",
+    "encoder_attn.out_proj": "cross.o",
+    "fc1": "mlp.up",
+    "fc2": "mlp.down",
+}
+_NEOX = {
+    "attention.query_key_value": "attn.qkv",
+    "attention.dense": "attn.o",
+    "mlp.dense_h_to_4h": "mlp.up",
+    "mlp.dense_4h_to_h": "mlp.down",
+}
+
+FAMILIES: Mapping[str, Mapping[str, str]] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "phi": {
+        **{k: v for k, v in _LLAMA.items() if v in ("attn.q", "attn.k", "attn.v")},
+        "self_attn.dense": "attn.o",
+        "mlp.fc1": "mlp.up",
+        "mlp.fc2": "mlp.down",
+    },
+    "phi3": {
+        "self_attn.qkv_proj": "attn.qkv",
+        "self_attn.o_proj": "attn.o",
+        "mlp.gate_up_proj": "mlp.gate_up",
+        "mlp.down_proj": "mlp.down",
+    },
+    "gpt2": {
+        "attn.c_attn": "attn.qkv",
+        "attn.c_proj": "attn.o",
+        "crossattention.q_attn": "cross.q",
+        "crossattention.c_attn": "cross.kv",
+        "crossattention.c_proj": "cross.o",
+        "mlp.c_fc": "mlp.up",
+        "mlp.c_proj": "mlp.down",
+    },
+    "gpt_neox": _NEOX,
+    "bloom": {
+        "self_attention.query_key_value": "attn.qkv",
+        "self_attention.dense": "attn.o",
+        "mlp.dense_h_to_4h": "mlp.up",
+        "mlp.dense_4h_to_h": "mlp.down",
+    },
+    "opt": _BART,
+    "bart": _BART,
+    "whisper": _BART,
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "electra": _BERT,
+    "deberta-v2": {
+        "attention.self.query_proj": "attn.q",
+        "attention.self.key_proj": "attn.k",
+        "attention.self.value_proj": "attn.v",
+        "attention.output.dense": "attn.o",
+        "intermediate.dense": "mlp.up",
+        "output.dense": "mlp.down",
+    },
+    "albert": {
+        "attention.query": "attn.q",
+        "attention.key": "attn.k",
+        "attention.value": "attn.v",
+        "attention.dense": "attn.o",
+        "ffn": "mlp.up",
+        "ffn_output": "mlp.down",
+    },
+    "distilbert": {
+        "attention.q_lin": "attn.q",
+        "attention.k_lin": "attn.k",
+        "attention.v_lin": "attn.v",
+        "attention.out_lin": "attn.o",
+        "ffn.lin1": "mlp.up",
+        "ffn.lin2": "mlp.down",
+    },
+    "modernbert": {"attn.Wqkv": "attn.qkv", "attn.Wo": "attn.o", "mlp.Wi": "mlp.gate_up", "mlp.Wo": "mlp.down"},
+    "t5": _T5,
+    "mt5": _T5,
+    "vit": {
+        "attention.q_proj": "attn.q",
+        "attention.k_proj": "attn.k",
+        "attention.v_proj": "attn.v",
+        "attention.o_proj": "attn.o",
+        "mlp.fc1": "mlp.up",
+        "mlp.fc2": "mlp.down",
+        **_BERT,
+    },
+}
+
+# Suffixes of the modules that turn position ids into embeddings or rotations.
+POSITIONS = ("rotary_emb", "wpe", "position_embeddings", "embed_positions", "rotary_emb_local")
+
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "attn.q": ("q_proj", "query", "q", "q_lin", "to_q", "wq", "query_proj"),
+    "attn.k": ("k_proj", "key", "k", "k_lin", "to_k", "wk", "key_proj"),
+    "attn.v": ("v_proj", "value", "v", "v_lin", "to_v", "wv", "value_proj"),
+    "attn.qkv": ("qkv", "qkv_proj", "query_key_value", "c_attn", "wqkv", "in_proj"),
+    "attn.o": ("o_proj", "out_proj", "o", "out_lin", "to_out", "wo_attn"),
+    "mlp.gate": ("gate_proj", "w1", "wi_0"),
+    "mlp.gate_up": ("gate_up_proj",),
+    "mlp.up": ("up_proj", "fc1", "c_fc", "wi", "w3", "wi_1", "dense_h_to_4h", "lin1", "fc_in"),
+    "mlp.down": ("down_proj", "fc2", "wo", "w2", "dense_4h_to_h", "lin2", "fc_out"),
+}
+
+
+def guess_role(suffix: str) -> str | None:
+    """Role of a linear whose family is unknown, from the last part of its path; ``None`` if the name says nothing.
+
+    Cross-attention is recognised by ``cross`` or ``encoder_attn`` in the path.
+    """
+    last = suffix.rsplit(".", 1)[-1].lower()
+    for role, names in _NAMES.items():
+        if last in names:
+            crossing = "cross" in suffix.lower() or "encoder_attn" in suffix.lower()
+            return role.replace("attn.", "cross.") if crossing else role
+    return None

@@ -1,0 +1,158 @@
+"""The functions of the algebra: their names, families, options, and what the planner must know of them.
+
+A function is one file under ``compose/functions/`` (or any package's ``hub.functions`` entry point)::
+
+    class AverageOptions(Options):
+        weights: tuple[float, ...] | None = Field(None, description="...")
+
+    register(FunctionSpec("average", "merge", "Weighted mean of parameters.", AverageOptions))
+
+The parser, the planner, the JSON form and the documentation follow from the registration. These files are imported to
+read text, so they import torch only inside functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from compose.expr import Call, Expr
+from compose.tokens import ExpressionError
+from hub.errors import suggest
+
+Family: TypeAlias = Literal["merge", "route", "ensemble", "select"]
+
+
+class CallError(ExpressionError):
+    """A call of an unknown function, or with wrong arguments; ``option`` names the option at fault, or is empty."""
+
+    def __init__(self, message: str, *, option: str = "", hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.option = option
+
+
+class Options(BaseModel):
+    """Base of every function's options: frozen, unknown names refused, no conversion between types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _nothing_to_check(call: Call, options: Any) -> None:  # noqa: ARG001
+    return None
+
+
+def _as_it_is(call: Call, options: Any) -> Expr:  # noqa: ARG001
+    return call
+
+
+@dataclass(frozen=True)
+class FunctionSpec:
+    """What is known of a function before any tensor is read.
+
+    Parameters
+    ----------
+    name
+        As written in expressions, dotted for families: ``average``, ``ensemble.demix``.
+    family
+        ``merge`` folds adapters into a new one in parameter space; ``route`` weighs them per row or token;
+        ``ensemble`` mixes output probabilities, so it stands outermost; ``select`` picks.
+    summary
+        One sentence for the documentation.
+    options
+        The options, their types, defaults and descriptions.
+    minimum, maximum
+        How many adapters it takes; no maximum is None.
+    check
+        Raises :class:`CallError` for options that do not fit the arguments.
+    canonical
+        Returns the one form of equal calls (arguments sorted, defaults dropped), for the digest. Its arguments are in
+        normal form already, and applying it twice changes nothing.
+    """
+
+    name: str
+    family: Family
+    summary: str
+    options: type[Options] = Options
+    minimum: int = 1
+    maximum: int | None = None
+    check: Callable[[Call, Any], None] = _nothing_to_check
+    canonical: Callable[[Call, Any], Expr] = _as_it_is
+
+
+_FUNCTIONS: dict[str, FunctionSpec] = {}
+
+
+def register(spec: FunctionSpec) -> FunctionSpec:
+    """Make a function known. Registering another one under the same name is refused."""
+    if _FUNCTIONS.get(spec.name, spec) != spec:
+        raise CallError(f"function {spec.name!r} is registered twice")
+    _FUNCTIONS[spec.name] = spec
+    return spec
+
+
+@cache
+def _discover() -> None:
+    package = importlib.import_module("compose.functions")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"compose.functions.{module.name}")
+    for point in entry_points(group="hub.functions"):
+        point.load()
+
+
+def functions() -> MappingProxyType[str, FunctionSpec]:
+    """All functions by name: the files of ``compose.functions`` and the entry points ``hub.functions``."""
+    _discover()
+    return MappingProxyType(dict(sorted(_FUNCTIONS.items())))
+
+
+def get_function(name: str) -> FunctionSpec:
+    """Return the function called ``name``; CallError with a suggestion otherwise."""
+    known = functions()
+    if name not in known:
+        guess = suggest(name, known)
+        raise CallError(
+            f"unknown function {name!r}" + (f"; {guess}" if guess else ""), hint="functions: " + ", ".join(known)
+        )
+    return known[name]
+
+
+def bind(call: Call) -> Options:
+    """Check a call against its function and return its options with defaults filled in.
+
+    Raises
+    ------
+    CallError
+        Unknown function or option (with a suggestion), too few or too many adapters, or an option of another type.
+    """
+    spec = get_function(call.function)
+    count = len(call.args)
+    if count < spec.minimum or (spec.maximum is not None and count > spec.maximum):
+        wanted = f"at least {spec.minimum}" if spec.maximum is None else f"{spec.minimum} to {spec.maximum}"
+        raise CallError(f"{spec.name} takes {wanted} adapter{'s' * (wanted != 'at least 1')}, not {count}")
+    known = spec.options.model_fields
+    for name, _ in call.options:
+        if name not in known:
+            guess = suggest(name, known)
+            raise CallError(
+                f"{spec.name} has no option {name!r}" + (f"; {guess}" if guess else ""),
+                option=name,
+                hint="options: " + (", ".join(known) or "none"),
+            )
+    try:
+        options = spec.options(**dict(call.options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        where = f"option {name!r} of {spec.name}" if name else spec.name
+        message = first["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+        raise CallError(f"{where}: {message[:1].lower()}{message[1:]}", option=name) from error
+    spec.check(call, options)
+    return options

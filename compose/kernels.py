@@ -1,0 +1,176 @@
+"""The low-rank mixture at a linear site: y += sum_e w_e s_e B_e A_e x, with w_e per batch, per row or per token.
+
+Every backend prepares the factors once for a set of weights and then applies them; they agree with each other (a law
+in the tests), so the choice is only about speed. See :func:`choose`.
+
+Shapes: x (B, T, d_in), y (B, T, d_out), weights (R, E) or (R, T, E) with B a multiple of R: row i of the batch uses
+row i // (B / R) of the weights, as beams and folded experts are laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One expert's factors: A (r, d_in), B (d_out, r), and its scale."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return int(self.A.shape[0])
+
+
+class Prepared(Protocol):
+    """Factors laid out for one set of weights."""
+
+    def __call__(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return y plus the mixture."""
+
+
+Backend = Callable[[Sequence[Pair], Tensor], Prepared]
+BACKENDS: dict[str, Backend] = {}
+
+
+def backend(prepare: Backend) -> Backend:
+    """Register a backend under its function's name."""
+    BACKENDS[prepare.__name__] = prepare
+    return prepare
+
+
+def expand(weights: Tensor, batch: int) -> Tensor:
+    """Repeat each of the R rows of ``weights`` to a batch of k R rows."""
+    rows = weights.shape[0]
+    if rows == batch:
+        return weights
+    if rows == 0 or batch % rows:
+        raise ValueError(
+            f"the active composition has {rows} rows and the batch has {batch}: give one expression per row, "
+            "or a batch that is a whole multiple"
+        )
+    return weights.repeat_interleave(batch // rows, dim=0)
+
+
+def choose(ranks: Sequence[int], weights: Tensor) -> str:
+    """Name of the backend for these ranks and weights (thresholds from tests/benchmarks/bench_kernels.py).
+
+    Per row: ``gather``, whose cost does not grow with the number of experts. Per token: ``stacked`` while the total
+    rank is small, else ``grouped``, which computes only the experts a token uses.
+    """
+    if weights.dim() == 2:
+        return "stacked" if len(ranks) == 1 else "gather"
+    return "stacked" if sum(ranks) <= 128 else "grouped"
+
+
+@backend
+def loop(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
+    """Reference: one expert after the other over all rows. 2 E small GEMMs."""
+
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        w = expand(weights, x.shape[0])  # (B, E) or (B, T, E)
+        for e, pair in enumerate(pairs):
+            coefficient = w[..., e].reshape(x.shape[0], -1, 1) * pair.scale
+            y = y + F.linear(F.linear(x, pair.A) * coefficient.to(x.dtype), pair.B)
+        return y
+
+    return run
+
+
+@backend
+def stacked(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
+    """Concatenate mixed ranks without padding and apply the weights in rank space: two GEMMs."""
+    a = torch.cat([p.A for p in pairs])  # (sum r, d_in)
+    b = torch.cat([p.B for p in pairs], dim=1)  # (d_out, sum r)
+    ranks = torch.tensor([p.rank for p in pairs], device=weights.device)
+    scales = torch.tensor([p.scale for p in pairs], device=weights.device, dtype=weights.dtype)
+    in_rank = (weights * scales).repeat_interleave(ranks, dim=-1)  # (R, [T,] sum r)
+
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        w = expand(in_rank, x.shape[0])
+        w = w[:, None] if w.dim() == 2 else w
+        return y + F.linear(F.linear(x, a) * w.to(x.dtype), b)
+
+    return run
+
+
+@backend
+def gather(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
+    """Give each row its own concatenated factors, then two batched GEMMs; cost is flat in the number of experts.
+
+    Only for weights per row. Ranks are padded with zeros to the largest; a row with no expert gets zeros.
+    """
+    if weights.dim() != 2:
+        raise ValueError("gather takes weights per row, not per token")
+    a_rows, b_rows = gather_factors(pairs, weights)
+    kept: dict[int, tuple[Tensor, Tensor]] = {}  # the rows repeated to a batch size: gathered once, not every step
+
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        if batch not in kept:
+            kept.clear()
+            kept[batch] = expand(a_rows, batch).transpose(1, 2), expand(b_rows, batch)
+        a, b = kept[batch]  # (B, d_in, k), (B, k, d_out)
+        return torch.baddbmm(y, torch.bmm(x, a), b)
+
+    return run
+
+
+def gather_factors(pairs: Sequence[Pair], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's factors: A (R, k, d_in) and w s B (R, k, d_out) with k = (most experts of a row) * (largest rank)."""
+    rank = max(p.rank for p in pairs)
+    a = torch.stack([F.pad(p.A, (0, 0, 0, rank - p.rank)) for p in pairs])  # (E, r, d_in)
+    b = torch.stack([F.pad(p.B.T * p.scale, (0, 0, 0, rank - p.rank)) for p in pairs])  # (E, r, d_out)
+    most = max(1, int((weights != 0).sum(1).max()))
+    picked = (weights != 0).to(torch.int8).topk(most, dim=1).indices  # (R, most); unused places have weight zero
+    w = weights.gather(1, picked)[..., None, None].to(b.dtype)  # (R, most, 1, 1)
+    return a[picked].flatten(1, 2), (b[picked] * w).flatten(1, 2)
+
+
+@backend
+def segment(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
+    """Run each expert on the rows that use it, in one segment. Only for weights per row; good for few, long rows."""
+    if weights.dim() != 2:
+        raise ValueError("segment takes weights per row, not per token")
+
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        w = expand(weights, x.shape[0])  # (B, E)
+        y = y.clone()
+        for e, pair in enumerate(pairs):
+            rows = w[:, e].nonzero().squeeze(1)
+            if len(rows):
+                scaled = (w[rows, e] * pair.scale)[:, None, None].to(x.dtype)
+                y = y.index_add(0, rows, F.linear(F.linear(x[rows], pair.A) * scaled, pair.B))
+        return y
+
+    return run
+
+
+@backend
+def grouped(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
+    """Run each expert on the tokens that use it: for many experts and few a token. Never holds (tokens, E, d_out)."""
+
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        batch, length = x.shape[:2]
+        w = expand(weights, batch)
+        w = w[:, None].expand(batch, length, -1) if w.dim() == 2 else w
+        flat_w, flat_x = w.reshape(batch * length, -1), x.reshape(batch * length, -1)
+        out = y.reshape(batch * length, -1).clone()
+        for e, pair in enumerate(pairs):
+            tokens = flat_w[:, e].nonzero().squeeze(1)
+            if len(tokens):
+                scaled = (flat_w[tokens, e] * pair.scale)[:, None].to(x.dtype)
+                out = out.index_add(0, tokens, F.linear(F.linear(flat_x[tokens], pair.A) * scaled, pair.B))
+        return out.view_as(y)
+
+    return run

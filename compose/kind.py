@@ -1,0 +1,302 @@
+"""The contract of a kind: a frozen config and a module of tensors that lowers to atoms at sites.
+
+A kind is one file under ``compose/kinds/`` (or any package's ``hub.kinds`` entry point)::
+
+    @register("bias")
+    class Bias(Adapter):
+        Config = BiasConfig
+        ...
+
+Saving, loading, the CLI, the docs table and the contract tests follow from the registration.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compose.atoms import Atoms, Below, Prefix, Prompt
+from compose.sites import Site, SiteError, SiteMap
+from hub.errors import HubError
+
+PREFIX = "base_model.model."  # PEFT's key prefix: our files are PEFT files where PEFT has the kind
+
+
+class KindError(HubError):
+    """An unknown kind or option, a config the base cannot carry, or tensors that do not fit."""
+
+
+class KindConfig(BaseModel):
+    """Fields every kind shares."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target_modules: tuple[str, ...] | str | None = Field(
+        None,
+        description='roles ("attn.q"), PEFT-style suffixes ("q_proj"), or "all-linear"; default: the paper\'s sites',
+    )
+    layers: tuple[int, ...] | None = Field(None, description="only these layers (0-based)")
+    modules_to_save: tuple[str, ...] = Field((), description="base modules trained and stored whole, e.g. the head")
+
+
+class Adapter(nn.Module):
+    """One trained parameter set: the tensors of a kind, named by site, and how they lower to atoms.
+
+    Subclasses set the class attributes, fill ``self`` with :meth:`add` in ``build`` and answer :meth:`lower`
+    (linear sites), :meth:`prefix` (attention) or :meth:`prompt` (embedding).
+    """
+
+    kind: ClassVar[str]
+    Config: ClassVar[type[KindConfig]]
+    peft_type: ClassVar[str | None] = None
+    paper: ClassVar[str] = ""
+    averages_in_weight: ClassVar[bool] = True  # an average of parameters is a weighted sum of effects
+    reads_below: ClassVar[bool] = False  # lowering looks at the weight underneath (DoRA's norm)
+    default_targets: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v", "attn.qkv")
+    suffixes: ClassVar[Mapping[str, str]] = {}  # parameter name -> end of its key on disk
+
+    config: KindConfig
+
+    def __init__(
+        self, config: KindConfig, sites: SiteMap, model: PreTrainedModel, *, name: str, seed: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.name = config, name
+        self._frozen = False
+        self._keys: dict[str, str] = {}  # attribute -> key on disk
+        self._generator = torch.Generator().manual_seed(0 if seed is None else seed)
+        self.paths: tuple[str, ...] = ()
+        self.build(sites, model)
+        self.saved: dict[str, str] = {}  # path of a whole module we carry -> attribute
+        for path in _modules_to_save(model, config.modules_to_save):
+            self._carry(path, original_module(model, path))
+
+    # -- to be written by a kind ---------------------------------------------------------------------------------
+
+    def build(self, sites: SiteMap, model: PreTrainedModel) -> None:
+        """Create the parameters, initialized from ``self.generator``, and set ``self.paths``."""
+        raise KindError(f"kind {self.kind!r} does not build anything")
+
+    def lower(self, path: str, below: Below) -> Atoms | None:  # noqa: ARG002
+        """Atoms at the site ``path``, or None. Called anew each forward while the adapter trains."""
+        return None
+
+    def prefix(self, path: str) -> Prefix | None:  # noqa: ARG002
+        """Prefix of the attention module at ``path``, or None."""
+        return None
+
+    def prompt(self) -> Prompt | None:
+        """Prompt before the input embeddings, or None."""
+        return None
+
+    @classmethod
+    def peft_config(cls, config: KindConfig, sites: SiteMap) -> dict[str, Any]:  # noqa: ARG003
+        """Fields of PEFT's adapter_config.json for this config (only kinds with a ``peft_type``)."""
+        return {}
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Config fields read from PEFT's adapter_config.json; refuses by name what this kind cannot express."""
+        raise KindError(f"kind {cls.kind!r} has no PEFT form: {sorted(fields)}")
+
+    # -- what every kind gets ------------------------------------------------------------------------------------
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Whether a fresh adapter leaves the base's outputs exactly as they are."""
+        return True
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The seeded stream initial values are drawn from."""
+        return self._generator
+
+    @property
+    def trainable(self) -> bool:
+        """Live: lowered anew in each forward, with gradient."""
+        return not self._frozen
+
+    def freeze(self) -> Adapter:
+        """Stop training: factors are gathered once and cached. Undone by :meth:`unfreeze`."""
+        self._frozen = True
+        return self.requires_grad_(False)
+
+    def unfreeze(self) -> Adapter:
+        """Train (again)."""
+        self._frozen = False
+        return self.requires_grad_(True)
+
+    def targets(self, sites: SiteMap, *, default: tuple[str, ...] | None = None) -> list[Site]:
+        """Sites the config asks for, or the default roles (those of them that the family has)."""
+        wanted = self.config.target_modules
+        if wanted is not None:
+            return sites.select(wanted, layers=self.config.layers)
+        default = default or self.default_targets
+        present = tuple(t for t in default if sites.with_role(t))
+        if not present:
+            raise SiteError(
+                f"kind {self.kind!r} acts at {', '.join(default)} and this {sites.model_type} model has none",
+                hint="give target_modules yourself",
+            )
+        return sites.select(present, layers=self.config.layers)
+
+    def add(self, path: str, name: str, value: Tensor) -> None:
+        """Register a parameter that belongs to the site ``path`` ("" for none)."""
+        attribute = f"{path}:{name}".replace(".", "/")
+        suffix = self.suffixes.get(name, name)
+        self._keys[attribute] = f"{PREFIX}{path}.{suffix}" if path else suffix
+        self.register_parameter(attribute, nn.Parameter(value))
+
+    def at(self, path: str, name: str) -> Tensor:
+        """The parameter added under ``path`` and ``name``."""
+        return cast("Tensor", getattr(self, f"{path}:{name}".replace(".", "/")))
+
+    def has(self, path: str, name: str) -> bool:
+        """Whether such a parameter was added."""
+        return f"{path}:{name}".replace(".", "/") in self._parameters
+
+    def head(self, path: str) -> nn.Module | None:
+        """The whole module carried for ``path`` (see ``modules_to_save``), or None."""
+        return cast("nn.Module", getattr(self, self.saved[path])) if path in self.saved else None
+
+    def state(self, *, heads: bool = True) -> dict[str, Tensor]:
+        """Tensors by their key on disk, detached, in a fixed order. Shares memory with the parameters."""
+        own = {self._keys[a]: p.detach() for a, p in self._parameters.items() if p is not None}
+        return {**own, **self.head_state()} if heads else own
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Tensors of the carried modules, keyed as PEFT's modules_to_save."""
+        return {
+            f"{PREFIX}{path}.{key}": value.detach()
+            for path, attribute in self.saved.items()
+            for key, value in getattr(self, attribute).state_dict().items()
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy ``tensors`` in, keeping their dtype. All keys must be there, none may be left over, shapes must agree.
+
+        Raises
+        ------
+        KindError
+            Names every missing and every unexpected key, or the first shape that differs. Nothing is changed then.
+        """
+        have = self.state()
+        missing, extra = sorted(have.keys() - tensors.keys()), sorted(tensors.keys() - have.keys())
+        if missing or extra:
+            told = [f"{label} {_few(keys)}" for label, keys in (("missing", missing), ("unexpected", extra)) if keys]
+            raise KindError(
+                f"the tensors do not fit {self.kind} adapter {self.name!r} on this base: " + "; ".join(told),
+                hint="hub show REF prints the base and the placement it was made for",
+            )
+        for key, value in tensors.items():
+            if have[key].shape != value.shape:
+                raise KindError(
+                    f"{key} of adapter {self.name!r} has shape {tuple(value.shape)}, this base wants {tuple(have[key].shape)}",
+                    hint="hub show REF prints the base it was made for",
+                )
+        with torch.no_grad():
+            for attribute, key in self._keys.items():
+                parameter = cast("nn.Parameter", getattr(self, attribute))
+                parameter.data = tensors[key].to(device=parameter.device, copy=True)
+            for path, attribute in self.saved.items():
+                stem = f"{PREFIX}{path}."
+                own = {k.removeprefix(stem): v for k, v in tensors.items() if k.startswith(stem)}
+                cast("nn.Module", getattr(self, attribute)).load_state_dict(
+                    {k: v.clone() for k, v in own.items()}, assign=True
+                )
+
+    def _carry(self, path: str, module: nn.Module) -> None:
+        attribute = f"saved:{path}".replace(".", "/")
+        clone = copy.deepcopy(module).requires_grad_(True)
+        for parameter in clone.parameters():
+            parameter.data = parameter.data.float()
+        self.saved[path] = attribute
+        self.add_module(attribute, clone)
+
+
+def _few(keys: Sequence[str], n: int = 4) -> str:
+    return ", ".join(keys[:n]) + (f" and {len(keys) - n} more" if len(keys) > n else "")
+
+
+def original_module(model: nn.Module, path: str) -> nn.Module:
+    """The base module at ``path``, also when a slot stands there."""
+    module = model.get_submodule(path)
+    base = getattr(module, "base_layer", None)
+    return base if isinstance(base, nn.Module) and getattr(module, "is_slot", False) else module
+
+
+def _modules_to_save(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
+    paths = [
+        p for p, m in model.named_modules() if p and "base_layer" not in p and "saved:" not in p and m is not model
+    ]
+    for name in names:
+        found = [p for p in paths if p == name or p.endswith("." + name)]
+        if not found:
+            near = difflib.get_close_matches(name, {p.rsplit(".", 1)[-1] for p in paths}, n=2)
+            raise SiteError(f"modules_to_save names {name!r}, which this base does not have", hint=f"near: {near}")
+        yield from found
+
+
+# -- the registry ------------------------------------------------------------------------------------------------
+
+_KINDS: dict[str, type[Adapter]] = {}
+_A = TypeVar("_A", bound=type[Adapter])
+
+
+def register(name: str) -> Callable[[_A], _A]:
+    """Class decorator that makes a kind known under ``name``."""
+
+    def add(cls: _A) -> _A:
+        if name in _KINDS and _KINDS[name].__qualname__ != cls.__qualname__:
+            raise KindError(f"kind {name!r} is registered twice: {_KINDS[name].__module__} and {cls.__module__}")
+        cls.kind = name
+        _KINDS[name] = cls
+        return cls
+
+    return add
+
+
+def kinds() -> dict[str, type[Adapter]]:
+    """All kinds by name: the files of ``compose.kinds`` and the entry points ``hub.kinds``."""
+    package = importlib.import_module("compose.kinds")
+    for info in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"compose.kinds.{info.name}")
+    for point in entry_points(group="hub.kinds"):
+        point.load()
+    return dict(sorted(_KINDS.items()))
+
+
+def get_kind(name: str) -> type[Adapter]:
+    """The kind called ``name``; KindError with a suggestion otherwise."""
+    known = kinds()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        raise KindError(f"unknown kind {name!r}{guess}", hint="known kinds: " + ", ".join(known))
+    return known[name]
+
+
+def make_config(kind: type[Adapter], options: Mapping[str, Any] | KindConfig | None) -> KindConfig:
+    """Validate ``options`` for ``kind``; an unknown option is refused with a suggestion."""
+    if isinstance(options, KindConfig):
+        if not isinstance(options, kind.Config):
+            raise KindError(f"{type(options).__name__} is not the config of kind {kind.kind!r}")
+        return options
+    given = dict(options or {})
+    fields = kind.Config.model_fields
+    for key in given:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            raise KindError(f"kind {kind.kind!r} has no option {key!r}{guess}", hint="options: " + ", ".join(fields))
+    return kind.Config.model_validate(given)

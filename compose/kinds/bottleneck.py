@@ -1,0 +1,105 @@
+"""Bottleneck adapters: Houlsby (arXiv:1902.00751), Pfeiffer (arXiv:2005.00052) and parallel (arXiv:2110.04366)."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from compose.atoms import Atoms, Below, Function
+from compose.kind import Adapter, KindConfig, KindError, register
+from compose.sites import Site, SiteMap
+
+_PLACES = {"houlsby": ("attn.o", "mlp.down"), "pfeiffer": ("mlp.down",), "parallel": ("mlp.down",)}
+_ACTIVATION = {"houlsby": "gelu", "pfeiffer": "relu", "parallel": "relu"}
+
+
+class BottleneckConfig(KindConfig):
+    """Where the adapter stands and how narrow it is."""
+
+    style: Literal["houlsby", "pfeiffer", "parallel"] = Field(
+        "pfeiffer",
+        description="houlsby: after attention and feed-forward; pfeiffer: after feed-forward; parallel: beside it",
+    )
+    reduction_factor: float = Field(16, gt=0, description="hidden size / width of the bottleneck")
+    bottleneck_size: int | None = Field(None, ge=1, description="width; overrides reduction_factor")
+    non_linearity: str | None = Field(None, description="default: gelu for houlsby, relu else")
+    scaling: float = Field(1.0, description="s; the parallel adapter of MAM uses 4")
+    init: Literal["houlsby", "lora"] | None = Field(
+        None, description="houlsby: both normal(0.001); lora: up at zero. Default by style"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input while training")
+
+
+@register("bottleneck")
+class Bottleneck(Adapter):
+    """h + s (W_u f(W_d z + b_d) + b_u), W_d (m, d), W_u (d, m).
+
+    h is the output of the linear that writes the residual stream (attn.o, mlp.down), before the residual add;
+    z = h, except for the parallel style, where z is the input of the feed-forward block.
+    """
+
+    Config = BottleneckConfig
+    config: BottleneckConfig
+    paper = "arXiv:1902.00751"
+    averages_in_weight = False
+    suffixes = {"down": "down.weight", "down_b": "down.bias", "up": "up.weight", "up_b": "up.bias"}
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Only with W_u at zero: the Houlsby init is a small step away from it."""
+        return self._init() == "lora"
+
+    def _init(self) -> str:
+        return self.config.init or ("lora" if self.config.style == "parallel" else "houlsby")
+
+    def build(self, sites: SiteMap, model: PreTrainedModel) -> None:
+        """Down and up projections at each place."""
+        self._act = ACT2FN[self.config.non_linearity or _ACTIVATION[self.config.style]]
+        self._taps: dict[str, str | None] = {}
+        chosen = self.targets(sites, default=_PLACES[self.config.style])
+        self.paths = tuple(s.path for s in chosen)
+        for site in chosen:
+            self._taps[site.path] = self._tap(site, sites) if self.config.style == "parallel" else None
+            d = site.out_features
+            m = self.config.bottleneck_size or max(1, round(d / self.config.reduction_factor))
+            down, up = torch.empty(m, d), torch.zeros(d, m)
+            if self._init() == "houlsby":
+                for weight in (down, up):
+                    nn.init.trunc_normal_(weight, std=1e-3, a=-2e-3, b=2e-3, generator=self.generator)
+            else:
+                nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=self.generator)
+            self.add(site.path, "down", down)
+            self.add(site.path, "down_b", torch.zeros(m))
+            self.add(site.path, "up", up)
+            self.add(site.path, "up_b", torch.zeros(d))
+
+    @staticmethod
+    def _tap(site: Site, sites: SiteMap) -> str:
+        entries = [
+            s
+            for s in sites.with_role("mlp.up", "mlp.gate", "mlp.gate_up")
+            if (s.layer, s.stack) == (site.layer, site.stack)
+        ]
+        if not entries:
+            raise KindError(f"no feed-forward input is known beside {site.path}, which the parallel style reads")
+        return entries[0].path
+
+    def lower(self, path: str, below: Below) -> Atoms | None:
+        """The block function, with its tap if parallel."""
+        if path not in self.paths:
+            return None
+        down, down_b, up, up_b = (self.at(path, n) for n in ("down", "down_b", "up", "up_b"))
+
+        def fn(z: Tensor) -> Tensor:
+            z = F.dropout(z, self.config.dropout, self.training and self.trainable)
+            hidden = self._act(F.linear(z.to(down.dtype), down, down_b))  # (..., m)
+            return self.config.scaling * F.linear(hidden, up, up_b)
+
+        return Atoms(function=Function(fn, self._taps[path]))

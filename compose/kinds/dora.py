@@ -1,0 +1,47 @@
+"""DoRA: weight-decomposed low-rank adaptation (arXiv:2402.09353)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compose.atoms import Atoms, Below
+from compose.kind import original_module, register
+from compose.lowrank import LowRank
+from compose.sites import SiteMap
+from compose.weights import row_norm_squared
+
+
+@register("dora")
+class Dora(LowRank):
+    """y = g * (W x + s B A x), g = m / ||W + s B A||_row, m (d_out,), with the norm held constant in backward.
+
+    The norm needs no W + s B A in memory:
+    ||W + sBA||^2_row = ||W||^2_row + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B),
+    and W A^T is the base layer applied to the rows of A, so quantized bases need no dequantization.
+    """
+
+    paper = "arXiv:2402.09353"
+    reads_below = True
+
+    def build(self, sites: SiteMap, model: PreTrainedModel) -> None:
+        """A and B as LoRA's; m starts as the row norm of W, so g = 1."""
+        super().build(sites, model)
+        for path in self.paths:
+            self.add(path, "magnitude", row_norm_squared(original_module(model, path)).sqrt().cpu())
+
+    def lower(self, path: str, below: Below) -> Atoms | None:
+        """Gain g on y0, and the pair (A, g * B)."""
+        if path not in self.paths:
+            return None
+        a, b, m = self.at(path, "A"), self.at(path, "B"), self.at(path, "magnitude")
+        gain = m / self._norm(below, a, b).to(m.dtype)  # (d_out,)
+        return Atoms(A=a, B=gain[:, None] * b, scale=self.config.scale, gain=gain, dropout=self.config.lora_dropout)
+
+    @torch.no_grad()
+    def _norm(self, below: Below, a: Tensor, b: Tensor) -> Tensor:
+        s, a, b = self.config.scale, a.float(), b.float()
+        wa = below.apply(a).float().T  # (d_out, r)
+        cross = 2 * s * (wa * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)
+        return (below.row_norm_squared() + cross).clamp_min(0).sqrt()

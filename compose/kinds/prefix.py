@@ -1,0 +1,107 @@
+"""Prefix tuning: trained keys and values before each self-attention's own (arXiv:2101.00190)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compose.atoms import Prefix
+from compose.kind import Adapter, KindConfig, KindError, register
+from compose.sites import SiteMap
+
+
+class PrefixConfig(KindConfig):
+    """Length of the prefix and how it is trained."""
+
+    num_virtual_tokens: int = Field(20, ge=1, description="n")
+    init_std: float = Field(1.0, ge=0, description="standard deviation of the initial keys and values")
+
+
+@register("prefix")
+class PrefixTuning(Adapter):
+    """K <- [P_K; K], V <- [P_V; V] in every self-attention, P (n, layers * 2 * kv_heads * head_dim), as PEFT stores it.
+
+    Real tokens take positions n, n + 1, ... as after n tokens in the cache, which is PEFT's convention; keys of the
+    prefix are not rotated. On an encoder-decoder the decoder's self-attention gets the prefix. Not the identity at
+    first: attention is shared with the prefix from the start.
+    """
+
+    Config = PrefixConfig
+    config: PrefixConfig
+    peft_type = "PREFIX_TUNING"
+    paper = "arXiv:2101.00190"
+    averages_in_weight = False
+    suffixes = {"P": "prompt_embeddings"}
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Never: attention is shared with the virtual tokens from the start."""
+        return False
+
+    def build(self, sites: SiteMap, model: PreTrainedModel) -> None:
+        """One matrix for all layers."""
+        if self.config.target_modules is not None:
+            raise KindError("a prefix acts in every self-attention: it takes no target_modules")
+        stack = "decoder" if sites.is_encoder_decoder else None
+        chosen = [(s, p) for s, p in sites.attention_modules() if stack is None or s.stack == stack]
+        if not chosen:
+            raise KindError(f"kind 'prefix' finds no self-attention in this {sites.model_type} model")
+        self.heads, self.head_dim = attention_shape(sites)
+        self.paths = tuple(p for _, p in chosen)
+        self._rows = _layer_rows(len(chosen), doubled=sites.is_encoder_decoder)
+        width = self.heads * self.head_dim
+        weight = torch.empty(self.config.num_virtual_tokens, len(chosen) * 2 * width)
+        nn.init.normal_(weight, std=self.config.init_std, generator=self.generator)
+        self.add("", "P", weight)
+
+    def prefix(self, path: str) -> Prefix | None:
+        """Key and value of one attention module, each (n, kv_heads, head_dim)."""
+        if path not in self.paths:
+            return None
+        parts: Tensor = self.at("", "P").view(self.config.num_virtual_tokens, -1, self.heads, self.head_dim)
+        key, value = self._rows[self.paths.index(path)]
+        return Prefix(key=parts[:, key], value=parts[:, value])
+
+    @classmethod
+    def peft_config(cls, config: KindConfig, sites: SiteMap) -> dict[str, Any]:
+        """Fields of PEFT's PrefixTuningConfig."""
+        assert isinstance(config, PrefixConfig)  # noqa: S101 - narrows the type
+        heads, head_dim = attention_shape(sites)
+        layers = {s.layer for s, _ in sites.attention_modules() if s.stack in ("", "decoder")}
+        return {
+            "num_virtual_tokens": config.num_virtual_tokens,
+            "token_dim": heads * head_dim,
+            "num_attention_heads": heads,
+            "num_layers": len(layers),
+            "num_transformer_submodules": 2 if sites.is_encoder_decoder else 1,
+            "encoder_hidden_size": heads * head_dim,
+            "prefix_projection": False,
+        }
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Read PEFT's PrefixTuningConfig (the projection is not stored: the file holds its output)."""
+        return {"num_virtual_tokens": fields["num_virtual_tokens"]}
+
+
+def attention_shape(sites: SiteMap) -> tuple[int, int]:
+    """(kv_heads, head_dim) of the self-attention, from the model's config (grouped queries have fewer kv heads)."""
+    config = sites.config
+    heads = getattr(config, "num_attention_heads", None) or config.num_heads
+    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or sites.hidden_size // heads
+    return int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim)
+
+
+def _layer_rows(layers: int, *, doubled: bool) -> list[tuple[int, int]]:
+    """Where layer i's key and value stand among the 2 L slices of P.
+
+    PEFT writes an encoder-decoder's slices twice and deals them out four a layer (self, then cross, which it drops);
+    so layer i's self-attention reads slices 4 i and 4 i + 1 of the doubled list.
+    """
+    step = 4 if doubled else 2
+    return [((step * i) % (2 * layers), (step * i + 1) % (2 * layers)) for i in range(layers)]

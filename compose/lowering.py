@@ -1,0 +1,199 @@
+"""From an expression to what each slot computes: the compile step of activation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compose.atoms import Atoms, Function, Replace
+from compose.expr import Add, Call, Expr, Ref, Scale, Seq
+from compose.kind import Adapter, KindError
+from compose.slot import BelowView, Slot
+from compose.stage import Chain, Coefficient, Entry, Mix, Node, Stage, multiply
+
+Rows = Sequence[Expr]
+
+
+class Scene(Protocol):
+    """What lowering needs to know of a model: its adapters, the weights given by name, and its slots."""
+
+    adapters: Mapping[str, Adapter]
+    weights: Mapping[str, Coefficient]
+
+    def slot(self, path: str) -> Slot:
+        """The slot at ``path``."""
+
+
+def flatten(expr: Expr, weights: Mapping[str, Coefficient]) -> list[tuple[Coefficient, str]]:
+    """Adapters of an expression in the order they are applied, each with the product of the factors around it."""
+    if isinstance(expr, Ref):
+        return [(weights.get(expr.text, 1.0), expr.text)]
+    if isinstance(expr, Scale):
+        return [(multiply(c, expr.factor), name) for c, name in flatten(expr.of, weights)]
+    if isinstance(expr, Call):
+        raise unsupported(expr)
+    return [pair for child in expr.children for pair in flatten(child, weights)]
+
+
+def unsupported(call: Call) -> KindError:
+    """The error for a function that does not run inside a forward."""
+    return KindError(
+        f"{call.function}(...) cannot be activated in a model", hint="hub compose explain EXPR says what runs where"
+    )
+
+
+def site_program(scene: Scene, path: str, rows: Rows) -> Node | None:
+    """What the slot at ``path`` computes for these rows (one: for all), or None if nothing acts there."""
+    builder = _Site(scene, path)
+    nodes = [builder.node(expr, ()) for expr in rows]
+    if len(rows) == 1:
+        return nodes[0]
+    if all(n is None for n in nodes):
+        return None
+    if all(n is None or isinstance(n, Stage) for n in nodes):
+        return _stack_rows([n.entries if isinstance(n, Stage) else () for n in nodes])
+    device = builder.slot.weight.device
+    rows_of: dict[Expr, Tensor] = {}
+    for i, expr in enumerate(rows):
+        rows_of.setdefault(expr, torch.zeros(len(rows), device=device))[i] = 1.0
+    branches = {expr: node for expr, node in zip(rows, nodes, strict=True) if node is not None}
+    return Mix([(rows_of[expr], node) for expr, node in branches.items()])
+
+
+def _stack_rows(rows: Sequence[Sequence[Entry]]) -> Stage:
+    """One stage for rows that differ only in their weights: each entry gets a weight per row."""
+    entries: dict[str, Entry] = {}
+    weights: dict[str, list[Coefficient]] = {}
+    for i, row in enumerate(rows):
+        for e in row:
+            entries.setdefault(e.key, e)
+            column = weights.setdefault(e.key, [0.0] * len(rows))
+            column[i] = column[i] + _pick(e.coefficient, i, len(rows))
+    return Stage([replace(e, coefficient=_join(weights[key])) for key, e in entries.items()])
+
+
+def _pick(c: Coefficient, row: int, rows: int) -> Coefficient:
+    if not isinstance(c, Tensor):
+        return c
+    if c.shape[0] != rows:
+        raise KindError(f"weights for {c.shape[0]} rows were given to a composition of {rows} rows")
+    return c[row]
+
+
+def _join(column: Sequence[Coefficient]) -> Coefficient:
+    if not any(isinstance(c, Tensor) for c in column) and len(set(column)) == 1:
+        return column[0]
+    shape = max((c.shape for c in column if isinstance(c, Tensor)), key=len, default=torch.Size([]))
+    return torch.stack([torch.as_tensor(c, dtype=torch.float32).expand(shape) for c in column])
+
+
+class _Site:
+    """Builds the nodes of one site."""
+
+    def __init__(self, scene: Scene, path: str) -> None:
+        self.scene, self.path = scene, path
+        self.slot = scene.slot(path)
+        self._lowered: dict[str, Atoms | None] = {}
+
+    def node(self, expr: Expr, before: tuple[Node, ...]) -> Node | None:
+        if isinstance(expr, Ref):
+            return self._leaf(expr.text, before)
+        if isinstance(expr, Scale):
+            inner = self.node(expr.of, before)
+            if inner is None or expr.factor == 0:
+                return None
+            if isinstance(inner, Stage):
+                return Stage([e.times(expr.factor) for e in inner.entries])
+            return Mix([(expr.factor, inner)])
+        if isinstance(expr, Add):
+            return self._side_by_side([self.node(term, before) for term in expr.terms])
+        if isinstance(expr, Seq):
+            return self._one_after_another(expr.stages, before)
+        assert isinstance(expr, Call)  # noqa: S101 - the tree has no other node
+        raise unsupported(expr)
+
+    def _leaf(self, name: str, before: tuple[Node, ...]) -> Node | None:
+        weight = self.scene.weights.get(name, 1.0)
+        if not isinstance(weight, Tensor) and weight == 0:
+            return None
+        adapter = self.scene.adapters[name]
+        key = f"{name} on {before}" if adapter.reads_below and before else name
+        if key not in self._lowered:
+            self._check_below(adapter, before)
+            self._lowered[key] = self._atoms(adapter, before)
+        atoms = self._lowered[key]
+        if atoms is None:
+            return None
+        return Stage([Entry(name, key, atoms, weight, live=adapter.trainable)])
+
+    def _check_below(self, adapter: Adapter, before: tuple[Node, ...]) -> None:
+        if not adapter.reads_below:
+            return
+        for node in before:
+            plain = isinstance(node, Stage) and not any(isinstance(e.coefficient, Tensor) for e in node.entries)
+            if not plain:
+                raise KindError(
+                    f"{adapter.kind} adapter {adapter.name!r} takes its norm from the weight below it at {self.path}, "
+                    "which differs from row to row there",
+                    hint="put it first, or give the stages before it plain numbers as weights",
+                )
+
+    def _atoms(self, adapter: Adapter, before: tuple[Node, ...]) -> Atoms | None:
+        head = adapter.head(self.path)
+        if head is not None:
+            return Atoms(function=Replace(head))
+        atoms = adapter.lower(self.path, BelowView(self.slot, before))
+        if atoms is not None and isinstance(atoms.function, Function) and atoms.function.tap:
+            tapped = self.scene.slot(atoms.function.tap)
+            tapped.keep_input = True
+            atoms = replace(atoms, function=replace(atoms.function, source=tapped.input))
+        return atoms
+
+    def _side_by_side(self, nodes: Sequence[Node | None]) -> Node | None:
+        entries: list[Entry] = []
+        branches: list[tuple[Coefficient, Node]] = []
+        for node in nodes:
+            if isinstance(node, Stage):
+                entries.extend(node.entries)
+            elif isinstance(node, Mix):
+                branches.extend(node.terms)
+            elif node is not None:
+                branches.append((1.0, node))
+        if not branches:
+            return Stage(_merge_equal(entries)) if entries else None
+        return Mix([*([(1.0, Stage(_merge_equal(entries)))] if entries else []), *branches])
+
+    def _one_after_another(self, stages: Sequence[Expr], before: tuple[Node, ...]) -> Node | None:
+        parts: list[Node] = []
+        for expr in stages:
+            node = self.node(expr, (*before, *parts))
+            if node is None:
+                continue
+            if parts and isinstance(node, Stage) and node.additive and isinstance(parts[-1], Stage):
+                # Nothing of it reads what is below, so it may stand beside the stage before it.
+                parts[-1] = Stage(_merge_equal([*parts[-1].entries, *node.entries]))
+            else:
+                parts.append(node)
+        if not parts:
+            return None
+        return parts[0] if len(parts) == 1 else Chain(parts)
+
+
+def _merge_equal(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries of one adapter added into one; those that cancel to zero go."""
+    merged: dict[str, Entry] = {}
+    for e in entries:
+        if e.key in merged:
+            e = replace(e, coefficient=_plus(merged[e.key].coefficient, e.coefficient))  # noqa: PLW2901
+        merged[e.key] = e
+    return [e for e in merged.values() if isinstance(e.coefficient, Tensor) or e.coefficient != 0]
+
+
+def _plus(a: Coefficient, b: Coefficient) -> Coefficient:
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() != b.dim():
+        a, b = (a[:, None], b) if a.dim() < b.dim() else (a, b[:, None])
+    return a + b

@@ -1,0 +1,94 @@
+"""What LoRA and DoRA share: the config with PEFT's field names, the factors, and PEFT's file format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+
+from compose.kind import Adapter, KindConfig, KindError
+from compose.sites import SiteMap
+
+# PEFT's fields that change what the tensors mean: a config that sets one is no plain pair (A, B) with one scale.
+_FOREIGN = (
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "exclude_modules",
+    "megatron_config",
+)
+
+
+class LowRankConfig(KindConfig):
+    """PEFT's field names. The scale is lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``."""
+
+    r: int = Field(8, ge=1, description="rank")
+    lora_alpha: float = Field(8, description="numerator of the scale")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A while training")
+    use_rslora: bool = Field(False, description="scale by 1 / sqrt(r) instead of 1 / r (arXiv:2312.03732)")
+
+    @property
+    def scale(self) -> float:
+        """S in s B A."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class LowRank(Adapter):
+    """A (r, d_in), kaiming-uniform(sqrt 5), and B (d_out, r), zero, at each target: the identity at first."""
+
+    Config = LowRankConfig
+    config: LowRankConfig
+    peft_type = "LORA"
+    suffixes = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+    def build(self, sites: SiteMap, model: PreTrainedModel) -> None:
+        """Create A and B at each target."""
+        chosen = self.targets(sites)
+        self.paths = tuple(s.path for s in chosen)
+        for site in chosen:
+            most = min(site.in_features, site.out_features)
+            if self.config.r > most:
+                raise KindError(
+                    f"r = {self.config.r} is above the dimension of {site.path} ({site.out_features} x {site.in_features})",
+                    hint=f"choose r <= {most}",
+                )
+            a = torch.empty(self.config.r, site.in_features)
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=self.generator)
+            self.add(site.path, "A", a)
+            self.add(site.path, "B", torch.zeros(site.out_features, self.config.r))
+
+    @classmethod
+    def peft_config(cls, config: KindConfig, sites: SiteMap) -> dict[str, Any]:
+        """Fields of PEFT's LoraConfig."""
+        own = config.model_dump(include={"r", "lora_alpha", "lora_dropout", "use_rslora"})
+        return {
+            **own,
+            "use_dora": cls.kind == "dora",
+            "bias": "none",
+            "fan_in_fan_out": sites.model_type == "gpt2",
+            "init_lora_weights": True,
+        }
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Read PEFT's LoraConfig, refusing by name what a plain pair cannot express."""
+        odd = [f for f in _FOREIGN if fields.get(f)] + (["bias"] if fields.get("bias", "none") != "none" else [])
+        if odd:
+            raise KindError(f"this PEFT LoRA uses {', '.join(odd)}, which kind {cls.kind!r} cannot express")
+        return {
+            "r": fields["r"],
+            "lora_alpha": fields["lora_alpha"],
+            "lora_dropout": fields.get("lora_dropout", 0.0),
+            "use_rslora": fields.get("use_rslora", False),
+        }

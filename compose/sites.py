@@ -1,0 +1,164 @@
+"""Sites: the neutral names of the places in a model where an adapter can act.
+
+A site is a module path with a role (``attn.q``, ``mlp.down``, ...), a layer number and, for encoder-decoders, a
+stack. Kinds and users ask for sites by role, by PEFT-style suffix (``q_proj``), or ``all-linear``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compose.families import FAMILIES, POSITIONS, guess_role
+from hub.errors import HubError
+
+_BLOCK = re.compile(r"^(?P<stem>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<inside>.+)$")
+
+
+class SiteError(HubError):
+    """No site matches what was asked for, or the base has none."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place: module ``path``, neutral ``role``, ``layer`` in its ``stack`` ("" unless encoder-decoder)."""
+
+    path: str
+    role: str
+    layer: int | None
+    stack: str
+    in_features: int
+    out_features: int
+
+    @property
+    def name(self) -> str:
+        """Neutral name, e.g. ``3.attn.q`` or ``decoder.0.cross.k``."""
+        return ".".join(p for p in (self.stack, None if self.layer is None else str(self.layer), self.role) if p)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return ``(d_in, d_out)`` of a linear-like module (nn.Linear, its quantized forms, GPT-2's Conv1D), else None."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.nf)
+    if isinstance(module, nn.Linear):  # bitsandbytes' Linear4bit and Linear8bitLt derive from it
+        return module.in_features, module.out_features
+    return None
+
+
+class SiteMap:
+    """All sites of one model, and the modules around them that input-side kinds need.
+
+    Raises
+    ------
+    SiteError
+        If the model has no linear layer inside a numbered block: then it is no transformer we know how to adapt.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model_type: str = getattr(model.config, "model_type", "")
+        self.config = model.config.get_text_config()
+        self.known_family = self.model_type in FAMILIES
+        modules = dict(model.named_modules())
+        self.sites: dict[str, Site] = {s.path: s for s in self._find(modules)}
+        if not self.sites:
+            raise SiteError(
+                f"{type(model).__name__} ({self.model_type or 'unknown type'}) has no linear layer inside a numbered block",
+                hint="hub compose sites BASE lists what can be adapted",
+            )
+        self.heads = tuple(
+            path
+            for path, module in modules.items()
+            if linear_shape(module) and path not in self.sites and not _BLOCK.match(path)
+        )
+        self.embedding = next((p for p, m in modules.items() if m is model.get_input_embeddings()), "")
+        self.positions = tuple(p for p in modules if p.rsplit(".", 1)[-1] in POSITIONS)
+        self.norms = tuple(p for p, m in modules.items() if type(m).__name__.endswith(("Norm", "NormWrapper")))
+        self.hidden_size = int(self.config.hidden_size)
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+
+    def _find(self, modules: dict[str, nn.Module]) -> Iterator[Site]:
+        table = FAMILIES.get(self.model_type, {})
+        for path, module in modules.items():
+            shape, block = linear_shape(module), _BLOCK.match(path)
+            if shape is None or block is None:
+                continue
+            inside = block["inside"]
+            role = next((r for s, r in table.items() if inside == s or inside.endswith("." + s)), None)
+            if self.known_family and inside in table:  # an exact match wins over a longer suffix (BERT's output.dense)
+                role = table[inside]
+            role = role or guess_role(inside) or "linear." + inside
+            parts = block["stem"].split(".")
+            stack = next((s for s in ("encoder", "decoder") if s in parts), "")
+            in_features, out_features = shape
+            yield Site(path, role, int(block["layer"]), stack, in_features, out_features)
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites.values())
+
+    def __getitem__(self, path: str) -> Site:
+        return self.sites[path]
+
+    def with_role(self, *roles: str) -> list[Site]:
+        """Sites whose role is one of ``roles``, in model order."""
+        return [s for s in self if s.role in roles]
+
+    def attention_modules(self) -> list[tuple[Site, str]]:
+        """Self-attention modules as (a key site, module path): the parents of ``attn.k`` or ``attn.qkv``, by layer."""
+        return [(s, s.path.rsplit(".", 1)[0]) for s in self.with_role("attn.k", "attn.qkv")]
+
+    def select(self, targets: Sequence[str] | str, *, layers: Sequence[int] | None = None) -> list[Site]:
+        """Sites named by ``targets``: roles, path suffixes as in PEFT, whole paths, or ``"all-linear"``.
+
+        Every target must match at least one site; ``layers`` then keeps those layers only.
+
+        Raises
+        ------
+        SiteError
+            Names the target that matches nothing, what would be near it, and what there is.
+        """
+        if targets == "all-linear":
+            chosen = list(self)
+        else:
+            names = (targets,) if isinstance(targets, str) else tuple(targets)
+            hits = {name: self._matching(name) for name in names}
+            for name, found in hits.items():
+                if not found:
+                    raise self._nothing_for(name)
+            wanted = {s.path for found in hits.values() for s in found}
+            chosen = [s for s in self if s.path in wanted]
+        if layers is not None:
+            chosen = [s for s in chosen if s.layer in set(layers)]
+            if not chosen:
+                raise SiteError(f"no site of {targets!r} lies in layers {list(layers)}", hint=f"layers: {self.depth()}")
+        return chosen
+
+    def depth(self) -> str:
+        """Layer range of each stack, for messages."""
+        stacks: dict[str, set[int]] = {}
+        for s in self:
+            if s.layer is not None:
+                stacks.setdefault(s.stack, set()).add(s.layer)
+        return ", ".join(f"{k or 'blocks'} 0-{max(v)}" for k, v in stacks.items())
+
+    def _matching(self, name: str) -> list[Site]:
+        return [s for s in self if name in (s.role, s.path, s.name) or s.path.endswith("." + name)]
+
+    def _nothing_for(self, name: str) -> SiteError:
+        known = sorted({s.role for s in self} | {s.path.rsplit(".", 1)[-1] for s in self})
+        near = difflib.get_close_matches(name, known, n=2)
+        guess = f"; did you mean {' or '.join(near)}?" if near else ""
+        return SiteError(
+            f"target {name!r} matches no linear layer of this {self.model_type} model{guess}",
+            hint="choose from: " + ", ".join(known),
+        )
+
+
+def suffixes(sites: Iterable[Site]) -> list[str]:
+    """Shortest PEFT-style ``target_modules`` that describe ``sites``: the last path part of each, sorted."""
+    return sorted({s.path.rsplit(".", 1)[-1] for s in sites})

@@ -1,0 +1,91 @@
+"""An artifact directory becomes an artifact: run the push gates, measure, write ``module.json``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from hub import gates as hub_gates
+from hub.errors import GateError, HubError, NotFound
+from hub.files import atomic_write, walk
+from hub.gates import Gate
+from hub.manifest import MANIFEST_NAME, Draft, Manifest, read_manifest
+from hub.tensors import FileScan, tensors_digest
+
+
+def pack(directory: Path, draft: Draft, *, gates: Sequence[Gate] = ()) -> Manifest:
+    """Check an artifact directory and write its manifest.
+
+    Packing unchanged files with an unchanged draft again gives the same manifest (``created`` is kept), so it
+    can be repeated without making another artifact. ``SOURCE_DATE_EPOCH`` fixes ``created`` where it is set.
+
+    Parameters
+    ----------
+    directory
+        Holds the files of the artifact; ``module.json`` in it is replaced.
+    draft
+        What the author states.
+    gates
+        More gates than those registered: each raises GateError or returns warnings for the manifest.
+
+    Returns
+    -------
+    Manifest
+        The one written, with the warnings of all gates.
+
+    Raises
+    ------
+    GateError, IntegrityError
+        The file that must not be published; ``module.json`` is then as it was.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise NotFound(f"{directory} is not a directory", path=directory)
+    manifest = measure(directory, draft)
+    warnings = list(manifest.warnings)
+    for gate in (*hub_gates.registered(), *gates):
+        warnings.extend(gate(directory, manifest))
+    manifest = manifest.model_copy(update={"warnings": tuple(dict.fromkeys(warnings))})
+    manifest = _keep_created(directory, Manifest.model_validate(dict(manifest)))
+    atomic_write(directory / MANIFEST_NAME, manifest.canonical)
+    return manifest
+
+
+def measure(directory: Path, draft: Draft) -> Manifest:
+    """Manifest of a directory as it is now, after the hub's own gates; nothing is written."""
+    paths = [path for path in walk(directory, ignore=hub_gates.IGNORED) if path != MANIFEST_NAME]
+    hub_gates.check_file_set(paths, draft)
+    files, scans = [], dict[str, FileScan]()
+    for path in paths:
+        entry, found = hub_gates.inspect(directory / path, path)
+        files.append(entry)
+        if found is not None:
+            scans[path] = found
+    tensors = hub_gates.join_tensors(scans)
+    if hub_gates.WEIGHTS in scans and not tensors:
+        raise GateError(f"{hub_gates.WEIGHTS} holds no tensor", path=directory / hub_gates.WEIGHTS)
+    return Manifest(
+        **{name: getattr(draft, name) for name in Draft.model_fields},
+        files=tuple(files),
+        tensors=tensors,
+        tensors_digest=tensors_digest(tensors),
+        warnings=hub_gates.zero_warnings(scans),
+        created=_now(),
+    )
+
+
+def _now() -> datetime:
+    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdigit() else datetime.now(timezone.utc)
+
+
+def _keep_created(directory: Path, manifest: Manifest) -> Manifest:
+    """Take `created` of the manifest that is there when nothing else differs."""
+    try:
+        before = read_manifest(directory)
+    except HubError:  # none there, or a broken one: it is replaced in any case
+        return manifest
+    same = manifest.model_copy(update={"created": before.created})
+    return before if dict(same) == dict(before) else manifest

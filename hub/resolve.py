@@ -1,0 +1,111 @@
+"""From a ref to one release: versions, ranges, aliases, digests; what is yanked is skipped unless pinned.
+
+No solver: the highest version that fits and is not yanked wins, as PEP 440 orders them; a pre-release only where
+nothing else fits (or the range names one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from hub.errors import NotFound, suggest
+from hub.ledger import Event
+from hub.ref import LATEST, AdapterRef, version_key
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One published version; `yanked` is the reason, or None."""
+
+    version: str
+    digest: str
+    yanked: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """All that is known of one name: its releases in version order, and alias -> digest."""
+
+    name: str
+    releases: tuple[Release, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def find(self, *, version: str | None = None, digest: str | None = None) -> Release | None:
+        """Release of that version (1.0 equals 1.0.0) or digest, or None."""
+        key = None if version is None else version_key(version)
+        for release in self.releases:
+            if digest == release.digest or (key is not None and key == version_key(release.version)):
+                return release
+        return None
+
+    def aliases_of(self, digest: str) -> list[str]:
+        """Aliases that point at a digest, sorted."""
+        return sorted(alias for alias, target in self.aliases.items() if target == digest)
+
+    @classmethod
+    def fold(cls, name: str, events: Iterable[Event]) -> Catalogue:
+        """Replay a name's events."""
+        releases: dict[str, Release] = {}
+        aliases: dict[str, str] = {}
+        for event in events:
+            if event.op == "publish":
+                releases[str(event.digest)] = Release(str(event.version), str(event.digest))
+            elif event.op == "alias" and event.alias:
+                aliases.pop(event.alias, None)
+                if event.digest is not None:
+                    aliases[event.alias] = event.digest
+            elif event.digest in releases:
+                version = releases[event.digest].version
+                yanked = (event.reason or "no reason given") if event.op == "yank" else None
+                releases[event.digest] = Release(version, event.digest, yanked)
+        ordered = sorted(releases.values(), key=lambda release: version_key(release.version))
+        return cls(name, tuple(ordered), aliases)
+
+
+def choose(ref: AdapterRef, catalogue: Catalogue, *, where: str = "the store") -> Release:
+    """Pick the one release a ref stands for.
+
+    Raises
+    ------
+    NotFound
+        Saying what there is instead: known versions, close aliases, or that all that fits is yanked.
+    """
+    if not catalogue.releases:
+        raise NotFound(f"there is no adapter {ref.id} in {where}", ref=ref)
+    if ref.alias is not None and ref.alias != LATEST:
+        release = catalogue.find(digest=catalogue.aliases.get(ref.alias))
+        if release is None:
+            hint = suggest(ref.alias, catalogue.aliases) or _versions_hint(catalogue)
+            raise NotFound(f"{ref.id} has no alias {ref.alias!r} in {where}", ref=ref, hint=hint)
+        return release
+    if ref.version is not None or ref.digest is not None:
+        release = catalogue.find(version=ref.version, digest=ref.digest)
+        if release is None:
+            raise NotFound(f"{ref} is not in {where}", ref=ref, digest=ref.digest, hint=_versions_hint(catalogue))
+        return release
+    return _highest(ref, catalogue, where)
+
+
+def _highest(ref: AdapterRef, catalogue: Catalogue, where: str) -> Release:
+    from packaging.specifiers import SpecifierSet
+
+    by_version = {release.version: release for release in catalogue.releases}
+    fitting = list(SpecifierSet(ref.range or "").filter(by_version))
+    live = list(SpecifierSet(ref.range or "").filter(v for v in by_version if by_version[v].yanked is None))
+    if live:
+        return by_version[live[-1]]  # releases are in version order, and filter keeps it
+    if fitting:
+        release = by_version[fitting[-1]]
+        raise NotFound(
+            f"every version that fits {ref} is yanked in {where} ({release.version}: {release.yanked})",
+            ref=ref,
+            hint=f"pin it exactly to use it all the same: {ref.id}@{release.version}",
+        )
+    raise NotFound(f"no version of {ref.id} in {where} fits {ref.range}", ref=ref, hint=_versions_hint(catalogue))
+
+
+def _versions_hint(catalogue: Catalogue) -> str:
+    versions = [release.version for release in catalogue.releases][-8:]
+    aliases = [f"@{alias}" for alias in sorted(catalogue.aliases)][:4]
+    return f"there {'is' if len(versions) == 1 else 'are'} {', '.join(versions + aliases)}"

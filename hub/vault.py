@@ -1,0 +1,327 @@
+"""Blobs plus the log, under one lock: a store before it has an index, and what a directory remote is.
+
+Order of a publication: file blobs, manifest blob, then one line of the log. A kill at any instant leaves the old
+state and perhaps some unreferenced blobs, or the new state.
+"""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hub.blobs import Blobs
+from hub.errors import Conflict, IntegrityError, NotFound, StoreError, UsageError, suggest
+from hub.ledger import Event, Ledger, Position
+from hub.ref import LATEST, AdapterRef, check_alias
+from hub.resolve import Catalogue, Release, choose
+from hub.staging import Staging
+
+if TYPE_CHECKING:
+    from hub.manifest import FileEntry, Manifest
+
+ABSENT = "absent"  # the expectation that an alias does not exist yet
+LOCK_TIMEOUT = 120.0  # seconds
+EAGER_OCI_INDEX = 2000  # descriptors; beyond, index.json is rewritten only by `rebuild_index`, as that is O(n)
+
+Fetch = Callable[["FileEntry", Path], None]
+
+_DISK = {
+    errno.ENOSPC: ("the disk is full", "free some space, or move the store with HUB_HOME"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or move the store with HUB_HOME"),
+    errno.EFBIG: ("a file grew over the size limit", "raise the limit (ulimit -f)"),
+    errno.EROFS: ("the file system is read-only", "move the store with HUB_HOME"),
+    errno.EACCES: ("there is no permission", "check the owner, or move the store with HUB_HOME"),
+    errno.EPERM: ("there is no permission", "check the owner, or move the store with HUB_HOME"),
+    errno.ENOTDIR: ("a part of the path is not a directory", "move the store with HUB_HOME"),
+}
+
+
+@contextmanager
+def disk_errors(root: Path) -> Iterator[None]:
+    """Turn what the operating system says about the disk into a StoreError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        known = _DISK.get(error.errno or 0)
+        if known is None:
+            raise
+        where = error.filename or root
+        raise StoreError(f"cannot write to {where}: {known[0]}", path=str(where), hint=known[1]) from error
+    except sqlite3.OperationalError as error:
+        raise StoreError(f"the index of {root} cannot be used: {error}", path=root) from error
+
+
+class Vault:
+    """A directory of blobs and its log.
+
+    Parameters
+    ----------
+    root
+        The directory; made by the first write, never by a read.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self.blobs = Blobs(self.root)
+        self.staging = Staging(self.root)
+        self.ledger = Ledger(self.root / "log.jsonl")
+
+    @property
+    def exists(self) -> bool:
+        """Whether anything was ever written here."""
+        return self.ledger.path.exists() or (self.root / "oci-layout").exists()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the store's lock, across threads and processes; makes the layout first.
+
+        Raises
+        ------
+        StoreError
+            No permission, read-only, full, or locked by another process for `LOCK_TIMEOUT` seconds.
+        """
+        from filelock import FileLock, Timeout
+
+        from hub.oci import LAYOUT
+
+        with disk_errors(self.root):
+            self.blobs.directory.mkdir(parents=True, exist_ok=True)
+            if not (layout := self.root / "oci-layout").exists():
+                from hub.files import atomic_write
+
+                atomic_write(layout, LAYOUT)
+            try:
+                with FileLock(self.root / ".lock", timeout=LOCK_TIMEOUT, poll_interval=0.01):
+                    yield
+            except Timeout as error:
+                raise StoreError(
+                    f"{self.root} is locked by another process", path=self.root, hint="wait for it, then try again"
+                ) from error
+
+    def catalogue(self, name: str) -> Catalogue:
+        """Releases and aliases of ``ns/name``."""
+        return Catalogue.fold(name, self.ledger.about(name))
+
+    def names(self) -> list[str]:
+        """All names with a release, sorted."""
+        return sorted({event.name for event, _ in self.ledger.read() if event.op == "publish"})
+
+    def resolve(self, ref: str | AdapterRef) -> Release:
+        """Pick the release a ref stands for; NotFound with did-you-mean."""
+        ref = AdapterRef.parse(ref)
+        catalogue = self.catalogue(ref.id)
+        if not catalogue.releases:
+            names = self.names()
+            same = [name for name in names if name.split("/")[1] == ref.name]
+            hint = suggest(ref.id, names) or (f"did you mean {' or '.join(same[:3])}?" if same else None)
+            raise NotFound(f"there is no adapter {ref.id} in {self.where}", ref=ref, hint=hint or self.absent_hint)
+        return choose(ref, catalogue, where=self.where)
+
+    @property
+    def where(self) -> str:
+        """How messages call this place."""
+        return str(self.root)
+
+    absent_hint = "`hub list` shows what there is"
+
+    def manifest(self, digest: str) -> Manifest:
+        """Read a manifest, checked against its digest."""
+        from hub.manifest import Manifest
+
+        return Manifest.parse(self.blobs.read(digest), what=f"manifest {digest}")
+
+    def refuse_conflict(self, manifest: Manifest) -> bool:
+        """Whether this very artifact is here already; Conflict when another one has its name and version."""
+        present = self.catalogue(manifest.name).find(version=manifest.version)
+        if present is None:
+            return False
+        if present.digest == manifest.digest:
+            return True
+        raise Conflict(
+            f"{manifest.ref} is published in {self.where} with other content "
+            f"({present.digest[:19]}..., this one is {manifest.digest[:19]}...); versions are immutable",
+            ref=manifest.ref,
+            digest=present.digest,
+            hint="give it a new version",
+        )
+
+    def ingest(self, manifest: Manifest, fetch: Fetch) -> bool:
+        """Bring an artifact in: fetch what is missing, check every byte, publish.
+
+        Parameters
+        ----------
+        manifest
+            Of the artifact.
+        fetch
+            Called with a file entry and a path to write its bytes to (or to complete, where the path holds the
+            start of them).
+
+        Returns
+        -------
+        bool
+            Whether it is new here.
+
+        Raises
+        ------
+        IntegrityError, GateError
+            Bytes that are not what the manifest says, or that must not be admitted; nothing is published then.
+        """
+        from hub.gates import check_agreement, check_file_set, inspect
+
+        self.refuse_conflict(manifest)
+        check_file_set((entry.path for entry in manifest.files), manifest)
+        with self.lock():  # makes the layout; not held while bytes arrive
+            pass
+        scans = {}
+        with disk_errors(self.root), self.staging.room() as room:
+            for entry in manifest.files:
+                staged = self._staged(entry, room, fetch)
+                measured, scan = inspect(staged, entry.path)
+                if measured.sha256 != entry.sha256:
+                    staged.unlink(missing_ok=True)
+                    raise _changed(manifest, entry, measured)
+                if scan is not None:
+                    scans[entry.path] = scan
+                if staged.parent == room:
+                    self.blobs.adopt(staged, entry.digest)
+            check_agreement(manifest, scans)
+            return self.publish(manifest, room)
+
+    def _staged(self, entry: FileEntry, room: Path, fetch: Fetch) -> Path:
+        if self.blobs.has(entry.digest, entry.size) and self.blobs.check(entry.digest, entry.size) is None:
+            return self.blobs.path(entry.digest)
+        part = self.staging.claim(entry.digest, room)
+        fetch(entry, part)
+        return part
+
+    def publish(self, manifest: Manifest, room: Path) -> bool:
+        """Write the manifest and the log entry of an artifact whose file blobs are here."""
+        from hub.oci import image_manifest
+
+        for entry in manifest.files:
+            if not self.blobs.has(entry.digest, entry.size):
+                raise IntegrityError(f"{manifest.ref}: the blob of {entry.path} is not in {self.where}", ref=manifest.ref)
+        self.blobs.add(manifest.canonical, room)
+        self.blobs.add(image_manifest(manifest), room)
+        with self.lock():
+            if self.refuse_conflict(manifest):
+                return False
+            self._commit(Event("publish", manifest.name, manifest.digest, version=manifest.version))
+        return True
+
+    def set_alias(self, ref: AdapterRef, alias: str, *, expect: str | None = None, remove: bool = False) -> str | None:
+        """Move or remove an alias, by compare-and-swap where `expect` is given.
+
+        Parameters
+        ----------
+        ref
+            What the alias shall stand for (its name alone counts for a removal).
+        alias
+            The alias.
+        expect
+            Where the alias must stand now: a version, a digest or `ABSENT`; None moves it from anywhere.
+        remove
+            Take the alias away.
+
+        Returns
+        -------
+        str or None
+            The digest it stood for before.
+
+        Raises
+        ------
+        Conflict
+            It stands elsewhere; the message says where.
+        """
+        if check_alias(alias) == LATEST:
+            raise UsageError(f"{LATEST!r} is computed: the highest version that is not yanked", hint="use another alias")
+        with self.lock():
+            catalogue = self.catalogue(ref.id)
+            target = None if remove else self.resolve(ref).digest
+            before = catalogue.aliases.get(alias)
+            if remove and before is None:
+                known = suggest(alias, catalogue.aliases)
+                raise NotFound(f"{ref.id} has no alias {alias!r}", ref=ref, hint=known)
+            _compare(catalogue, alias, before, expect)
+            if before != target:
+                self._commit(Event("alias", ref.id, target, alias=alias))
+        return before
+
+    def yank(self, ref: AdapterRef, reason: str | None) -> Release:
+        """Yank a release with a reason, or take that back (None). It stays readable by an exact pin."""
+        with self.lock():
+            release = self.resolve(ref)
+            if release.yanked != reason:
+                op, text = ("yank", reason) if reason is not None else ("unyank", None)
+                self._commit(Event(op, ref.id, release.digest, version=release.version, reason=text))  # type: ignore[arg-type]
+        return Release(release.version, release.digest, reason)
+
+    def _commit(self, event: Event) -> Position:
+        at = self.ledger.append(event, self.ledger.end())
+        self.refresh_oci_index(event.name, at)
+        return at
+
+    def refresh_oci_index(self, name: str | None, at: Position) -> None:
+        """Bring ``index.json`` up to the log: one name's entries when it is current but for them, else all."""
+        from hub import oci
+        from hub.files import atomic_write, read_capped
+
+        path = self.root / "index.json"
+        entries = None
+        if name is not None and path.exists():
+            if path.stat().st_size > EAGER_OCI_INDEX * 400:
+                return
+            entries = oci.read_index(read_capped(path, 2**30), seq=at.seq - 1)
+        if entries is None or name is None:
+            entries = [entry for other in self.names() for entry in self._descriptors(other)]
+        else:
+            entries = [entry for entry in entries if not oci.of_name(entry, name)] + self._descriptors(name)
+        atomic_write(path, oci.write_index(entries, seq=at.seq))
+
+    def _descriptors(self, name: str) -> list[dict[str, object]]:
+        from hub import oci
+
+        catalogue = self.catalogue(name)
+        found = []
+        for release in catalogue.releases:
+            image = oci.image_manifest(self.manifest(release.digest))
+            tags = (release.version, *catalogue.aliases_of(release.digest))
+            found += [oci.descriptor(name, tag, image) for tag in tags]
+        return found
+
+
+def _compare(catalogue: Catalogue, alias: str, before: str | None, expect: str | None) -> None:
+    if expect is None:
+        return
+    if expect == ABSENT:
+        wanted = None
+    else:
+        release = catalogue.find(digest=expect) if expect.startswith("sha256:") else catalogue.find(version=expect)
+        wanted = release.digest if release else expect
+    if before != wanted:
+        now = catalogue.find(digest=before) if before else None
+        raise Conflict(
+            f"alias {alias!r} of {catalogue.name} stands at {now.version if now else 'nothing'}, not at {expect}",
+            ref=f"{catalogue.name}@{alias}",
+            digest=before,
+            hint="someone moved it; look again, then decide",
+        )
+
+
+def _changed(manifest: Manifest, entry: FileEntry, measured: FileEntry) -> IntegrityError:
+    if measured.size < entry.size:
+        how = f"truncated: {measured.size} bytes instead of {entry.size}"
+    else:
+        how = f"sha256 {measured.sha256[:16]}... with {measured.size} bytes"
+    return IntegrityError(
+        f"{manifest.ref}: {entry.path} is not the file that was packed ({how}; module.json says "
+        f"{entry.sha256[:16]}... with {entry.size} bytes)",
+        ref=manifest.ref,
+        digest=entry.digest,
+        path=entry.path,
+        hint="restore the file, or pack the change as a new version: hub push DIR --repack --version NEW",
+    )

@@ -1,0 +1,220 @@
+"""What one training run is: a flat, frozen set of values that alone decides its result.
+
+Where a run writes, what its artifact is called and how often it saves change nothing that is learned: they are
+options of `hub train` and of `train.loop.fit`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hub import errors
+from train.errors import ConfigError
+
+__all__ = ["Task", "TrainConfig", "load_config", "span_in_steps"]
+
+Task = Literal["causal_lm", "classification"]
+_SPAN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?)\s*$")
+
+
+class TrainConfig(BaseModel):
+    """One run. Spans of training are a number of steps (`200`) or a text with a unit (`"3 epochs"`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = Field("builtin:tiny-lm", description="frozen model: builtin:tiny-lm, a directory or a Hugging Face id")
+    quantize: Literal["none", "int8", "nf4"] = Field("none", description="how the base's linear weights are held")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward and backward pass")
+    method: str = Field("lora", description="what is trained: a kind of adapter (hub train --kinds lists them)")
+    options: dict[str, Any] = Field(default_factory=dict, description="the method's own options, such as {r: 16}")
+    task: Task = Field("causal_lm", description="causal_lm (text, or prompt and completion) or classification")
+    data: dict[str, str | float] = Field(
+        default_factory=dict,
+        description="train: a jsonl, csv, parquet or text file, or a folder of texts; eval: another one, "
+        "or the fraction of the training rows to hold out (0.1), or absent",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="the file's names for: text, text_pair, label, prompt, completion (default: these names)",
+    )
+    max_length: int = Field(256, ge=2, description="tokens per row; longer documents are cut into blocks")
+    batch_size: int = Field(16, ge=1, description="rows per optimizer step, over all processes")
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="rows per forward pass and process; smaller saves memory, the result stays the same",
+    )
+    duration: int | str = Field("3 epochs", description="how long to train: 200, '200 steps' or '3 epochs'")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="decay after the warmup")
+    warmup: float = Field(0.03, ge=0, lt=1, description="fraction of the steps over which the rate rises from 0")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="adamw (torch), or one of bitsandbytes"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of the adapter's matrices")
+    clip: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    group_by_length: bool = Field(False, description="batch rows of similar length together")
+    eval_every: int | str = Field("1 epochs", description="span between evaluations; 0 evaluates at the end only")
+    patience: int = Field(0, ge=0, description="stop after this many evaluations without a better one; 0 never stops")
+    metric: Literal["loss", "accuracy", "f1"] | None = Field(
+        None,
+        description="what makes an evaluation the best (default: accuracy for classification, else loss)",
+    )
+    seed: int = Field(0, ge=0, description="root of the separate streams for init, data, dropout and masks")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            for key in values:
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key {str(key)!r}{did_you_mean(str(key), cls.model_fields)}")
+        return values
+
+    @field_validator("duration", "eval_every")
+    @classmethod
+    def _a_span(cls, value: int | str) -> int | str:
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if isinstance(value, int):
+            if value < 0:
+                raise ValueError("a number of steps cannot be negative")
+            return value
+        if not _SPAN.match(value):
+            raise ValueError(f"{value!r} is not a span: write a number of steps, or such as '3 epochs'")
+        return value
+
+    @field_validator("data")
+    @classmethod
+    def _data_keys(cls, value: dict[str, str | float]) -> dict[str, str | float]:
+        for key, source in value.items():
+            if key not in ("train", "eval"):
+                raise ValueError(f"unknown part {key!r}{did_you_mean(key, ('train', 'eval'))}; parts are train, eval")
+            if isinstance(source, float) and not (key == "eval" and 0 < source < 1):
+                raise ValueError(f"{key}: {source} is neither a path nor, for eval, a fraction between 0 and 1")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _column_roles(cls, value: dict[str, str]) -> dict[str, str]:
+        roles = ("text", "text_pair", "label", "prompt", "completion")
+        for key in value:
+            if key not in roles:
+                raise ValueError(f"unknown role {key!r}{did_you_mean(key, roles)}; roles are {', '.join(roles)}")
+        return value
+
+    @model_validator(mode="after")
+    def _metric_fits_task(self) -> TrainConfig:
+        if self.task == "causal_lm" and self.metric in ("accuracy", "f1"):
+            raise ValueError(f"metric {self.metric!r} needs task classification; language modelling has loss")
+        if span_in_steps(self.duration, 1_000_000) == 0:
+            raise ValueError("duration is zero: nothing would be trained")
+        return self
+
+    @property
+    def best_metric(self) -> str:
+        """The metric that decides which evaluation is the best one."""
+        return self.metric or ("accuracy" if self.task == "classification" else "loss")
+
+    @property
+    def digest(self) -> str:
+        """`sha256:...` of the canonical JSON of all fields: equal configurations train equal adapters."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def span_in_steps(span: int | str, steps_per_epoch: int) -> int:
+    """Optimizer steps in a span; a span that is not zero has at least one.
+
+    Examples
+    --------
+    >>> span_in_steps(200, 50), span_in_steps("3 epochs", 50), span_in_steps("0.5 epochs", 5)
+    (200, 150, 3)
+    """
+    if isinstance(span, int):
+        return span
+    match = _SPAN.match(span)
+    if match is None:
+        raise ConfigError(f"{span!r} is not a span", hint="write a number of steps, or such as '3 epochs'")
+    amount = float(match[1]) * (steps_per_epoch if match[2].startswith("epoch") else 1)
+    return max(1, int(amount + 0.5)) if amount > 0 else 0
+
+
+def did_you_mean(key: str, known: Iterable[str]) -> str:
+    """`", did you mean 'x'?"` for the nearest known word, or nothing."""
+    near = errors.did_you_mean(key, known, count=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML (or JSON) file and apply `key=value` overrides, dotted for nested ones (`options.r=16`).
+
+    Raises
+    ------
+    ConfigError
+        The file is missing or not YAML (with line and column), a key is unknown (with the nearest known one),
+        or a value does not fit; each problem is named by its key.
+    """
+    values = _read_yaml(path) if path is not None else {}
+    for text in overrides:
+        _override(values, text)
+    try:
+        return TrainConfig(**values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error), path=path, hint="hub train --fields lists every key") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no such run file: {path}", path=path, hint="hub train RUN.yaml [key=value ...]") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", path=path) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path} is not YAML{where}: {getattr(error, 'problem', error)}", path=path) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not `key: value` lines", path=path)
+    return values
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    """Set one `key=value` in place; the value is read as YAML: numbers, lists and null are what they look like."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text!r} is not key=value", hint="such as lr=1e-4 or options.r=16")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value in {text!r} is not YAML", hint="quote it, or write a plain word") from error
+    *parents, last = key.split(".")
+    place = values
+    for parent in parents:
+        inner = place.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key!r}: {parent!r} holds a {type(inner).__name__}, which has no {last!r}")
+        place = inner
+    place[last] = value
+
+
+def _explain(error: ValidationError) -> str:
+    problems = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
+        message = item["msg"].removeprefix("Value error, ")
+        given = f" (given {item['input']!r})" if where and not isinstance(item["input"], dict) else ""
+        problems.append(f"{where}: {message}{given}" if where else message)
+    return "; ".join(problems)

@@ -1,0 +1,244 @@
+"""Rows to datasets: language-modelling blocks, completions, and labelled texts or pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.batches import IGNORE, Dataset, Ragged
+from train.config import TrainConfig
+from train.errors import DataError
+from train.files import file_digests, read_rows
+from train.seeds import generator
+
+__all__ = ["Splits", "check", "completions", "labelled", "load_splits", "read_rows", "text_blocks"]
+
+log = logging.getLogger(__name__)
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two parts of a run's data; `eval` is None when there is nothing to evaluate on."""
+
+    train: Dataset
+    eval: Dataset | None
+
+
+def text_blocks(tokenizer: Any, texts: Iterable[str], block_size: int, *, source: str = "texts") -> Dataset:
+    """Language-modelling rows: texts joined by an end-of-text token and cut every `block_size` tokens.
+
+    Every token is kept (the last block is shorter) and every token but a block's first is predicted.
+
+    Raises
+    ------
+    DataError
+        No text, or fewer than two tokens in all.
+    """
+    texts = list(texts)
+    end = tokenizer.eos_token_id
+    stream: list[int] = []
+    for ids in tokenizer(texts, verbose=False)["input_ids"] if texts else ():
+        stream += ids
+        if end is not None and (not ids or ids[-1] != end):
+            stream.append(end)
+    usable = len(stream) - (len(stream) % block_size == 1)  # a block of one token predicts nothing
+    if usable < 2 or not any(text.strip() for text in texts):
+        raise DataError(f"{source}: no text to learn from ({len(texts)} documents)")
+    starts = torch.tensor([*range(0, usable, block_size), usable])
+    tokens = Ragged(torch.tensor(stream[:usable], dtype=torch.int32), starts)
+    return Dataset({"input_ids": tokens}, "causal_lm", _pad_id(tokenizer), source=source)
+
+
+def completions(
+    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], max_length: int, *, source: str = "rows"
+) -> Dataset:
+    """Rows of prompt, completion and end token in which only the completion and the end are learned.
+
+    Raises
+    ------
+    DataError
+        A prompt that leaves no room for any of its completion (its rows are named).
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    heads = tokenizer(list(prompts), verbose=False)["input_ids"]
+    tails = tokenizer(list(answers), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [(head + tail + end)[:max_length] for head, tail in zip(heads, tails, strict=True)]
+    labels = [[IGNORE] * min(len(head), len(row)) + row[len(head) :] for head, row in zip(heads, ids, strict=True)]
+    cut = sum(len(h) + len(t) + len(end) > max_length for h, t in zip(heads, tails, strict=True))
+    _say_cut(cut, len(ids), max_length, source)
+    columns = {"input_ids": Ragged.of(ids), "labels": Ragged.of(labels)}
+    data = Dataset(columns, "causal_lm", _pad_id(tokenizer), source=source)
+    check(data, hint=f"the prompt fills all {max_length} tokens: raise max_length or shorten it")
+    return data
+
+
+def labelled(
+    tokenizer: Any,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    answers: Sequence[Any],
+    max_length: int,
+    *,
+    labels: Sequence[str] | None = None,
+    source: str = "rows",
+) -> Dataset:
+    """Classification rows: a text, or a pair joined as the tokenizer joins pairs (the longer side is cut).
+
+    `labels` are the class names by index; by default the sorted distinct answers (numbers by value).
+
+    Raises
+    ------
+    DataError
+        Fewer than two classes, or an answer that is not among `labels`.
+    """
+    names = [str(answer) for answer in answers]
+    if labels is None:
+        labels = sorted(set(names), key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
+        if len(labels) < 2:
+            raise DataError(f"{source}: every row has the label {labels[0]!r}; a classifier needs at least two")
+    unseen = sorted(set(names) - set(labels))
+    if unseen:
+        first = names.index(unseen[0]) + 1
+        raise DataError(f"{source}: labels unseen in training: {', '.join(unseen)} (first at row {first})")
+    second = None if pairs is None else list(pairs)
+    encoded = tokenizer(list(texts), second, verbose=False)
+    cut = sum(len(ids) > max_length for ids in encoded["input_ids"])
+    if cut:
+        encoded = tokenizer(list(texts), second, truncation=True, max_length=max_length)
+    _say_cut(cut, len(names), max_length, source)
+    index = {name: i for i, name in enumerate(labels)}
+    columns: dict[str, Ragged | Tensor] = {"labels": torch.tensor([index[name] for name in names])}
+    for name in ("input_ids", "token_type_ids"):
+        if name in encoded:
+            columns[name] = Ragged.of(encoded[name])
+    return Dataset(columns, "classification", _pad_id(tokenizer), tuple(labels), source)
+
+
+def load_splits(config: TrainConfig, tokenizer: Any) -> Splits:
+    """Read, check and encode what `config.data` names.
+
+    Raises
+    ------
+    DataError
+        No training data, a missing column (with those present), an empty split, or labels that do not fit.
+    """
+    source = config.data.get("train")
+    if not isinstance(source, str):
+        raise DataError("no training data", hint="set data.train=FILE (jsonl, csv, parquet, text) or a folder of texts")
+    rows: Rows = read_rows(source)
+    held = config.data.get("eval")
+    digests = file_digests(source)
+    if isinstance(held, str):
+        train = replace(encode(rows, config, tokenizer, source=source), digests=digests)
+        test = encode(read_rows(held), config, tokenizer, labels=train.labels, source=held)
+        return Splits(train, replace(test, digests=file_digests(held)))
+    if held is None:
+        return Splits(replace(encode(rows, config, tokenizer, source=source), digests=digests), None)
+    return _hold_out(rows, held, config, tokenizer, source, digests)
+
+
+def encode(
+    rows: Rows, config: TrainConfig, tokenizer: Any, *, labels: Sequence[str] | None = None, source: str
+) -> Dataset:
+    """Rows to the dataset of the config's task."""
+    named = {role: config.columns.get(role, role) for role in ("text", "text_pair", "label", "prompt", "completion")}
+    length = config.max_length
+    if config.task == "classification":
+        texts, answers = _column(rows, named["text"], source), _column(rows, named["label"], source)
+        paired = "text_pair" in config.columns or "text_pair" in rows[0]
+        pairs = _texts(_column(rows, named["text_pair"], source)) if paired else None
+        return labelled(tokenizer, _texts(texts), pairs, answers, length, labels=labels or None, source=source)
+    if {"prompt", "completion"} & set(config.columns) or {"prompt", "completion"} <= set(rows[0]):
+        prompts, answers = (_texts(_column(rows, named[role], source)) for role in ("prompt", "completion"))
+        return completions(tokenizer, prompts, answers, length, source=source)
+    return text_blocks(tokenizer, _texts(_column(rows, named["text"], source)), length, source=source)
+
+
+def check(data: Dataset, *, hint: str | None = None) -> None:
+    """Refuse data that would train nothing: an empty split, or rows whose every label is masked.
+
+    Raises
+    ------
+    DataError
+        With the first such rows (counted from 1) and how many there are.
+    """
+    name = data.source or "the data"
+    if len(data) == 0:
+        raise DataError(f"{name}: no rows")
+    idle = (data.items == 0).nonzero().flatten()
+    if len(idle):
+        which = ", ".join(str(int(i) + 1) for i in idle[:5]) + (", ..." if len(idle) > 5 else "")
+        raise DataError(
+            f"{name}: all labels are masked in {len(idle)} of {len(data)} rows (row {which}), "
+            "so they would train nothing",
+            hint=hint or "give every row at least one label",
+        )
+
+
+def _hold_out(
+    rows: Rows, fraction: float, config: TrainConfig, tokenizer: Any, source: str, digests: dict[str, str]
+) -> Splits:
+    """Part of the training rows, by the seed; equal rows never straddle. Of few documents, part of the blocks."""
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(repr(row), []).append(index)
+    wanted = round(len(rows) * fraction)
+    names = list(groups)
+    turn = torch.randperm(len(names), generator=generator(config.seed, "data", "held-out")).tolist()
+    held: set[int] = set()
+    for i in turn[:-1]:
+        if len(held) + len(groups[names[i]]) <= wanted:
+            held.update(groups[names[i]])
+    if held:
+        train = encode([r for i, r in enumerate(rows) if i not in held], config, tokenizer, source=source)
+        test = [rows[i] for i in sorted(held)]
+        evaluation = encode(test, config, tokenizer, labels=train.labels, source=f"{source} (held out)")
+    else:
+        whole = encode(rows, config, tokenizer, source=source)
+        count = max(1, round(len(whole) * fraction))
+        if count >= len(whole):
+            raise DataError(f"{source}: {len(whole)} rows are too few to hold some out", hint="set data.eval=FILE")
+        order = torch.randperm(len(whole), generator=generator(config.seed, "data", "held-out"))
+        train, evaluation = (
+            whole.select(order[count:].sort().values),
+            whole.select(order[:count].sort().values),
+        )
+    return Splits(replace(train, digests=digests), replace(evaluation, digests=digests))
+
+
+def _column(rows: Rows, name: str, source: str) -> list[Any]:
+    values = []
+    for number, row in enumerate(rows, 1):
+        value = row.get(name)
+        if value is None:
+            if name in row:
+                raise DataError(f"{source}, row {number}: {name!r} is empty")
+            present = ", ".join(sorted(str(key) for key in row)) or "none"
+            hint = f"name the column: columns.{_role(name)}=..."
+            raise DataError(f"{source}, row {number}: no column {name!r}; it has: {present}", hint=hint)
+        values.append(value)
+    return values
+
+
+def _role(name: str) -> str:
+    return name if name in ("text", "text_pair", "label", "prompt", "completion") else "text"
+
+
+def _texts(values: Iterable[Any]) -> list[str]:
+    return [value if isinstance(value, str) else str(value) for value in values]
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Its padding token, or any other: padded positions are masked in attention and loss."""
+    return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _say_cut(cut: int, rows: int, max_length: int, source: str) -> None:
+    if cut:
+        log.warning("%s: %d of %d rows were cut to %d tokens (max_length)", source, cut, rows, max_length)

@@ -1,0 +1,116 @@
+"""Held-out measures: loss and perplexity of a language model; accuracy, F1 and calibration of a classifier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from train.batches import IGNORE, Dataset
+from train.data import check
+from train.objective import loss_sum
+
+__all__ = ["calibration_error", "evaluate", "f1_macro", "higher_is_better", "perplexity"]
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a larger value is a better one."""
+    return metric in ("accuracy", "f1")
+
+
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    batch_size: int = 32,
+    precision: str = "fp32",
+    accelerator: Accelerator | None = None,
+) -> dict[str, float]:
+    """Measures of a model on held-out rows, in evaluation mode and without gradients.
+
+    Language modelling: `loss` (nats per predicted token), `perplexity` = exp(loss), `tokens`. Classification:
+    `loss` (nats per row), `accuracy`, `f1` (macro), `ece` (15 bins), `rows`. With an accelerator of several
+    processes each takes a share of the batches, and all return the same values.
+
+    Raises
+    ------
+    DataError
+        An empty split, or rows whose labels are all masked.
+    """
+    check(data)
+    device = next(model.parameters()).device
+    part, parts = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    found: list[tuple[Tensor, Tensor]] = []
+    cache = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
+    with _evaluation_mode(model), torch.no_grad(), amp(device, precision):
+        for _, batch in data.batches(batch_size, part=part, parts=parts):
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            labels = inputs.pop("labels")
+            logits = model(**inputs, **cache).logits
+            total += loss_sum(data.task, logits, labels).double()
+            if data.task == "classification":
+                found.append((logits.float().softmax(-1).cpu(), labels.cpu()))
+    if accelerator and parts > 1:
+        total = accelerator.reduce(total)
+        found = gather_object(found)
+    loss = float(total) / int(data.items.sum())
+    if data.task != "classification":
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(data.items.sum())}
+    probabilities = torch.cat([p for p, _ in found])
+    labels = torch.cat([y for _, y in found])
+    probabilities, labels = probabilities[labels != IGNORE], labels[labels != IGNORE]
+    guess = probabilities.argmax(-1)
+    return {
+        "loss": loss,
+        "accuracy": float((guess == labels).double().mean()),
+        "f1": f1_macro(guess, labels),
+        "ece": calibration_error(probabilities, labels),
+        "rows": float(len(labels)),
+    }
+
+
+def perplexity(model: nn.Module, data: Dataset, *, batch_size: int = 32, precision: str = "fp32") -> float:
+    """Perplexity: exp of the mean negative log likelihood per predicted token."""
+    return evaluate(model, data, batch_size=batch_size, precision=precision)["perplexity"]
+
+
+def f1_macro(guess: Tensor, labels: Tensor) -> float:
+    """Mean over the classes present in guess or labels of 2 TP / (2 TP + FP + FN); (N,) and (N,)."""
+    scores = []
+    for label in torch.cat([guess, labels]).unique():
+        hit = int(((guess == label) & (labels == label)).sum())
+        scores.append(2 * hit / (int((guess == label).sum()) + int((labels == label).sum())))
+    return sum(scores) / len(scores)
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error (arXiv 1706.04599): sum_b |B_b| / N |accuracy(B_b) - confidence(B_b)|.
+
+    (N, C) probabilities, (N,) labels; bins of equal width over the largest probability.
+    """
+    confidence, guess = probabilities.double().max(-1)
+    right = (guess == labels).double()
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, which, right - confidence)
+    return float(gap.abs().sum() / len(labels))
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def amp(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to bfloat16, or nothing for fp32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,149 @@
+"""Files to rows: jsonl, json, csv, tsv, parquet and text, each problem named with its file and line."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from train.errors import DataError
+
+__all__ = ["file_digests", "read_rows"]
+
+Row = dict[str, Any]
+_CHUNK = 1 << 20
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Rows of a file, or of every file of a folder in the order of their paths.
+
+    `.jsonl`/`.json` (objects), `.csv`/`.tsv` (a header line), `.parquet`; any other file must be UTF-8 text and
+    is one row `{"text": ...}`, so a folder of documents needs no preparation.
+
+    Raises
+    ------
+    DataError
+        The path does not exist, is empty or binary, or a line cannot be read (file and line number).
+    """
+    path = Path(path)
+    rows: list[Row] = []
+    for file in _files(path):
+        rows += _READERS.get(file.suffix.lower(), _text)(file)
+    if not rows:
+        raise DataError(f"{path} holds no rows", path=path)
+    return rows
+
+
+def file_digests(path: str | Path) -> dict[str, str]:
+    """File name (below the folder) -> `sha256:...` of its bytes, for every file that `read_rows` reads."""
+    path = Path(path)
+    return {(file.relative_to(path).as_posix() if file != path else file.name): _sha256(file) for file in _files(path)}
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(f for f in path.rglob("*") if f.is_file() and not _hidden(f.relative_to(path)))
+        if not files:
+            raise DataError(f"{path} is a folder without files", path=path)
+        return files
+    if not path.is_file():
+        raise DataError(f"no such file: {path}", path=path, hint=f"paths are looked up from {Path.cwd()}")
+    return [path]
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return "sha256:" + digest.hexdigest()
+
+
+def _read_text(path: Path) -> str:
+    """UTF-8 text, or an error that says why it is not."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", path=path) from error
+    if not data.strip():
+        raise DataError(f"{path} is empty", path=path)
+    if b"\0" in data:
+        raise DataError(f"{path} is binary (a NUL byte at offset {data.index(0)})", path=path, hint="give UTF-8 text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"{path} is not UTF-8 text (byte {data[error.start]:#04x} at offset {error.start})"
+        raise DataError(message, path=path, hint=f"iconv -t utf-8 {path.name}") from error
+
+
+def _text(path: Path) -> list[Row]:
+    return [{"text": _read_text(path)}]
+
+
+def _jsonl(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            rows.append(_object(_json(line, f"{path}, line {number}", path), f"{path}, line {number}", path))
+    return rows
+
+
+def _json_array(path: Path) -> list[Row]:
+    values = _json(_read_text(path), str(path), path)
+    if not isinstance(values, list):
+        raise DataError(f"{path} is not a JSON array of objects", path=path, hint="one object a line goes in a .jsonl")
+    return [_object(value, f"{path}, item {number}", path) for number, value in enumerate(values, 1)]
+
+
+def _json(text: str, where: str, path: Path) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg} (column {error.colno})", path=path) from error
+
+
+def _object(value: Any, where: str, path: Path) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: a JSON {type(value).__name__}, not an object", path=path)
+    return value
+
+
+def _csv(path: Path) -> list[Row]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    return list(_csv_rows(reader, path))
+
+
+def _csv_rows(reader: csv.DictReader[str], path: Path) -> Iterator[Row]:
+    csv.field_size_limit(1 << 30)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                columns = len(reader.fieldnames or ())
+                raise DataError(f"{path}, line {reader.line_num}: not {columns} cells as in the header", path=path)
+            yield row
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: {error}", path=path) from error
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError as error:
+        raise DataError(f"{path} needs pyarrow to be read", path=path, hint="pip install pyarrow") from error
+    try:
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable parquet file: {error}", path=path) from error
+    return rows
+
+
+_READERS = {".jsonl": _jsonl, ".json": _json_array, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}

@@ -1,0 +1,48 @@
+"""Refusals of the loop: training that would silently do nothing, or that has broken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from train.errors import TrainError
+
+__all__ = ["explain_non_finite", "refuse_another_run", "refuse_idle"]
+
+
+def refuse_idle(named: Mapping[str, nn.Parameter]) -> None:
+    """Raise TrainError when a parameter has no gradient after a backward pass: it would never be trained."""
+    idle = [name for name, parameter in named.items() if parameter.grad is None]
+    if idle:
+        shown = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
+        raise TrainError(
+            f"{len(idle)} of {len(named)} parameters get no gradient: {shown}",
+            hint="activate the adapter in the model (compose.activate), or leave these parameters out",
+        )
+
+
+def refuse_another_run(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Raise TrainError when a checkpoint was written under other values, naming them."""
+    differs = [f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in now.items() if saved.get(key) != value]
+    if differs:
+        raise TrainError(
+            f"{path} belongs to another run: {'; '.join(differs)}",
+            path=path,
+            hint="restore these values, or start again without --resume",
+        )
+
+
+def explain_non_finite(
+    loss: float, norm: float, rows: Tensor, source: str, named: Mapping[str, nn.Parameter]
+) -> str | None:
+    """None when both are finite, else what broke and where: the rows of the step (from 1) and the first parameter."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return None
+    what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+    shown = ", ".join(str(int(row) + 1) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
+    bad = [name for name, p in named.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    return f"{what} on rows {shown} of {source or 'the data'}{f' (gradient of {bad[0]})' if bad else ''}"

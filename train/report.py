@@ -1,0 +1,105 @@
+"""What a run shows and leaves: the progress bar, metrics.jsonl, the curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+__all__ = ["Metrics", "plot_curves", "progress_bar"]
+
+
+class Metrics:
+    """The records of a run, in memory and as lines of metrics.jsonl (rewritten when a run resumes)."""
+
+    def __init__(self, folder: Path | None, history: list[dict[str, Any]]) -> None:
+        self.history = history
+        self._path = folder / "metrics.jsonl" if folder is not None else None
+        self._stream: IO[str] | None = None
+
+    def __enter__(self) -> Metrics:
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self._path.open("w", encoding="utf-8")
+            self._stream.writelines(json.dumps(record) + "\n" for record in self.history)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep one record; evaluations are written through at once."""
+        self.history.append(record)
+        if self._stream is not None:
+            self._stream.write(json.dumps(record) + "\n")
+            if "eval" in record:
+                self._stream.flush()
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        if self._stream is not None:
+            self._stream.flush()
+
+
+@contextmanager
+def progress_bar(progress: Progress | None, accelerator: Accelerator) -> Iterator[Callable[[int, int, str], None]]:
+    """Yield `advance(done, total, status)`: a line of the given display, or of one on stderr if it is a terminal."""
+    with ExitStack() as stack:
+        if progress is None:
+            console = Console(stderr=True)
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            status = (TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
+            quiet = not (console.is_terminal and accelerator.is_main_process)
+            progress = stack.enter_context(Progress(*columns, *status, console=console, disable=quiet))
+        task = progress.add_task("train", total=None, status="")
+        stack.callback(progress.remove_task, task)
+        yield partial(_advance, progress, task)
+
+
+def _advance(progress: Progress, task: TaskID, done: int, total: int, status: str) -> None:
+    progress.update(task, completed=done, total=total, status=status)
+
+
+def plot_curves(history: Sequence[dict[str, Any]], path: Path, *, title: str = "") -> None:
+    """Training loss (thin), its running mean, evaluation loss and the learning rate over steps, as an SVG."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    steps = [(r["step"], r["loss"], r["lr"]) for r in history if "loss" in r]
+    evals = [(r["step"], r["eval"]["loss"]) for r in history if "eval" in r]
+    with mpl.rc_context({"svg.hashsalt": "curves", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(7, 3.5), layout="constrained")
+        axes = figure.subplots()
+        rate = axes.twinx()
+        rate.plot([s for s, _, _ in steps], [lr for _, _, lr in steps], color="0.75", linewidth=1)
+        rate.set_ylabel("learning rate", color="0.5")
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        axes.plot([s for s, _, _ in steps], [v for _, v, _ in steps], color="C0", alpha=0.35, linewidth=0.8)
+        axes.plot([s for s, _, _ in steps], _smooth([v for _, v, _ in steps]), color="C0", label="training")
+        if evals:
+            axes.plot([s for s, _ in evals], [v for _, v in evals], "o-", color="C3", label="held out", markersize=3)
+        axes.set(xlabel="step", ylabel="loss (nats per item)", title=title)
+        axes.set_zorder(rate.get_zorder() + 1)
+        axes.patch.set_visible(False)
+        axes.legend(frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Exponential mean with the weight of the first values corrected."""
+    keep = 1 - 1 / max(1.0, min(50.0, len(values) / 10))
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(mean / weight)
+    return out
