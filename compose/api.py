@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hub.store import Artifact, Store
 from torch import Tensor
@@ -23,7 +23,7 @@ from compose.inject import ExprLike
 from compose.kind import Adapter, KindConfig, get_kind, make_config
 from hub.manifest import BaseIdentity
 
-Source = Adapter | Artifact | str | Path
+Source: TypeAlias = Adapter | Artifact | str | Path
 
 
 def load(
@@ -182,7 +182,7 @@ def identity(model: PreTrainedModel) -> BaseIdentity:
 
 
 def save(adapter: Adapter, directory: str | Path, *, model: PreTrainedModel, task: str | None = None) -> Path:
-    """Write an adapter as a directory: ``adapter_config.json``, ``adapter_model.safetensors`` (+ ``extra.safetensors``).
+    """Write an adapter as a directory: config, ``adapter_model.safetensors`` and, with heads, ``extra.safetensors``.
 
     The directory is a PEFT directory where PEFT has the kind, and :func:`attach` reads it back exactly.
     """

@@ -41,8 +41,9 @@ class Replace:
 
 @dataclass(frozen=True)
 class Atoms:
-    """What one adapter does at one site. Shapes: A (r, d_in), B (d_out, r), gain, bias (d_out,), input_gain (d_in,),
-    delta (d_out, d_in) dense or sparse.
+    """What one adapter does at one site.
+
+    Shapes: A (r, d_in), B (d_out, r), gain and bias (d_out,), input_gain (d_in,), delta (d_out, d_in) dense or sparse.
     """
 
     A: Tensor | None = None

@@ -137,7 +137,7 @@ def _virtual_bias(module: nn.Module, bias: Tensor, n: int) -> Tensor:
     owner = getattr(module, "moduloom_bias_owner", module)
     if not getattr(owner, "has_relative_attention_bias", False):
         return bias.new_zeros(*bias.shape[:3], n)
-    return cast("Tensor", owner.compute_bias(length, n, device=bias.device, past_seen_tokens=past + n))
+    return cast("Tensor", cast("Any", owner).compute_bias(length, n, device=bias.device, past_seen_tokens=past + n))
 
 
 def _sdpa(

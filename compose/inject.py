@@ -19,12 +19,12 @@ from compose.expr import IDENTITY, Add, Call, Expr, Ref, Scale, normalize, parse
 from compose.function import bind
 from compose.functions.average import AverageOptions, shares
 from compose.kind import Adapter, KindError
-from compose.lowering import Coefficient, flatten, site_program, unsupported
+from compose.lowering import flatten, site_program, unsupported
 from compose.merge import average_tensors
 from compose.prompting import PromptState, stack_prompts
 from compose.sites import SiteMap
 from compose.slot import Context, PositionSlot, Slot
-from compose.stage import Node, Stage
+from compose.stage import Coefficient, Node, Stage
 from hub.errors import NotFound, did_you_mean
 
 ExprLike = Expr | str | None
@@ -179,7 +179,7 @@ class Runtime:
             if not any(rows):
                 continue
             state = stack_prefixes(cast("Any", rows), self.model.device)
-            module.moduloom_prefix = state  # type: ignore[assignment]
+            module.moduloom_prefix = state
             self._own_bias(path, module)
             self._prefixed.append(module)
         return state
@@ -290,7 +290,7 @@ class Runtime:
             kwargs = {**kwargs, "attention_mask": prompting.extend_mask(prompt, mask, mask.shape[0])}
         return kwargs
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG002
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self._depth -= 1
         if self._depth == 0 and self._trim and self._prompt is not None:
             total, self._trim = self._trim, 0

@@ -87,11 +87,11 @@ class Adapter(nn.Module):
         """Create the parameters, initialized from ``self.generator``, and set ``self.paths``."""
         raise KindError(f"kind {self.kind!r} does not build anything")
 
-    def lower(self, path: str, below: Below) -> Atoms | None:  # noqa: ARG002
+    def lower(self, path: str, below: Below) -> Atoms | None:
         """Atoms at the site ``path``, or None. Called anew each forward while the adapter trains."""
         return None
 
-    def prefix(self, path: str) -> Prefix | None:  # noqa: ARG002
+    def prefix(self, path: str) -> Prefix | None:
         """Prefix of the attention module at ``path``, or None."""
         return None
 
@@ -100,7 +100,7 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
-    def peft_config(cls, config: KindConfig, sites: SiteMap) -> dict[str, Any]:  # noqa: ARG003
+    def peft_config(cls, config: KindConfig, sites: SiteMap) -> dict[str, Any]:
         """Fields of PEFT's adapter_config.json for this config (only kinds with a ``peft_type``)."""
         return {}
 
@@ -200,8 +200,9 @@ class Adapter(nn.Module):
             )
         for key, value in tensors.items():
             if have[key].shape != value.shape:
+                got, wanted = tuple(value.shape), tuple(have[key].shape)
                 raise KindError(
-                    f"{key} of adapter {self.name!r} has shape {tuple(value.shape)}, this base wants {tuple(have[key].shape)}",
+                    f"{key} of adapter {self.name!r} has shape {got}, this base wants {wanted}",
                     hint="hub show REF prints the base it was made for",
                 )
         with torch.no_grad():

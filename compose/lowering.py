@@ -21,7 +21,7 @@ Rows = Sequence[Expr]
 class Scene(Protocol):
     """What lowering needs to know of a model: its adapters, the weights given by name, and its slots."""
 
-    adapters: Mapping[str, Adapter]
+    adapters: dict[str, Adapter]
     weights: Mapping[str, Coefficient]
 
     def slot(self, path: str) -> Slot:

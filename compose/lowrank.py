@@ -60,7 +60,7 @@ class LowRank(Adapter):
             most = min(site.in_features, site.out_features)
             if self.config.r > most:
                 raise KindError(
-                    f"r = {self.config.r} is above the dimension of {site.path} ({site.out_features} x {site.in_features})",
+                    f"r = {self.config.r} is above the smaller dimension of {site.path}, {most}",
                     hint=f"choose r <= {most}",
                 )
             a = torch.empty(self.config.r, site.in_features)

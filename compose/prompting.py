@@ -66,7 +66,7 @@ def extend_inputs(state: PromptState, embedding: nn.Module, owner: nn.Module, kw
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     cache = kwargs.get("past_key_values")
     prefill = cache is None or not cache.get_seq_length()
-    seen = length if prefill else int(cache.get_seq_length()) - n + length
+    seen = length if cache is None or prefill else int(cache.get_seq_length()) - n + length
     if mask is None:
         mask = torch.ones(batch, seen, dtype=torch.long, device=source.device)
     if mask.dim() == 2 and mask.shape[1] <= seen:  # a caller further out may have extended it already
@@ -92,7 +92,7 @@ def extend_inputs(state: PromptState, embedding: nn.Module, owner: nn.Module, kw
 
 
 def _roberta_positions(owner: nn.Module, ids: Tensor, n: int, out: dict[str, Any]) -> None:
-    """RoBERTa counts positions over real tokens when it sees ids, and over all when it sees embeddings: keep the first."""
+    """RoBERTa counts positions over real tokens when it sees ids, over all when it sees embeddings: keep the first."""
     for module in owner.modules():
         create = getattr(module, "create_position_ids_from_input_ids", None)
         if create is not None:

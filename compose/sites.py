@@ -68,7 +68,7 @@ class SiteMap:
         self.sites: dict[str, Site] = {s.path: s for s in self._find(modules)}
         if not self.sites:
             raise SiteError(
-                f"{type(model).__name__} ({self.model_type or 'unknown type'}) has no linear layer inside a numbered block",
+                f"{type(model).__name__} ({self.model_type or 'unknown type'}) has no linear layer in a numbered block",
                 hint="hub compose sites BASE lists what can be adapted",
             )
         self.heads = tuple(

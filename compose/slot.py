@@ -88,7 +88,7 @@ class BelowView:
             return self._slot.row_norm_squared()
         width = int(self._slot.in_features if hasattr(self._slot, "in_features") else self._slot.weight.shape[0])
         total: Tensor | float = 0.0
-        for units in torch.eye(width, device=self.device).split(256):
+        for units in torch.split(torch.eye(width, device=self.device), 256):
             total = total + self.apply(units).float().square().sum(0)
         return cast("Tensor", total)
 

@@ -199,10 +199,7 @@ def _on_rows(fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None, x: Ten
 
 
 def _vector(label: str, atoms: Atoms) -> Tensor:
-    if label == "biases":
-        value = atoms.bias
-    else:
-        value = atoms.input_gain if label == "inputs" else atoms.gain
+    value = {"biases": atoms.bias, "inputs": atoms.input_gain}.get(label, atoms.gain)
     assert value is not None  # noqa: S101 - the caller chose entries that have it
     return value if label == "biases" else value - 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
     if weight.dtype == torch.int8:
         scale = getattr(weight, "SCB", None)
         if scale is None:
-            scale = cast("nn.Module", layer).state.SCB  # type: ignore[union-attr]
+            scale = cast("Any", layer).state.SCB
         return weight.data.float() * (cast("Tensor", scale).float()[:, None] / 127.0)
     return weight
 
@@ -30,7 +30,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
 def row_norm_squared(layer: nn.Module, *, rows: int = 1024) -> Tensor:
     """||W||^2 of each output row, (d_out,) float32; blockwise, so a bf16 weight is never copied whole to fp32."""
     weight = dense_weight(layer)
-    return torch.cat([block.float().square().sum(1) for block in weight.split(rows)])
+    return torch.cat([block.float().square().sum(1) for block in torch.split(weight, rows)])
 
 
 def bias_of(layer: nn.Module) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -70,7 +70,7 @@ class Dataset:
     pad_id: int = 0
     labels: tuple[str, ...] = ()  # names of the classes, by index
     source: str = ""  # where the rows came from, for messages
-    digests: Mapping[str, str] = field(default_factory=dict)  # file -> sha256 of the data it was read from
+    origin: Tensor | None = None  # (N,) each row's number in its source, where that is not its index
 
     def __len__(self) -> int:
         return len(self.tokens.starts) - 1
@@ -116,7 +116,14 @@ class Dataset:
     def select(self, rows: Tensor) -> Dataset:
         """The given rows as a dataset of their own."""
         columns = {n: c.select(rows) if isinstance(c, Ragged) else c[rows] for n, c in self.columns.items()}
-        return Dataset(columns, self.task, self.pad_id, self.labels, self.source, self.digests)
+        origin = rows if self.origin is None else self.origin[rows]
+        return Dataset(columns, self.task, self.pad_id, self.labels, self.source, origin)
+
+    def where(self, rows: Tensor, most: int = 8) -> str:
+        """Name rows for a message: `rows 3, 17, ... of train.jsonl`, counted from 1 in their source."""
+        numbers = (rows if self.origin is None else self.origin[rows]).tolist()
+        shown = ", ".join(str(number + 1) for number in numbers[:most]) + (", ..." if len(numbers) > most else "")
+        return f"{'row' if len(numbers) == 1 else 'rows'} {shown} of {self.source or 'the data'}"
 
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """The model's arguments: `input_ids` and `attention_mask` (B, T), `labels` (B, T) or (B,), ..."""
@@ -150,9 +157,9 @@ def epoch_order(data: Dataset, seed: int, epoch: int, step_rows: int, *, group_b
     order = torch.randperm(len(data), generator=random)
     if not group_by_length:
         return order
-    windows = order.split(step_rows * _WINDOW)
+    windows = torch.split(order, step_rows * _WINDOW)
     order = torch.cat([w[torch.argsort(data.lengths[w], descending=True, stable=True)] for w in windows])
-    steps = order.split(step_rows)
+    steps = torch.split(order, step_rows)
     whole = len(steps) - (len(order) % step_rows > 0)  # a last, smaller step stays last: steps then keep their size
     turn = torch.randperm(whole, generator=random).tolist()
     return torch.cat([steps[i] for i in [*turn, *range(whole, len(steps))]])

@@ -28,6 +28,7 @@ class Splits:
 
     train: Dataset
     eval: Dataset | None
+    digests: Mapping[str, str]  # file -> sha256:... of its bytes
 
 
 def text_blocks(tokenizer: Any, texts: Iterable[str], block_size: int, *, source: str = "texts") -> Dataset:
@@ -128,19 +129,19 @@ def load_splits(config: TrainConfig, tokenizer: Any) -> Splits:
     DataError
         No training data, a missing column (with those present), an empty split, or labels that do not fit.
     """
-    source = config.data.get("train")
+    source, held = config.data.get("train"), config.data.get("eval")
     if not isinstance(source, str):
-        raise DataError("no training data", hint="set data.train=FILE (jsonl, csv, parquet, text) or a folder of texts")
+        hint = "set data.train=FILE (jsonl, csv, parquet, text) or a folder of texts"
+        raise DataError("no training data", hint=hint)
     rows: Rows = read_rows(source)
-    held = config.data.get("eval")
     digests = file_digests(source)
-    if isinstance(held, str):
-        train = replace(encode(rows, config, tokenizer, source=source), digests=digests)
-        test = encode(read_rows(held), config, tokenizer, labels=train.labels, source=held)
-        return Splits(train, replace(test, digests=file_digests(held)))
+    if isinstance(held, float):
+        return Splits(*_hold_out(rows, config, tokenizer, fraction=held, source=source), digests)
+    train = encode(rows, config, tokenizer, source=source)
     if held is None:
-        return Splits(replace(encode(rows, config, tokenizer, source=source), digests=digests), None)
-    return _hold_out(rows, held, config, tokenizer, source, digests)
+        return Splits(train, None, digests)
+    test = encode(read_rows(held), config, tokenizer, labels=train.labels, source=held)
+    return Splits(train, test, {**digests, **{f"eval/{n}": d for n, d in file_digests(held).items()}})
 
 
 def encode(
@@ -168,48 +169,46 @@ def check(data: Dataset, *, hint: str | None = None) -> None:
     DataError
         With the first such rows (counted from 1) and how many there are.
     """
-    name = data.source or "the data"
     if len(data) == 0:
-        raise DataError(f"{name}: no rows")
+        raise DataError(f"{data.source or 'the data'}: no rows")
     idle = (data.items == 0).nonzero().flatten()
     if len(idle):
-        which = ", ".join(str(int(i) + 1) for i in idle[:5]) + (", ..." if len(idle) > 5 else "")
+        where = data.where(idle, most=5)
         raise DataError(
-            f"{name}: all labels are masked in {len(idle)} of {len(data)} rows (row {which}), "
-            "so they would train nothing",
+            f"all labels are masked in {len(idle)} of {len(data)} rows: {where} would train nothing",
             hint=hint or "give every row at least one label",
         )
 
 
 def _hold_out(
-    rows: Rows, fraction: float, config: TrainConfig, tokenizer: Any, source: str, digests: dict[str, str]
-) -> Splits:
+    rows: Rows, config: TrainConfig, tokenizer: Any, *, fraction: float, source: str
+) -> tuple[Dataset, Dataset]:
     """Part of the training rows, by the seed; equal rows never straddle. Of few documents, part of the blocks."""
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(repr(row), []).append(index)
-    wanted = round(len(rows) * fraction)
-    names = list(groups)
-    turn = torch.randperm(len(names), generator=generator(config.seed, "data", "held-out")).tolist()
-    held: set[int] = set()
-    for i in turn[:-1]:
-        if len(held) + len(groups[names[i]]) <= wanted:
-            held.update(groups[names[i]])
+    order = torch.randperm(len(groups), generator=generator(config.seed, "data", "held-out")).tolist()
+    alike, held = list(groups.values()), set[int]()
+    for group in (alike[i] for i in order):
+        if len(held) + len(group) <= round(len(rows) * fraction):
+            held.update(group)
     if held:
-        train = encode([r for i, r in enumerate(rows) if i not in held], config, tokenizer, source=source)
-        test = [rows[i] for i in sorted(held)]
-        evaluation = encode(test, config, tokenizer, labels=train.labels, source=f"{source} (held out)")
-    else:
-        whole = encode(rows, config, tokenizer, source=source)
-        count = max(1, round(len(whole) * fraction))
-        if count >= len(whole):
-            raise DataError(f"{source}: {len(whole)} rows are too few to hold some out", hint="set data.eval=FILE")
-        order = torch.randperm(len(whole), generator=generator(config.seed, "data", "held-out"))
-        train, evaluation = (
-            whole.select(order[count:].sort().values),
-            whole.select(order[:count].sort().values),
-        )
-    return Splits(replace(train, digests=digests), replace(evaluation, digests=digests))
+        kept = [i for i in range(len(rows)) if i not in held]
+        train = encode([rows[i] for i in kept], config, tokenizer, source=source)
+        names, part = train.labels, sorted(held)
+        test = encode([rows[i] for i in part], config, tokenizer, labels=names, source=f"{source} (held out)")
+        return _numbered(train, kept), _numbered(test, part)
+    whole = encode(rows, config, tokenizer, source=source)
+    count = max(1, round(len(whole) * fraction))
+    if count >= len(whole):
+        raise DataError(f"{source}: {len(whole)} rows are too few to hold some out", hint="set data.eval=FILE")
+    turn = torch.randperm(len(whole), generator=generator(config.seed, "data", "held-out"))
+    return whole.select(turn[count:].sort().values), whole.select(turn[:count].sort().values)
+
+
+def _numbered(data: Dataset, numbers: Sequence[int]) -> Dataset:
+    """Remember row numbers of the file; blocks of text are no rows of a file."""
+    return replace(data, origin=torch.tensor(numbers)) if "labels" in data.columns else data
 
 
 def _column(rows: Rows, name: str, source: str) -> list[Any]:

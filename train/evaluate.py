@@ -83,7 +83,7 @@ def perplexity(model: nn.Module, data: Dataset, *, batch_size: int = 32, precisi
 def f1_macro(guess: Tensor, labels: Tensor) -> float:
     """Mean over the classes present in guess or labels of 2 TP / (2 TP + FP + FN); (N,) and (N,)."""
     scores = []
-    for label in torch.cat([guess, labels]).unique():
+    for label in torch.unique(torch.cat([guess, labels])):
         hit = int(((guess == label) & (labels == label)).sum())
         scores.append(2 * hit / (int((guess == label).sum()) + int((labels == label).sum())))
     return sum(scores) / len(scores)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from train.errors import TrainError
 
@@ -36,13 +36,8 @@ def refuse_another_run(saved: Mapping[str, Any], now: Mapping[str, Any], path: P
         )
 
 
-def explain_non_finite(
-    loss: float, norm: float, rows: Tensor, source: str, named: Mapping[str, nn.Parameter]
-) -> str | None:
-    """None when both are finite, else what broke and where: the rows of the step (from 1) and the first parameter."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        return None
+def explain_non_finite(loss: float, norm: float, where: str, named: Mapping[str, nn.Parameter]) -> str:
+    """Say what broke and where: the rows of the step, and the first parameter whose gradient broke."""
     what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
-    shown = ", ".join(str(int(row) + 1) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
     bad = [name for name, p in named.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-    return f"{what} on rows {shown} of {source or 'the data'}{f' (gradient of {bad[0]})' if bad else ''}"
+    return f"{what} on {where}{f' (gradient of {bad[0]})' if bad else ''}"

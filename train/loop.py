@@ -111,8 +111,8 @@ def fit(
             record = loop.step()
             if result.steps % loop.log_every == 0 or result.steps == result.total_steps:
                 metrics.add(record)
-            if loop.evaluation_is_due():
-                metrics.add(loop.evaluate())
+            if eval_data is not None and loop.evaluation_is_due():
+                metrics.add(loop.evaluate(eval_data))
             if save_every and result.steps % save_every == 0:
                 metrics.flush()
                 loop.save(checkpoint)
@@ -160,16 +160,15 @@ class _Loop:
         torch.manual_seed(derive(self.config.seed, "dropout", step, self.accelerator.process_index))
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
-        for micro in mine.split(self.config.micro_batch or self.config.batch_size) if len(mine) else ():
+        for micro in torch.split(mine, self.config.micro_batch or self.config.batch_size) if len(mine) else ():
             loss += self._backward(micro, items)
         if step == 0 and len(mine):
             refuse_idle(self.named)
         loss = sum_gradients(self.parameters, loss, self.accelerator)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
         loss_value, norm_value = torch.stack([loss, norm.to(loss)]).tolist()  # the step's only synchronization
-        broken = explain_non_finite(loss_value, norm_value, rows, self.train_data.source, self.named)
-        if broken:
-            self._stop(broken)
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            self._stop(explain_non_finite(loss_value, norm_value, self.train_data.where(rows), self.named))
         rate = learning_rate(self.config, step, result.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -183,15 +182,14 @@ class _Loop:
 
     def evaluation_is_due(self) -> bool:
         """Every `eval_every` steps, and after the last one."""
-        last = self.result.steps == self.result.total_steps
-        return self.eval_data is not None and (last or self.result.steps % self.eval_every == 0)
+        return self.result.steps == self.result.total_steps or self.result.steps % self.eval_every == 0
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, data: Dataset) -> dict[str, Any]:
         """Measure, remember the state if it is the best one, count patience; returns the record."""
         result, started = self.result, time.perf_counter()
         size = 2 * (self.config.micro_batch or self.config.batch_size)  # there are no gradients to hold
-        options = {"batch_size": size, "precision": self.config.precision, "accelerator": self.accelerator}
-        measured = evaluate(self.model, self.eval_data, **options)
+        precision, accelerator = self.config.precision, self.accelerator
+        measured = evaluate(self.model, data, batch_size=size, precision=precision, accelerator=accelerator)
         result.seconds += time.perf_counter() - started
         better = math.isfinite(measured["loss"]) and (result.best is None or self._beats(measured, result.best))
         if better:
@@ -278,7 +276,8 @@ def _training(model: nn.Module, adapter: nn.Module, config: TrainConfig) -> Iter
         if not hasattr(model, "gradient_checkpointing_enable"):
             name = type(model).__name__
             raise TrainError(f"{name} cannot checkpoint gradients", hint="gradient_checkpointing=false")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable: Any = model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     adapter.train()
     try:
@@ -288,4 +287,5 @@ def _training(model: nn.Module, adapter: nn.Module, config: TrainConfig) -> Iter
         model.train(before[0])
         adapter.train(before[1])
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
+            disable: Any = model.gradient_checkpointing_disable
+            disable()

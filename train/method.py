@@ -17,7 +17,7 @@ class Method:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
         """Sum of the loss over the batch's items (the loop divides by the items of the whole step)."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
         if getattr(getattr(model, "config", None), "use_cache", False):
             inputs["use_cache"] = False  # training has no use for keys and values
         return loss_sum(task, model(**inputs).logits, batch["labels"])

@@ -37,7 +37,7 @@ def make_optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> Optimiz
     Paged memory lies between a GPU and its host; on a CPU the same update runs unpaged, with a notice.
     """
     device = groups[0]["params"][0].device
-    name = config.optimizer
+    name: str = config.optimizer
     if name.startswith("paged_") and device.type == "cpu":
         unpaged = {"paged_adamw_32bit": "adamw", "paged_adamw_8bit": "adamw_8bit"}[name]
         log.warning("%s needs a GPU to page to; on this CPU %s makes the same update without paging", name, unpaged)

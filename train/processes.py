@@ -27,4 +27,5 @@ def sum_gradients(parameters: Sequence[nn.Parameter], loss: Tensor, accelerator:
     flat = accelerator.reduce(flat, reduction="sum")
     for gradient, part in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
-    return flat[-1]
+    total: Tensor = flat[-1]
+    return total

@@ -1,0 +1,112 @@
+"""Filters of `Store.list` as SQL conditions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from hub.errors import UsageError, suggest
+
+_Term = tuple[str, tuple[object, ...]]
+
+
+def _column(name: str) -> Callable[[str], _Term]:
+    return lambda value: (f"a.{name} = ?", (value,))
+
+
+def _facet(name: str) -> Callable[[str], _Term]:
+    inside = "a.id IN (SELECT artifact FROM facets WHERE facet = ? AND value = ?)"
+    return lambda value: (inside, (name, value))
+
+
+def _name(value: str) -> _Term:
+    if any(mark in value for mark in "*?["):
+        return "a.name GLOB ?", (value if "/" in value else f"*/{value}",)
+    return ("a.name = ?", (value,)) if "/" in value else ("(a.name = ? OR a.name LIKE ?)", (f"local/{value}", f"%/{value}"))
+
+
+def _base(value: str) -> _Term:
+    if value.startswith("sha256:"):
+        return "(a.base_weights = ? OR a.base_arch = ?)", (value, value)
+    return "a.base_repo = ?", (value,)
+
+
+def _text(value: str) -> _Term:
+    words = re.findall(r"\w+", value)
+    if not words:
+        raise UsageError(f"{value!r} holds no word to search for")
+    match = " ".join(f'"{word}"*' for word in words)
+    return "a.id IN (SELECT rowid FROM search WHERE search MATCH ?)", (match,)
+
+
+def _alias(value: str) -> _Term:
+    return "a.digest IN (SELECT digest FROM aliases WHERE alias = ?)", (value,)
+
+
+_FILTERS: dict[str, Callable[[str], _Term]] = {
+    "name": _name,
+    "namespace": lambda value: ("a.name GLOB ?", (f"{value}/*",)),
+    "version": _column("version"),
+    "digest": _column("digest"),
+    "type": _column("type"),
+    "kind": _column("kind"),
+    "method": _column("method"),
+    "task": _column("task"),
+    "license": _column("license"),
+    "base": _base,
+    "label": _facet("label"),
+    "language": _facet("language"),
+    "domain": _facet("domain"),
+    "alias": _alias,
+    "text": _text,
+}
+_ORDERS = {"name": "a.name, a.version_key", "created": "a.created DESC, a.id DESC", "size": "a.size DESC, a.name"}
+_NEWEST = """a.version_key = (SELECT max(b.version_key) FROM artifacts b WHERE b.name = a.name
+    AND (b.yanked IS NULL OR ?))"""
+
+
+def build(
+    filters: dict[str, Any], *, yanked: bool, newest: bool, sort: str | None, ascending: bool | None
+) -> tuple[str, list[object], str]:
+    """SQL condition, its arguments and the order.
+
+    Parameters
+    ----------
+    filters
+        Name -> value; those that are None are left out.
+    yanked
+        Whether yanked releases are shown.
+    newest
+        Only the highest version of each name.
+    sort
+        ``name``, ``created``, ``size``, or a metric's name (the best value first).
+    ascending
+        For a metric: whether the least value is the best (perplexity, loss). None guesses by its name.
+
+    Raises
+    ------
+    UsageError
+        An unknown filter, with did-you-mean.
+    """
+    terms, arguments = [], list[object]()
+    for name, value in filters.items():
+        if name not in _FILTERS:
+            raise UsageError(f"there is no filter {name!r}", hint=suggest(name, _FILTERS))
+        if value is not None:
+            term, values = _FILTERS[name](str(value))
+            terms.append(term)
+            arguments += values
+    if not yanked:
+        terms.append("a.yanked IS NULL")
+    if newest:
+        terms.append(_NEWEST)
+        arguments.append(yanked)
+    order = _ORDERS.get(sort or "name")
+    if order is None:
+        terms.append("a.id IN (SELECT artifact FROM metrics WHERE metric = ?)")
+        arguments.append(sort)
+        low = ascending if ascending is not None else bool(re.search("loss|perplexity|error|ece", str(sort), re.I))
+        best = "min" if low else "max"
+        order = f"(SELECT {best}(value) FROM metrics WHERE artifact = a.id AND metric = ?) {'ASC' if low else 'DESC'}"
+    return " AND ".join(terms) or "1", arguments, order

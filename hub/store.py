@@ -1,0 +1,259 @@
+"""The local store: content-addressed blobs, the log, and an index that can be rebuilt from both."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import finalize
+
+from hub.artifact import Artifact as Artifact
+from hub.errors import GateError, NotFound
+from hub.index import Facts, Index
+from hub.ledger import Event, Position
+from hub.query import build
+from hub.ref import AdapterRef
+from hub.resolve import Catalogue
+from hub.vault import ABSENT as ABSENT
+from hub.vault import Vault, disk_errors
+
+if TYPE_CHECKING:
+    from hub.manifest import FileEntry
+
+T = TypeVar("T")
+
+
+def default_root() -> Path:
+    """``$HUB_HOME``, or ``~/.moduloom``."""
+    return Path(os.environ.get("HUB_HOME") or "~/.moduloom").expanduser()
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something `Store.verify` found: what it is about and one sentence."""
+
+    about: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.about}: {self.message}"
+
+
+class Store(Vault):
+    """Artifacts on this machine.
+
+    Parameters
+    ----------
+    root
+        The directory; `default_root` where it is None. Nothing is made until something is written.
+
+    Notes
+    -----
+    Any number of processes may share a store. The log and the blobs are the truth; the index follows the log,
+    and an index that is missing, old or damaged is made anew by whoever needs it.
+    """
+
+    absent_hint = "`hub list` shows what there is; `hub pull REF --from URL` brings it here"
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        super().__init__(default_root() if root is None else Path(root).expanduser())
+        self._index = Index(self.root / "index.sqlite")
+
+    @property
+    def where(self) -> str:
+        """How messages call this place."""
+        return f"the store {self.root}"
+
+    def put(self, directory: str | Path) -> Artifact:
+        """Publish an artifact directory (one with ``module.json``).
+
+        The same version with the same digest is a no-op that checks the directory all the same.
+
+        Raises
+        ------
+        Conflict
+            The version is published with another digest.
+        IntegrityError, GateError, ManifestError
+            The directory does not hold what its manifest says, or must not be published. Nothing is changed.
+        """
+        from hub.files import open_regular
+        from hub.manifest import read_manifest
+
+        directory = Path(directory)
+        manifest = read_manifest(directory)
+        _check_listed(directory, {entry.path for entry in manifest.files}, manifest.ref)
+
+        def fetch(entry: FileEntry, target: Path) -> None:
+            with open_regular(directory / entry.path) as source, target.open("wb") as file:
+                shutil.copyfileobj(source, file, 2**20)
+
+        _check_present(directory, manifest.files)
+        self.ingest(manifest, fetch)
+        return self.get(manifest.ref)
+
+    def get(self, ref: str | AdapterRef) -> Artifact:
+        """Return the artifact a ref stands for.
+
+        Raises
+        ------
+        NotFound
+            With the closest names, versions or aliases as a hint.
+        """
+        release = self.resolve(ref)
+        return self._artifact(self._ask(lambda index: index.select("a.digest = ?", (release.digest,)))[0])
+
+    def list(
+        self,
+        *,
+        yanked: bool = False,
+        newest: bool = False,
+        sort: str | None = None,
+        ascending: bool | None = None,
+        limit: int | None = None,
+        **filters: str | None,
+    ) -> list[Artifact]:
+        """Artifacts that pass all filters, by name and version unless `sort` says otherwise.
+
+        Filters: name (with ``*``), namespace, version, digest, type, kind, method, task, license, base (repo or
+        digest), label, language, domain, alias, text (full text, by prefix). See `hub.query.build` for the rest.
+        """
+        where, arguments, order = build(filters, yanked=yanked, newest=newest, sort=sort, ascending=ascending)
+        if "metric = ?" in order:
+            arguments.append(sort)
+        count = -1 if limit is None else limit
+        return [self._artifact(facts) for facts in self._ask(lambda index: index.select(where, arguments, order, count))]
+
+    def tag(self, ref: str | AdapterRef, alias: str, *, expect: str | None = None) -> Artifact:
+        """Let ``ns/name@alias`` stand for what `ref` is now; compare-and-swap where `expect` is given.
+
+        `expect` is a version, a digest or ``"absent"``; Conflict when the alias stands elsewhere.
+        """
+        self.set_alias(AdapterRef.parse(ref), alias, expect=expect)
+        return self.get(AdapterRef.parse(ref).at(alias=alias))
+
+    def untag(self, name: str | AdapterRef, alias: str, *, expect: str | None = None) -> str | None:
+        """Remove an alias; returns the digest it stood for."""
+        return self.set_alias(AdapterRef.parse(name), alias, expect=expect, remove=True)
+
+    def verify(self, ref: str | AdapterRef | None = None) -> list[Problem]:
+        """Read every byte of one artifact, or of the whole store with its log and index; list what is wrong."""
+        from hub.verify import verify_release, verify_store
+
+        if ref is None:
+            return verify_store(self)
+        release = self.resolve(ref)
+        return verify_release(self, AdapterRef.parse(ref).at(version=release.version), release.digest)
+
+    def rebuild_index(self) -> int:
+        """Make the SQLite index and ``index.json`` anew from log and blobs; returns the number of artifacts."""
+        with self.lock():
+            self._follow(anew=True)
+            self.refresh_oci_index(None, self.ledger.end())
+        return len(self._index.select())
+
+    def edges(self) -> list[tuple[str, str, str, str | None]]:
+        """All (digest, relation, target ref, target digest) of the artifacts here."""
+        return self._ask(lambda index: index.edges())
+
+    def catalogue(self, name: str) -> Catalogue:
+        """Releases and aliases of ``ns/name``, from the index."""
+        return self._ask(lambda index: index.catalogue(name))
+
+    def names(self) -> list[str]:
+        """All names, from the index."""
+        return self._ask(lambda index: index.names())
+
+    def _artifact(self, facts: Facts) -> Artifact:
+        return Artifact(facts, self.blobs)
+
+    def _commit(self, event: Event) -> Position:
+        at = super()._commit(event)
+        self._follow()
+        return at
+
+    def _ask(self, question: Callable[[Index], T]) -> T:
+        """Answer from an index that has read the whole log."""
+        try:
+            return question(self._current())
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # busy, full: not damage
+                with disk_errors(self.root):
+                    raise
+            self._index.remove()
+            return question(self._current())
+
+    def _current(self) -> Index:
+        end = self.ledger.size
+        at = self._index.position()
+        if at is not None and at.offset == end:
+            return self._index
+        if not self._writable():
+            return self._spare()
+        if at is None or at.offset != self.ledger.end().offset:
+            with self.lock():
+                self._follow()
+        return self._index
+
+    def _writable(self) -> bool:
+        place = self.root
+        while not place.exists():
+            place = place.parent
+        return self.exists and os.access(place, os.W_OK)
+
+    def _spare(self) -> Index:
+        """Index for a store that cannot be written: its own where that is current, else one in a temporary file."""
+        if self._index.path.exists():
+            frozen = Index(self._index.path, frozen=True)
+            if frozen.position() == self.ledger.end():
+                return frozen
+        directory = tempfile.mkdtemp(prefix="moduloom-index-")
+        finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        self._index = Index(Path(directory) / "index.sqlite")
+        self._index.apply(self.ledger.read(), self._document, anew=True)
+        return self._index
+
+    def _follow(self, *, anew: bool = False) -> None:
+        """Bring the index up to the log; called under the lock."""
+        at = None if anew else self._index.position()
+        if at is not None and at.offset > self.ledger.end().offset:
+            at = None  # the log is another one now
+        events = self.ledger.read(at)
+        with disk_errors(self.root):
+            self._index.apply(events, self._document, anew=at is None)
+
+    def _document(self, digest: str) -> Mapping[str, Any]:
+        # Validated when it was admitted; the digest says that it has not changed since.
+        document: dict[str, Any] = json.loads(self.blobs.read(digest))
+        return document
+
+
+def _check_listed(directory: Path, listed: set[str], ref: AdapterRef) -> None:
+    from hub.files import walk
+    from hub.gates import IGNORED
+
+    extra = sorted(set(walk(directory, ignore=IGNORED)) - listed - {"module.json"})
+    if extra:
+        raise GateError(
+            f"{directory} holds files that module.json of {ref} does not list: {', '.join(extra[:5])}",
+            ref=ref,
+            path=directory / extra[0],
+            hint="remove them, or pack again as a new version: hub push DIR --repack --version NEW",
+        )
+
+
+def _check_present(directory: Path, files: tuple[FileEntry, ...]) -> None:
+    for entry in files:
+        if not (directory / entry.path).exists():
+            raise NotFound(
+                f"{directory} has no {entry.path}, which its module.json lists",
+                path=directory / entry.path,
+                hint="restore the file, or pack the directory again",
+            )
+
+

@@ -1,0 +1,82 @@
+"""Is every byte of a store what it was? Nothing is trusted: not sizes, not the index, not the log's own claims."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hub import canonical
+from hub.errors import HubError, IntegrityError
+from hub.ref import AdapterRef
+
+if TYPE_CHECKING:
+    from hub.store import Problem, Store
+
+
+def verify_release(store: Store, ref: AdapterRef, digest: str, *, seen: set[str] | None = None) -> list[Problem]:
+    """Check one artifact: its manifest, every file, its tensors against the manifest, its OCI manifest.
+
+    Parameters
+    ----------
+    store
+        Where it is.
+    ref, digest
+        What the log says was published.
+    seen
+        Digests already checked, shared between artifacts; added to.
+    """
+    from hub.gates import check_agreement, inspect
+    from hub.oci import image_manifest
+    from hub.store import Problem
+
+    seen = set() if seen is None else seen
+    try:
+        manifest = store.manifest(digest)
+        if manifest.ref != ref or manifest.digest != digest:
+            raise IntegrityError(f"its manifest is that of {manifest.ref} ({manifest.digest})", ref=ref)
+        store.blobs.read(canonical.digest(image_manifest(manifest)))
+    except HubError as error:
+        return [Problem(str(ref), error.message)]
+    problems, scans = [], {}
+    for entry in manifest.files:
+        if entry.digest not in seen and (bad := store.blobs.check(entry.digest, entry.size)):
+            problems.append(Problem(str(ref), f"{entry.path} {bad}"))
+            continue
+        seen.add(entry.digest)
+        try:
+            _, scan = inspect(store.blobs.path(entry.digest), entry.path)
+        except HubError as error:
+            problems.append(Problem(str(ref), error.message))
+            continue
+        if scan is not None:
+            scans[entry.path] = scan
+    if not problems:
+        try:
+            check_agreement(manifest, scans)
+        except HubError as error:
+            problems.append(Problem(str(ref), error.message))
+    return problems
+
+
+def verify_store(store: Store) -> list[Problem]:
+    """Check the log's chain, every published artifact, and that index and log agree."""
+    from hub.store import Problem
+
+    problems, seen, published = [], set[str](), set[str]()
+    try:
+        for event, _ in store.ledger.read():
+            if event.op == "publish":
+                published.add(str(event.digest))
+                ref = AdapterRef.parse(event.name).at(version=event.version)
+                problems += verify_release(store, ref, str(event.digest), seen=seen)
+            elif event.digest is not None and event.digest not in published:
+                problems.append(Problem(event.name, f"the log has {event.op} of {event.digest}, never published"))
+    except HubError as error:
+        problems.append(Problem("log.jsonl", error.message))
+        return problems
+    try:
+        indexed = {artifact.digest for artifact in store.list(yanked=True)}
+    except HubError as error:
+        return [*problems, Problem("index", error.message)]
+    if indexed != published:
+        problems.append(Problem("index", f"lists {len(indexed)} artifacts, the log {len(published)}"))
+    return problems
