@@ -125,7 +125,7 @@ def attach(
     artifact = source if isinstance(source, Artifact) else (store or Store()).get(str(source))
     if artifact.manifest.base is not None:
         bases.check(artifact.manifest.base, model, ref=str(artifact.ref), allow_drift=allow_base_drift)
-    kind, config = interop.parse_config(interop._json(artifact.file(interop.CONFIG)))
+    kind, config = interop.parse_config(interop._json(artifact.file(interop.CONFIG)), runtime.sites)
     extra = artifact.file(interop.EXTRA) if interop.EXTRA in artifact.files else None
     tensors = interop.read_tensors(artifact.file(interop.WEIGHTS), extra)
     return runtime.add(name, interop.build(kind, config, tensors, runtime.sites, model, name=name))

@@ -124,6 +124,12 @@ def get_function(name: str) -> FunctionSpec:
     return known[name]
 
 
+def _amount(spec: FunctionSpec) -> str:
+    low, high = spec.minimum, spec.maximum
+    number = f"at least {low}" if high is None else str(low) if low == high else f"{low} to {high}"
+    return f"{number} adapter{'' if number.split()[-1] == '1' else 's'}"
+
+
 def bind(call: Call) -> Options:
     """Check a call against its function and return its options with defaults filled in.
 
@@ -135,8 +141,7 @@ def bind(call: Call) -> Options:
     spec = get_function(call.function)
     count = len(call.args)
     if count < spec.minimum or (spec.maximum is not None and count > spec.maximum):
-        wanted = f"at least {spec.minimum}" if spec.maximum is None else f"{spec.minimum} to {spec.maximum}"
-        raise CallError(f"{spec.name} takes {wanted} adapter{'s' * (wanted != 'at least 1')}, not {count}")
+        raise CallError(f"{spec.name} takes {_amount(spec)}, not {count}")
     known = spec.options.model_fields
     for name, _ in call.options:
         if name not in known:

@@ -45,6 +45,7 @@ class Runtime:
         self._positions: list[PositionSlot] = []
         self._prompt: PromptState | None = None
         self._prefixed: list[nn.Module] = []
+        self._was_live = False
         self._depth = 0
         self._trim = 0
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -104,6 +105,7 @@ class Runtime:
     def refresh(self) -> None:
         """Lower the active composition anew: after activation, and each forward while an adapter trains."""
         active = [self.adapters[n] for n in dict.fromkeys(n for row in self.rows for n in row.refs)]
+        self._was_live = self.live
         for slot in self._slots.values():
             slot.clear()
         paths = dict.fromkeys(p for a in active for p in (*a.paths, *a.saved) if self._is_site(p, a))
@@ -268,7 +270,7 @@ class Runtime:
             self.context.batch = _batch(kwargs)
             if len(self.rows) > 1:
                 _check_rows(self.context.batch, len(self.rows))
-            if self.live and torch.is_grad_enabled():
+            if self.live or self._was_live:  # parameters moved since the last lowering, or have just been frozen
                 self.refresh()
         if self._prompt is None:
             return (), kwargs

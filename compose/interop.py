@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compose.kind import PREFIX, Adapter, KindConfig, KindError, get_kind, kinds, make_config
+from compose import peft_layout as layout
+from compose.kind import PREFIX, Adapter, KindConfig, KindError, get_kind, kinds, make_config, original_module
 from compose.sites import SiteMap
 from hub.errors import IntegrityError, NotFound
 
@@ -29,6 +31,14 @@ _TASK_TYPES = {
     "regression": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
     "seq2seq": "SEQ_2_SEQ_LM",
+}
+_CLASSES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
 }
 
 
@@ -44,10 +54,13 @@ def config_fields(adapter: Adapter, sites: SiteMap, *, base: str | None, task: s
         "inference_mode": True,
         **type(adapter).peft_config(config, sites),
     }
-    if adapter.peft_type not in ("PREFIX_TUNING", "PROMPT_TUNING"):
-        fields["target_modules"] = list(adapter.paths)
     if adapter.peft_type == "IA3":
-        fields["feedforward_modules"] = adapter.peft_feedforward()  # type: ignore[operator]
+        inputs = adapter.peft_feedforward()  # type: ignore[operator]
+        outputs = layout.short_targets(set(adapter.paths) - set(inputs), sites)
+        fields["feedforward_modules"] = layout.short_targets(inputs, sites, bare_end=True)
+        fields["target_modules"] = [*outputs, *fields["feedforward_modules"]]
+    elif adapter.peft_type not in layout.PROMPT_LEARNING:
+        fields["target_modules"] = layout.short_targets(adapter.paths, sites)
     if config.modules_to_save:
         fields["modules_to_save"] = list(config.modules_to_save)
     return fields
@@ -59,24 +72,59 @@ def save(
     """Write the adapter as a directory; see :func:`compose.save`."""
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / WEIGHTS, adapter.state(heads=False))
+    _write_tensors(out / WEIGHTS, adapter.state(heads=False))
     if adapter.saved:
-        _write(out / EXTRA, adapter.head_state())
-    text = json.dumps(_canonical(config_fields(adapter, sites, base=base, task=task)), indent=2, sort_keys=True)
-    (out / CONFIG).write_text(text + "\n", encoding="utf-8")
+        _write_tensors(out / EXTRA, adapter.head_state())
+    _write_config(out / CONFIG, config_fields(adapter, sites, base=base, task=task))
     return out
 
 
-def export_peft(adapter: Adapter, directory: str | Path, sites: SiteMap, **facts: str | None) -> Path:
-    """Write a directory that ``PeftModel.from_pretrained`` reads: heads joined into the one weights file."""
+def export_peft(
+    adapter: Adapter,
+    directory: str | Path,
+    *,
+    sites: SiteMap,
+    model: PreTrainedModel,
+    base: str | None = None,
+    task: str | None = None,
+) -> Path:
+    """Write a directory that ``PeftModel.from_pretrained`` reads: one weights file with heads and all.
+
+    PEFT looks for the weights of a classification task's head whether they were trained or not, so an adapter without
+    its own gets the base's. ``task`` is told by the model's class unless given.
+
+    Raises
+    ------
+    KindError
+        If PEFT has no such kind, or has no task under which it would apply this prompt or prefix.
+    """
     if adapter.peft_type is None:
         raise KindError(
             f"PEFT has no kind {adapter.kind!r}", hint="keep the artifact directory, which compose.attach reads"
         )
-    out = save(adapter, directory, sites, **facts)
-    (out / EXTRA).unlink(missing_ok=True)
-    _write(out / WEIGHTS, adapter.state())
+    fields = config_fields(adapter, sites, base=base, task=task)
+    fields["task_type"] = fields["task_type"] or next((t for c, t in _CLASSES.items() if sites.architecture.endswith(c)), None)
+    prompting = adapter.peft_type in layout.PROMPT_LEARNING
+    if prompting and fields["task_type"] is None:
+        raise KindError(
+            f"PEFT has no task type for {sites.architecture}, without which it leaves a {adapter.kind} out silently",
+            hint="give the task",
+        )
+    prefix = layout.PROMPT_PREFIX if prompting else PREFIX
+    tensors = dict(adapter.state(heads=False))
+    for path in layout.heads_to_write(adapter.config.modules_to_save, fields["task_type"], sites):
+        head = adapter.head(path) or original_module(model, path)
+        tensors.update({f"{prefix}{path}.{key}": value for key, value in head.state_dict().items()})
+    out = Path(directory)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_tensors(out / WEIGHTS, tensors)
+    _write_config(out / CONFIG, fields)
     return out
+
+
+def _write_config(path: Path, fields: Mapping[str, Any]) -> None:
+    text = json.dumps(_canonical(fields), indent=2, sort_keys=True, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _canonical(value: Any) -> Any:
@@ -89,36 +137,42 @@ def _canonical(value: Any) -> Any:
     return value
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # One metadata key only: with more, safetensors' bytes are not deterministic.
     save_file({k: v.detach().cpu().contiguous() for k, v in sorted(tensors.items())}, path, metadata={"format": "pt"})
 
 
-def read_config(directory: str | Path) -> tuple[type[Adapter], KindConfig]:
-    """Kind and config of an adapter directory, ours or PEFT's.
+def read_config(directory: str | Path, sites: SiteMap) -> tuple[type[Adapter], KindConfig]:
+    """Kind and config of an adapter directory, ours or PEFT's, on the base that ``sites`` describes.
 
     Raises
     ------
     NotFound, IntegrityError, KindError
-        If the file is missing, is no JSON object, or names a PEFT type without a kind here.
+        If the file is missing, is no JSON object, names a PEFT type without a kind here, or says something that the
+        kind cannot express: the field is named.
     """
-    return parse_config(_json(Path(directory) / CONFIG))
+    return parse_config(_json(Path(directory) / CONFIG), sites)
 
 
-def parse_config(fields: Mapping[str, Any]) -> tuple[type[Adapter], KindConfig]:
+def parse_config(fields: Mapping[str, Any], sites: SiteMap) -> tuple[type[Adapter], KindConfig]:
     """Kind and config from the fields of an adapter_config.json."""
     if _OWN in fields:
         kind = get_kind(str(fields[_OWN]))
         return kind, make_config(kind, {k: _tuples(v) for k, v in fields.items() if k != _OWN})
     kind = _kind_of(fields)
+    layout.check_types(fields)
+    layout.refuse_unread(kind, fields)
     options = dict(kind.from_peft(fields))
-    targets = fields.get("target_modules")
-    if targets is not None:
-        options["target_modules"] = targets if isinstance(targets, str) else tuple(sorted(targets))
-        options["layers"] = _tuples(fields.get("layers_to_transform"))
-    if fields.get("modules_to_save"):
-        options["modules_to_save"] = tuple(sorted(fields["modules_to_save"]))
-    return kind, make_config(kind, options)
+    if kind.peft_type not in layout.PROMPT_LEARNING:
+        paths = layout.placement(fields, sites)
+        options["target_modules"] = tuple(layout.short_targets(paths, sites))
+        if "feedforward_modules" in options:
+            options["feedforward_modules"] = tuple(layout.feedforward(fields, paths))
+    options["modules_to_save"] = layout.heads_to_read(fields, sites)
+    config = make_config(kind, options)
+    if kind.peft_type in layout.PROMPT_LEARNING:
+        layout.check_shape_fields(kind, kind.peft_config(config, sites), fields)
+    return kind, config
 
 
 def _kind_of(fields: Mapping[str, Any]) -> type[Adapter]:
@@ -155,12 +209,15 @@ def read_tensors(weights: Path, extra: Path | None) -> dict[str, Tensor]:
         if path is None:
             continue
         try:
-            tensors.update(load_file(path))
+            found = load_file(path)
         except FileNotFoundError:
             hint = "a pickle such as adapter_model.bin is never read: re-save it with safetensors"
             raise NotFound(f"{path} is missing", path=path, hint=hint) from None
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise IntegrityError(f"{path} is no readable safetensors file: {error}", path=path) from None
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise IntegrityError(f"{path} and {weights.name} both hold {twice[0]}", path=path)
+        tensors.update(found)
     return tensors
 
 
@@ -175,29 +232,45 @@ def build(
 ) -> Adapter:
     """An adapter of ``kind`` on ``model`` holding ``tensors``, frozen."""
     adapter = kind(config, sites, model, name=name)
-    adapter.load_state(_rename(adapter, tensors))
+    adapter.load_state(_rename(adapter, _without_base(tensors, model)))
     return adapter.freeze()
 
 
-def _rename(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's spellings of one tensor: modules_to_save inside heads, prompts of an encoder-decoder stored twice."""
-    have = adapter.state()
-    renamed: dict[str, Tensor] = {}
+def _without_base(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """Leave out copies of the base's own weights: PEFT writes those of an adapted ``lm_head`` or embedding."""
+    kept: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
-        if plain not in have and PREFIX + plain in have:
-            plain = PREFIX + plain
-        if plain == "prompt_embeddings" and adapter.kind == "prompt" and plain in have:
-            # PEFT stores a second copy for the decoder of an encoder-decoder and never uses it.
-            value = value[: have[plain].shape[0]]  # noqa: PLW2901
-        renamed[plain] = value
+        path, copied, name = key.removeprefix(PREFIX).rpartition(".base_layer.")
+        if not copied:
+            kept[key] = value
+            continue
+        layer = original_module(model, path) if path in dict(model.named_modules()) else None
+        own = None if layer is None else layer.state_dict().get(name)
+        if own is None or own.shape != value.shape or not torch.equal(own.cpu(), value.to(own.dtype)):
+            raise KindError(
+                f"the file replaces the base's own weight {path}.{name} by another",
+                hint="it was made on a base with another vocabulary or other weights",
+            )
+    return kept
+
+
+def _rename(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's spellings of one tensor: wrappers around heads, prompts of an encoder-decoder stored twice."""
+    have = adapter.state()
+    renamed = {layout.our_key(key, have): value for key, value in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise KindError(f"adapter {adapter.name!r} holds a tensor twice, under two spellings of its key")
+    prompt = renamed.get("prompt_embeddings")
+    if adapter.kind == "prompt" and prompt is not None and len(prompt) == 2 * len(have["prompt_embeddings"]):
+        # PEFT stores a second copy for the decoder of an encoder-decoder and never uses it.
+        renamed["prompt_embeddings"] = prompt[: len(prompt) // 2]
     return renamed
 
 
 def read(directory: str | Path, sites: SiteMap, model: PreTrainedModel, *, name: str) -> Adapter:
     """Read an adapter directory onto ``model``; every tensor must find its place."""
     root = Path(directory)
-    kind, config = read_config(root)
+    kind, config = read_config(root, sites)
     extra = root / EXTRA
     tensors = read_tensors(root / WEIGHTS, extra if extra.exists() else None)
     return build(kind, config, tensors, sites, model, name=name)

@@ -21,7 +21,7 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,7 +39,7 @@ class KindError(HubError):
 class KindConfig(BaseModel):
     """Fields every kind shares."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     target_modules: tuple[str, ...] | str | None = Field(
         None,
@@ -64,6 +64,7 @@ class Adapter(nn.Module):
     reads_below: ClassVar[bool] = False  # lowering looks at the weight underneath (DoRA's norm)
     default_targets: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v", "attn.qkv")
     suffixes: ClassVar[Mapping[str, str]] = {}  # parameter name -> end of its key on disk
+    peft_fields: ClassVar[frozenset[str]] = frozenset()  # of PEFT's config: read here, or without effect on outputs
 
     config: KindConfig
 
@@ -140,7 +141,10 @@ class Adapter(nn.Module):
         """Sites the config asks for, or the default roles (those of them that the family has)."""
         wanted = self.config.target_modules
         if wanted is not None:
-            return sites.select(wanted, layers=self.config.layers)
+            chosen = sites.select(wanted, layers=self.config.layers)
+            # A module that is carried whole is not adapted as well (PEFT's rule too).
+            carried = tuple(f".{name}." for name in self.config.modules_to_save)
+            return [s for s in chosen if not any(name in f".{s.path}." for name in carried)]
         default = default or self.default_targets
         present = tuple(t for t in default if sites.with_role(t))
         if not present:
@@ -300,4 +304,12 @@ def make_config(kind: type[Adapter], options: Mapping[str, Any] | KindConfig | N
             near = difflib.get_close_matches(key, fields, n=1)
             guess = f"; did you mean {near[0]!r}?" if near else ""
             raise KindError(f"kind {kind.kind!r} has no option {key!r}{guess}", hint="options: " + ", ".join(fields))
-    return kind.Config.model_validate(given)
+    try:
+        return kind.Config.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "config"
+        raise KindError(
+            f"kind {kind.kind!r}, option {where}: {first['msg']} (got {first['input']!r})",
+            hint="options: " + ", ".join(fields),
+        ) from None

@@ -14,20 +14,9 @@ from transformers import PreTrainedModel
 from compose.kind import Adapter, KindConfig, KindError
 from compose.sites import SiteMap
 
-# PEFT's fields that change what the tensors mean: a config that sets one is no plain pair (A, B) with one scale.
-_FOREIGN = (
-    "rank_pattern",
-    "alpha_pattern",
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "exclude_modules",
-    "megatron_config",
-)
+# Initializations that leave the base alone. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) move part of its weight
+# into A and B, so the pair means nothing on the plain base.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class LowRankConfig(KindConfig):
@@ -50,6 +39,10 @@ class LowRank(Adapter):
     Config = LowRankConfig
     config: LowRankConfig
     peft_type = "LORA"
+    peft_fields = frozenset(
+        "r lora_alpha lora_dropout use_rslora use_dora bias fan_in_fan_out init_lora_weights "
+        "megatron_core qalora_group_size runtime_config eva_config".split()
+    )
     suffixes = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
     def build(self, sites: SiteMap, model: PreTrainedModel) -> None:
@@ -72,8 +65,10 @@ class LowRank(Adapter):
     def peft_config(cls, config: KindConfig, sites: SiteMap) -> dict[str, Any]:
         """Fields of PEFT's LoraConfig."""
         own = config.model_dump(include={"r", "lora_alpha", "lora_dropout", "use_rslora"})
+        alpha = own["lora_alpha"]
         return {
             **own,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # an integer to PEFT and to engines
             "use_dora": cls.kind == "dora",
             "bias": "none",
             "fan_in_fan_out": sites.model_type == "gpt2",
@@ -83,12 +78,17 @@ class LowRank(Adapter):
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Read PEFT's LoraConfig, refusing by name what a plain pair cannot express."""
-        odd = [f for f in _FOREIGN if fields.get(f)] + (["bias"] if fields.get("bias", "none") != "none" else [])
-        if odd:
-            raise KindError(f"this PEFT LoRA uses {', '.join(odd)}, which kind {cls.kind!r} cannot express")
+        init, bias = fields.get("init_lora_weights", True), fields.get("bias", "none")
+        if init not in _PLAIN_INITS:
+            raise KindError(
+                f"this PEFT LoRA has init_lora_weights={init!r}, which changes the base model's own weights",
+                hint="save it with PEFT's path_initial_model_for_weight_conversion to get a plain LoRA",
+            )
+        if bias != "none":
+            raise KindError(f"this PEFT LoRA trains biases too (bias={bias!r}), which kind {cls.kind!r} cannot express")
         return {
-            "r": fields["r"],
-            "lora_alpha": fields["lora_alpha"],
+            "r": fields.get("r", 8),  # PEFT's defaults
+            "lora_alpha": fields.get("lora_alpha", 8),
             "lora_dropout": fields.get("lora_dropout", 0.0),
             "use_rslora": fields.get("use_rslora", False),
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -64,6 +64,7 @@ class SiteMap:
         self.model_type: str = getattr(model.config, "model_type", "")
         self.config = model.config.get_text_config()
         self.known_family = self.model_type in FAMILIES
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         modules = dict(model.named_modules())
         self.sites: dict[str, Site] = {s.path: s for s in self._find(modules)}
         if not self.sites:
@@ -71,16 +72,13 @@ class SiteMap:
                 f"{type(model).__name__} ({self.model_type or 'unknown type'}) has no linear layer in a numbered block",
                 hint="hub compose sites BASE lists what can be adapted",
             )
-        self.heads = tuple(
-            path
-            for path, module in modules.items()
-            if linear_shape(module) and path not in self.sites and not _BLOCK.match(path)
-        )
+        self.outside: dict[str, Site] = {s.path: s for s in self._find_outside(modules)}
+        self.modules = tuple(path for path in modules if path)
+        self.architecture = type(model).__name__
         self.embedding = next((p for p, m in modules.items() if m is model.get_input_embeddings()), "")
         self.positions = tuple(p for p in modules if p.rsplit(".", 1)[-1] in POSITIONS)
         self.norms = tuple(p for p, m in modules.items() if type(m).__name__.endswith(("Norm", "NormWrapper")))
         self.hidden_size = int(self.config.hidden_size)
-        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
 
     def _find(self, modules: dict[str, nn.Module]) -> Iterator[Site]:
         table = FAMILIES.get(self.model_type, {})
@@ -93,16 +91,24 @@ class SiteMap:
             if self.known_family and inside in table:  # an exact match wins over a longer suffix (BERT's output.dense)
                 role = table[inside]
             role = role or guess_role(inside) or "linear." + inside
-            parts = block["stem"].split(".")
+            parts = block["stem"].split(".") if self.is_encoder_decoder else ()
             stack = next((s for s in ("encoder", "decoder") if s in parts), "")
             in_features, out_features = shape
             yield Site(path, role, int(block["layer"]), stack, in_features, out_features)
+
+    @staticmethod
+    def _find_outside(modules: dict[str, nn.Module]) -> Iterator[Site]:
+        """Linear layers outside the blocks (poolers, heads): acted on where a target names them, never by default."""
+        for path, module in modules.items():
+            shape = linear_shape(module)
+            if shape is not None and not _BLOCK.match(path):
+                yield Site(path, "outside." + path, None, "", *shape)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites.values())
 
     def __getitem__(self, path: str) -> Site:
-        return self.sites[path]
+        return self.sites[path] if path in self.sites else self.outside[path]
 
     def with_role(self, *roles: str) -> list[Site]:
         """Sites whose role is one of ``roles``, in model order."""
@@ -131,7 +137,7 @@ class SiteMap:
                 if not found:
                     raise self._nothing_for(name)
             wanted = {s.path for found in hits.values() for s in found}
-            chosen = [s for s in self if s.path in wanted]
+            chosen = [s for s in (*self, *self.outside.values()) if s.path in wanted]
         if layers is not None:
             chosen = [s for s in chosen if s.layer in set(layers)]
             if not chosen:
@@ -147,7 +153,8 @@ class SiteMap:
         return ", ".join(f"{k or 'blocks'} 0-{max(v)}" for k, v in stacks.items())
 
     def _matching(self, name: str) -> list[Site]:
-        return [s for s in self if name in (s.role, s.path, s.name) or s.path.endswith("." + name)]
+        everywhere = (*self, *self.outside.values())
+        return [s for s in everywhere if name in (s.role, s.path, s.name) or s.path.endswith("." + name)]
 
     def _nothing_for(self, name: str) -> SiteError:
         known = sorted({s.role for s in self} | {s.path.rsplit(".", 1)[-1] for s in self})
@@ -157,8 +164,3 @@ class SiteMap:
             f"target {name!r} matches no linear layer of this {self.model_type} model{guess}",
             hint="choose from: " + ", ".join(known),
         )
-
-
-def suffixes(sites: Iterable[Site]) -> list[str]:
-    """Shortest PEFT-style ``target_modules`` that describe ``sites``: the last path part of each, sorted."""
-    return sorted({s.path.rsplit(".", 1)[-1] for s in sites})

@@ -48,9 +48,7 @@ def loads(data: bytes, *, what: str, limit: int = MAX_JSON) -> Any:
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
     except json.JSONDecodeError as error:
-        raise ManifestError(
-            f"{what} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from error
+        raise ManifestError(f"{what} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ManifestError(f"{what} is not UTF-8: byte {error.start}: {error.reason}") from error
     except (ValueError, RecursionError) as error:

@@ -62,7 +62,7 @@ def registered(*names: str) -> list[Gate]:
 
 def role_of(path: str) -> Role:
     """Return what a file is in an artifact, from its path alone."""
-    top = path.split("/")[0]
+    top = path.split("/", maxsplit=1)[0]
     if top == "aux" and top != path:
         return "aux"
     if top == "resume" and top != path:
@@ -153,6 +153,24 @@ def _check_content(path: Path, name: str) -> None:
 def _refuse_pickle(start: bytes, name: str) -> None:
     if _PICKLE_START.match(start):
         raise GateError(f"{name} holds a pickle or an archive under another name", path=name)
+
+
+def check_same(manifest: Manifest, entry: FileEntry, measured: FileEntry) -> None:
+    """Raise IntegrityError when a file is not the one that its manifest lists."""
+    if (measured.sha256, measured.size) == (entry.sha256, entry.size):
+        return
+    if measured.size < entry.size:
+        how = f"truncated to {measured.size} bytes"
+    else:
+        how = f"sha256 {measured.sha256[:16]}... with {measured.size} bytes"
+    raise IntegrityError(
+        f"{manifest.ref}: {entry.path} is not the file that was packed ({how}; module.json says "
+        f"{entry.sha256[:16]}... with {entry.size} bytes)",
+        ref=manifest.ref,
+        digest=entry.digest,
+        path=entry.path,
+        hint="restore the file, or pack the change as a new version: hub push DIR --repack --version NEW",
+    )
 
 
 def join_tensors(scans: Mapping[str, FileScan]) -> tuple[TensorEntry, ...]:

@@ -86,11 +86,14 @@ class Index:
         The file.
     frozen
         Open it as an immutable file, for a store on a read-only disk.
+    scratch
+        It lives as long as this process and is nobody else's: nothing is synced.
     """
 
-    def __init__(self, path: Path, *, frozen: bool = False) -> None:
+    def __init__(self, path: Path, *, frozen: bool = False, scratch: bool = False) -> None:
         self.path = path
         self.frozen = frozen
+        self.scratch = scratch
 
     @contextmanager
     def connect(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
@@ -100,8 +103,8 @@ class Index:
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None)
         try:
             if write:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = NORMAL")
+                connection.execute(f"PRAGMA journal_mode = {'MEMORY' if self.scratch else 'WAL'}")
+                connection.execute(f"PRAGMA synchronous = {'OFF' if self.scratch else 'NORMAL'}")
                 connection.execute("BEGIN IMMEDIATE")
             yield connection
             if write:
@@ -152,8 +155,9 @@ class Index:
                 start = Position()
                 db.execute("INSERT INTO state VALUES (?, ?, ?)", (start.offset, start.seq, start.head))
             at = None
-            for event, at in events:
+            for event, behind in events:
                 _apply(db, event, load)
+                at = behind
             if at is not None:
                 db.execute("UPDATE state SET offset = ?, seq = ?, head = ?", (at.offset, at.seq, at.head))
 
@@ -172,13 +176,15 @@ class Index:
         with self.connect() as db:
             return [row[0] for row in db.execute("SELECT DISTINCT name FROM artifacts ORDER BY name")]
 
-    def select(self, where: str = "1", arguments: Iterable[object] = (), order: str = "", limit: int = -1) -> list[Facts]:
+    def select(
+        self, where: str = "1", arguments: Iterable[object] = (), order: str = "", limit: int = -1
+    ) -> list[Facts]:
         """Facts of the artifacts ``a`` for which an SQL condition holds."""
         order = order or "a.name, a.version_key"
         query = f"SELECT {_COLUMNS} FROM artifacts a WHERE {where} ORDER BY {order} LIMIT ?"  # noqa: S608  (our own text)
         with self.connect() as db:
             rows = db.execute(query, (*arguments, limit)).fetchall()
-        return [Facts(*row[:-1], aliases=tuple(sorted((row[-1] or "").split()))) for row in rows]
+        return [Facts(*_split(row)) for row in rows]
 
     def edges(self) -> list[tuple[str, str, str, str | None]]:
         """All (digest, relation, target ref, target digest): parents and requirements."""
@@ -190,6 +196,10 @@ class Index:
         """All rows of all tables, sorted: two indexes of one store are equal when their dumps are."""
         with self.connect() as db:
             return {name: sorted(db.execute(f"SELECT * FROM {name}"), key=repr) for name in _NAMES}  # noqa: S608
+
+
+def _split(row: tuple[Any, ...]) -> list[Any]:
+    return [*row[:-1], tuple(sorted((row[-1] or "").split()))]
 
 
 def _apply(db: sqlite3.Connection, event: Event, load: Callable[[str], Mapping[str, Any]]) -> None:

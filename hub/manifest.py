@@ -32,7 +32,7 @@ from hub.errors import ManifestError, RefError, suggest
 from hub.files import check_relative
 from hub.ref import AdapterRef, check_digest, check_range, check_version
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of `Manifest.schema_version`; raised only where an old reader would misread
 MANIFEST_NAME = "module.json"
 MAX_TENSORS = 100_000
 MAX_FILE_BYTES = 2**40
@@ -225,7 +225,7 @@ class Draft(Record):
 class Manifest(Draft):
     """A draft plus what was measured when it was packed: files, tensors, digests, warnings of the gates."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     files: tuple[FileEntry, ...] = ()
     tensors: Annotated[tuple[TensorEntry, ...], Field(max_length=MAX_TENSORS)] = ()
     tensors_digest: Digest

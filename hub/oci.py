@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from hub import canonical
+
 if TYPE_CHECKING:
     from hub.manifest import Manifest
 

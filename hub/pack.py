@@ -76,6 +76,54 @@ def measure(directory: Path, draft: Draft) -> Manifest:
     )
 
 
+def check_listing(directory: Path) -> Manifest:
+    """Read the manifest of a directory whose files are exactly those that it lists.
+
+    Raises
+    ------
+    ManifestError, NotFound, GateError
+        No manifest or a malformed one; a file that is missing; files that are not listed; links.
+    """
+    manifest = read_manifest(directory)
+    listed = {entry.path for entry in manifest.files}
+    present = {path for path in walk(directory, ignore=hub_gates.IGNORED) if path != MANIFEST_NAME}
+    if extra := sorted(present - listed):
+        raise GateError(
+            f"{directory} holds files that {MANIFEST_NAME} of {manifest.ref} does not list: {', '.join(extra[:5])}",
+            ref=manifest.ref,
+            path=directory / extra[0],
+            hint=f"remove them, or pack them as a new version: hub push {directory} --repack --version NEW",
+        )
+    if missing := sorted(listed - present):
+        raise NotFound(
+            f"{directory} lacks {', '.join(missing[:5])}, which {MANIFEST_NAME} of {manifest.ref} lists",
+            ref=manifest.ref,
+            path=directory / missing[0],
+            hint="restore the files, or pack the directory again",
+        )
+    return manifest
+
+
+def check_directory(directory: Path) -> Manifest:
+    """Check every byte of an artifact directory against its manifest.
+
+    Raises
+    ------
+    ManifestError, NotFound, GateError, IntegrityError
+        The first thing that is wrong.
+    """
+    manifest = check_listing(Path(directory))
+    hub_gates.check_file_set((entry.path for entry in manifest.files), manifest)
+    scans = {}
+    for entry in manifest.files:
+        measured, found = hub_gates.inspect(Path(directory) / entry.path, entry.path)
+        hub_gates.check_same(manifest, entry, measured)
+        if found is not None:
+            scans[entry.path] = found
+    hub_gates.check_agreement(manifest, scans)
+    return manifest
+
+
 def _now() -> datetime:
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     return datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdigit() else datetime.now(timezone.utc)

@@ -23,7 +23,11 @@ def _facet(name: str) -> Callable[[str], _Term]:
 def _name(value: str) -> _Term:
     if any(mark in value for mark in "*?["):
         return "a.name GLOB ?", (value if "/" in value else f"*/{value}",)
-    return ("a.name = ?", (value,)) if "/" in value else ("(a.name = ? OR a.name LIKE ?)", (f"local/{value}", f"%/{value}"))
+    return (
+        ("a.name = ?", (value,))
+        if "/" in value
+        else ("(a.name = ? OR a.name LIKE ?)", (f"local/{value}", f"%/{value}"))
+    )
 
 
 def _base(value: str) -> _Term:
@@ -62,6 +66,8 @@ _FILTERS: dict[str, Callable[[str], _Term]] = {
     "text": _text,
 }
 _ORDERS = {"name": "a.name, a.version_key", "created": "a.created DESC, a.id DESC", "size": "a.size DESC, a.name"}
+_LEAST = "(SELECT min(value) FROM metrics WHERE artifact = a.id AND metric = ?) ASC"
+_GREATEST = "(SELECT max(value) FROM metrics WHERE artifact = a.id AND metric = ?) DESC"
 _NEWEST = """a.version_key = (SELECT max(b.version_key) FROM artifacts b WHERE b.name = a.name
     AND (b.yanked IS NULL OR ?))"""
 
@@ -89,7 +95,7 @@ def build(
     UsageError
         An unknown filter, with did-you-mean.
     """
-    terms, arguments = [], list[object]()
+    terms, arguments = list[str](), list[object]()
     for name, value in filters.items():
         if name not in _FILTERS:
             raise UsageError(f"there is no filter {name!r}", hint=suggest(name, _FILTERS))
@@ -105,8 +111,7 @@ def build(
     order = _ORDERS.get(sort or "name")
     if order is None:
         terms.append("a.id IN (SELECT artifact FROM metrics WHERE metric = ?)")
-        arguments.append(sort)
+        arguments += [sort, sort]
         low = ascending if ascending is not None else bool(re.search("loss|perplexity|error|ece", str(sort), re.I))
-        best = "min" if low else "max"
-        order = f"(SELECT {best}(value) FROM metrics WHERE artifact = a.id AND metric = ?) {'ASC' if low else 'DESC'}"
+        order = _LEAST if low else _GREATEST
     return " AND ".join(terms) or "1", arguments, order

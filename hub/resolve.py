@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from hub.errors import NotFound, suggest
+from hub.errors import Conflict, NotFound, suggest
 from hub.ledger import Event
 from hub.ref import LATEST, AdapterRef, version_key
 
@@ -85,6 +85,22 @@ def choose(ref: AdapterRef, catalogue: Catalogue, *, where: str = "the store") -
             raise NotFound(f"{ref} is not in {where}", ref=ref, digest=ref.digest, hint=_versions_hint(catalogue))
         return release
     return _highest(ref, catalogue, where)
+
+
+def refuse_conflict(ref: AdapterRef, digest: str, catalogue: Catalogue, *, where: str) -> bool:
+    """Whether this very artifact is in a catalogue; Conflict when another one has its name and version."""
+    present = catalogue.find(version=ref.version)
+    if present is None:
+        return False
+    if present.digest == digest:
+        return True
+    raise Conflict(
+        f"{ref} is published in {where} with other content ({present.digest[:19]}..., this one is "
+        f"{digest[:19]}...); versions are immutable",
+        ref=ref,
+        digest=present.digest,
+        hint="give it a new version",
+    )
 
 
 def _highest(ref: AdapterRef, catalogue: Catalogue, where: str) -> Release:

@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import finalize
 
-from hub.artifact import Artifact as Artifact
-from hub.errors import GateError, NotFound
+from hub.artifact import Artifact
 from hub.index import Facts, Index
-from hub.ledger import Event, Position
 from hub.query import build
 from hub.ref import AdapterRef
 from hub.resolve import Catalogue
-from hub.vault import ABSENT as ABSENT
-from hub.vault import Vault, disk_errors
+from hub.vault import ABSENT, Vault, disk_errors
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry
+
+__all__ = ["ABSENT", "Artifact", "Problem", "Store", "default_root"]
 
 T = TypeVar("T")
 
@@ -64,6 +63,7 @@ class Store(Vault):
     def __init__(self, root: str | Path | None = None) -> None:
         super().__init__(default_root() if root is None else Path(root).expanduser())
         self._index = Index(self.root / "index.sqlite")
+        self._borrowed: Index | None = None
 
     @property
     def where(self) -> str:
@@ -83,18 +83,16 @@ class Store(Vault):
             The directory does not hold what its manifest says, or must not be published. Nothing is changed.
         """
         from hub.files import open_regular
-        from hub.manifest import read_manifest
+        from hub.pack import check_listing
 
         directory = Path(directory)
-        manifest = read_manifest(directory)
-        _check_listed(directory, {entry.path for entry in manifest.files}, manifest.ref)
+        manifest = check_listing(directory)
 
         def fetch(entry: FileEntry, target: Path) -> None:
             with open_regular(directory / entry.path) as source, target.open("wb") as file:
                 shutil.copyfileobj(source, file, 2**20)
 
-        _check_present(directory, manifest.files)
-        self.ingest(manifest, fetch)
+        self.ingest(manifest, fetch, reuse=False)
         return self.get(manifest.ref)
 
     def get(self, ref: str | AdapterRef) -> Artifact:
@@ -107,27 +105,6 @@ class Store(Vault):
         """
         release = self.resolve(ref)
         return self._artifact(self._ask(lambda index: index.select("a.digest = ?", (release.digest,)))[0])
-
-    def list(
-        self,
-        *,
-        yanked: bool = False,
-        newest: bool = False,
-        sort: str | None = None,
-        ascending: bool | None = None,
-        limit: int | None = None,
-        **filters: str | None,
-    ) -> list[Artifact]:
-        """Artifacts that pass all filters, by name and version unless `sort` says otherwise.
-
-        Filters: name (with ``*``), namespace, version, digest, type, kind, method, task, license, base (repo or
-        digest), label, language, domain, alias, text (full text, by prefix). See `hub.query.build` for the rest.
-        """
-        where, arguments, order = build(filters, yanked=yanked, newest=newest, sort=sort, ascending=ascending)
-        if "metric = ?" in order:
-            arguments.append(sort)
-        count = -1 if limit is None else limit
-        return [self._artifact(facts) for facts in self._ask(lambda index: index.select(where, arguments, order, count))]
 
     def tag(self, ref: str | AdapterRef, alias: str, *, expect: str | None = None) -> Artifact:
         """Let ``ns/name@alias`` stand for what `ref` is now; compare-and-swap where `expect` is given.
@@ -172,10 +149,8 @@ class Store(Vault):
     def _artifact(self, facts: Facts) -> Artifact:
         return Artifact(facts, self.blobs)
 
-    def _commit(self, event: Event) -> Position:
-        at = super()._commit(event)
+    def _appended(self) -> None:
         self._follow()
-        return at
 
     def _ask(self, question: Callable[[Index], T]) -> T:
         """Answer from an index that has read the whole log."""
@@ -212,11 +187,13 @@ class Store(Vault):
             frozen = Index(self._index.path, frozen=True)
             if frozen.position() == self.ledger.end():
                 return frozen
-        directory = tempfile.mkdtemp(prefix="moduloom-index-")
-        finalize(self, shutil.rmtree, directory, ignore_errors=True)
-        self._index = Index(Path(directory) / "index.sqlite")
-        self._index.apply(self.ledger.read(), self._document, anew=True)
-        return self._index
+        if self._borrowed is None:
+            directory = tempfile.mkdtemp(prefix="moduloom-index-")
+            finalize(self, shutil.rmtree, directory, ignore_errors=True)
+            self._borrowed = Index(Path(directory) / "index.sqlite", scratch=True)
+        if self._borrowed.position() != self.ledger.end():
+            self._borrowed.apply(self.ledger.read(), self._document, anew=True)
+        return self._borrowed
 
     def _follow(self, *, anew: bool = False) -> None:
         """Bring the index up to the log; called under the lock."""
@@ -232,28 +209,21 @@ class Store(Vault):
         document: dict[str, Any] = json.loads(self.blobs.read(digest))
         return document
 
+    def list(
+        self,
+        *,
+        yanked: bool = False,
+        newest: bool = False,
+        sort: str | None = None,
+        ascending: bool | None = None,
+        limit: int | None = None,
+        **filters: str | None,
+    ) -> list[Artifact]:
+        """Artifacts that pass all filters, by name and version unless `sort` says otherwise.
 
-def _check_listed(directory: Path, listed: set[str], ref: AdapterRef) -> None:
-    from hub.files import walk
-    from hub.gates import IGNORED
-
-    extra = sorted(set(walk(directory, ignore=IGNORED)) - listed - {"module.json"})
-    if extra:
-        raise GateError(
-            f"{directory} holds files that module.json of {ref} does not list: {', '.join(extra[:5])}",
-            ref=ref,
-            path=directory / extra[0],
-            hint="remove them, or pack again as a new version: hub push DIR --repack --version NEW",
-        )
-
-
-def _check_present(directory: Path, files: tuple[FileEntry, ...]) -> None:
-    for entry in files:
-        if not (directory / entry.path).exists():
-            raise NotFound(
-                f"{directory} has no {entry.path}, which its module.json lists",
-                path=directory / entry.path,
-                hint="restore the file, or pack the directory again",
-            )
-
-
+        Filters: name (with ``*``), namespace, version, digest, type, kind, method, task, license, base (repo or
+        digest), label, language, domain, alias, text (full text, by prefix). See `hub.query.build` for the rest.
+        """
+        where, arguments, order = build(filters, yanked=yanked, newest=newest, sort=sort, ascending=ascending)
+        found = self._ask(lambda index: index.select(where, arguments, order, -1 if limit is None else limit))
+        return [self._artifact(facts) for facts in found]

@@ -169,9 +169,7 @@ def scan(path: Path) -> FileScan:
     return FileScan(whole.hexdigest(), header.size, tensors)
 
 
-def _scan_tensor(
-    file: BinaryIO, info: TensorInfo, buffer: memoryview, whole: hashlib._Hash, path: Path
-) -> TensorScan:
+def _scan_tensor(file: BinaryIO, info: TensorInfo, buffer: memoryview, whole: hashlib._Hash, path: Path) -> TensorScan:
     own, left, done = hashlib.sha256(), info.stop - info.start, 0
     bad, first, zero = 0, None, True
     item = DTYPES[info.dtype].size

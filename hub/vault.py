@@ -8,24 +8,30 @@ from __future__ import annotations
 
 import errno
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hub.blobs import Blobs
-from hub.errors import Conflict, IntegrityError, NotFound, StoreError, UsageError, suggest
+from hub.errors import Conflict, HubError, IntegrityError, NotFound, StoreError, UsageError, suggest
 from hub.ledger import Event, Ledger, Position
 from hub.ref import LATEST, AdapterRef, check_alias
-from hub.resolve import Catalogue, Release, choose
+from hub.resolve import Catalogue, Release, choose, refuse_conflict
 from hub.staging import Staging
 
 if TYPE_CHECKING:
+    from filelock import FileLock
+
     from hub.manifest import FileEntry, Manifest
+    from hub.tensors import FileScan
 
 ABSENT = "absent"  # the expectation that an alias does not exist yet
 LOCK_TIMEOUT = 120.0  # seconds
 EAGER_OCI_INDEX = 2000  # descriptors; beyond, index.json is rewritten only by `rebuild_index`, as that is O(n)
+
+_one_lock_each = threading.Lock()  # a FileLock is reentrant only as one object
 
 Fetch = Callable[["FileEntry", Path], None]
 
@@ -50,7 +56,7 @@ def disk_errors(root: Path) -> Iterator[None]:
         if known is None:
             raise
         where = error.filename or root
-        raise StoreError(f"cannot write to {where}: {known[0]}", path=str(where), hint=known[1]) from error
+        raise StoreError(f"cannot use {where}: {known[0]}", path=str(where), hint=known[1]) from error
     except sqlite3.OperationalError as error:
         raise StoreError(f"the index of {root} cannot be used: {error}", path=root) from error
 
@@ -69,15 +75,26 @@ class Vault:
         self.blobs = Blobs(self.root)
         self.staging = Staging(self.root)
         self.ledger = Ledger(self.root / "log.jsonl")
+        self._lock: FileLock | None = None
 
     @property
     def exists(self) -> bool:
         """Whether anything was ever written here."""
         return self.ledger.path.exists() or (self.root / "oci-layout").exists()
 
+    def create(self) -> None:
+        """Make the layout where it is not there yet. Raises StoreError (no permission, read-only, full)."""
+        from hub.files import atomic_write
+        from hub.oci import LAYOUT
+
+        with disk_errors(self.root):
+            self.blobs.directory.mkdir(parents=True, exist_ok=True)
+            if not (layout := self.root / "oci-layout").exists():
+                atomic_write(layout, LAYOUT)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the store's lock, across threads and processes; makes the layout first.
+        """Hold the store's lock, across threads and processes; makes the layout first. It may be nested.
 
         Raises
         ------
@@ -86,21 +103,21 @@ class Vault:
         """
         from filelock import FileLock, Timeout
 
-        from hub.oci import LAYOUT
-
+        with _one_lock_each:
+            if self._lock is None:
+                self._lock = FileLock(self.root / ".lock", timeout=LOCK_TIMEOUT, poll_interval=0.01)
+        self.create()
         with disk_errors(self.root):
-            self.blobs.directory.mkdir(parents=True, exist_ok=True)
-            if not (layout := self.root / "oci-layout").exists():
-                from hub.files import atomic_write
-
-                atomic_write(layout, LAYOUT)
             try:
-                with FileLock(self.root / ".lock", timeout=LOCK_TIMEOUT, poll_interval=0.01):
-                    yield
+                self._lock.acquire()
             except Timeout as error:
                 raise StoreError(
                     f"{self.root} is locked by another process", path=self.root, hint="wait for it, then try again"
                 ) from error
+            try:
+                yield
+            finally:
+                self._lock.release()
 
     def catalogue(self, name: str) -> Catalogue:
         """Releases and aliases of ``ns/name``."""
@@ -136,29 +153,20 @@ class Vault:
 
     def refuse_conflict(self, manifest: Manifest) -> bool:
         """Whether this very artifact is here already; Conflict when another one has its name and version."""
-        present = self.catalogue(manifest.name).find(version=manifest.version)
-        if present is None:
-            return False
-        if present.digest == manifest.digest:
-            return True
-        raise Conflict(
-            f"{manifest.ref} is published in {self.where} with other content "
-            f"({present.digest[:19]}..., this one is {manifest.digest[:19]}...); versions are immutable",
-            ref=manifest.ref,
-            digest=present.digest,
-            hint="give it a new version",
-        )
+        return refuse_conflict(manifest.ref, manifest.digest, self.catalogue(manifest.name), where=self.where)
 
-    def ingest(self, manifest: Manifest, fetch: Fetch) -> bool:
-        """Bring an artifact in: fetch what is missing, check every byte, publish.
+    def ingest(self, manifest: Manifest, fetch: Fetch, *, reuse: bool) -> bool:
+        """Bring an artifact in: fetch its files, check every byte, publish.
 
         Parameters
         ----------
         manifest
             Of the artifact.
         fetch
-            Called with a file entry and a path to write its bytes to (or to complete, where the path holds the
-            start of them).
+            Called with a file entry and a path to write its bytes to.
+        reuse
+            Take blobs that are here already and whole instead of fetching them, and let `fetch` complete what an
+            earlier try has left of one. Otherwise each file is fetched, since it is the source that is checked.
 
         Returns
         -------
@@ -170,33 +178,41 @@ class Vault:
         IntegrityError, GateError
             Bytes that are not what the manifest says, or that must not be admitted; nothing is published then.
         """
-        from hub.gates import check_agreement, check_file_set, inspect
+        from hub.gates import check_agreement, check_file_set
 
         self.refuse_conflict(manifest)
         check_file_set((entry.path for entry in manifest.files), manifest)
-        with self.lock():  # makes the layout; not held while bytes arrive
-            pass
+        self.create()
         scans = {}
         with disk_errors(self.root), self.staging.room() as room:
             for entry in manifest.files:
-                staged = self._staged(entry, room, fetch)
-                measured, scan = inspect(staged, entry.path)
-                if measured.sha256 != entry.sha256:
-                    staged.unlink(missing_ok=True)
-                    raise _changed(manifest, entry, measured)
+                scan = self._admit(manifest, entry, fetch, room, reuse)
                 if scan is not None:
                     scans[entry.path] = scan
-                if staged.parent == room:
-                    self.blobs.adopt(staged, entry.digest)
             check_agreement(manifest, scans)
             return self.publish(manifest, room)
 
-    def _staged(self, entry: FileEntry, room: Path, fetch: Fetch) -> Path:
-        if self.blobs.has(entry.digest, entry.size) and self.blobs.check(entry.digest, entry.size) is None:
-            return self.blobs.path(entry.digest)
-        part = self.staging.claim(entry.digest, room)
-        fetch(entry, part)
-        return part
+    def _admit(self, manifest: Manifest, entry: FileEntry, fetch: Fetch, room: Path, reuse: bool) -> FileScan | None:
+        from hub.gates import check_same, inspect
+
+        if reuse and self.blobs.has(entry.digest, entry.size):
+            try:
+                measured, scan = inspect(self.blobs.path(entry.digest), entry.path)
+                check_same(manifest, entry, measured)
+            except IntegrityError:  # damaged here: fetched again, which mends it
+                pass
+            else:
+                return scan
+        staged = self.staging.claim(entry.digest, room) if reuse else room / entry.sha256
+        fetch(entry, staged)
+        try:
+            measured, scan = inspect(staged, entry.path)
+            check_same(manifest, entry, measured)
+        except HubError:
+            staged.unlink(missing_ok=True)  # whole and wrong: nothing to resume
+            raise
+        self.blobs.adopt(staged, entry.digest)
+        return scan
 
     def publish(self, manifest: Manifest, room: Path) -> bool:
         """Write the manifest and the log entry of an artifact whose file blobs are here."""
@@ -204,7 +220,9 @@ class Vault:
 
         for entry in manifest.files:
             if not self.blobs.has(entry.digest, entry.size):
-                raise IntegrityError(f"{manifest.ref}: the blob of {entry.path} is not in {self.where}", ref=manifest.ref)
+                raise IntegrityError(
+                    f"{manifest.ref}: the blob of {entry.path} is not in {self.where}", ref=manifest.ref
+                )
         self.blobs.add(manifest.canonical, room)
         self.blobs.add(image_manifest(manifest), room)
         with self.lock():
@@ -238,7 +256,9 @@ class Vault:
             It stands elsewhere; the message says where.
         """
         if check_alias(alias) == LATEST:
-            raise UsageError(f"{LATEST!r} is computed: the highest version that is not yanked", hint="use another alias")
+            raise UsageError(
+                f"{LATEST!r} is computed: the highest version that is not yanked", hint="use another alias"
+            )
         with self.lock():
             catalogue = self.catalogue(ref.id)
             target = None if remove else self.resolve(ref).digest
@@ -260,10 +280,13 @@ class Vault:
                 self._commit(Event(op, ref.id, release.digest, version=release.version, reason=text))  # type: ignore[arg-type]
         return Release(release.version, release.digest, reason)
 
-    def _commit(self, event: Event) -> Position:
+    def _commit(self, event: Event) -> None:
         at = self.ledger.append(event, self.ledger.end())
+        self._appended()
         self.refresh_oci_index(event.name, at)
-        return at
+
+    def _appended(self) -> None:
+        """Called under the lock when the log has grown; a store brings its index up to it."""
 
     def refresh_oci_index(self, name: str | None, at: Position) -> None:
         """Bring ``index.json`` up to the log: one name's entries when it is current but for them, else all."""
@@ -310,18 +333,3 @@ def _compare(catalogue: Catalogue, alias: str, before: str | None, expect: str |
             digest=before,
             hint="someone moved it; look again, then decide",
         )
-
-
-def _changed(manifest: Manifest, entry: FileEntry, measured: FileEntry) -> IntegrityError:
-    if measured.size < entry.size:
-        how = f"truncated: {measured.size} bytes instead of {entry.size}"
-    else:
-        how = f"sha256 {measured.sha256[:16]}... with {measured.size} bytes"
-    return IntegrityError(
-        f"{manifest.ref}: {entry.path} is not the file that was packed ({how}; module.json says "
-        f"{entry.sha256[:16]}... with {entry.size} bytes)",
-        ref=manifest.ref,
-        digest=entry.digest,
-        path=entry.path,
-        hint="restore the file, or pack the change as a new version: hub push DIR --repack --version NEW",
-    )

@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hub import canonical
-from hub.errors import HubError, IntegrityError
+from hub.errors import HubError, IntegrityError, NotFound
 from hub.ref import AdapterRef
 
 if TYPE_CHECKING:
+    from hub.manifest import FileEntry, Manifest
     from hub.store import Problem, Store
+    from hub.tensors import FileScan
+
+    Seen = dict[tuple[str, int, str], FileScan | None]
 
 
-def verify_release(store: Store, ref: AdapterRef, digest: str, *, seen: set[str] | None = None) -> list[Problem]:
+def verify_release(store: Store, ref: AdapterRef, digest: str, *, seen: Seen | None = None) -> list[Problem]:
     """Check one artifact: its manifest, every file, its tensors against the manifest, its OCI manifest.
 
     Parameters
@@ -22,13 +26,12 @@ def verify_release(store: Store, ref: AdapterRef, digest: str, *, seen: set[str]
     ref, digest
         What the log says was published.
     seen
-        Digests already checked, shared between artifacts; added to.
+        Files already checked, shared between artifacts; added to.
     """
-    from hub.gates import check_agreement, inspect
+    from hub.gates import check_agreement
     from hub.oci import image_manifest
     from hub.store import Problem
 
-    seen = set() if seen is None else seen
     try:
         manifest = store.manifest(digest)
         if manifest.ref != ref or manifest.digest != digest:
@@ -38,12 +41,8 @@ def verify_release(store: Store, ref: AdapterRef, digest: str, *, seen: set[str]
         return [Problem(str(ref), error.message)]
     problems, scans = [], {}
     for entry in manifest.files:
-        if entry.digest not in seen and (bad := store.blobs.check(entry.digest, entry.size)):
-            problems.append(Problem(str(ref), f"{entry.path} {bad}"))
-            continue
-        seen.add(entry.digest)
         try:
-            _, scan = inspect(store.blobs.path(entry.digest), entry.path)
+            scan = _scan(store, manifest, entry, {} if seen is None else seen)
         except HubError as error:
             problems.append(Problem(str(ref), error.message))
             continue
@@ -57,11 +56,25 @@ def verify_release(store: Store, ref: AdapterRef, digest: str, *, seen: set[str]
     return problems
 
 
+def _scan(store: Store, manifest: Manifest, entry: FileEntry, seen: Seen) -> FileScan | None:
+    from hub.gates import check_same, inspect
+
+    key = (entry.digest, entry.size, entry.path)
+    if key not in seen:
+        if not store.blobs.path(entry.digest).exists():
+            raise NotFound(f"{entry.path} is missing (blob {entry.digest})", digest=entry.digest)
+        measured, scan = inspect(store.blobs.path(entry.digest), entry.path)
+        check_same(manifest, entry, measured)
+        seen[key] = scan
+    return seen[key]
+
+
 def verify_store(store: Store) -> list[Problem]:
     """Check the log's chain, every published artifact, and that index and log agree."""
     from hub.store import Problem
 
-    problems, seen, published = [], set[str](), set[str]()
+    problems, published = list[Problem](), set[str]()
+    seen: Seen = {}
     try:
         for event, _ in store.ledger.read():
             if event.op == "publish":

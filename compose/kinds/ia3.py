@@ -34,6 +34,7 @@ class Ia3(Adapter):
     peft_type = "IA3"
     paper = "arXiv:2205.05638"
     default_targets = ("attn.k", "attn.v", "attn.qkv", "mlp.down")
+    peft_fields = frozenset({"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"})
     suffixes = {"out": "ia3_l", "in": "ia3_l"}
 
     def build(self, sites: SiteMap, model: PreTrainedModel) -> None:

@@ -36,6 +36,10 @@ class PrefixTuning(Adapter):
     peft_type = "PREFIX_TUNING"
     paper = "arXiv:2101.00190"
     averages_in_weight = False
+    peft_fields = frozenset(
+        "num_virtual_tokens token_dim num_attention_heads num_layers num_transformer_submodules "
+        "encoder_hidden_size prefix_projection init_weights".split()
+    )
     suffixes = {"P": "prompt_embeddings"}
 
     @property
@@ -72,7 +76,7 @@ class PrefixTuning(Adapter):
         """Fields of PEFT's PrefixTuningConfig."""
         assert isinstance(config, PrefixConfig)  # noqa: S101 - narrows the type
         heads, head_dim = attention_shape(sites)
-        layers = {s.layer for s, _ in sites.attention_modules() if s.stack in ("", "decoder")}
+        layers = {s.layer for s, _ in sites.attention_modules() if s.stack != "encoder"}
         return {
             "num_virtual_tokens": config.num_virtual_tokens,
             "token_dim": heads * head_dim,
@@ -86,7 +90,7 @@ class PrefixTuning(Adapter):
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Read PEFT's PrefixTuningConfig (the projection is not stored: the file holds its output)."""
-        return {"num_virtual_tokens": fields["num_virtual_tokens"]}
+        return {"num_virtual_tokens": fields.get("num_virtual_tokens")}
 
 
 def attention_shape(sites: SiteMap) -> tuple[int, int]:

@@ -36,6 +36,10 @@ class PromptTuning(Adapter):
     peft_type = "PROMPT_TUNING"
     paper = "arXiv:2104.08691"
     averages_in_weight = False
+    peft_fields = frozenset(
+        "num_virtual_tokens token_dim num_attention_heads num_layers num_transformer_submodules "
+        "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
+    )
     suffixes = {"P": "prompt_embeddings"}
 
     @property
@@ -79,4 +83,4 @@ class PromptTuning(Adapter):
     @classmethod
     def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Read PEFT's PromptTuningConfig."""
-        return {"num_virtual_tokens": fields["num_virtual_tokens"]}
+        return {"num_virtual_tokens": fields.get("num_virtual_tokens")}

@@ -1,0 +1,259 @@
+"""The effect of a static composition at one linear site: W' = W + D and c' = c + b, kept in factors where possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import blake2b
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from compose import factors
+from compose.expr import Expr
+from compose.kernels import Pair
+from compose.kind import Adapter, KindError
+from compose.lowering import Scene, site_program
+from compose.slot import Slot
+from compose.stage import Chain, Entry, Mix, Node, Stage
+from compose.weights import bias_of, dense_weight, row_norm_squared
+
+_BLOCK = 2**16  # elements of a block when two dense effects are compared
+
+
+@dataclass(frozen=True)
+class Effect:
+    """D = diag(gain) W + s B A, or, where that does not hold it (``node``), whatever the compiled stages compute.
+
+    ``gain`` is (d_out,) with 0 for no change, ``pair`` the factors, ``bias`` (d_out,) what is added to the site's
+    bias, or None. An effect with none of them is zero.
+    """
+
+    layer: nn.Module
+    shape: tuple[int, int]
+    pair: Pair | None = None
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+    node: Node | None = field(default=None, repr=False)
+
+    @property
+    def rows(self) -> int:
+        """d_out."""
+        return self.shape[0]
+
+    @property
+    def width(self) -> int:
+        """d_in."""
+        return self.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Rank of the pair."""
+        return self.pair.rank if self.pair is not None else 0
+
+    @property
+    def factored(self) -> bool:
+        """Whether D is a pair alone."""
+        return self.node is None and self.gain is None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base layer lives."""
+        return cast("Tensor", self.layer.weight).device
+
+    def weight(self) -> Tensor:
+        """The frozen W (d_out, d_in), float32, dequantized if need be: a temporary."""
+        return dense_weight(self.layer).detach().float()
+
+    def pair_or_zero(self) -> Pair:
+        """The pair, or one of rank 0."""
+        if self.pair is not None:
+            return self.pair
+        rows, width = self.shape
+        return Pair(torch.zeros(0, width, device=self.device), torch.zeros(rows, 0, device=self.device), 1.0)
+
+    def reader(self) -> Callable[[int, int], Tensor]:
+        """Return a function that gives rows lo..hi of D, float32; what it needs of W lives as long as it does."""
+        if self.node is not None:
+            dense = self.dense()
+            return lambda lo, hi: dense[lo:hi]
+        if self.pair is None and self.gain is None:
+            return lambda lo, hi: torch.zeros(hi - lo, self.width, device=self.device)
+        pair = self.pair_or_zero()
+        a, b = pair.A.float() * pair.scale, pair.B.float()
+        if self.gain is None:
+            return lambda lo, hi: b[lo:hi] @ a
+        gain, weight = self.gain, self.weight()
+        return lambda lo, hi: torch.addmm(gain[lo:hi, None] * weight[lo:hi], b[lo:hi], a)
+
+    def dense(self) -> Tensor:
+        """D whole, (d_out, d_in) float32."""
+        if self.node is None:
+            return self.reader()(0, self.rows)
+        weight = self.weight()
+        return affine(self.node, weight, weight.new_zeros(self.rows))[0] - weight
+
+    def key(self) -> bytes:
+        """Digest of the content: seeds that depend on it do not depend on names or order."""
+        digest = blake2b(digest_size=8)
+        if self.node is not None:
+            digest.update(_bytes(self.dense()))
+        elif self.pair is not None:
+            digest.update(_bytes(self.pair.A) + _bytes(self.pair.B) + repr(self.pair.scale).encode())
+        if self.gain is not None:
+            digest.update(_bytes(self.gain))
+        return digest.digest()
+
+    def inner(self, other: Effect) -> float:
+        """Frobenius product <D, D'> with another effect at the same site; in factor space but for dense effects."""
+        if self.node is not None or other.node is not None:
+            mine, theirs = self.reader(), other.reader()
+            step = max(1, _BLOCK // self.width)
+            spans = [(lo, min(lo + step, self.rows)) for lo in range(0, self.rows, step)]
+            return sum(float((mine(*s).double() * theirs(*s)).sum()) for s in spans)
+        total = factors.inner(self.pair_or_zero(), other.pair_or_zero()) if self.rank and other.rank else 0.0
+        if self.gain is not None and other.gain is not None:
+            total += float((self.gain.double() * other.gain * row_norm_squared(self.layer)).sum())
+        return total + self._gain_with_pair(other) + other._gain_with_pair(self)
+
+    def _gain_with_pair(self, other: Effect) -> float:
+        """<diag(u) W, s B A> = s sum_j u_j rowsum((W A^T) * B)_j."""
+        if self.gain is None or other.pair is None:
+            return 0.0
+        pair = other.pair
+        rows = ((self.weight() @ pair.A.float().T) * pair.B.float()).sum(1)
+        return pair.scale * float((self.gain.double() * rows).sum())
+
+    @cached_property
+    def energy(self) -> float:
+        """||D||^2."""
+        return self.inner(self)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+# -- from an expression ------------------------------------------------------------------------------------------
+
+
+class _Unweighted:
+    """A scene without weights by name: a merge is made once, so only the numbers in its expression count."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.adapters = scene.adapters
+        self.weights: Mapping[str, float] = {}
+        self.slot = scene.slot
+
+
+def effect_of(scene: Scene, path: str, expr: Expr) -> Effect:
+    """Effect of a call-free expression at the linear site ``path``.
+
+    Raises
+    ------
+    KindError
+        Names the adapter whose effect there is no change of a weight (a block function).
+    """
+    slot = scene.slot(path)
+    node = site_program(_Unweighted(scene), path, (expr,))
+    layer = slot.base_layer
+    shape = _shape(slot)
+    if node is None:
+        return Effect(layer, shape)
+    _refuse_functions(scene.adapters, path, node)
+    if isinstance(node, Stage) and not node.inputs and not node.deltas:
+        return _in_factors(layer, shape, node)
+    weight = torch.zeros(shape[0], 0)  # the bias does not depend on the weight
+    bias = bias_of(layer)
+    before = torch.zeros(shape[0]) if bias is None else bias.detach().float().cpu()
+    moved = _bias_only(node, weight, before) - before
+    return Effect(layer, shape, bias=moved if bool(moved.any()) else None, node=node)
+
+
+def _shape(slot: Slot) -> tuple[int, int]:
+    weight = dense_weight(slot.base_layer)
+    return (int(weight.shape[0]), int(weight.shape[1]) if weight.dim() > 1 else 0)
+
+
+def _refuse_functions(adapters: Mapping[str, Adapter], path: str, node: Node) -> None:
+    for entry in entries(node):
+        if entry.atoms.function is not None:
+            kind = adapters[entry.name].kind
+            raise KindError(
+                f"{kind} adapter {entry.name!r} is a function at {path}, not a change of its weight",
+                hint="merge adapters of one such kind with each other, or activate the expression as it is",
+            )
+
+
+def entries(node: Node) -> list[Entry]:
+    """All entries of a compiled node."""
+    if isinstance(node, Stage):
+        return list(node.entries)
+    nodes = node.parts if isinstance(node, Chain) else [n for _, n in cast("Mix", node).terms]
+    return [e for n in nodes for e in entries(n)]
+
+
+def _in_factors(layer: nn.Module, shape: tuple[int, int], stage: Stage) -> Effect:
+    pairs = [Pair(_f(e.atoms.A), _f(e.atoms.B), e.atoms.scale) for e in stage.low_rank]
+    weights = [float(e.coefficient) for e in stage.low_rank]
+    if len(pairs) == 1:
+        pair: Pair | None = Pair(pairs[0].A, pairs[0].B, pairs[0].scale * weights[0])
+    else:
+        pair = factors.stack(pairs, weights) if pairs else None
+    gain = _sum((float(e.coefficient), _f(e.atoms.gain) - 1) for e in stage.gains)
+    added = _sum((float(e.coefficient), _f(e.atoms.bias)) for e in stage.biases)
+    scaled = _sum((float(e.coefficient), _f(e.atoms.gain) - 1) for e in stage.gains if e.atoms.gain_scales_bias)
+    own = bias_of(layer)
+    if scaled is not None and own is not None:
+        added = _sum([(1.0, scaled * own.detach().float()), *([(1.0, added)] if added is not None else [])])
+    return Effect(layer, shape, pair, gain, added if added is not None and bool(added.any()) else None)
+
+
+def _f(tensor: Tensor | None) -> Tensor:
+    return cast("Tensor", tensor).detach().float()
+
+
+def _sum(terms: object) -> Tensor | None:
+    total: Tensor | None = None
+    for weight, tensor in cast("list[tuple[float, Tensor]]", terms):
+        total = weight * tensor if total is None else total + weight * tensor
+    return total
+
+
+@torch.no_grad()
+def affine(node: Node, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(W', c') that a compiled node makes of (W, c), with W (d_out, d_in) and c (d_out,), float32.
+
+    A stage: W' = diag(1 + sum w (g - 1)) W diag(1 + sum w (l - 1)) + sum w (s B A + D), see :mod:`compose.atoms`;
+    a chain applies its parts in turn, a mix adds its branches' differences.
+    """
+    if isinstance(node, Chain):
+        for part in node.parts:
+            weight, bias = affine(part, weight, bias)
+        return weight, bias
+    if isinstance(node, Mix):
+        made = [(float(c), *affine(n, weight, bias)) for c, n in node.terms]
+        return (
+            weight + sum((c * (w - weight) for c, w, _ in made), torch.zeros_like(weight)),
+            bias + sum((c * (b - bias) for c, _, b in made), torch.zeros_like(bias)),
+        )
+    return _affine_stage(cast("Stage", node), weight, bias)
+
+
+def _affine_stage(stage: Stage, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    gains = _sum((float(e.coefficient), _f(e.atoms.gain) - 1) for e in stage.gains)
+    inputs = _sum((float(e.coefficient), _f(e.atoms.input_gain) - 1) for e in stage.inputs)
+    scaled = _sum((float(e.coefficient), _f(e.atoms.gain) - 1) for e in stage.gains if e.atoms.gain_scales_bias)
+    new = weight if gains is None else weight * (1 + gains)[:, None]
+    new = new if inputs is None else new * (1 + inputs)
+    for e in stage.low_rank:
+        new = new + (float(e.coefficient) * e.atoms.scale) * (_f(e.atoms.B) @ _f(e.atoms.A))
+    for e in stage.deltas:
+        delta = cast("Tensor", e.atoms.delta).detach()
+        new = new + float(e.coefficient) * (delta if delta.layout == torch.strided else delta.to_dense()).float()
+    after = bias if scaled is None else bias * (1 + scaled)
+    for e in stage.biases:
+        after = after + float(e.coefficient) * _f(e.atoms.bias)
+    return new, after

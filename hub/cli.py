@@ -1,0 +1,180 @@
+"""The ``hub`` command: a lazy table of commands, and one table of errors.
+
+A command is reached by name when it is called, so ``hub --help`` imports none of them and ``hub list`` imports
+neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import click
+
+from hub.lazy import load
+
+
+class Row(NamedTuple):
+    """A command: where its function is, and its line in ``hub --help``."""
+
+    target: str
+    help: str
+
+
+# One more command is one more row; `target` may lie in any package.
+COMMANDS: dict[str, dict[str, Row]] = {
+    "Artifacts": {
+        "push": Row("hub.commands.push:push", "Publish a directory into the store, or send an artifact to a remote."),
+        "pull": Row("hub.commands.pull:pull", "Bring an artifact from a remote, checking every byte."),
+        "list": Row("hub.commands.list:list_", "List the artifacts of the store."),
+        "show": Row("hub.commands.show:show", "Show one artifact: facts, metrics, files, lineage."),
+        "verify": Row("hub.commands.verify:verify", "Read every byte and say what is damaged."),
+        "tag": Row("hub.commands.tag:tag", "Let an alias stand for a version, or list aliases."),
+        "untag": Row("hub.commands.tag:untag", "Remove an alias."),
+        "yank": Row("hub.commands.yank:yank", "Withdraw a version from ranges, or take that back."),
+    },
+    "Models": {
+        "quickstart": Row("train.quickstart.commands:quickstart", "See the whole idea work on text of this machine."),
+        "train": Row("train.commands:train", "Train an adapter from a YAML file."),
+        "compose": Row("compose.commands:compose", "Plan, check and publish compositions."),
+    },
+}
+
+
+class ErrorRow(NamedTuple):
+    """What an exception of this class means for the shell: the exit code, and a hint where it has none itself."""
+
+    code: int
+    hint: str | None = None
+
+
+# By qualified class name, so that no library is imported to catch its errors; the nearest base class counts.
+ERRORS: dict[str, ErrorRow] = {
+    "hub.errors.UsageError": ErrorRow(2),
+    "hub.errors.HubError": ErrorRow(1),
+    "builtins.FileNotFoundError": ErrorRow(1, "check the path"),
+    "builtins.PermissionError": ErrorRow(1, "check the owner and the mode of the file"),
+    "builtins.ModuleNotFoundError": ErrorRow(1, "install the missing package into this environment"),
+    "builtins.OSError": ErrorRow(1),
+    "sqlite3.DatabaseError": ErrorRow(1, "`hub verify` checks the store"),
+    "torch.OutOfMemoryError": ErrorRow(1, "use --quantize nf4, a smaller batch, or another device"),
+    "builtins.KeyboardInterrupt": ErrorRow(130),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called, and whose errors end in the next step."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names of the table."""
+        return [name for rows in COMMANDS.values() for name in rows]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command's function now."""
+        for rows in COMMANDS.values():
+            if cmd_name in rows:
+                command: click.Command = load(rows[cmd_name].target)
+                return command
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown one is answered with did-you-mean."""
+        name = args[0]
+        if name not in self.list_commands(ctx) and not name.startswith("-"):
+            from hub.errors import UsageError, suggest
+
+            near = suggest(name, self.list_commands(ctx))
+            raise UsageError(f"there is no command {name!r}", hint=near or "`hub --help` lists all commands")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table, without importing what it names."""
+        for section, rows in COMMANDS.items():
+            with formatter.section(section):
+                formatter.write_dl([(name, row.help) for name, row in rows.items()])
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run, and turn every expected error into one sentence, a hint and an exit code."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            sys.stdout.flush()
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("aborted", err=True)
+            sys.exit(ERRORS["builtins.KeyboardInterrupt"].code)
+        except Exception as error:
+            row = _row_of(error)
+            if row is None:
+                raise
+            _tell(error, row)
+            sys.exit(row.code)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _row_of(error: Exception) -> ErrorRow | None:
+    """Row of an expected error; None for any other one, which is a defect and keeps its traceback."""
+    for ancestor in type(error).__mro__:
+        row = ERRORS.get(f"{ancestor.__module__}.{ancestor.__qualname__}")
+        if row is not None:
+            return row
+    return None
+
+
+def _tell(error: Exception, row: ErrorRow) -> None:
+    hint = getattr(error, "hint", None) or row.hint
+    click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    click.echo(_sentence(error), err=True)
+    if hint:
+        click.secho("hint: ", fg="yellow", nl=False, err=True)
+        click.echo(hint, err=True)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _print_version(ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            click.echo(f"moduloom {version('moduloom')}")
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            click.echo("moduloom (not installed)")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Show the version."
+)
+def main() -> None:
+    """Adapters are packages: push, pull, compose, route and train them.
+
+    An adapter is named ns/name@1.2.0, ns/name@alias, ns/name@sha256:..., 'ns/name>=1,<2' or ns/name; a bare name is
+    in the namespace "local". The store is ~/.moduloom, or where HUB_HOME says.
+    """
+
+
+if __name__ == "__main__":
+    main()

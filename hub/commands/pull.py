@@ -1,0 +1,53 @@
+"""``hub pull``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hub.commands._output import json_option, print_json, say, summary, warn
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--from", "source", metavar="URL|PATH", help="The remote; without it, the store itself (with --out).")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the artifact as a plain directory, too.")
+@click.option("--requires/--no-requires", default=True, help="Pull what it requires as well (the default).")
+@json_option
+def pull(ref: str, source: str | None, out: Path | None, requires: bool, as_json: bool) -> None:
+    """Bring an artifact from a remote into the store; every byte is checked.
+
+    \b
+    hub pull acme/tone --from /mnt/share/adapters
+    hub pull 'acme/tone>=1,<2' --from /mnt/share/adapters --out ./tone
+    hub pull acme/tone@prod --out ./tone          (from the store)
+
+    An alias in REF is set here too. An interrupted pull goes on where it stopped.
+    """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    from hub.errors import UsageError
+    from hub.store import Store
+
+    store = Store()
+    if source is None and out is None:
+        raise UsageError("from where?", hint=f"write hub pull {ref} --from URL|PATH, or --out DIR to copy it out")
+    if source is None:
+        artifact = store.get(ref)
+    else:
+        from hub.progress import bars
+        from hub.remotes import from_url
+        from hub.transfer import pull as transfer
+
+        with bars() as progress:
+            artifact = transfer(store, from_url(source), ref, progress=progress, requires=requires)
+    for warning in artifact.manifest.warnings:
+        warn(f"{artifact.ref}: {warning}")
+    if artifact.facts.yanked is not None:
+        warn(f"{artifact.ref} is yanked: {artifact.facts.yanked}")
+    if out is not None:
+        artifact.materialize(out)
+    if as_json:
+        print_json({**summary(artifact), "out": None if out is None else str(out)})
+    else:
+        where = store.where if out is None else str(out)
+        say(f"{artifact.ref} ({artifact.digest[:19]}...) is in {where}; every byte is right")

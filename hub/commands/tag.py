@@ -1,0 +1,79 @@
+"""``hub tag`` and ``hub untag``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from hub.commands._output import columns, json_option, print_json, say, summary
+
+if TYPE_CHECKING:
+    from hub.ref import AdapterRef
+    from hub.store import Store
+
+
+@click.command()
+@click.argument("ref")
+@click.argument("alias", required=False)
+@click.option("--expect", metavar="VERSION|DIGEST|absent", help="Move it only if it stands there now.")
+@json_option
+def tag(ref: str, alias: str | None, expect: str | None, as_json: bool) -> None:
+    """Let NAME@ALIAS stand for what REF is now; without ALIAS, list the aliases of a name.
+
+    \b
+    hub tag acme/tone@1.2.0 prod
+    hub tag acme/tone@1.3.0 prod --expect 1.2.0    (compare and swap)
+    hub tag acme/tone
+    """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    from hub.ref import AdapterRef
+    from hub.store import Store
+
+    store = Store()
+    if alias is None:
+        if expect is not None:
+            raise click.UsageError("--expect needs an ALIAS")
+        _list(store, AdapterRef.parse(ref), as_json)
+        return
+    artifact = store.tag(ref, alias.removeprefix("@"), expect=expect)
+    if as_json:
+        print_json(summary(artifact))
+    else:
+        say(f"{artifact.ref.id}@{alias.removeprefix('@')} is {artifact.ref.version}")
+
+
+def _list(store: Store, ref: AdapterRef, as_json: bool) -> None:
+    store.resolve(ref.at())
+    catalogue = store.catalogue(ref.id)
+    versions = {alias: catalogue.find(digest=digest) for alias, digest in sorted(catalogue.aliases.items())}
+    found = [
+        {"alias": alias, "version": release.version, "digest": release.digest}
+        for alias, release in versions.items()
+        if release is not None
+    ]
+    if as_json:
+        print_json(found)
+    elif found:
+        click.echo(columns(("ALIAS", "VERSION", "DIGEST"), [tuple(row.values()) for row in found]))
+    else:
+        say(f"{ref.id} has no alias; `hub tag {ref.id}@VERSION ALIAS` makes one")
+
+
+@click.command()
+@click.argument("ref", metavar="NAME@ALIAS")
+@click.option("--expect", metavar="VERSION|DIGEST", help="Remove it only if it stands there now.")
+@json_option
+def untag(ref: str, expect: str | None, as_json: bool) -> None:
+    """Remove an alias; the artifact stays."""
+    from hub.errors import UsageError
+    from hub.ref import AdapterRef
+    from hub.store import Store
+
+    parsed = AdapterRef.parse(ref)
+    if parsed.alias is None:
+        raise UsageError(f"{ref} names no alias", hint=f"write hub untag {parsed.id}@ALIAS")
+    before = Store().untag(parsed, parsed.alias, expect=expect)
+    if as_json:
+        print_json({"name": parsed.id, "alias": parsed.alias, "was": before})
+    else:
+        say(f"{parsed} is gone (it was {before})")

@@ -1,0 +1,44 @@
+"""Progress of long work on stderr: a bar for people, silence for pipes and scripts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = Callable[[str, int], Callable[[int], None]]
+"""Called with a label and a total of bytes; gives the function that is told of every count of bytes done."""
+
+
+def quiet(_label: str, _total: int) -> Callable[[int], None]:
+    """Show nothing."""
+
+    def advance(_count: int) -> None:
+        """Do nothing."""
+
+    return advance
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Show a rich progress bar on stderr where that is a terminal; `quiet` otherwise."""
+    if not sys.stderr.isatty():
+        yield quiet
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+
+        def start(label: str, total: int) -> Callable[[int], None]:
+            task = shown.add_task(label, total=total)
+            return lambda count: shown.advance(task, count)
+
+        yield start

@@ -1,0 +1,104 @@
+"""What every remote can do, and how a URL finds its remote.
+
+A new remote is one file in this folder with a class under ``@register("scheme")``; nothing else changes.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from hub.errors import UsageError, suggest
+from hub.resolve import Catalogue
+from hub.staging import Advance
+
+if TYPE_CHECKING:
+    from hub.manifest import FileEntry, Manifest
+
+_SCHEME = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*)://")
+
+
+class Remote(Protocol):
+    """A place that holds artifacts. It is never trusted: `hub.transfer` checks every byte that comes from it.
+
+    A blob is always asked for together with its manifest, since many places (a repository of the Hugging Face
+    Hub, of an OCI registry) keep blobs below a name and do not know a global one.
+    """
+
+    url: str
+
+    def names(self) -> list[str]:
+        """All ``ns/name`` here, sorted; for did-you-mean and search."""
+        ...
+
+    def catalogue(self, name: str) -> Catalogue:
+        """Releases and aliases of a name; an empty catalogue where it is unknown."""
+        ...
+
+    def manifest(self, name: str, digest: str) -> bytes:
+        """Bytes of a manifest. Raises NotFound."""
+        ...
+
+    def missing(self, manifest: Manifest) -> list[FileEntry]:
+        """Files of an artifact whose blobs are not here yet: the digest difference."""
+        ...
+
+    def read(self, manifest: Manifest, entry: FileEntry, offset: int) -> Iterable[bytes]:
+        """Bytes of a file from an offset on, in chunks. Raises NotFound."""
+        ...
+
+    def write(self, manifest: Manifest, entry: FileEntry, source: Path, advance: Advance) -> None:
+        """Take in one blob, whole or not at all; telling `advance` of every count of bytes."""
+        ...
+
+    def publish(self, manifest: Manifest) -> bool:
+        """Make the artifact visible, after all its blobs; whether it is new. Raises Conflict."""
+        ...
+
+    def tag(self, name: str, alias: str, digest: str) -> None:
+        """Let an alias stand for a published digest."""
+        ...
+
+
+Opener = Callable[[str], Remote]
+OpenerT = TypeVar("OpenerT", bound=Opener)
+_openers: dict[str, Opener] = {}
+
+
+def register(*schemes: str) -> Callable[[OpenerT], OpenerT]:
+    """Class decorator: URLs of these schemes are opened by it, called with the URL."""
+
+    def add(opener: OpenerT) -> OpenerT:
+        _openers.update(dict.fromkeys(schemes, opener))
+        return opener
+
+    return add
+
+
+def schemes() -> dict[str, Opener]:
+    """All registered schemes, after every file of this folder has been imported."""
+    package = import_module("hub.remotes")
+    for module in pkgutil.iter_modules(package.__path__):
+        import_module(f"hub.remotes.{module.name}")
+    return dict(_openers)
+
+
+def from_url(url: str) -> Remote:
+    """Open a remote: ``scheme://...``, or a plain path, which is a directory.
+
+    Raises
+    ------
+    UsageError
+        An unknown scheme, with did-you-mean.
+    """
+    known = schemes()
+    found = _SCHEME.match(url)
+    scheme = found["scheme"].lower() if found else "file"
+    if scheme not in known:
+        hint = suggest(scheme, known) or f"known are {', '.join(sorted(known))}, and plain paths"
+        raise UsageError(f"there is no remote for {scheme}:// ({url})", hint=hint)
+    return known[scheme](url)

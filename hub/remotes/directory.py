@@ -1,0 +1,110 @@
+"""A directory as a remote: any store is one, on this disk, a mounted share or a stick."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from hub.errors import NotFound, UsageError
+from hub.files import CHUNK, open_regular
+from hub.ref import AdapterRef
+from hub.remotes.base import register
+from hub.resolve import Catalogue
+from hub.staging import Advance
+from hub.vault import Vault, disk_errors
+
+if TYPE_CHECKING:
+    from hub.manifest import FileEntry, Manifest
+
+
+@register("file")
+class DirectoryRemote:
+    """Blobs and log of a store's directory; its index is left alone, so a network share will do.
+
+    Parameters
+    ----------
+    url
+        A path, or ``file:///path``. It is made by the first push.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.path = _path(url)
+        self.url = str(self.path)
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is not a directory")
+        self._vault = Vault(self.path)
+
+    def names(self) -> list[str]:
+        """All names in the log."""
+        return self._vault.names()
+
+    def catalogue(self, name: str) -> Catalogue:
+        """Replay the log for one name."""
+        if self.path.exists() and not self._vault.exists and any(self.path.iterdir()):
+            if (self.path / "module.json").exists():
+                hint = f"it is an artifact directory: `hub push {self.path}` publishes it"
+            else:
+                hint = "give the directory that was pushed to, a HUB_HOME, or an empty or new directory"
+            raise NotFound(f"{self.path} is no store (it has no log.jsonl)", path=self.path, hint=hint)
+        return self._vault.catalogue(name)
+
+    def manifest(self, name: str, digest: str) -> bytes:
+        """Read the manifest blob."""
+        return self._vault.blobs.read(digest)
+
+    def missing(self, manifest: Manifest) -> list[FileEntry]:
+        """Files whose blob is not here with the right size."""
+        return [entry for entry in manifest.files if not self._vault.blobs.has(entry.digest, entry.size)]
+
+    def read(self, manifest: Manifest, entry: FileEntry, offset: int) -> Iterable[bytes]:
+        """Bytes of the blob from the offset on."""
+        try:
+            source = open_regular(self._vault.blobs.path(entry.digest))
+        except NotFound as error:
+            raise NotFound(
+                f"{self.path} has lost {entry.path} of {manifest.ref}",
+                ref=manifest.ref,
+                digest=entry.digest,
+                path=error.path,
+                hint="push it there again",
+            ) from error
+        with source as file:
+            file.seek(offset)
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    def write(self, manifest: Manifest, entry: FileEntry, source: Path, advance: Advance) -> None:
+        """Copy a blob in, going on where a killed push has stopped, and check it before it gets its name."""
+
+        def read(offset: int) -> Iterable[bytes]:
+            with open_regular(source) as file:
+                file.seek(offset)
+                while chunk := file.read(CHUNK):
+                    yield chunk
+
+        self._vault.create()
+        with disk_errors(self.path), self._vault.staging.room() as room:
+            part = self._vault.staging.claim(entry.digest, room)
+            self._vault.staging.receive(entry, part, read, advance)
+            self._vault.blobs.adopt(part, entry.digest)
+
+    def publish(self, manifest: Manifest) -> bool:
+        """Write the manifest and the log entry."""
+        self._vault.create()
+        with disk_errors(self.path), self._vault.staging.room() as room:
+            return self._vault.publish(manifest, room)
+
+    def tag(self, name: str, alias: str, digest: str) -> None:
+        """Move the alias here."""
+        self._vault.set_alias(AdapterRef.parse(name).at(digest=digest), alias)
+
+
+def _path(url: str) -> Path:
+    if not url.lower().startswith("file://"):
+        return Path(url).expanduser()
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise UsageError(f"{url} names the host {parts.netloc!r}", hint="write file:///absolute/path")
+    return Path(unquote(parts.path))

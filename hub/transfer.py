@@ -1,0 +1,167 @@
+"""Push and pull between a store and a remote: the digest difference only, blobs first, the manifest last.
+
+What was interrupted goes on where it stopped: whole blobs are not sent again, and of a partial one the bytes
+that are there already are kept. The receiving side checks every byte before it gets its name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hub import canonical
+from hub.errors import GateError, IntegrityError, NotFound, suggest
+from hub.progress import Progress, quiet
+from hub.ref import LATEST, AdapterRef
+from hub.resolve import Catalogue, Release, choose, refuse_conflict
+
+if TYPE_CHECKING:
+    from hub.manifest import FileEntry, Manifest, Requirement
+    from hub.remotes.base import Remote
+    from hub.store import Artifact, Store
+
+
+def push(
+    store: Store,
+    remote: Remote,
+    ref: str | AdapterRef,
+    *,
+    progress: Progress = quiet,
+    requires: bool = True,
+) -> Artifact:
+    """Send an artifact to a remote, its requirements before it. An alias in the ref moves there too.
+
+    Parameters
+    ----------
+    store, remote
+        From where, to where.
+    ref
+        What to send.
+    progress
+        Told of the bytes.
+    requires
+        Whether the artifacts it requires are sent as well, where the remote lacks them.
+
+    Returns
+    -------
+    Artifact
+        The one sent.
+
+    Raises
+    ------
+    Conflict
+        The remote has this version with other content.
+    """
+    return _push(store, remote, AdapterRef.parse(ref), progress, requires, ())
+
+
+def _push(
+    store: Store, remote: Remote, ref: AdapterRef, progress: Progress, requires: bool, above: tuple[str, ...]
+) -> Artifact:
+    artifact = store.get(ref)
+    manifest = artifact.manifest
+    _refuse_cycle(ref, artifact.digest, above)
+    refuse_conflict(artifact.ref, artifact.digest, remote.catalogue(ref.id), where=remote.url)
+    for need in manifest.requires if requires else ():
+        if _release_for(need, remote.catalogue(need.name)) is None:
+            _push(store, remote, requirement_ref(need), progress, requires, (*above, artifact.digest))
+    missing = remote.missing(manifest)
+    advance = progress(f"push {artifact.ref}", sum(entry.size for entry in missing))
+    for entry in missing:
+        remote.write(manifest, entry, artifact.file(entry.path), advance)
+    remote.publish(manifest)
+    if ref.alias and ref.alias != LATEST:
+        remote.tag(ref.id, ref.alias, artifact.digest)
+    return artifact
+
+
+def pull(
+    store: Store,
+    remote: Remote,
+    ref: str | AdapterRef,
+    *,
+    progress: Progress = quiet,
+    requires: bool = True,
+) -> Artifact:
+    """Bring an artifact from a remote into the store, its requirements before it; every byte is checked.
+
+    An alias in the ref is set here too. Parameters as in `push`.
+
+    Raises
+    ------
+    NotFound
+        The remote has nothing that fits, with did-you-mean.
+    IntegrityError, GateError, ManifestError
+        What the remote sent is not what was published, or must not be admitted; nothing is published here then.
+    """
+    return _pull(store, remote, AdapterRef.parse(ref), progress, requires, ())
+
+
+def _pull(
+    store: Store, remote: Remote, ref: AdapterRef, progress: Progress, requires: bool, above: tuple[str, ...]
+) -> Artifact:
+    release = find(remote, ref)
+    _refuse_cycle(ref, release.digest, above)
+    manifest = fetch_manifest(remote, ref, release)
+    for need in manifest.requires if requires else ():
+        if _release_for(need, store.catalogue(need.name)) is None:
+            _pull(store, remote, requirement_ref(need), progress, requires, (*above, release.digest))
+    wanted = [entry for entry in manifest.files if not store.blobs.has(entry.digest, entry.size)]
+    advance = progress(f"pull {manifest.ref}", sum(entry.size for entry in wanted))
+
+    def fetch(entry: FileEntry, part: Path) -> None:
+        store.staging.receive(entry, part, lambda offset: remote.read(manifest, entry, offset), advance)
+
+    store.ingest(manifest, fetch, reuse=True)
+    if ref.alias and ref.alias != LATEST:
+        store.tag(manifest.ref, ref.alias)
+    return store.get(manifest.ref)
+
+
+def find(remote: Remote, ref: AdapterRef) -> Release:
+    """Pick the release of a remote that a ref stands for. Raises NotFound with did-you-mean."""
+    catalogue = remote.catalogue(ref.id)
+    if not catalogue.releases:
+        raise NotFound(f"there is no adapter {ref.id} in {remote.url}", ref=ref, hint=suggest(ref.id, remote.names()))
+    return choose(ref, catalogue, where=remote.url)
+
+
+def fetch_manifest(remote: Remote, ref: AdapterRef, release: Release) -> Manifest:
+    """Read a manifest from a remote: it must have the digest, and be of the name and version, that were asked for."""
+    from hub.manifest import Manifest
+
+    data = remote.manifest(ref.id, release.digest)
+    if canonical.digest(data) != release.digest:
+        raise IntegrityError(
+            f"{remote.url} sent a manifest of {ref.id} with the digest {canonical.digest(data)[:19]}..., "
+            f"not {release.digest[:19]}...",
+            ref=ref,
+            digest=release.digest,
+        )
+    manifest = Manifest.parse(data, what=f"the manifest of {ref.id} in {remote.url}")
+    expected = ref.at(version=release.version)
+    if manifest.ref != expected or manifest.digest != release.digest:
+        raise IntegrityError(
+            f"{remote.url} has {manifest.ref} under the name {expected}", ref=ref, digest=release.digest
+        )
+    return manifest
+
+
+def requirement_ref(need: Requirement) -> AdapterRef:
+    """Ref of a requirement: by digest where it has one, else by range."""
+    name = AdapterRef.parse(need.name)
+    if need.digest:
+        return name.at(digest=need.digest)
+    return AdapterRef(name.namespace, name.name, range=need.range)
+
+
+def _refuse_cycle(ref: AdapterRef, digest: str, above: tuple[str, ...]) -> None:
+    if digest in above:
+        raise GateError(f"{ref} requires itself", ref=ref, digest=digest, hint="publish a version without the cycle")
+
+
+def _release_for(need: Requirement, catalogue: Catalogue) -> Release | None:
+    try:
+        return choose(requirement_ref(need), catalogue)
+    except NotFound:
+        return None

@@ -1,0 +1,25 @@
+"""Which adapter, for which row or token, with what weight: scorer, gating, dispatch, and the DEMix ensemble."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from router.dispatch import row_expressions as row_expressions
+    from router.ensemble import Ensemble as Ensemble
+    from router.gating import gate as gate
+
+_HOMES = {"Ensemble": "router.ensemble", "gate": "router.gating", "row_expressions": "router.dispatch"}
+
+__all__ = ["Ensemble", "gate", "row_expressions"]
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: importing the package must not import torch
+    if name not in _HOMES:
+        raise AttributeError(f"module 'router' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

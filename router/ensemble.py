@@ -1,0 +1,218 @@
+"""DEMix: an ensemble of domain experts weighted by the posterior over domains (arXiv 2108.05036).
+
+>>> ensemble = Ensemble(model, ["code", "law", "mail"])
+>>> score = ensemble.score(input_ids)          # one forward pass for all experts
+>>> score.posterior[0, -1]                     # which expert explains the text so far
+>>> score.reweighed(temperature=math.inf)      # the uniform ensemble of the same forward pass
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hub.errors import UsageError
+from router import posterior as bayes
+from router.fold import MAX_LOGITS, Member, expert_log_probs
+from router.generate import Generated, generate
+
+Prior = str | Sequence[float] | Tensor
+CACHED_SEQUENCES = 100
+
+
+@dataclass(frozen=True)
+class EnsembleScore:
+    """What a forward pass of E experts says about B texts; all in nats.
+
+    Attributes
+    ----------
+    expert_log_probs : (E, B, T-1) float32, log p_e(x_{t+1} | x_<=t); 0 where not valid.
+    valid : (B, T-1) bool, positions that are predictions of a real token.
+    posterior : (B, T-1, E) float64, the weights used for each prediction; each sums to one.
+    final : (B, E) float64, the posterior after the whole text.
+    log_probs : (B, T-1) float64, log of the mixture; 0 where not valid.
+    prior : (E,) float64, the log prior.
+    """
+
+    expert_log_probs: Tensor
+    valid: Tensor
+    posterior: Tensor
+    final: Tensor
+    log_probs: Tensor
+    prior: Tensor
+    gamma: float
+    temperature: float
+
+    @property
+    def tokens(self) -> Tensor:
+        """Predicted tokens of each text (B,)."""
+        return self.valid.sum(1)
+
+    @property
+    def nll(self) -> Tensor:
+        """Negative log likelihood of each text under the mixture (B,)."""
+        return -self.log_probs.sum(1)
+
+    @property
+    def expert_nll(self) -> Tensor:
+        """Negative log likelihood of each text under each expert (E, B), summed in float64."""
+        return -self.expert_log_probs.double().sum(2)
+
+    @property
+    def regret(self) -> Tensor:
+        """NLL(mixture) - NLL(e) - ln(1 / prior(e)), (E, B): at gamma = 1, temperature = 1 never above 0."""
+        return self.nll - self.expert_nll + self.prior.to(self.nll)[:, None]
+
+    def reweighed(
+        self,
+        *,
+        prior: Sequence[float] | Tensor | None = None,
+        gamma: float | None = None,
+        temperature: float | None = None,
+    ) -> EnsembleScore:
+        """Score the same forward pass with another prior, discount or temperature; no model runs.
+
+        An infinite temperature keeps the prior as fixed weights: with a uniform one, the uniform ensemble.
+        """
+        log_prior = self.prior if prior is None else bayes.log_prior(prior, len(self.prior))
+        return mix(
+            self.expert_log_probs,
+            self.valid,
+            log_prior=log_prior,
+            gamma=self.gamma if gamma is None else gamma,
+            temperature=self.temperature if temperature is None else temperature,
+        )
+
+
+def mix(
+    expert_log_probs: Tensor, valid: Tensor, *, log_prior: Tensor, gamma: float = 1.0, temperature: float = 1.0
+) -> EnsembleScore:
+    """Posterior and mixture from expert log probabilities (E, B, T-1) and valid (B, T-1)."""
+    values = expert_log_probs.permute(1, 2, 0).double()  # (B, T-1, E)
+    before, after = bayes.evidence(values, valid, gamma=gamma)
+    weights = bayes.log_weights(before, log_prior, temperature=temperature)
+    mixed = bayes.mixture(weights, values).masked_fill(~valid, 0.0)
+    final = bayes.log_weights(after, log_prior, temperature=temperature).exp()
+    return EnsembleScore(expert_log_probs, valid, weights.exp(), final, mixed, log_prior, gamma, temperature)
+
+
+class Ensemble:
+    """Experts of one model, mixed in probability space by their posterior.
+
+    Parameters
+    ----------
+    model
+        A causal language model with the experts attached (`compose.load`, `compose.attach`).
+    experts
+        E expressions: names of attached adapters, compositions such as `"0.5 * a + b"`, None for the bare base.
+    prior
+        `"uniform"`; E numbers that sum to one; `"updating"`: after each call of `score`, an exponential average (rate
+        0.3) of the mean posterior at the last position, starting from uniform; `"cached"`: the same over 100
+        sequences given to `calibrate`, then frozen.
+    gamma, temperature
+        See `router.posterior`: 1 and 1 are Bayes.
+    context, overlap, max_logits
+        See `router.fold.expert_log_probs`. Windows share one posterior: it runs over the whole text.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        experts: Sequence[Member],
+        *,
+        prior: Prior = "uniform",
+        gamma: float = 1.0,
+        temperature: float = 1.0,
+        context: int | None = None,
+        overlap: int | None = None,
+        max_logits: int = MAX_LOGITS,
+    ) -> None:
+        self.model, self.experts = model, tuple(experts)
+        self.mode = prior if isinstance(prior, str) else "given"
+        if self.mode not in ("uniform", "updating", "cached", "given"):
+            raise UsageError(f"unknown prior {self.mode!r}", hint="uniform, updating, cached or one number per expert")
+        self.prior = bayes.log_prior(None if isinstance(prior, str) else prior, len(self.experts))
+        self.calibrated = self.mode != "cached"
+        self.gamma, self.temperature = gamma, temperature
+        self.context, self.overlap, self.max_logits = context, overlap, max_logits
+        bayes.evidence(torch.zeros(0, 1), gamma=gamma)  # a bad gamma or temperature is an error here, not at the
+        bayes.log_weights(torch.zeros(1), torch.zeros(1), temperature=temperature)  # first text
+
+    def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> EnsembleScore:
+        """Score B texts (B, T), padded on either side, of any length; one forward pass for all experts.
+
+        Raises
+        ------
+        UsageError
+            A cached prior that was not calibrated, or shapes that do not fit.
+        """
+        log_prior = self._ready()
+        log_probs, valid = self._read(input_ids, attention_mask)
+        score = mix(log_probs, valid, log_prior=log_prior, gamma=self.gamma, temperature=self.temperature)
+        if self.mode == "updating":
+            self.prior = bayes.moving_average(self.prior, score.final.mean(0).cpu())
+        return score
+
+    def calibrate(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Set a cached prior from up to 100 development texts (N, T), in their order; returns it, (E,)."""
+        if self.mode != "cached":
+            raise UsageError(f"the prior is {self.mode!r}, there is nothing to calibrate", hint="prior='cached'")
+        if not len(input_ids):
+            raise UsageError("no text to calibrate the prior on", hint=f"give up to {CACHED_SEQUENCES} sequences")
+        mask = None if attention_mask is None else attention_mask[:CACHED_SEQUENCES]
+        log_probs, valid = self._read(input_ids[:CACHED_SEQUENCES], mask)
+        prior = bayes.log_prior(None, len(self.experts))
+        for row in range(log_probs.shape[1]):
+            one = mix(
+                log_probs[:, row : row + 1],
+                valid[row : row + 1],
+                log_prior=prior,
+                gamma=self.gamma,
+                temperature=self.temperature,
+            )
+            prior = bayes.moving_average(prior, one.final[0].cpu())
+        self.prior, self.calibrated = prior, True
+        return prior.exp()
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, epsilon: float = 0.0, **options: Any
+    ) -> Generated:
+        """Continue B prompts by the mixture; the posterior starts with the prompt and moves with each token.
+
+        `options` are those of transformers' `generate` (max_new_tokens, do_sample, temperature, top_p, streamer...; no
+        beams). The caches of all experts lie side by side in one batch. An expert whose weight on a text falls under
+        `epsilon` is dropped for the rest of that text: the mixture then moves by less than epsilon per expert.
+        """
+        return generate(
+            self.model,
+            self.experts,
+            input_ids,
+            attention_mask,
+            log_prior=self._ready(),
+            gamma=self.gamma,
+            temperature=self.temperature,
+            epsilon=epsilon,
+            max_logits=self.max_logits,
+            options=options,
+        )
+
+    def _ready(self) -> Tensor:
+        if not self.calibrated:
+            raise UsageError("the cached prior is not calibrated yet", hint="ensemble.calibrate(dev_input_ids)")
+        return self.prior
+
+    def _read(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return expert_log_probs(
+            self.model,
+            self.experts,
+            input_ids,
+            attention_mask,
+            context=self.context,
+            overlap=self.overlap,
+            max_logits=self.max_logits,
+        )

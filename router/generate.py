@@ -1,0 +1,192 @@
+"""Generation by an ensemble: key-value caches side by side, one mixture, one token for all experts of a text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+import compose
+from hub.errors import UsageError
+from router import posterior as bayes
+from router.fold import Member, Reader, active, checked
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Continuations of B prompts.
+
+    Attributes
+    ----------
+    sequences : (B, T + N) prompts and new tokens, padded on the right after the end of a text.
+    log_probs : (B, N) float64, log of the mixture's probability of each new token, in nats; 0 after the end.
+    posterior : (B, N, E) float64, weights used for each new token; 0 for dropped experts.
+    rows : rows computed at each of the N steps; E x B until experts are dropped.
+    """
+
+    sequences: Tensor
+    log_probs: Tensor
+    posterior: Tensor
+    rows: tuple[int, ...]
+
+
+def generate(
+    model: PreTrainedModel,
+    members: Sequence[Member],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    log_prior: Tensor,
+    gamma: float,
+    temperature: float,
+    epsilon: float,
+    max_logits: int,
+    options: Mapping[str, Any],
+) -> Generated:
+    """Continue prompts by the mixture of the members; see `Ensemble.generate`.
+
+    transformers' own `generate` prepares processors, stopping criteria and special tokens; the loop is here.
+    """
+    if not 0.0 <= epsilon < 1.0 / len(members):
+        raise UsageError(f"epsilon is {epsilon}; it must lie in [0, 1/{len(members)})", hint="0 drops no expert")
+    if options.get("num_beams", 1) != 1:
+        raise UsageError("an ensemble does not search with beams", hint="num_beams=1, with or without do_sample")
+    ids, mask = checked(model, input_ids, attention_mask)
+    state = _State(model, members, log_prior, gamma, temperature, epsilon, max_logits)
+    settings = dict(options)
+    streamer = settings.pop("streamer", None)
+
+    def loop(
+        model: PreTrainedModel,  # noqa: ARG001
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        given = model_kwargs.get("attention_mask")
+        return _decode(state, input_ids, given, logits_processor, stopping_criteria, generation_config, streamer)
+
+    with active(model, members):
+        sequences = model.generate(ids, attention_mask=mask, custom_generate=loop, **settings)
+    return Generated(sequences, torch.stack(state.log_probs, 1), torch.stack(state.weights, 1), tuple(state.rows))
+
+
+@torch.no_grad()
+def _decode(
+    state: _State,
+    ids: Tensor,
+    mask: Tensor | None,
+    processors: Any,
+    criteria: Any,
+    config: GenerationConfig,
+    streamer: Any,
+) -> Tensor:
+    """Sample until every text has ended: prompts (B, T) to sequences (B, T + N)."""
+    pad = config._pad_token_tensor
+    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    if streamer is not None:
+        streamer.put(ids.cpu())
+    log_probs = state.prefill(ids, torch.ones_like(ids) if mask is None else mask)  # (E, B, V)
+    while True:
+        mixed = state.mix(log_probs)
+        scores = processors(ids, mixed.float())
+        sampled = config.do_sample
+        tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if sampled else scores.argmax(-1)
+        tokens = torch.where(running, tokens, tokens if pad is None else pad)
+        state.observe(tokens, mixed, log_probs, running)
+        ids = torch.cat([ids, tokens[:, None]], 1)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        running = running & ~criteria(ids, scores)
+        if not bool(running.any()):
+            break
+        log_probs = state.forward(tokens)
+    if streamer is not None:
+        streamer.end()
+    return ids
+
+
+class _State:
+    """Caches, evidence, and which (expert, text) rows are still computed."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        members: Sequence[Member],
+        log_prior: Tensor,
+        gamma: float,
+        temperature: float,
+        epsilon: float,
+        max_logits: int,
+    ) -> None:
+        self.model, self.members, self.log_prior = model, list(members), log_prior
+        self.gamma, self.temperature, self.epsilon, self.max_logits = gamma, temperature, epsilon, max_logits
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.log_probs: list[Tensor] = []
+        self.weights: list[Tensor] = []
+        self.rows: list[int] = []
+
+    def prefill(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read the prompts: fills the cache, weighs the experts by them, returns log p of the next token (E, B, V)."""
+        batch, experts = len(ids), len(self.members)
+        self.cache = DynamicCache(config=self.model.config)
+        self.mask = mask.long()
+        row = torch.arange(experts * batch, device=ids.device)
+        self.expert, self.text = row // batch, row % batch
+        reader = Reader(self.model, ids, self.mask)
+        vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
+        segment = max(1, self.max_logits // (experts * batch * vocabulary))
+        read, last = zip(*reader.pieces(experts, segment, self.cache), strict=True)
+        valid = (self.mask[:, 1:] & self.mask[:, :-1]).bool()
+        values = torch.cat(read, -1).permute(1, 2, 0)  # (B, T-1, E)
+        _, self.evidence = bayes.evidence(values, valid, gamma=self.gamma)
+        self.log_prior = self.log_prior.to(self.evidence).expand(batch, experts)
+        following: Tensor = last[-1].log_softmax(-1)
+        return following
+
+    def mix(self, log_probs: Tensor) -> Tensor:
+        """Log of the mixture (B, V) under the present weights; drops the experts that no longer count."""
+        self.log_pi = bayes.log_weights(self.evidence, self.log_prior, temperature=self.temperature)  # (B, E)
+        self.rows.append(len(self.expert))
+        if self.epsilon > 0.0 or bool(self.log_pi.isneginf().any()):
+            self._drop(self.log_pi.exp() < self.epsilon)
+        return torch.logsumexp(self.log_pi.T.unsqueeze(-1) + log_probs.double(), 0)
+
+    def _drop(self, light: Tensor) -> None:
+        """Stop computing the rows of experts under epsilon, for good; the others share their weight."""
+        self.log_prior = self.log_prior.masked_fill(light, -torch.inf)
+        self.log_pi = self.log_pi.masked_fill(light, -torch.inf).log_softmax(-1)
+        kept = (~self.log_pi.isneginf()[self.text, self.expert]).nonzero().flatten()
+        if len(kept) < len(self.expert):
+            self.expert, self.text = self.expert[kept], self.text[kept]
+            self.cache.batch_select_indices(kept)
+            compose.activate(self.model, [self.members[e] for e in self.expert.tolist()])
+
+    def observe(self, tokens: Tensor, mixed: Tensor, log_probs: Tensor, running: Tensor) -> None:
+        """Record the chosen tokens (B,) and move the evidence of the texts that still run."""
+        chosen = mixed.gather(-1, tokens[:, None]).squeeze(1)
+        self.log_probs.append(chosen.masked_fill(~running, 0.0))
+        self.weights.append(self.log_pi.exp())
+        seen = log_probs.gather(-1, tokens.expand(len(self.members), -1).unsqueeze(-1)).squeeze(-1).T  # (B, E)
+        _, self.evidence = bayes.evidence(
+            seen.unsqueeze(1), running.unsqueeze(1), gamma=self.gamma, start=self.evidence
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """One step of every remaining row; log p (E, B, V), zeros for rows that were dropped (their weight is 0)."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        options: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
+        if not bool(self.mask.all()):
+            options["attention_mask"] = self.mask[self.text]
+            if self.takes_positions:
+                options["position_ids"] = (self.mask.sum(1) - 1)[self.text, None]
+        logits = self.model(input_ids=tokens[self.text, None], **options).logits[:, -1].float()
+        full: Tensor = logits.new_zeros(len(self.members), len(tokens), logits.shape[-1])
+        full[self.expert, self.text] = logits.log_softmax(-1)
+        return full

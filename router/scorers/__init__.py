@@ -1,0 +1,1 @@
+"""How experts are scored for a row: one file each."""

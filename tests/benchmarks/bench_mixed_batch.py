@@ -1,0 +1,181 @@
+"""A batch whose rows use different LoRA adapters: a decoding step and a prefill, against PEFT's ``adapter_names``.
+
+    python tests/benchmarks/bench_mixed_batch.py [--adapters 1,4,8,16,32,64] [--json FILE|-]
+
+Prints one row for each number of adapters and phase. ``ours`` and ``peft`` are ratios to the bare base: the median over
+rounds of (time of that round) / (time of the base in the same round), the three run in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_tools import interleave, machine, ratio
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from compose import inject
+from compose.kind import get_kind, make_config
+
+Call = Callable[[], Any]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    options = _options(argv)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    torch.manual_seed(0)
+    counts = sorted({int(n) for n in options.adapters.split(",")})
+    bench = Bench(options, most=max(counts))
+    with torch.inference_mode():
+        rows = [row for count in counts for row in bench.measure(count)]
+    report = {"machine": machine(), "model": bench.shape(), "rows": rows, "largest_difference": bench.difference}
+    if options.json:
+        text = json.dumps(report, indent=2)
+        print(text) if options.json == "-" else Path(options.json).write_text(text + "\n", encoding="utf-8")
+    _print(report, sys.stderr if options.json == "-" else sys.stdout)
+
+
+def _options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--adapters", default="1,4,8,16,32,64", help="how many adapters, one table row each")
+    parser.add_argument("--json", metavar="FILE|-", help="write the report as JSON, - for stdout")
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens in the cache, and tokens of a prefill")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's)")
+    return parser.parse_args(argv)
+
+
+class Bench:
+    """Three models with the same weights: bare, with our adapters, and with PEFT's."""
+
+    def __init__(self, options: argparse.Namespace, most: int) -> None:
+        self.options = options
+        self.bare = _base(options)
+        self.ours, self.theirs = _with_adapters(self.bare, options.rank, most)
+        self.ids = torch.randint(options.vocabulary, (options.rows, options.prompt))
+        self.token = torch.randint(options.vocabulary, (options.rows, 1))
+        self.difference = 0.0
+
+    def shape(self) -> dict[str, Any]:
+        """What was measured."""
+        names = ("layers", "width", "vocabulary", "rank", "rows", "prompt", "rounds")
+        return {name: getattr(self.options, name) for name in names}
+
+    def measure(self, count: int) -> list[dict[str, Any]]:
+        """Both phases with ``count`` adapters, dealt out to the rows in turn."""
+        names = [f"a{i % count}" for i in range(self.options.rows)]
+        inject.activate(self.ours, names if count > 1 else names[0])
+        extra = {"adapter_names": names}
+        self._check(extra)
+        found = []
+        for phase in ("decode", "prefill"):
+            calls = {
+                "base": self._call(self.bare, phase, {}),
+                "ours": self._call(self.ours, phase, {}),
+                "peft": self._call(self.theirs, phase, extra),
+            }
+            times = interleave(calls, self.options.rounds)
+            found.append(
+                {
+                    "adapters": count,
+                    "phase": phase,
+                    "ours": ratio(times["ours"], times["base"]),
+                    "peft": ratio(times["peft"], times["base"]),
+                    "base_ms": sorted(times["base"])[len(times["base"]) // 2] * 1e3,
+                }
+            )
+        return found
+
+    def _call(self, model: Any, phase: str, extra: dict[str, Any]) -> Call:
+        if phase == "prefill":
+            return lambda: model(input_ids=self.ids, **extra)
+        cache = model(input_ids=self.ids, use_cache=True, **extra).past_key_values
+        length = cache.get_seq_length()
+
+        def step() -> Tensor:
+            cache.crop(length)
+            return model(input_ids=self.token, past_key_values=cache, **extra).logits
+
+        return step
+
+    def _check(self, extra: dict[str, Any]) -> None:
+        """Both compute the same thing, in both phases; otherwise there is nothing to compare."""
+        for phase in ("prefill", "decode"):
+            ours, theirs = self._call(self.ours, phase, {})(), self._call(self.theirs, phase, extra)()
+            ours, theirs = (getattr(out, "logits", out) for out in (ours, theirs))
+            worst = float((ours - theirs).abs().max())
+            scale = float(theirs.abs().max())
+            if worst > 1e-4 * scale:
+                raise SystemExit(f"ours and PEFT's logits differ by {worst:g} in {phase}: nothing to compare")
+            self.difference = max(self.difference, worst)
+
+
+def _base(options: argparse.Namespace) -> PreTrainedModel:
+    heads = max(1, options.width // 64)
+    config = LlamaConfig(
+        vocab_size=options.vocabulary,
+        hidden_size=options.width,
+        intermediate_size=int(options.width * 2.6875),
+        num_hidden_layers=options.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4 * options.prompt,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def _with_adapters(bare: PreTrainedModel, rank: int, count: int) -> tuple[Any, Any]:
+    ours, theirs = copy.deepcopy(bare), copy.deepcopy(bare)
+    runtime, kind = inject.runtime(ours), get_kind("lora")
+    config = make_config(kind, {"r": rank, "target_modules": "all-linear"})
+    peft_config = LoraConfig(r=rank, target_modules="all-linear")
+    wrapped: PeftModel | None = None
+    for i in range(count):
+        adapter = runtime.add(f"a{i}", kind(config, runtime.sites, ours, name=f"a{i}", seed=i))
+        for key, value in adapter.state().items():
+            if "lora_B" in key:
+                value.normal_(std=0.02)
+        adapter.freeze()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if wrapped is None:
+                wrapped = get_peft_model(theirs, peft_config, adapter_name="a0")
+            else:
+                wrapped.add_adapter(f"a{i}", peft_config)
+        _copy(adapter.state(), wrapped, f"a{i}")
+    assert wrapped is not None
+    return ours, wrapped.eval()
+
+
+def _copy(state: dict[str, Tensor], wrapped: PeftModel, name: str) -> None:
+    for key, value in state.items():
+        path, factor = key.removesuffix(".weight").rsplit(".", 1)
+        getattr(wrapped.get_submodule(path), factor)[name].weight.data.copy_(value)
+
+
+def _print(report: dict[str, Any], stream: Any) -> None:
+    print(f"{report['machine']}\n{report['model']}", file=stream)
+    print(f"{'adapters':>8}  {'phase':8}  {'base ms':>8}  {'ours':>6}  {'peft':>6}", file=stream)
+    for row in report["rows"]:
+        line = f"{row['adapters']:8}  {row['phase']:8}  {row['base_ms']:8.2f}  {row['ours']:6.2f}  {row['peft']:6.2f}"
+        print(line, file=stream)
+
+
+if __name__ == "__main__":
+    main()
