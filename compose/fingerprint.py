@@ -72,7 +72,7 @@ def model_identity(model: PreTrainedModel, *, repo: str) -> BaseIdentity:
 
 
 def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Tensors of the base alone, by the names ``save_pretrained`` gives them, without slots and adapters; tied ones once."""
+    """Tensors of the base alone, named as ``save_pretrained`` names them: no slots, no adapters, tied ones once."""
     from transformers.core_model_loading import revert_weight_conversion
 
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())

@@ -46,12 +46,12 @@ def loads(data: bytes, *, what: str, limit: int = MAX_JSON) -> Any:
     if len(data) > limit:
         raise ManifestError(f"{what} has {len(data)} bytes; at most {limit} are read")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise ManifestError(f"{what} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ManifestError(f"{what} is not UTF-8: byte {error.start}: {error.reason}") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise ManifestError(f"{what} is not acceptable JSON: {error}") from error
 
 
@@ -62,6 +62,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"key {twice!r} stands twice in one object")
     return found
+
+
+def _integer(text: str) -> int | float:
+    # JSON numbers are doubles (I-JSON, RFC 7493). The canonical form of 5.1e16 is 51000000000000000, and must come
+    # back as it was; an integer that would be rounded on the way is refused.
+    value = int(text)
+    if abs(value) < 2**53:
+        return value
+    if int(float(value)) != value and dumps(float(value)) != text.encode():
+        raise ValueError(f"{text[:40]} is an integer that no double holds exactly")
+    return float(value)
 
 
 def _constant(name: str) -> NoReturn:

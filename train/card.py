@@ -73,7 +73,8 @@ def _made(draft: Draft, trainable: int) -> str:
         rows["arithmetic"] = draft.trained_on.compute_dtype
         rows["libraries"] = ", ".join(f"{name} {found}" for name, found in draft.trained_on.libraries.items())
     for group in ("adapter", "training"):
-        rows |= {f"{group}: {name}": value for name, value in draft.hyperparameters.get(group, {}).items()}
+        values = draft.hyperparameters.get(group)
+        rows |= {f"{group}: {name}": value for name, value in values.items()} if isinstance(values, dict) else {}
     rows |= {name: draft.hyperparameters[name] for name in ("steps", "items") if name in draft.hyperparameters}
     if draft.lineage:
         rows |= {f"data: {name}": f"`{digest}`" for name, digest in draft.lineage.data.items()}

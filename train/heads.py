@@ -20,15 +20,15 @@ def modules_to_save(model: PreTrainedModel, task: str) -> tuple[str, ...]:
     if task == "causal_lm":
         return ()
     prefix = model.base_model_prefix
-    backbone = f"{prefix}." if hasattr(model, prefix) else ""
-    heads = {n for n, m in model.named_children() if n != prefix and any(True for _ in m.parameters())} if backbone else set()
-    stored = {_modern(name).removeprefix(backbone) for name in compose.identity(model).weights}
-    inside = {name for name, _ in model.named_parameters() if name.partition(".")[0] not in heads}
-    missing = {name.rpartition(".")[0] for name in inside if name.removeprefix(backbone) not in stored}
-    return tuple(sorted(heads | {path for path in missing if "moduloom_adapters" not in path}))
+    children = {name: list(child.parameters()) for name, child in model.named_children()}
+    heads = {name for name, held in children.items() if held and name != prefix} if prefix in children else set[str]()
+    stored = {_modern(name).removeprefix(f"{prefix}.") for name in compose.identity(model).weights}
+    inside = [name for name, _ in model.named_parameters() if name.partition(".")[0] not in heads]
+    missing = {name.rpartition(".")[0] for name in inside if name.removeprefix(f"{prefix}.") not in stored}
+    return tuple(sorted(heads | missing))
 
 
 def _modern(name: str) -> str:
     """Norms of the first BERT checkpoints are called gamma and beta."""
     stem, _, last = name.rpartition(".")
-    return f"{stem}.{ {'gamma': 'weight', 'beta': 'bias'}.get(last, last) }".replace(" ", "")
+    return ".".join((stem, {"gamma": "weight", "beta": "bias"}.get(last, last)))

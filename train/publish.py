@@ -20,8 +20,9 @@ from train.config import TrainConfig
 from train.loop import FitResult
 
 if TYPE_CHECKING:
-    from compose.kind import Adapter
     from transformers import PreTrainedModel
+
+    from compose.kind import Adapter
 
 __all__ = ["next_version", "publish", "write_artifact"]
 
@@ -29,8 +30,21 @@ _LIBRARIES = ("moduloom", "torch", "transformers", "accelerate", "safetensors", 
 _NF4_BLOCK = 64  # values that share one absmax in bitsandbytes' nf4
 
 
-def publish(directory: Path, store: Store | None = None) -> Artifact:
-    """Put a written artifact into the store (the default one if None)."""
+def publish(
+    directory: Path,
+    adapter: Adapter,
+    model: PreTrainedModel,
+    config: TrainConfig,
+    result: FitResult,
+    *,
+    store: Store | None = None,
+    **facts: Any,
+) -> Artifact:
+    """Write a trained adapter as an artifact directory and put it into the store (the default one if None).
+
+    `facts` are the keyword arguments of `write_artifact`. The same version with other content is refused (Conflict).
+    """
+    write_artifact(directory, adapter, model, config, result, **facts)
     return (store or Store()).put(directory)
 
 
@@ -46,7 +60,7 @@ def write_artifact(
     evaluated_on: Dataset | None = None,
     labels: Sequence[str] = (),
     domains: Sequence[str] = (),
-    license: str | None = None,  # noqa: A002 (the manifest's word)
+    license: str | None = None,
     summary: str = "",
 ) -> Draft:
     """Write a trained adapter as an artifact directory that is ready for `Store.put`.

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-__all__ = ["Metrics", "plot_curves", "progress_bar"]
+__all__ = ["Metrics", "new_progress", "plot_curves", "progress_bar"]
 
 
 class Metrics:
@@ -51,16 +51,19 @@ class Metrics:
             self._stream.flush()
 
 
+def new_progress(console: Console, accelerator: Accelerator) -> Progress:
+    """A display of steps, time left and status; silent unless the console is a terminal of the main process."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    quiet = not (console.is_terminal and accelerator.is_main_process)
+    return Progress(*columns, TextColumn("{task.fields[status]}"), console=console, disable=quiet)
+
+
 @contextmanager
 def progress_bar(progress: Progress | None, accelerator: Accelerator) -> Iterator[Callable[[int, int, str], None]]:
     """Yield `advance(done, total, status)`: a line of the given display, or of one on stderr if it is a terminal."""
     with ExitStack() as stack:
         if progress is None:
-            console = Console(stderr=True)
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            status = (TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
-            quiet = not (console.is_terminal and accelerator.is_main_process)
-            progress = stack.enter_context(Progress(*columns, *status, console=console, disable=quiet))
+            progress = stack.enter_context(new_progress(Console(stderr=True), accelerator))
         task = progress.add_task("train", total=None, status="")
         stack.callback(progress.remove_task, task)
         yield partial(_advance, progress, task)

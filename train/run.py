@@ -1,46 +1,45 @@
 """One run from its configuration to a published artifact, and the folder it leaves.
 
-    config.yaml          what was run
-    metrics.jsonl        a line for each step and evaluation
-    curves.svg           the same, to look at
-    run.log              what was said
-    checkpoint.safetensors   while it runs, with `save_every`
-    adapter/             the artifact: weights, config, README.md (the card), module.json
+config.yaml          what was run
+metrics.jsonl        a line for each step and evaluation
+curves.svg           the same, to look at
+run.log              what was said
+checkpoint.safetensors   while it runs, with `save_every`
+adapter/             the artifact: weights, config, README.md (the card), module.json
 """
 
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from accelerate import Accelerator
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import Progress
 
 import compose
-from hub.errors import UsageError
+from hub.errors import Conflict, UsageError
 from hub.ref import AdapterRef
 from hub.store import Artifact, Store
-from train.config import TrainConfig, did_you_mean
+from train.batches import Dataset
+from train.config import TrainConfig
 from train.data import Splits, load_splits
 from train.errors import DataError, NonFiniteLoss
 from train.heads import modules_to_save
 from train.loop import CHECKPOINT, FitResult, fit
-from train.publish import next_version, publish, write_artifact
-from train.report import plot_curves
+from train.publish import next_version, write_artifact
+from train.report import new_progress, plot_curves
 from train.seeds import derive
 
 if TYPE_CHECKING:
-    from compose.kind import Adapter
     from transformers import PreTrainedModel
+
+    from compose.kind import Adapter
 
 __all__ = ["Outcome", "Prepared", "prepare", "run"]
 
@@ -85,7 +84,7 @@ def run(
     publishing: bool = True,
     resume: bool = False,
     save_every: int = 0,
-    license: str | None = None,  # noqa: A002
+    license: str | None = None,
     console: Console | None = None,
 ) -> Outcome:
     """Train what the configuration says, leave a folder, and publish the best adapter.
@@ -99,32 +98,134 @@ def run(
     HubError
         Bad data, an unknown method or option, a base that cannot be loaded.
     """
-    accelerator = Accelerator()
-    store, ref = store or Store(), AdapterRef.parse(ref)
-    if ref.version is None:
-        ref = ref.at(version=next_version(store, ref.id))
-    with _folder(folder, config, resume=resume, console=console or Console(stderr=True), main=accelerator.is_main_process):
+    accelerator, store, ref = Accelerator(), store or Store(), AdapterRef.parse(ref)
+    ref = _version(store, ref) if publishing else ref.at(version=ref.version or "0.1.0")
+    console = console or Console(stderr=True)
+    with _folder(folder, config, accelerator, console, resume=resume), new_progress(console, accelerator) as progress:
         ready = prepare(config)
-        progress = None if console is None else Progress(console=console)
+        options: dict[str, Any] = {"out": folder, "progress": progress, "save_every": save_every, "resume": resume}
         try:
-            result = fit(
-                ready.model,
-                ready.adapter,
-                ready.splits.train,
-                ready.splits.eval,
-                config,
-                out=folder,
-                save_every=save_every,
-                resume=resume,
-            )
+            result = fit(ready.model, ready.adapter, ready.splits.train, ready.splits.eval, config, **options)
         except NonFiniteLoss as error:
             if accelerator.is_main_process:
-                _leave(folder, ready, config, error.result, ref, license)
-            error.hint = f"{error.hint}; the adapter kept is in {folder / 'adapter'}"
+                _leave(folder, ready, config, error.result, ref=ref, license=license)
+            error.hint = f"{error.hint}; what was kept is in {folder / 'adapter'}, unpublished"
             raise
-        if not accelerator.is_main_process:
-            return Outcome(result, folder, None)
-        _leave(folder, ready, config, result, ref, license)
-        artifact = publish(folder / "adapter", store) if publishing else None
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        artifact = None
+        if accelerator.is_main_process:
+            _leave(folder, ready, config, result, ref=ref, license=license)
+            artifact = store.put(folder / "adapter") if publishing else None
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+        accelerator.wait_for_everyone()
     return Outcome(result, folder, artifact)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read the data, load the base and make the adapter, untrained and active.
+
+    Raises
+    ------
+    DataError
+        See `load_splits`; or rows longer than the base can read.
+    HubError
+        The base, method or an option of it is unknown or does not fit.
+    """
+    tokenizer = compose.tokenizer(config.base)
+    splits = load_splits(config, tokenizer)
+    model = compose.load(
+        config.base,
+        quantize=config.quantize,
+        dtype=config.precision,
+        task=config.task,
+        labels=splits.train.labels or None,
+    )
+    if model.config.pad_token_id is None:  # a classifier finds the last token of a row by it
+        model.config.pad_token_id = splits.train.pad_id
+    for data in (splits.train, splits.eval):
+        if data is not None:
+            _check_fits(model, tokenizer, data)
+    options = dict(config.options)
+    if heads := modules_to_save(model, config.task):
+        options.setdefault("modules_to_save", heads)
+    adapter = compose.create(model, config.method, options, name=NAME, seed=derive(config.seed, "init"))
+    compose.activate(model, NAME)
+    return Prepared(model, adapter, tokenizer, splits)
+
+
+def _check_fits(model: PreTrainedModel, tokenizer: Any, data: Dataset) -> None:
+    longest, highest = int(data.lengths.max()), int(data.tokens.values.max())
+    limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    positions = min((limit for limit in limits if limit), default=longest)
+    if longest > positions:
+        raise DataError(
+            f"{data.source} has rows of {longest} tokens; this base reads {positions}", hint=f"max_length={positions}"
+        )
+    words = model.get_input_embeddings().weight.shape[0]
+    if highest >= words:
+        raise DataError(
+            f"{data.source} holds token {highest}; this base knows {words} tokens",
+            hint="the tokenizer belongs to another model",
+        )
+
+
+def _version(store: Store, ref: AdapterRef) -> AdapterRef:
+    """The version to publish; one that is taken is refused now, not after the training."""
+    if ref.version is None:
+        return ref.at(version=next_version(store, ref.id))
+    if store.catalogue(ref.id).find(version=ref.version) is not None:
+        raise Conflict(f"{ref} is published already; versions are immutable", ref=ref, hint=f"--name {ref.id}")
+    return ref
+
+
+def _leave(
+    folder: Path, ready: Prepared, config: TrainConfig, result: FitResult, *, ref: AdapterRef, license: str | None
+) -> None:
+    plot_curves(result.history, folder / "curves.svg", title=ref.id)
+    write_artifact(
+        folder / "adapter",
+        ready.adapter,
+        ready.model,
+        config,
+        result,
+        ref=ref,
+        data=ready.splits.digests,
+        evaluated_on=ready.splits.eval,
+        labels=ready.splits.train.labels,
+        license=license,
+    )
+
+
+@contextmanager
+def _folder(
+    folder: Path, config: TrainConfig, accelerator: Accelerator, console: Console, *, resume: bool
+) -> Iterator[None]:
+    """The run's folder, with what is said during the run in its log and, on a terminal, on stderr."""
+    shown = RichHandler(console=console, show_time=False, show_path=False)
+    shown.setLevel(logging.INFO if console.is_terminal else logging.WARNING)
+    handlers: list[logging.Handler] = [shown]
+    if accelerator.is_main_process:
+        if folder.exists() and any(folder.iterdir()) and not resume:
+            hint = f"go on with --resume, write elsewhere with --out, or remove {folder}"
+            raise UsageError(f"{folder} holds an earlier run", path=folder, hint=hint)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        written = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handlers.append(written)
+    loggers = [logging.getLogger(name) for name in ("train", "py.warnings")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers if accelerator.is_main_process else ():
+        logger.setLevel(logging.INFO)
+        for handler in handlers:
+            logger.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+            for handler in handlers:
+                logger.removeHandler(handler)
+        for handler in handlers:
+            handler.close()

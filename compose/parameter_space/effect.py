@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -16,14 +16,14 @@ from compose.expr import Expr
 from compose.kernels import Pair
 from compose.kind import Adapter, KindError
 from compose.lowering import Scene, site_program
-from compose.slot import Slot
+from compose.sites import linear_shape
 from compose.stage import Chain, Entry, Mix, Node, Stage
 from compose.weights import bias_of, dense_weight, row_norm_squared
 
 _BLOCK = 2**16  # elements of a block when two dense effects are compared
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Effect:
     """D = diag(gain) W + s B A, or, where that does not hold it (``node``), whatever the compiled stages compute.
 
@@ -93,7 +93,7 @@ class Effect:
         if self.node is None:
             return self.reader()(0, self.rows)
         weight = self.weight()
-        return affine(self.node, weight, weight.new_zeros(self.rows))[0] - weight
+        return weight_after(self.node, weight) - weight
 
     def key(self) -> bytes:
         """Digest of the content: seeds that depend on it do not depend on names or order."""
@@ -149,7 +149,7 @@ class _Unweighted:
 
 
 def effect_of(scene: Scene, path: str, expr: Expr) -> Effect:
-    """Effect of a call-free expression at the linear site ``path``.
+    """Effect of a call-free expression at the site ``path``.
 
     Raises
     ------
@@ -159,22 +159,28 @@ def effect_of(scene: Scene, path: str, expr: Expr) -> Effect:
     slot = scene.slot(path)
     node = site_program(_Unweighted(scene), path, (expr,))
     layer = slot.base_layer
-    shape = _shape(slot)
+    shape = _shape(layer)
     if node is None:
         return Effect(layer, shape)
     _refuse_functions(scene.adapters, path, node)
+    bias = _moved_bias(layer, shape[0], node)
     if isinstance(node, Stage) and not node.inputs and not node.deltas:
-        return _in_factors(layer, shape, node)
-    weight = torch.zeros(shape[0], 0)  # the bias does not depend on the weight
-    bias = bias_of(layer)
-    before = torch.zeros(shape[0]) if bias is None else bias.detach().float().cpu()
-    moved = _bias_only(node, weight, before) - before
-    return Effect(layer, shape, bias=moved if bool(moved.any()) else None, node=node)
+        return Effect(layer, shape, *_in_factors(node), bias)
+    return Effect(layer, shape, bias=bias, node=node)
 
 
-def _shape(slot: Slot) -> tuple[int, int]:
-    weight = dense_weight(slot.base_layer)
-    return (int(weight.shape[0]), int(weight.shape[1]) if weight.dim() > 1 else 0)
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    linear = linear_shape(layer)  # (d_in, d_out), without a look at the weight, which may be quantized
+    if linear is not None:
+        return linear[1], linear[0]
+    return int(cast("Tensor", layer.weight).shape[0]), 0  # a normalization layer: it has a bias to move, no matrix
+
+
+def _moved_bias(layer: nn.Module, rows: int, node: Node) -> Tensor | None:
+    own = bias_of(layer)
+    before = torch.zeros(rows, device=cast("Tensor", layer.weight).device) if own is None else own.detach().float()
+    moved = bias_after(node, before) - before
+    return moved if bool(moved.any()) else None
 
 
 def _refuse_functions(adapters: Mapping[str, Adapter], path: str, node: Node) -> None:
@@ -195,57 +201,43 @@ def entries(node: Node) -> list[Entry]:
     return [e for n in nodes for e in entries(n)]
 
 
-def _in_factors(layer: nn.Module, shape: tuple[int, int], stage: Stage) -> Effect:
+def _in_factors(stage: Stage) -> tuple[Pair | None, Tensor | None]:
     pairs = [Pair(_f(e.atoms.A), _f(e.atoms.B), e.atoms.scale) for e in stage.low_rank]
     weights = [float(e.coefficient) for e in stage.low_rank]
-    if len(pairs) == 1:
-        pair: Pair | None = Pair(pairs[0].A, pairs[0].B, pairs[0].scale * weights[0])
-    else:
-        pair = factors.stack(pairs, weights) if pairs else None
     gain = _sum((float(e.coefficient), _f(e.atoms.gain) - 1) for e in stage.gains)
-    added = _sum((float(e.coefficient), _f(e.atoms.bias)) for e in stage.biases)
-    scaled = _sum((float(e.coefficient), _f(e.atoms.gain) - 1) for e in stage.gains if e.atoms.gain_scales_bias)
-    own = bias_of(layer)
-    if scaled is not None and own is not None:
-        added = _sum([(1.0, scaled * own.detach().float()), *([(1.0, added)] if added is not None else [])])
-    return Effect(layer, shape, pair, gain, added if added is not None and bool(added.any()) else None)
+    if len(pairs) == 1:
+        return Pair(pairs[0].A, pairs[0].B, pairs[0].scale * weights[0]), gain
+    return factors.stack(pairs, weights) if pairs else None, gain
 
 
 def _f(tensor: Tensor | None) -> Tensor:
     return cast("Tensor", tensor).detach().float()
 
 
-def _sum(terms: object) -> Tensor | None:
+def _sum(terms: Iterable[tuple[float, Tensor]]) -> Tensor | None:
     total: Tensor | None = None
-    for weight, tensor in cast("list[tuple[float, Tensor]]", terms):
+    for weight, tensor in terms:
         total = weight * tensor if total is None else total + weight * tensor
     return total
 
 
 @torch.no_grad()
-def affine(node: Node, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(W', c') that a compiled node makes of (W, c), with W (d_out, d_in) and c (d_out,), float32.
+def weight_after(node: Node, weight: Tensor) -> Tensor:
+    """W' that a compiled node makes of W (d_out, d_in), float32.
 
     A stage: W' = diag(1 + sum w (g - 1)) W diag(1 + sum w (l - 1)) + sum w (s B A + D), see :mod:`compose.atoms`;
     a chain applies its parts in turn, a mix adds its branches' differences.
     """
     if isinstance(node, Chain):
         for part in node.parts:
-            weight, bias = affine(part, weight, bias)
-        return weight, bias
+            weight = weight_after(part, weight)
+        return weight
     if isinstance(node, Mix):
-        made = [(float(c), *affine(n, weight, bias)) for c, n in node.terms]
-        return (
-            weight + sum((c * (w - weight) for c, w, _ in made), torch.zeros_like(weight)),
-            bias + sum((c * (b - bias) for c, _, b in made), torch.zeros_like(bias)),
-        )
-    return _affine_stage(cast("Stage", node), weight, bias)
-
-
-def _affine_stage(stage: Stage, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        moved = (float(c) * (weight_after(n, weight) - weight) for c, n in node.terms)
+        return weight + sum(moved, torch.zeros_like(weight))
+    stage = cast("Stage", node)
     gains = _sum((float(e.coefficient), _f(e.atoms.gain) - 1) for e in stage.gains)
     inputs = _sum((float(e.coefficient), _f(e.atoms.input_gain) - 1) for e in stage.inputs)
-    scaled = _sum((float(e.coefficient), _f(e.atoms.gain) - 1) for e in stage.gains if e.atoms.gain_scales_bias)
     new = weight if gains is None else weight * (1 + gains)[:, None]
     new = new if inputs is None else new * (1 + inputs)
     for e in stage.low_rank:
@@ -253,7 +245,21 @@ def _affine_stage(stage: Stage, weight: Tensor, bias: Tensor) -> tuple[Tensor, T
     for e in stage.deltas:
         delta = cast("Tensor", e.atoms.delta).detach()
         new = new + float(e.coefficient) * (delta if delta.layout == torch.strided else delta.to_dense()).float()
+    return new
+
+
+@torch.no_grad()
+def bias_after(node: Node, bias: Tensor) -> Tensor:
+    """c' that a compiled node makes of the bias c (d_out,): gains that scale the bias, then the biases added."""
+    if isinstance(node, Chain):
+        for part in node.parts:
+            bias = bias_after(part, bias)
+        return bias
+    if isinstance(node, Mix):
+        return bias + sum((float(c) * (bias_after(n, bias) - bias) for c, n in node.terms), torch.zeros_like(bias))
+    stage = cast("Stage", node)
+    scaled = _sum((float(e.coefficient), _f(e.atoms.gain) - 1) for e in stage.gains if e.atoms.gain_scales_bias)
     after = bias if scaled is None else bias * (1 + scaled)
     for e in stage.biases:
         after = after + float(e.coefficient) * _f(e.atoms.bias)
-    return new, after
+    return after

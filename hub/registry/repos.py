@@ -7,7 +7,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -124,7 +124,7 @@ class Repos:
     def history(self, revision: Revision) -> Iterator[Revision]:
         """A revision and those before it: drafts along their parents, then the releases, newest first."""
         name, at = revision.name, revision
-        while at.release is None and at.tree:
+        while at.release is None:
             yield at
             if at.parent is None:
                 return
@@ -134,7 +134,7 @@ class Repos:
                 return
         older = [self.of_release(name, release) for release in reversed(self.store.catalogue(name).releases)]
         start = next((place for place, found in enumerate(older) if found.oid == at.oid), None)
-        yield from [at] if start is None else older[start:]
+        yield from older[start:]
 
     def of_release(self, name: str, release: Release) -> Revision:
         """Return the revision that a published version is."""
@@ -146,7 +146,7 @@ class Repos:
                 self._releases[release.digest] = found
                 while len(self._releases) > _CACHED:
                     self._releases.popitem(last=False)
-        return found
+        return replace(found, release=release)  # whether it is yanked is not in the cache
 
     def artifact(self, name: str, release: Release) -> Artifact:
         """Return the artifact of a release."""
@@ -209,12 +209,10 @@ class Repos:
                 "SELECT oid FROM commits WHERE repo = ? AND oid >= ? AND oid < ? || 'g' LIMIT 2", (name, prefix, prefix)
             ).fetchall()
             drafts = [commit for row in rows if (commit := find_commit(db, name, row[0]))]
-        found = [draft_revision(name, commit) for commit in drafts]
-        releases = (self.of_release(name, release) for release in catalogue.releases)
-        found += [revision for revision in releases if revision.oid.startswith(prefix)]
-        if empty(name).oid.startswith(prefix):
-            found.append(empty(name))
-        return found[0] if len(found) == 1 else None
+        known = [draft_revision(name, commit) for commit in drafts]
+        known += [empty(name), *(self.of_release(name, release) for release in catalogue.releases)]
+        found = {revision.oid: revision for revision in known if revision.oid.startswith(prefix)}
+        return next(iter(found.values())) if len(found) == 1 else None
 
     def _build(self, name: str, release: Release) -> Revision:
         manifest = self.store.manifest(release.digest)
@@ -222,7 +220,7 @@ class Repos:
         title, root = f"{name} {manifest.version}", gitids.trees(self.entry_oids(tree))[""]
         oid = gitids.commit_oid(root, (), SYSTEM, manifest.created, f"{title}\n\n{manifest.digest}")
         time = manifest.created.timestamp()
-        return Revision(name, oid, tree, time=time, title=title, message=manifest.digest, release=release)
+        return Revision(name, oid, tree, time=time, title=title, message=manifest.digest)
 
 
 def release_tree(manifest: Manifest) -> dict[str, File]:

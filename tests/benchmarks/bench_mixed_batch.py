@@ -106,11 +106,11 @@ class Bench:
         if phase == "prefill":
             return lambda: model(input_ids=self.ids, **extra)
         cache = model(input_ids=self.ids, use_cache=True, **extra).past_key_values
-        length = cache.get_seq_length()
 
         def step() -> Tensor:
-            cache.crop(length)
-            return model(input_ids=self.token, past_key_values=cache, **extra).logits
+            logits: Tensor = model(input_ids=self.token, past_key_values=cache, **extra).logits
+            cache.crop(-1)
+            return logits
 
         return step
 

@@ -108,7 +108,7 @@ def test_frozen(packed) -> None:
         (lambda m: m.update(requires=[{"name": "acme/b", "range": "banana"}]), "requires[0].range"),
         (lambda m: m.update(lineage={"parents": ["not a ref!"]}), "lineage.parents[0]"),
         (lambda m: m.update(schema_version=99), "schema_version 99"),
-        (lambda m: m.update(hyperparameters={"n": 2**60}), "canonical JSON"),
+        (lambda m: m.update(hyperparameters={"n": 2**60 + 1}), "no double holds"),
     ],
 )
 def test_malformed_manifests_show_where(packed, edit, place: str) -> None:

@@ -12,6 +12,12 @@ from safetensors.numpy import save, save_file
 SCRATCH = "t.safetensors"
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory) -> Path:
+    """One directory for all examples of a property; each writes its file anew."""
+    return tmp_path_factory.mktemp("scratch")
+
+
 def write(path: Path, header: dict | bytes, data: bytes = b"", *, length: int | None = None) -> Path:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + data)
@@ -29,7 +35,7 @@ def test_entries_equal_what_safetensors_wrote(tmp_path: Path) -> None:
         "b": np.arange(6, dtype=np.float16).reshape(2, 3),
         "a": np.arange(4, dtype=np.int8),
         "empty": np.zeros((0, 4), np.float32),
-        "scalar": np.float64(2.5).reshape(()),
+        "scalar": np.array(2.5),
     }
     save_file(arrays, tmp_path / SCRATCH)
     entries = tensor_entries(tmp_path / SCRATCH)
@@ -43,8 +49,8 @@ def test_entries_equal_what_safetensors_wrote(tmp_path: Path) -> None:
 
 @settings(max_examples=40)
 @given(st.permutations(["a", "b", "c", "d"]), st.integers(0, 3), st.dictionaries(st.text(max_size=5), st.text(max_size=5)))
-def test_tensors_digest_survives_reserialization(tmp_path_factory, order, cut, metadata) -> None:
-    directory = tmp_path_factory.mktemp("t")
+def test_tensors_digest_survives_reserialization(scratch, order, cut, metadata) -> None:
+    directory = scratch
     arrays = {name: np.full((2, 3), ord(name), np.float32) for name in "abcd"}
     save_file(arrays, directory / "one.safetensors")
     reference = tensors_digest(tensor_entries(directory / "one.safetensors"))
@@ -113,8 +119,8 @@ def test_finite_extremes_pass(tmp_path: Path, dtype: str) -> None:
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20))
-def test_bf16_bits_agree_with_float32(tmp_path_factory, values) -> None:
-    path = tmp_path_factory.mktemp("t") / SCRATCH
+def test_bf16_bits_agree_with_float32(scratch, values) -> None:
+    path = scratch / SCRATCH
     bits = (np.array(values, np.float32).view(np.uint32) >> 16).astype("<u2")
     back = (bits.astype(np.uint32) << 16).view(np.float32)
     write(path, {"w": tensor("BF16", [len(bits)], 0, 2 * len(bits))}, bits.tobytes())
@@ -182,12 +188,12 @@ def test_header_longer_than_the_file(tmp_path: Path) -> None:
 
 @settings(max_examples=200)
 @given(st.data())
-def test_mutated_files_give_hub_errors_only(tmp_path_factory, data) -> None:
+def test_mutated_files_give_hub_errors_only(scratch, data) -> None:
     good = bytearray(save({"a": np.ones((3, 2), np.float32), "b": np.arange(5, dtype=np.int64)}))
     for _ in range(data.draw(st.integers(1, 4))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     cut = data.draw(st.integers(0, len(good)))
-    path = tmp_path_factory.mktemp("t") / SCRATCH
+    path = scratch / SCRATCH
     path.write_bytes(bytes(good[:cut]) if data.draw(st.booleans()) else bytes(good))
     try:
         scan(path)

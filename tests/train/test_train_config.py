@@ -84,7 +84,16 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("span", "steps"),
-    [(0, 0), (7, 7), ("7 steps", 7), ("1 step", 1), ("2 epochs", 20), ("0.5epochs", 5), ("0.01 epochs", 1), ("0 epochs", 0)],
+    [
+        (0, 0),
+        (7, 7),
+        ("7 steps", 7),
+        ("1 step", 1),
+        ("2 epochs", 20),
+        ("0.5epochs", 5),
+        ("0.01 epochs", 1),
+        ("0 epochs", 0),
+    ],
 )
 def test_spans(span, steps):
     assert span_in_steps(span, 10) == steps

@@ -133,7 +133,7 @@ def test_labels_are_ordered_by_value_and_unseen_ones_refused(tokenizer):
     data = labelled(tokenizer, ["a", "b", "c"], None, [10, 2, 10], 16)
     assert data.labels == ("2", "10")
     assert data.columns["labels"].tolist() == [1, 0, 1]
-    with pytest.raises(DataError, match="unseen in training: 3 .first at row 2"):
+    with pytest.raises(DataError, match=r"unseen in training: 3 \(first at row 2"):
         labelled(tokenizer, ["a", "b"], None, [10, 3], 16, labels=data.labels)
     with pytest.raises(DataError, match="at least two"):
         labelled(tokenizer, ["a", "b"], None, ["x", "x"], 16)

@@ -259,7 +259,12 @@ def test_data_that_train_nothing_are_refused(toy, config):
     with pytest.raises(DataError, match="masked"):
         fit(*toy(), Dataset({"input_ids": ids, "labels": Ragged.of([[-100] * 3])}, "causal_lm"), None, config())
     with pytest.raises(DataError, match="no rows"):
-        fit(*toy(), Dataset({"input_ids": ids}, "causal_lm"), Dataset({"input_ids": Ragged.of([])}, "causal_lm"), config())
+        fit(
+            *toy(),
+            Dataset({"input_ids": ids}, "causal_lm"),
+            Dataset({"input_ids": Ragged.of([])}, "causal_lm"),
+            config(),
+        )
 
 
 def test_clipping_bounds_the_update_and_zero_does_not_clip(toy, ragged_lm, config):

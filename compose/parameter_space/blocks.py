@@ -1,0 +1,132 @@
+"""Task vectors read in blocks of rows, so that a merge of many adapters never holds more than one of them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Reader: TypeAlias = Callable[[int, int], Tensor]
+_BLOCK = 2**19  # elements of a block, over all adapters: 2 MiB of float32, about what a core's cache holds
+_SAMPLE = 2**16  # elements looked at to guess where a magnitude lies
+_LIMIT = 2**22  # candidates kept while the exact one is sought
+
+
+class Source(Protocol):
+    """One adapter's task vector at one place: ``rows`` x ``width`` numbers that ``reader()`` gives in blocks."""
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+
+    @property
+    def width(self) -> int:
+        """How long a row is."""
+
+    def reader(self) -> Reader:
+        """A function that gives rows lo..hi, float32."""
+
+    def key(self) -> bytes:
+        """Digest of the content."""
+
+
+class TensorSource:
+    """A tensor as a source: its first dimension counts the rows."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._rows = tensor.detach().float().reshape(tensor.shape[0] if tensor.dim() > 1 else 1, -1)
+        self.rows, self.width = self._rows.shape
+
+    def reader(self) -> Reader:
+        """Slices of the tensor."""
+        return lambda lo, hi: self._rows[lo:hi]
+
+    def key(self) -> bytes:
+        """Digest of the tensor's bytes."""
+        content = self._rows.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        return blake2b(content, digest_size=8).digest()
+
+
+def spans(rows: int, width: int, count: int = 1) -> Iterator[tuple[int, int]]:
+    """Bounds lo, hi of the blocks in which ``count`` sources of this shape are read side by side."""
+    step = max(1, _BLOCK // max(1, width * count))
+    return ((lo, min(lo + step, rows)) for lo in range(0, rows, step))
+
+
+def blocks(source: Source) -> Iterator[Tensor]:
+    """The rows of a source, block by block."""
+    read = source.reader()
+    return (read(lo, hi) for lo, hi in spans(source.rows, source.width))
+
+
+def size(sources: Sequence[Source]) -> int:
+    """Number of elements of all sources together."""
+    return sum(s.rows * s.width for s in sources)
+
+
+def kth_magnitude(sources: Sequence[Source], k: int) -> float:
+    """The k-th largest |x| over all sources, exactly, holding a few megabytes whatever their size.
+
+    A sample of rows brackets it; one pass over the data then counts what lies above and keeps what lies within. Should
+    the bracket miss, or hold too much, it is moved or halved and the pass repeated.
+    """
+    total = size(sources)
+    if not 1 <= k <= total:
+        raise ValueError(f"there is no {k}-th of {total} numbers")
+    floor, ceiling = 0.0, torch.inf  # floor <= the answer < ceiling
+    low, high = _bracket(sources, k / total)
+    while True:
+        above, inside, kept = _count(sources, low, high)
+        if above >= k:
+            floor = low = high
+            high = ceiling
+        elif above + inside < k:
+            ceiling = high = low
+            low = floor
+        elif kept is not None:
+            return float(kept.topk(k - above).values[-1])
+        else:
+            floor, ceiling = low, high
+            low = _between(floor, ceiling)
+            if low == floor:  # neighbouring floats: more equal numbers than can be kept
+                return floor
+
+
+def _between(low: float, high: float) -> float:
+    """The float32 halfway in the order of floats: not negative, their bits sort as they do."""
+    bits = torch.tensor([low, high], dtype=torch.float32).view(torch.int32).sum(dtype=torch.int64) // 2
+    return float(bits.to(torch.int32).view(torch.float32))
+
+
+def _bracket(sources: Sequence[Source], share: float) -> tuple[float, float]:
+    per_row = max(1, size(sources) // _SAMPLE)
+    seen: list[Tensor] = []
+    for source in sources:
+        read = source.reader()
+        count = max(1, source.rows // per_row)
+        picked = torch.linspace(0, source.rows - 1, count).round().long().tolist()
+        seen.extend(read(i, i + 1).abs().flatten() for i in picked)
+    sample = torch.cat(seen).sort(descending=True).values
+    n = sample.numel()
+    slack = 4 * (n * share * (1 - share)) ** 0.5 + 8  # four standard deviations of the rank in the sample
+    first, last = int(n * share - slack), int(n * share + slack)
+    return (float(sample[last]) if last < n else 0.0), (float(sample[first]) if first >= 0 else torch.inf)
+
+
+def _count(sources: Sequence[Source], low: float, high: float) -> tuple[int, int, Tensor | None]:
+    """How many |x| are >= high, how many lie in [low, high), and those, unless they are too many to keep."""
+    above, inside = 0, 0
+    kept: list[Tensor] = []
+    for source in sources:
+        for block in blocks(source):
+            x = block.abs()
+            larger = x >= high
+            found = x[(x >= low) & ~larger]
+            above += int(larger.sum())
+            inside += found.numel()
+            if inside <= _LIMIT:
+                kept.append(found)
+    return above, inside, torch.cat(kept) if inside <= _LIMIT else None

@@ -1,0 +1,184 @@
+"""Merging changes of weights, site by site: in factors where the method allows, else on one dense layer at a time.
+
+The result is a LoRA, or a DoRA where a gain on W takes part (a sum of DoRAs is a DoRA: gains add, factors stack).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compose import factors
+from compose.kernels import Pair
+from compose.kind import Adapter, KindError, get_kind, make_config
+from compose.parameter_space.certificate import Certificate, SiteLoss
+from compose.parameter_space.combine import at_place, trimmed
+from compose.parameter_space.effect import Effect, effect_of
+from compose.parameter_space.job import Job
+from compose.parameter_space.method import Elementwise, Factored, Linear
+from compose.parameter_space.tensors import merge_heads, saved_modules
+from compose.parameter_space.trim import OnBlocks
+from compose.weights import row_norm_squared
+
+
+@dataclass(frozen=True)
+class Made:
+    """The merged effect at one site, as factors, and what writing it so has lost."""
+
+    pair: Pair
+    gain: Tensor | None
+    loss: SiteLoss
+
+
+@torch.no_grad()
+def merge(job: Job) -> tuple[Adapter, Certificate]:
+    """Merge the members' effects on weights into a new adapter.
+
+    Raises
+    ------
+    KindError
+        Names the merge, the adapter and the site: an effect that is no change of a weight, a bias that moves (no LoRA
+        holds one), or a full-rank result without a rank to write it in.
+    """
+    paths = list(dict.fromkeys(p for a in job.adapters for p in a.paths))
+    made = {path: made_at for path, made_at in zip(paths, _made(job, paths), strict=True) if made_at is not None}
+    adapter = build(job, made)
+    return adapter, Certificate({path: m.loss for path, m in made.items()})
+
+
+def _made(job: Job, paths: Sequence[str]) -> list[Made]:
+    method = job.method
+    if isinstance(method, Elementwise) and method.whole(job.options):
+        everywhere = [effects_at(job, path) for path in paths]
+        scope = [[effects[i] for effects in everywhere] for i in range(len(job.members))]
+        trims = trimmed(method, job.options, scope)
+        steps = job.steps(list(enumerate(everywhere)), "merge")
+        return [_elementwise(job, method, paths[j], effects, [t[j] for t in trims]) for j, effects in steps]
+    return [_at_site(job, path) for path in job.steps(paths, "merge")]
+
+
+def _at_site(job: Job, path: str) -> Made:
+    effects, method = effects_at(job, path), job.method
+    if isinstance(method, Linear):
+        return _linear(job, method, path, effects)
+    if isinstance(method, Elementwise):
+        trims = [places[0] for places in trimmed(method, job.options, [[e] for e in effects])]
+        return _elementwise(job, method, path, effects, trims)
+    return _factored(job, method, path, effects)
+
+
+def effects_at(job: Job, path: str) -> list[Effect]:
+    """Each member's effect at ``path``; one that does not act there has a zero effect."""
+    effects = []
+    for member in job.members:
+        effect = effect_of(job.home, path, member.expr)
+        if effect.bias is not None:
+            raise job.refuse(
+                f"{member.expr} moves the bias of {path}, which no LoRA holds",
+                "merge biases and gains apart from low-rank deltas",
+            )
+        effects.append(effect)
+    return effects
+
+
+def _linear(job: Job, method: Linear, path: str, effects: Sequence[Effect]) -> Made:
+    c = method.coefficients(job.options, _gram(effects) if method.from_gram else len(effects))
+    active = [(w, e) for w, e in zip(c, effects, strict=True) if w != 0]
+    if any(e.node is not None for _, e in active):
+        dense = sum((w * e.dense() for w, e in active), torch.zeros(effects[0].shape, device=effects[0].device))
+        return from_dense(job, path, dense, None, effects)
+    pair = factors.stack([e.pair_or_zero() for e in effects], c)
+    gains = [w * e.gain for w, e in active if e.gain is not None]
+    gain = torch.stack(gains).sum(0) if gains else None
+    return shrink(effects[0], pair, gain, job.rank)
+
+
+def _gram(effects: Sequence[Effect]) -> Tensor:
+    if all(e.factored for e in effects):
+        return factors.gram([e.pair_or_zero() for e in effects])
+    return torch.tensor([[a.inner(b) for b in effects] for a in effects], dtype=torch.float64)
+
+
+def shrink(site: Effect, pair: Pair, gain: Tensor | None, rank: int | None) -> Made:
+    """A pair (and gain) within ``rank`` and the site's own dimensions; the latter costs nothing."""
+    most = min(site.shape) if rank is None else min(rank, *site.shape)
+    exact = Effect(site.layer, site.shape, pair, gain)
+    kept, left_out = factors.truncate(pair, most)
+    lossless = rank is None or rank >= min(site.shape)
+    return Made(kept, gain, SiteLoss(kept.rank, exact.energy, 0.0 if lossless else left_out))
+
+
+def _elementwise(
+    job: Job, method: Elementwise, path: str, effects: Sequence[Effect], trims: Sequence[OnBlocks]
+) -> Made:
+    dense = at_place(method, job.options, effects, trims)
+    gain: Tensor | None = None
+    if any(e.gain is not None for e in effects) and not any(e.node is not None for e in effects):
+        # The diagonal part would need full rank: it goes into a gain, merged by the same rule, and the rest into factors.
+        vectors = torch.stack([torch.zeros(e.rows, device=e.device) if e.gain is None else e.gain for e in effects])
+        gain = method.combine(vectors[:, None], job.options)[0]
+    return from_dense(job, path, dense, gain, effects)
+
+
+def from_dense(job: Job, path: str, dense: Tensor, gain: Tensor | None, effects: Sequence[Effect]) -> Made:
+    """A dense merged delta as factors of the rank asked for, or of the members' largest."""
+    rank = job.rank or max(e.rank for e in effects)
+    if not rank:
+        raise job.refuse(f"the merged change of {path} has full rank", "say which rank to write it in: rank=16")
+    total = factors.energy(dense)
+    rest = dense if gain is None else dense - gain[:, None] * effects[0].weight()
+    pair, left_out = factors.from_dense(rest, min(rank, *rest.shape))
+    return Made(pair, gain, SiteLoss(pair.rank, total, left_out if rank < min(rest.shape) else 0.0))
+
+
+def _factored(job: Job, method: Factored, path: str, effects: Sequence[Effect]) -> Made:
+    for member, effect in zip(job.members, effects, strict=True):
+        if not effect.factored:
+            raise job.refuse(
+                f"{method.name} merges low-rank deltas, and {member.expr} changes {path} by more than a pair (A, B)",
+                f"lower it first: svd({member.expr}, rank=...)",
+            )
+    return shrink(effects[0], method.on_pairs([e.pair_or_zero() for e in effects], job.options), None, job.rank)
+
+
+# -- the new adapter ---------------------------------------------------------------------------------------------
+
+
+def build(job: Job, made: dict[str, Made]) -> Adapter:
+    """A LoRA (or DoRA, with a gain) with these factors, lora_alpha = r, and the merged heads."""
+    cls = get_kind("dora" if any(m.gain is not None for m in made.values()) else "lora")
+    rank = max(1, *(m.pair.rank for m in made.values()))
+    options = {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": tuple(made),
+        "modules_to_save": saved_modules(job),
+    }
+    adapter = cls(make_config(cls, options), job.home.sites, job.home.model, name=job.name).to(job.home.model.device)
+    for path, m in made.items():
+        pair = factors.pad(m.pair, rank)
+        if cls.kind == "dora":
+            pair, magnitude = _decomposed(job, path, pair, m.gain)
+            adapter.at(path, "magnitude").data = magnitude
+        adapter.at(path, "A").data, adapter.at(path, "B").data = pair.A.contiguous(), pair.B.contiguous()
+    if adapter.saved:
+        adapter.load_state({**adapter.state(heads=False), **merge_heads(job, adapter.head_state())})
+    return adapter.freeze()
+
+
+def _decomposed(job: Job, path: str, pair: Pair, gain: Tensor | None) -> tuple[Pair, Tensor]:
+    """diag(g) W + B A as a DoRA: factors (A, B / g) and m = g ||W + (B / g) A||_row."""
+    site = effect_of(job.home, path, job.members[0].expr)
+    g = torch.ones(site.rows, device=site.device) if gain is None else 1 + gain
+    if bool((g == 0).any()):
+        raise job.refuse(f"the gains at {path} add up to zero in {int((g == 0).sum())} rows: no DoRA does that")
+    b = pair.B / g[:, None]
+    wa = site.weight() @ pair.A.T  # (d_out, r)
+    squared = row_norm_squared(site.layer) + 2 * (wa * b).sum(1) + ((b @ (pair.A @ pair.A.T)) * b).sum(1)
+    return Pair(pair.A, b, 1.0), g * squared.clamp_min(0).sqrt()
+
+
+__all__ = ["Made", "build", "effects_at", "from_dense", "merge", "shrink", "KindError"]
