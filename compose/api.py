@@ -8,20 +8,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hub.store import Artifact, Store
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from compose import base as bases
 from compose import inject, interop
-from compose.expr import Expr, parse
+from compose.expr import Expr
 from compose.inject import ExprLike
 from compose.kind import Adapter, KindConfig, get_kind, make_config
-from hub.manifest import BaseIdentity
+from compose.ladder import compare
+from compose.plan import Leaf, Resolved, plan
+from hub.manifest import BaseIdentity, Manifest
+from hub.store import Artifact, Store
 
 Source: TypeAlias = Adapter | Artifact | str | Path
 
@@ -69,13 +71,22 @@ def load(
         An unknown ref, another base, a kind the base cannot carry, an expression that does not parse: named, and
         before anything is changed.
     """
-    rows = [expr] if expr is None or isinstance(expr, str | Expr) else list(expr)
-    trees = [parse(row) if isinstance(row, str) else row for row in rows]
-    names = list(dict.fromkeys(n for tree in trees if tree is not None for n in tree.refs))
-    given = dict(adapters or {})
-    sources: dict[str, Source] = {n: given.pop(n, None) or (store or Store()).get(n) for n in names}
+    one = expr is None or isinstance(expr, str | Expr)
+    rows = inject.as_rows(expr)
+    sources = _Sources(dict(adapters or {}), store)
+    known = bases.identity(base)
+    plans = {
+        row: plan(
+            row,
+            sources.resolve,
+            check_base=lambda text, made_for: compare(made_for, known, ref=text, allow_drift=allow_base_drift),
+            allow_base_drift=allow_base_drift,
+        )
+        for row in dict.fromkeys(rows)
+    }
+    leaves = {text: leaf for made in plans.values() for text, leaf in made.leaves.items()}
     if task is None:
-        task, labels = _task_of(sources.values(), labels)
+        task, labels = _task_of(leaves.values(), labels)
     model = bases.load_base(
         base,
         quantize=quantize,
@@ -86,15 +97,45 @@ def load(
         labels=labels,
         attn_implementation=attn_implementation,
     )
-    for name, source in {**sources, **given}.items():
-        attach(model, name, source, store=store, allow_base_drift=allow_base_drift)
-    activate(model, trees if len(rows) > 1 or not (expr is None or isinstance(expr, str | Expr)) else trees[0])
+    for name in {**leaves, **sources.given}:
+        attach(model, name, sources.source(name), store=store, allow_base_drift=allow_base_drift)
+    composed = [plans[row].expression for row in rows]
+    activate(model, composed[0] if one else composed)
     return model
 
 
-def _task_of(sources: Any, labels: Sequence[str] | None) -> tuple[str | None, Sequence[str] | None]:
+class _Sources:
+    """Where the leaves of an expression come from: given by name, or refs in the store."""
+
+    def __init__(self, given: dict[str, Source], store: Store | None) -> None:
+        self.given, self._store = given, store
+        self._found: dict[str, Artifact] = {}
+
+    def source(self, text: str) -> Source:
+        """What :func:`attach` takes."""
+        return self.given[text] if text in self.given else self._artifact(text)
+
+    def resolve(self, text: str) -> Resolved:
+        """What the plan needs to know of a leaf, from its manifest or config alone."""
+        source = self.source(text)
+        if isinstance(source, str | Path) and not Path(source).is_dir():
+            source = self._artifact(str(source))
+        if isinstance(source, Artifact):
+            return source.manifest
+        if isinstance(source, Adapter):
+            return inject.leaf(source)
+        kind, fields = interop.peek(source)
+        return Leaf(kind, hyperparameters={"modules_to_save": fields.get("modules_to_save") or ()})
+
+    def _artifact(self, text: str) -> Artifact:
+        if text not in self._found:
+            self._found[text] = (self._store or Store()).get(text)
+        return self._found[text]
+
+
+def _task_of(leaves: Iterable[Resolved], labels: Sequence[str] | None) -> tuple[str | None, Sequence[str] | None]:
     """Task and labels that the adapters were trained for, if their manifests agree on one."""
-    manifests = [s.manifest for s in sources if isinstance(s, Artifact) and s.manifest.task]
+    manifests = [leaf for leaf in leaves if isinstance(leaf, Manifest) and leaf.task]
     tasks = {m.task for m in manifests}
     if len(tasks) != 1:
         return None, labels
@@ -123,12 +164,21 @@ def attach(
     if isinstance(source, str | Path) and Path(source).is_dir():
         return runtime.add(name, interop.read(source, runtime.sites, model, name=name))
     artifact = source if isinstance(source, Artifact) else (store or Store()).get(str(source))
-    if artifact.manifest.base is not None:
-        bases.check(artifact.manifest.base, model, ref=str(artifact.ref), allow_drift=allow_base_drift)
+    facts = artifact.manifest
+    if facts.base is not None:
+        bases.check(
+            facts.base,
+            model,
+            trained_on=facts.trained_on,
+            ref=str(artifact.ref),
+            allow_drift=allow_base_drift,
+        )
     kind, config = interop.parse_config(interop._json(artifact.file(interop.CONFIG)), runtime.sites)
     extra = artifact.file(interop.EXTRA) if interop.EXTRA in artifact.files else None
     tensors = interop.read_tensors(artifact.file(interop.WEIGHTS), extra)
-    return runtime.add(name, interop.build(kind, config, tensors, runtime.sites, model, name=name))
+    adapter = interop.build(kind, config, tensors, runtime.sites, model, name=name)
+    adapter.labels = tuple(facts.labels)
+    return runtime.add(name, adapter)
 
 
 def create(

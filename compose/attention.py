@@ -19,34 +19,55 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from compose.atoms import Prefix
-from compose.kernels import expand
-from hub.errors import HubError
+from compose.kind import KindError
+from compose.prompting import repeat
 
 OURS = {"sdpa": "moduloom_sdpa", "eager": "moduloom_eager"}
 
 
 @dataclass(frozen=True)
 class PrefixState:
-    """What one attention module prepends: key, value (R, kv_heads, n, head_dim), log_weight (R, 1 or T, n)."""
+    """What one attention module prepends: key, value (R, kv_heads, n, head_dim), log_weight (R, 1 or T, n).
+
+    ``whole`` says that every weight is one or zero, ``past`` tells how many tokens the cache holds, and ``bias_owner``
+    is the module that knows the relative position bias (T5 keeps that of a stack in its first layer).
+    """
 
     key: Tensor
     value: Tensor
     log_weight: Tensor
+    whole: bool
+    past: Callable[[], int]
+    bias_owner: nn.Module | None = None
 
     @property
     def length(self) -> int:
-        """N."""
+        """n."""
         return int(self.key.shape[2])
 
+    def counts(self) -> Tensor:
+        """How many of the n each row has, (R,)."""
+        return (~self.log_weight.isneginf()).any(1).sum(1)
 
-def stack_prefixes(rows: Sequence[Sequence[tuple[float | Tensor, Prefix]]], device: torch.device) -> PrefixState:
-    """Lay out each row's prefixes end to end, right-aligned in the longest row's length; padding has weight zero."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # A copy of a model stacks its own prefixes, at its first call.
+        return None
+
+
+def stack_prefixes(
+    rows: Sequence[Sequence[tuple[float | Tensor, Prefix]]],
+    *,
+    past: Callable[[], int] = lambda: 0,
+    bias_owner: nn.Module | None = None,
+) -> PrefixState:
+    """Lay out each row's weighted prefixes end to end, right-aligned in the longest row's n; the rest weighs zero."""
     lengths = [sum(p.key.shape[0] for _, p in row) for row in rows]
     n = max(lengths)
     keys, values, logs = [], [], []
     times = max((w.shape[-1] for row in rows for w, _ in row if isinstance(w, Tensor) and w.dim()), default=1)
     sample = next(p for row in rows for _, p in row)
     heads, width = sample.key.shape[1:]
+    device = sample.key.device
     for row, length in zip(rows, lengths, strict=True):
         pad = sample.key.new_zeros(n - length, heads, width)
         keys.append(torch.cat([pad, *(p.key for _, p in row)]))
@@ -55,10 +76,18 @@ def stack_prefixes(rows: Sequence[Sequence[tuple[float | Tensor, Prefix]]], devi
         for w, p in row:
             weight = torch.as_tensor(w, dtype=torch.float32, device=device)
             if bool((weight < 0).any()):
-                raise HubError("a prefix cannot have a negative weight: attention scores have no negative share")
+                raise KindError("a prefix cannot have a negative weight: attention scores have no negative share")
             log.append(weight.log().reshape(-1, 1).expand(times, p.key.shape[0]))
         logs.append(torch.cat(log, dim=1))
-    return PrefixState(torch.stack(keys).transpose(1, 2), torch.stack(values).transpose(1, 2), torch.stack(logs))
+    log_weight = torch.stack(logs)
+    whole = bool(((log_weight == 0) | log_weight.isneginf()).all())
+    key, value = torch.stack(keys).transpose(1, 2), torch.stack(values).transpose(1, 2)
+    return PrefixState(key, value, log_weight, whole, past, bias_owner)
+
+
+def takes_prefix(module: nn.Module) -> bool:
+    """Whether an attention module goes through transformers' attention interface, where a prefix comes in."""
+    return hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 def use_interface(model: PreTrainedModel, on: bool) -> None:
@@ -71,7 +100,7 @@ def use_interface(model: PreTrainedModel, on: bool) -> None:
         current = config._attn_implementation
         name = OURS.get(current, current) if on else back.get(current, current)
         if on and name not in back:
-            raise HubError(
+            raise KindError(
                 f"prefixes need sdpa or eager attention, and this model runs {current!r}",
                 hint='load the base with attn_implementation="sdpa"',
             )
@@ -91,19 +120,15 @@ def _with_prefix(
     state = cast("PrefixState | None", getattr(module, "moduloom_prefix", None))
     if state is None:
         return inner(module, query, key, value, attention_mask, **options)
-    batch, length = query.shape[0], query.shape[2]
+    batch = query.shape[0]
     bias = options.get("position_bias")
     if isinstance(bias, Tensor):
-        options["position_bias"] = torch.cat([_virtual_bias(module, bias, state.length), bias], dim=-1)
-    mask = _extend_mask(_filled(attention_mask, module, query, key, options), state, batch, length, query.dtype)
-    key = torch.cat([_rows(state.key, batch).to(key.dtype), key], dim=2)
-    value = torch.cat([_rows(state.value, batch).to(value.dtype), value], dim=2)
+        options["position_bias"] = torch.cat([_virtual_bias(state, bias), bias], dim=-1)
+    mask = _extend_mask(_filled(attention_mask, module, query, key, options), state, batch, query)
+    key = torch.cat([repeat(state.key, batch).to(key.dtype), key], dim=2)
+    value = torch.cat([repeat(state.value, batch).to(value.dtype), value], dim=2)
     options["is_causal"] = False
     return inner(module, query, key, value, mask, **options)
-
-
-def _rows(x: Tensor, batch: int) -> Tensor:
-    return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else expand(x, batch)
 
 
 def _filled(mask: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:
@@ -117,27 +142,39 @@ def _filled(mask: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, 
     return (full.tril(k - q) if causal and q > 1 else full)[None, None]
 
 
-def _extend_mask(mask: Tensor, state: PrefixState, batch: int, length: int, dtype: torch.dtype) -> Tensor:
+def _extend_mask(mask: Tensor, state: PrefixState, batch: int, query: Tensor) -> Tensor:
     """(B, 1, q, n + k): the virtual tokens' log weights in front of the base's mask."""
-    log = state.log_weight[:, -length:] if state.log_weight.shape[1] > 1 else state.log_weight
-    log = _rows(log, batch)[:, None].expand(batch, 1, length, -1)
+    length, log = query.shape[2], state.log_weight
+    if log.shape[1] not in (1, length):
+        raise KindError(
+            f"weights were given for {log.shape[1]} tokens a row, and {length} come here",
+            hint="activate again with weights for the tokens of this call",
+        )
     mask = mask.expand(batch, mask.shape[1], length, mask.shape[-1])
-    log = log.expand(batch, mask.shape[1], length, -1)
-    if mask.dtype == torch.bool and bool(((log == 0) | log.isneginf()).all()):
+    log = repeat(log, batch)[:, None].expand(batch, mask.shape[1], length, state.length)
+    if mask.dtype == torch.bool and state.whole:
         return torch.cat([log == 0, mask], dim=-1)
-    lowest = torch.finfo(dtype).min
+    lowest = torch.finfo(query.dtype).min
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, lowest)
-    return torch.cat([log.clamp_min(lowest).to(dtype), mask.to(dtype)], dim=-1)
+    return torch.cat([log.clamp_min(lowest).to(query.dtype), mask.to(query.dtype)], dim=-1)
 
 
-def _virtual_bias(module: nn.Module, bias: Tensor, n: int) -> Tensor:
+def _virtual_bias(state: PrefixState, bias: Tensor) -> Tensor:
     """Relative position bias (1, H, q, n) of n tokens that stand before everything (T5)."""
-    length, past = bias.shape[2], bias.shape[3] - bias.shape[2]
-    owner = getattr(module, "moduloom_bias_owner", module)
-    if not getattr(owner, "has_relative_attention_bias", False):
+    length, n, owner = bias.shape[2], state.length, cast("Any", state.bias_owner)
+    if owner is None:
         return bias.new_zeros(*bias.shape[:3], n)
-    return cast("Tensor", cast("Any", owner).compute_bias(length, n, device=bias.device, past_seen_tokens=past + n))
+    return cast("Tensor", owner.compute_bias(length, n, device=bias.device, past_seen_tokens=state.past() + n))
+
+
+def bias_owner(model: nn.Module, path: str) -> nn.Module | None:
+    """The attention module that holds the relative position bias for the one at ``path``, if its family has one."""
+    if not hasattr(model.get_submodule(path), "has_relative_attention_bias"):
+        return None
+    stem = path.split(".block.", maxsplit=1)[0] + "."
+    stack = (m for p, m in model.named_modules() if p.startswith(stem) and hasattr(m, "relative_attention_bias"))
+    return next(stack, None)
 
 
 def _sdpa(

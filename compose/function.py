@@ -142,7 +142,7 @@ def bind(call: Call) -> Options:
     count = len(call.args)
     if count < spec.minimum or (spec.maximum is not None and count > spec.maximum):
         raise CallError(f"{spec.name} takes {_amount(spec)}, not {count}")
-    known = spec.options.model_fields
+    known = {field.alias or name: field for name, field in spec.options.model_fields.items()}  # lambda has an alias
     for name, _ in call.options:
         if name not in known:
             guess = suggest(name, known)

@@ -154,6 +154,12 @@ def read_config(directory: str | Path, sites: SiteMap) -> tuple[type[Adapter], K
     return parse_config(_json(Path(directory) / CONFIG), sites)
 
 
+def peek(directory: str | Path) -> tuple[str, dict[str, Any]]:
+    """Name of the kind and the raw config fields of an adapter directory, without a base."""
+    fields = _json(Path(directory) / CONFIG)
+    return (str(fields[_OWN]) if _OWN in fields else _kind_of(fields).kind), fields
+
+
 def parse_config(fields: Mapping[str, Any], sites: SiteMap) -> tuple[type[Adapter], KindConfig]:
     """Kind and config from the fields of an adapter_config.json."""
     if _OWN in fields:

@@ -1,10 +1,10 @@
-"""The low-rank mixture at a linear site: y += sum_e w_e s_e B_e A_e x, with w_e per batch, per row or per token.
+"""The low-rank mixture at a linear site: y + sum_e w_e s_e B_e A_e x, with w_e per batch, per row or per token.
 
-Every backend prepares the factors once for a set of weights and then applies them; they agree with each other (a law
+Every backend lays the factors out once for a set of weights and then applies them; they agree with each other (a law
 in the tests), so the choice is only about speed. See :func:`choose`.
 
 Shapes: x (B, T, d_in), y (B, T, d_out), weights (R, E) or (R, T, E) with B a multiple of R: row i of the batch uses
-row i // (B / R) of the weights, as beams and folded experts are laid out.
+row i // (B / R) of the weights, as beams and folded experts are laid out. R = 1 is one mixture for all rows.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Pair:
 class Prepared(Protocol):
     """Factors laid out for one set of weights."""
 
-    def __call__(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return y plus the mixture."""
+    def __call__(self, y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
+        """Return y plus the mixture. With ``fresh`` nobody else holds y: it may be written over."""
 
 
 Backend = Callable[[Sequence[Pair], Tensor], Prepared]
@@ -54,30 +54,68 @@ def expand(weights: Tensor, batch: int) -> Tensor:
     rows = weights.shape[0]
     if rows == batch:
         return weights
+    _check_rows(rows, batch)
+    return weights.repeat_interleave(batch // rows, dim=0)
+
+
+def _check_rows(rows: int, batch: int) -> None:
     if rows == 0 or batch % rows:
         raise ValueError(
             f"the active composition has {rows} rows and the batch has {batch}: give one expression per row, "
             "or a batch that is a whole multiple"
         )
-    return weights.repeat_interleave(batch // rows, dim=0)
 
 
-def choose(ranks: Sequence[int], weights: Tensor) -> str:
-    """Name of the backend for these ranks and weights (thresholds from tests/benchmarks/bench_kernels.py).
+def _fold(x: Tensor, rows: int) -> Tensor:
+    """(k R, T, d) -> (R, k T, d): the k rows that share a row of weights stand side by side. No copy."""
+    if x.shape[0] == rows:
+        return x
+    _check_rows(rows, x.shape[0])
+    return x.reshape(rows, x.shape[0] // rows * x.shape[1], x.shape[2])
 
-    Per row: ``gather``, whose cost does not grow with the number of experts. Per token: ``stacked`` while the total
-    rank is small, else ``grouped``, which computes only the experts a token uses.
+
+def choose(ranks: Sequence[int], weights: Tensor, length: int = 1) -> str:
+    """Name of the backend for these ranks and weights and ``length`` tokens a row.
+
+    Per row: ``stacked`` while the total rank is small, ``by_expert`` while several rows share an expert, else
+    ``gather``, whose cost does not grow with the number of experts. Per token: ``stacked`` while the total rank is
+    small, else ``grouped``, which computes only the experts a token uses. The thresholds are measured:
+    tests/benchmarks/bench_kernels.py.
     """
-    if weights.dim() == 2:
-        return "stacked" if len(ranks) == 1 else "gather"
-    return "stacked" if sum(ranks) <= 128 else "grouped"
+    if weights.dim() == 3:
+        return "stacked" if sum(ranks) <= 128 else "grouped"
+    if len(weights) == 1 or sum(ranks) <= 32:
+        return "stacked"
+    if length > 8:
+        return "gather"
+    counts = (weights != 0).sum(0)
+    crowded = int(counts.max()) * len(ranks) <= 1.5 * int(counts.sum()) and 2 * len(ranks) <= len(weights)
+    return "by_expert" if crowded else "gather"
+
+
+def _add_product(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
+    """Y + h b for y (..., d_out), h (..., k), b (k, d_out)."""
+    flat, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
+    if fresh and y.is_contiguous():
+        flat.addmm_(h, b)
+        return y
+    return torch.addmm(flat, h, b).view(y.shape)
+
+
+def _add_products(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
+    """Y + h b for y (B, T, d_out), h (R, k T, r), b (R, r, d_out): one product a row."""
+    folded = _fold(y, len(b))
+    if fresh and y.is_contiguous():
+        folded.baddbmm_(h, b)
+        return y
+    return torch.baddbmm(folded, h, b).view(y.shape)
 
 
 @backend
 def loop(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     """Reference: one expert after the other over all rows. 2 E small GEMMs."""
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
+    def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:  # noqa: ARG001
         w = expand(weights, x.shape[0])  # (B, E) or (B, T, E)
         for e, pair in enumerate(pairs):
             coefficient = w[..., e].reshape(x.shape[0], -1, 1) * pair.scale
@@ -90,16 +128,27 @@ def loop(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
 @backend
 def stacked(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     """Concatenate mixed ranks without padding and apply the weights in rank space: two GEMMs."""
-    a = torch.cat([p.A for p in pairs])  # (sum r, d_in)
-    b = torch.cat([p.B for p in pairs], dim=1)  # (d_out, sum r)
-    ranks = torch.tensor([p.rank for p in pairs], device=weights.device)
-    scales = torch.tensor([p.scale for p in pairs], device=weights.device, dtype=weights.dtype)
-    in_rank = (weights * scales).repeat_interleave(ranks, dim=-1)  # (R, [T,] sum r)
+    single = len(pairs) == 1
+    a = pairs[0].A if single else torch.cat([p.A for p in pairs])  # (sum r, d_in)
+    b = pairs[0].B.T if single else torch.cat([p.B.T for p in pairs])  # (sum r, d_out)
+    scaled = [weights[..., e, None] * p.scale for e, p in enumerate(pairs)]  # each (R, [T,] 1)
+    ranked = [w if single else w.expand(*w.shape[:-1], p.rank) for w, p in zip(scaled, pairs, strict=True)]
+    in_rank = ranked[0] if single else torch.cat(ranked, dim=-1)  # (R, [T,] sum r or 1)
+    if len(weights) == 1 and weights.dim() == 2:
+        b = (b * in_rank[0, :, None]).to(b.dtype)  # one mixture for all: into the factor
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
-        w = expand(in_rank, x.shape[0])
-        w = w[:, None] if w.dim() == 2 else w
-        return y + F.linear(F.linear(x, a) * w.to(x.dtype), b)
+        def run_one(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
+            return _add_product(y, F.linear(x, a), b, fresh)
+
+        return run_one
+
+    def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
+        h = F.linear(x, a)  # (B, T, sum r)
+        if in_rank.dim() == 3:
+            h = h * expand(in_rank, len(h)).to(x.dtype)
+        else:
+            h = _fold(h, len(in_rank)) * in_rank[:, None].to(x.dtype)
+        return _add_product(y, h, b, fresh)
 
     return run
 
@@ -112,38 +161,84 @@ def gather(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     """
     if weights.dim() != 2:
         raise ValueError("gather takes weights per row, not per token")
-    a_rows, b_rows = gather_factors(pairs, weights)
-    kept: dict[int, tuple[Tensor, Tensor]] = {}  # the rows repeated to a batch size: gathered once, not every step
+    a, b = gather_factors(pairs, weights)
+    a = a.transpose(1, 2)  # (R, d_in, k)
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
-        batch = x.shape[0]
-        if batch not in kept:
-            kept.clear()
-            kept[batch] = expand(a_rows, batch).transpose(1, 2), expand(b_rows, batch)
-        a, b = kept[batch]  # (B, d_in, k), (B, k, d_out)
-        return torch.baddbmm(y, torch.bmm(x, a), b)
+    def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
+        return _add_products(y, torch.bmm(_fold(x, len(a)), a), b, fresh)
 
     return run
 
 
 def gather_factors(pairs: Sequence[Pair], weights: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's factors: A (R, k, d_in) and w s B (R, k, d_out) with k = (most experts of a row) * (largest rank)."""
-    rank = max(p.rank for p in pairs)
-    a = torch.stack([F.pad(p.A, (0, 0, 0, rank - p.rank)) for p in pairs])  # (E, r, d_in)
-    b = torch.stack([F.pad(p.B.T * p.scale, (0, 0, 0, rank - p.rank)) for p in pairs])  # (E, r, d_out)
+    a, b = stack_factors(pairs)
     most = max(1, int((weights != 0).sum(1).max()))
     picked = (weights != 0).to(torch.int8).topk(most, dim=1).indices  # (R, most); unused places have weight zero
     w = weights.gather(1, picked)[..., None, None].to(b.dtype)  # (R, most, 1, 1)
     return a[picked].flatten(1, 2), (b[picked] * w).flatten(1, 2)
 
 
+def stack_factors(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """A (E, r, d_in) and s B (E, r, d_out), ranks padded with zeros to the largest."""
+    rank = max(p.rank for p in pairs)
+    a = torch.stack([F.pad(p.A, (0, 0, 0, rank - p.rank)) for p in pairs])
+    b = torch.stack([F.pad(p.B.T * p.scale, (0, 0, 0, rank - p.rank)) for p in pairs])
+    return a, b
+
+
+@backend
+def by_expert(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
+    """Sort the rows by expert, then two GEMMs batched over experts: for few experts, each with several rows.
+
+    Only for weights per row. Experts with fewer rows than the busiest are filled up with rows of weight zero.
+    """
+    if weights.dim() != 2:
+        raise ValueError("by_expert takes weights per row, not per token")
+    a, b = stack_factors(pairs)
+    a = a.transpose(1, 2)  # (E, d_in, r)
+    rows, w, back, valid = _places(weights)  # (E * n,), (E, n, 1), (R, most), (R, most)
+    w = w.to(b.dtype)
+    one_each = back.shape[1] == 1 and bool(valid.all())
+
+    def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
+        folded = _fold(x, len(back))  # (R, kT, d_in)
+        length = folded.shape[1]
+        h = torch.bmm(folded.index_select(0, rows).view(len(a), -1, x.shape[2]), a)  # (E, n * kT, r)
+        h = (h.view(*w.shape[:2], -1) * w).view(h.shape)
+        out = torch.bmm(h, b).view(len(rows), length, -1)  # (E * n, kT, d_out)
+        if one_each:
+            added = out.index_select(0, back[:, 0])
+        else:
+            added = (out[back] * valid[..., None, None]).sum(1)  # (R, kT, d_out)
+        return y.add_(added.view(y.shape)) if fresh else y + added.view(y.shape)
+
+    return run
+
+
+def _places(weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where each (row, expert) with a weight goes in an (E, n) table: rows and weights there, and the way back."""
+    experts, rows = weights.T.nonzero(as_tuple=True)  # sorted by expert
+    counts = torch.bincount(experts, minlength=weights.shape[1])
+    n = max(1, int(counts.max()))
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[experts]
+    place = experts * n + place
+    table_rows = rows.new_zeros(weights.shape[1] * n).scatter(0, place, rows)
+    table_weights = weights.new_zeros(weights.shape[1] * n).scatter(0, place, weights[rows, experts])
+    of_row = torch.full_like(weights, -1, dtype=torch.long)
+    of_row[rows, experts] = place
+    most = max(1, int((of_row >= 0).sum(1).max()))
+    back = of_row.topk(most, dim=1).values  # (R, most)
+    return table_rows, table_weights.view(-1, n, 1), back.clamp_min(0), back >= 0
+
+
 @backend
 def segment(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
-    """Run each expert on the rows that use it, in one segment. Only for weights per row; good for few, long rows."""
+    """Run each expert on the rows that use it, in one segment. Only for weights per row; holds no copy of a factor."""
     if weights.dim() != 2:
         raise ValueError("segment takes weights per row, not per token")
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
+    def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:  # noqa: ARG001
         w = expand(weights, x.shape[0])  # (B, E)
         y = y.clone()
         for e, pair in enumerate(pairs):
@@ -160,7 +255,7 @@ def segment(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
 def grouped(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     """Run each expert on the tokens that use it: for many experts and few a token. Never holds (tokens, E, d_out)."""
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
+    def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:  # noqa: ARG001
         batch, length = x.shape[:2]
         w = expand(weights, batch)
         w = w[:, None].expand(batch, length, -1) if w.dim() == 2 else w

@@ -73,6 +73,7 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.name = config, name
+        self.labels: tuple[str, ...] = ()  # names of the classes of its head, where known
         self._frozen = False
         self._keys: dict[str, str] = {}  # attribute -> key on disk
         self._generator = torch.Generator().manual_seed(0 if seed is None else seed)

@@ -56,7 +56,7 @@ def site_program(scene: Scene, path: str, rows: Rows) -> Node | None:
         return None
     if all(n is None or isinstance(n, Stage) for n in nodes):
         return _stack_rows([n.entries if isinstance(n, Stage) else () for n in nodes])
-    device = builder.slot.weight.device
+    device = next(builder.slot.parameters()).device
     rows_of: dict[Expr, Tensor] = {}
     for i, expr in enumerate(rows):
         rows_of.setdefault(expr, torch.zeros(len(rows), device=device))[i] = 1.0

@@ -61,6 +61,11 @@ class LowRank(Adapter):
             self.add(site.path, "A", a)
             self.add(site.path, "B", torch.zeros(site.out_features, self.config.r))
 
+    @property
+    def dropout(self) -> float:
+        """Rate on the input of A in the call under way: nothing is dropped unless the adapter trains."""
+        return self.config.lora_dropout if self.training and self.trainable else 0.0
+
     @classmethod
     def peft_config(cls, config: KindConfig, sites: SiteMap) -> dict[str, Any]:
         """Fields of PEFT's LoraConfig."""

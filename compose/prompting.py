@@ -1,14 +1,15 @@
-"""Prompt atoms: trained embeddings before the input, put in before a model's forward and taken off its outputs.
+"""Prompt atoms: trained embeddings before the text, put in on the way into a model and taken off its outputs.
 
-Rows may have prompts of different lengths (or none): they are right-aligned against the text, the rest is masked, and
-positions are shifted back by :class:`compose.slot.PositionSlot`.
+Rows may have prompts of different lengths, or none. Before a causal model they end where the text begins, so that the
+rows share one cache: ``[. p p t t t]``. Before an encoder they begin at position zero, as each row would alone, and the
+filling goes to the end: ``[p p t t t .]``. The filling is masked.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,32 +17,71 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compose.kernels import expand
+from compose.kind import KindError
 
 
 @dataclass(frozen=True)
 class PromptState:
-    """Embeddings (R, n, d), right-aligned, and mask (R, n): 1 where a row has a virtual token."""
+    """Embeddings (R, n, d), right-aligned in the longest row's n, and how many of them each row has, counts (R,)."""
 
     embeddings: Tensor
-    mask: Tensor
+    counts: Tensor
+    causal: bool
 
     @property
     def length(self) -> int:
         """n, the longest row's."""
-        return int(self.mask.shape[1])
+        return int(self.embeddings.shape[1])
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some row's prompt is shorter than the longest."""
+        return bool((self.counts < self.length).any())
 
     def shortfall(self) -> Tensor:
-        """How many tokens each row's prompt is short of the longest, (R,)."""
-        return self.length - self.mask.sum(1)
+        """How many tokens each row's prompt is short of the longest, (R, 1)."""
+        return (self.length - self.counts)[:, None]
+
+    def on(self, batch: int) -> PromptState:
+        """The same for each row of a batch."""
+        if len(self.counts) == batch:
+            return self
+        return replace(self, embeddings=repeat(self.embeddings, batch), counts=repeat(self.counts, batch))
+
+    def join(self, front: Tensor, text: Tensor) -> Tensor:
+        """(B, n, ...) before (B, T, ...) in the layout of the model."""
+        whole = torch.cat([front, text], dim=1)
+        if self.causal or not self.uneven:
+            return whole
+        total = whole.shape[1]
+        places = (torch.arange(total, device=whole.device) + self.shortfall().to(whole.device)) % total  # (B, n + T)
+        return torch.take_along_dim(whole, places.reshape(*places.shape, *[1] * (whole.dim() - 2)), dim=1)
+
+    def mask(self) -> Tensor:
+        """(R, n): 1 where a row has a virtual token."""
+        return (torch.arange(self.length, device=self.counts.device) >= self.shortfall()).long()
+
+    def cut(self, value: Tensor) -> Tensor:
+        """The text's part of an output (B, n + T, ...)."""
+        n = self.length
+        if self.causal or not self.uneven:
+            return value[:, n:]
+        state = self.on(value.shape[0])
+        places = torch.arange(value.shape[1] - n, device=value.device) + state.counts[:, None].to(value.device)
+        return torch.take_along_dim(value, places.reshape(*places.shape, *[1] * (value.dim() - 2)), dim=1)
 
 
-def stack_prompts(rows: Sequence[Sequence[Tensor]], like: Tensor) -> PromptState:
-    """Lay out each row's prompts (n_i, d) end to end, right-aligned."""
+def repeat(x: Tensor, batch: int) -> Tensor:
+    """The R rows of x, each repeated to a batch of k R rows."""
+    return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else expand(x, batch)
+
+
+def stack_prompts(rows: Sequence[Sequence[Tensor]], like: Tensor, *, causal: bool) -> PromptState:
+    """Lay out each row's prompts (n_i, d) end to end."""
     joined = [torch.cat([like.new_zeros(0, like.shape[1]), *(p.to(like.device) for p in row)]) for row in rows]
     n = max(len(j) for j in joined)
     padded = torch.stack([F.pad(j, (0, 0, n - len(j), 0)) for j in joined])
-    mask = torch.tensor([[0] * (n - len(j)) + [1] * len(j) for j in joined], device=like.device)
-    return PromptState(padded, mask)
+    return PromptState(padded, torch.tensor([len(j) for j in joined], device=like.device), causal)
 
 
 def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -52,73 +92,99 @@ def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def extend_mask(state: PromptState, mask: Tensor, batch: int) -> Tensor:
-    """Mask (B, T) -> (B, n + T)."""
-    return torch.cat([_rows(state.mask, batch).to(mask.dtype), mask], dim=1)
+@dataclass(frozen=True)
+class Entrance:
+    """What is to know of the stack a prompt enters.
+
+    ``filler`` is the id of an ordinary token: it stands where the prompt will be, so that models which look at ids (for
+    the last token that is no padding, for positions) count it. ``first_position`` is 0, or what RoBERTa starts from;
+    with ``explicit_positions`` rows of different length are told their positions, which others read off the mask.
+    """
+
+    filler: int
+    first_position: int
+    explicit_positions: bool
 
 
-def extend_inputs(state: PromptState, embedding: nn.Module, owner: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with the prompt put before the text (in prefill), or only accounted for (with a cache)."""
-    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-    source = cast("Tensor", ids if ids is not None else embeds)
+def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Arguments with places for the prompt before the text, or (with a cache) only accounted for.
+
+    Also returns which of the n + T places are the prompt's, (B, n + T); in a step with a cache that has no columns.
+    """
+    source = cast("Tensor", kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"])
     batch, length, n = source.shape[0], source.shape[1], state.length
-    out = dict(kwargs)
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    state = state.on(batch)
     cache = kwargs.get("past_key_values")
-    prefill = cache is None or not cache.get_seq_length()
-    seen = length if cache is None or prefill else int(cache.get_seq_length()) - n + length
-    if mask is None:
-        mask = torch.ones(batch, seen, dtype=torch.long, device=source.device)
-    if mask.dim() == 2 and mask.shape[1] <= seen:  # a caller further out may have extended it already
-        out["attention_mask"] = extend_mask(state, mask, batch)
-    if positions is not None:
-        front = torch.arange(n, device=source.device).expand(positions.shape[0], n)
-        out["position_ids"] = torch.cat([front, positions + n], dim=1) if prefill else positions + n
-    if not prefill:
-        return out
-    if embeds is None:
-        embeds = embedding(ids)
-        if positions is None:
-            _roberta_positions(owner, cast("Tensor", ids), n, out)
-    prompt = _rows(state.embeddings, batch).to(embeds.dtype)
-    out["input_ids"], out["inputs_embeds"] = None, torch.cat([prompt, embeds], dim=1)
+    seen = 0 if cache is None else int(cache.get_seq_length())  # the prompt is among them
+    _check_room(cache, length + (seen or n))
+    out = dict(kwargs)
+    out["attention_mask"] = _mask(state, kwargs.get("attention_mask"), batch, length + max(0, seen - n), source.device)
+    _extend_positions(state, entrance, out, length, seen)
+    if seen:
+        return out, source.new_zeros(batch, 0, dtype=torch.bool)
+    places = state.join(state.mask().bool(), state.counts.new_zeros(batch, length, dtype=torch.bool))
+    if kwargs.get("input_ids") is not None:
+        out["input_ids"] = state.join(source.new_full((batch, n), entrance.filler), source)
+    else:
+        out["inputs_embeds"] = state.join(state.embeddings.to(source.dtype), source)
     for name, fill in (("token_type_ids", 0), ("labels", -100)):
         given = kwargs.get(name)
-        if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] == length:
-            out[name] = F.pad(given, (n, 0), value=fill)
-    if "input_ids" not in kwargs:
-        del out["input_ids"]
-    return out
+        if isinstance(given, Tensor) and given.shape == (batch, length) and not given.is_floating_point():
+            out[name] = state.join(given.new_full((batch, n), fill), given)
+    for name in ("start_positions", "end_positions"):
+        if isinstance(kwargs.get(name), Tensor):
+            out[name] = kwargs[name] + (n if state.causal else state.counts)
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        out["logits_to_keep"] = kwargs["logits_to_keep"] + n
+    return out, places
 
 
-def _roberta_positions(owner: nn.Module, ids: Tensor, n: int, out: dict[str, Any]) -> None:
-    """RoBERTa counts positions over real tokens when it sees ids, over all when it sees embeddings: keep the first."""
-    for module in owner.modules():
-        create = getattr(module, "create_position_ids_from_input_ids", None)
-        if create is not None:
-            start = int(module.padding_idx) + 1  # type: ignore[arg-type]
-            text = create(ids, module.padding_idx)
-            front = torch.arange(start, start + n, device=ids.device).expand(ids.shape[0], n)
-            out["position_ids"] = torch.cat([front, torch.where(text >= start, text + n, text)], dim=1)
-            return
+def _check_room(cache: Any, needed: int) -> None:
+    room = getattr(cache, "get_max_cache_shape", lambda: -1)()
+    if 0 < int(room) < needed:
+        raise KindError(
+            f"the cache has room for {int(room)} tokens and this call needs {needed} with the prompt before the text",
+            hint="make the static cache longer by the length of the prompt",
+        )
 
 
-def trim_outputs(output: Any, n: int, total: int) -> Any:
-    """Take the n virtual positions off every token-level output of length ``total``."""
+def _mask(state: PromptState, mask: Any, batch: int, text: int, device: torch.device) -> Tensor:
+    if mask is None:
+        mask = torch.ones(batch, text, dtype=torch.long, device=device)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise KindError("a prompt extends a mask of shape (batch, length), not one of another form")
+    return extend_mask(state, mask)
+
+
+def extend_mask(state: PromptState, mask: Tensor) -> Tensor:
+    """Mask (B, T) -> (B, n + T)."""
+    state = state.on(mask.shape[0])
+    return state.join(state.mask().to(mask), mask)
+
+
+def _extend_positions(state: PromptState, entrance: Entrance, out: dict[str, Any], length: int, seen: int) -> None:
+    """Each row's own tokens stand at 0, 1, ...: text after a prompt of n_i begins at n_i."""
+    given, n, short = out.get("position_ids"), state.length, state.shortfall()
+    if given is not None:
+        text = given + state.counts[:, None].to(given)
+        front = entrance.first_position + (torch.arange(n, device=text.device) - short).clamp_min(0)
+        out["position_ids"] = text if seen else state.join(front.to(text), text)
+    elif entrance.explicit_positions and state.causal and state.uneven:
+        steps = torch.arange(seen, seen + length + (0 if seen else n), device=short.device)
+        out["position_ids"] = (steps - short).clamp_min(0)
+
+
+def trim_outputs(output: Any, state: PromptState, total: int) -> Any:
+    """Take the virtual positions off every token-level output, which are those of length n + T = ``total``."""
 
     def cut(name: str, value: Any) -> Any:
         if name == "hidden_states" and isinstance(value, tuple):
             return tuple(cut("last_hidden_state", v) for v in value)
         depth = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}.get(name)
         if isinstance(value, Tensor) and value.dim() == depth and value.shape[1] == total:
-            return value[:, n:]
+            return state.cut(value)
         return value
 
-    if hasattr(output, "items"):
-        for name, value in list(output.items()):
-            output[name] = cut(name, value)
+    for name, value in list(output.items()):
+        output[name] = cut(name, value)
     return output
-
-
-def _rows(x: Tensor, batch: int) -> Tensor:
-    return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else expand(x, batch)

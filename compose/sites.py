@@ -75,8 +75,17 @@ class SiteMap:
         self.outside: dict[str, Site] = {s.path: s for s in self._find_outside(modules)}
         self.modules = tuple(path for path in modules if path)
         self.architecture = type(model).__name__
-        self.embedding = next((p for p, m in modules.items() if m is model.get_input_embeddings()), "")
-        self.positions = tuple(p for p in modules if p.rsplit(".", 1)[-1] in POSITIONS)
+        # A prompt goes in where the text does: before the encoder, if there is one; a prefix acts in the decoder.
+        reader = model.get_encoder() if self.is_encoder_decoder else model
+        self.embedding = next((p for p, m in modules.items() if m is reader.get_input_embeddings()), "")
+        self.positions = tuple(
+            p
+            for p in modules
+            if p.rsplit(".", 1)[-1] in POSITIONS and not (self.is_encoder_decoder and "encoder" in p.split("."))
+        )
+        # Whether the stack that reads the text looks back only, so that its keys can be cached.
+        first = next((modules[p] for _, p in self.attention_modules()), None)
+        self.reads_causally = not self.is_encoder_decoder and bool(getattr(first, "is_causal", model.can_generate()))
         self.norms = tuple(p for p, m in modules.items() if type(m).__name__.endswith(("Norm", "NormWrapper")))
         self.hidden_size = int(self.config.hidden_size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -9,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from compose.kernels import expand
+from compose.kind import KindError
 from compose.stage import Chain, Node, State
 from compose.weights import bias_of, row_norm_squared
 
 
 class Context:
-    """What all slots of a model share: the batch size of the forward under way."""
+    """What all slots of a model share."""
 
-    batch: int = 0
+    batch: int = 0  # rows of the forward under way
+    past: int = 0  # tokens that its cache holds
+    tokens: int = 0  # length of the weights per token that are active, if any
 
 
 class Slot(nn.Module):
@@ -28,11 +32,9 @@ class Slot(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.context = context
-        self.program: Node | None = None
-        self.per_row = False  # the program weighs rows or tokens apart
-        self.keep_input = False  # another slot taps this one's input
-        self.seen: Tensor | None = None
         self._row_norm: Tensor | None = None
+        self.put: tuple[Tensor, Tensor] | None = None  # at the embedding: where (B, T, 1) a prompt stands, and it
+        self.clear()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -40,24 +42,45 @@ class Slot(nn.Module):
         except AttributeError:  # weight, bias, in_features, ...: models ask their layers for these
             return getattr(super().__getattr__("base_layer"), name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a model (copy.deepcopy) lowers its own adapters, at its first call.
+        return {**self.__dict__, "program": None, "per_row": False, "seen": None, "put": None}
+
     def input(self) -> Tensor:
         """The input of the forward under way, kept for a function that taps this site."""
         return cast("Tensor", self.seen)
 
     def clear(self) -> None:
         """Forget the program."""
-        self.program, self.per_row, self.keep_input, self.seen = None, False, False, None
+        self.program: Node | None = None
+        self.per_row = False  # the program weighs rows or tokens apart
+        self.keep_input = False  # another slot taps this one's input
+        self.seen: Tensor | None = None
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """The base layer's output with the active composition applied."""
         if self.keep_input:
             self.seen = x
-        if self.program is None:
-            return cast("Tensor", self.base_layer(x, *args, **options))
-        if self.per_row and x.dim() == 2:  # flattened (B * T, d), or pooled (B, d)
-            rows = x.reshape(self.context.batch, -1, x.shape[-1])
-            return self.program.run(self._below, rows).y.flatten(0, 1)
-        return self.program.run(self._below, x).y
+        y = self.base_layer(x, *args, **options) if self.program is None else self._adapted(self.program, x)
+        if self.put is not None:
+            (places, embeddings), self.put = self.put, None
+            y = torch.where(places, embeddings.to(y.dtype), y)
+        return cast("Tensor", y)
+
+    def _adapted(self, program: Node, x: Tensor) -> Tensor:
+        if x.dim() != 2 or not x.is_floating_point():  # (B, T, d), or (B, T) token ids
+            return self._run(program, x)
+        batch = self.context.batch if self.per_row else 1
+        return self._run(program, x.reshape(batch, -1, x.shape[-1])).flatten(0, 1)  # was (B * T, d) or pooled (B, d)
+
+    def _run(self, program: Node, x: Tensor) -> Tensor:
+        tokens = self.context.tokens
+        if tokens and self.per_row and x.shape[1] != tokens:
+            raise KindError(
+                f"weights were given for {tokens} tokens a row, and {x.shape[1]} come here",
+                hint="activate again with weights for the tokens of this call",
+            )
+        return program.run(self._below, x).y
 
     def _below(self, x: Tensor) -> State:
         return State(self.base_layer(x), bias_of(self.base_layer))
@@ -108,10 +131,9 @@ def compute_dtype(layer: nn.Module) -> torch.dtype:
 
 
 class PositionSlot(nn.Module):
-    """Wraps the module that reads position ids and shifts them by a number per row.
+    """Wraps the module that reads position ids and moves them on by a number per row.
 
-    Tokens after a prefix of n stand at n, n + 1, ...; rows whose prompt is shorter than the batch's longest one are
-    shifted back by the difference.
+    Tokens after a prefix of n stand at n, n + 1, ..., as after n tokens in the cache.
     """
 
     is_slot = True
@@ -121,6 +143,7 @@ class PositionSlot(nn.Module):
         self.base_layer = base_layer
         self.context = context
         self.offset: Tensor | None = None  # (R, 1)
+        self._place = position_argument(base_layer)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -129,19 +152,25 @@ class PositionSlot(nn.Module):
             return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        """The base module on shifted ids: the keyword ``position_ids`` or the last integer argument."""
-        if self.offset is not None:
-            if options.get("position_ids") is not None:
-                options["position_ids"] = self._shift(options["position_ids"])
+        """The base module on moved ids."""
+        if self.offset is not None and self._place is not None:
+            name, index = self._place
+            if name in options:
+                options[name] = self._moved(options[name], self.offset)
             else:
-                at = max(i for i, a in enumerate(args) if isinstance(a, Tensor) and not a.is_floating_point())
-                args = (*args[:at], self._shift(args[at]), *args[at + 1 :])
+                args = (*args[:index], self._moved(args[index], self.offset), *args[index + 1 :])
         return self.base_layer(*args, **options)
 
-    def _shift(self, ids: Tensor) -> Tensor:
-        offset = cast("Tensor", self.offset).to(ids.device)
+    def _moved(self, ids: Tensor, offset: Tensor) -> Tensor:
+        offset = offset.to(ids.device)
         if ids.dim() == 1:
             ids = ids[None]
-        if offset.shape[0] > 1:
-            offset = expand(offset, self.context.batch)
-        return (ids + offset).clamp_min(0)
+        return ids + (expand(offset, self.context.batch) if offset.shape[0] > 1 else offset)
+
+
+def position_argument(module: nn.Module) -> tuple[str, int] | None:
+    """Name and place of the argument that holds position ids, or None: then the module makes them up itself."""
+    names = list(inspect.signature(module.forward).parameters)
+    if "position_ids" in names and "input_ids" not in names:
+        return "position_ids", names.index("position_ids")
+    return (names[0], 0) if type(module) is nn.Embedding else None

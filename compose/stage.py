@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial, reduce
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -89,6 +90,10 @@ class Stage:
         self.deltas = [e for e, a in atoms if a.delta is not None]
         self.functions = [e for e, a in atoms if a.function is not None]
         self.live = any(e.live for e in self.entries)
+        # What is kept from call to call must hold no graph: of live factors, or of weights that a router learns.
+        self._keeps = not self.live and not any(
+            isinstance(e.coefficient, Tensor) and e.coefficient.requires_grad for e in self.entries
+        )
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
         self._prepared: dict[torch.dtype, Prepared] = {}
 
@@ -134,11 +139,12 @@ class Stage:
         if tag in self._kept:
             mixed = self._kept[tag]
         else:
-            vectors = torch.stack([_vector(label, e.atoms) for e in entries])  # (E, d)
-            w = weight_matrix(entries, like)
-            mixed = (w.to(vectors.dtype) @ vectors).to(like.dtype)  # (R, [T,] d)
-            mixed = mixed + 1 if plus_one else mixed
-            if not self.live:
+            with self._to_keep():
+                vectors = torch.stack([_vector(label, e.atoms) for e in entries])  # (E, d)
+                w = weight_matrix(entries, like)
+                mixed = (w.to(vectors.dtype) @ vectors).to(like.dtype)  # (R, [T,] d)
+                mixed = mixed + 1 if plus_one else mixed
+            if self._keeps:
                 self._kept[tag] = mixed
         if mixed.shape[0] == 1 and mixed.dim() == 2:
             return mixed[0]
@@ -146,30 +152,36 @@ class Stage:
         return mixed[:, None] if mixed.dim() == 2 else mixed
 
     def _add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
-        prepared = self._prepared.get(x.dtype)
-        if prepared is None:
-            if any(e.atoms.dropout for e in self.low_rank if e.live) and torch.is_grad_enabled():
-                return self._add_with_dropout(y, x)
+        if any(e.atoms.dropout for e in self.low_rank):
+            return self._add_with_dropout(y, x)
+        if not self._keeps:
             # While training, factors keep their own precision; afterwards they take the activations'.
-            dtype = self.low_rank[0].atoms.A.dtype if self.live else x.dtype  # type: ignore[union-attr]
-            pairs = [
-                Pair(e.atoms.A.to(dtype), e.atoms.B.to(dtype), e.atoms.scale)  # type: ignore[union-attr]
-                for e in self.low_rank
-            ]
-            w = weight_matrix(self.low_rank, x)
-            name = "stacked" if w.shape[0] == 1 and w.dim() == 2 else choose([p.rank for p in pairs], w)
-            prepared = BACKENDS[name](pairs, w)
-            if self.live:
-                return prepared(y.to(dtype), x.to(dtype)).to(y.dtype)
-            self._prepared[x.dtype] = prepared
-        return prepared(y, x)
+            own = [cast("Tensor", e.atoms.A).dtype for e in self.low_rank] if self.live else []
+            dtype = reduce(torch.promote_types, own, x.dtype)
+            return self._prepare(dtype, x)(y.to(dtype), x.to(dtype)).to(y.dtype)
+        if x.dtype not in self._prepared:
+            with self._to_keep():
+                self._prepared[x.dtype] = self._prepare(x.dtype, x)
+        return self._prepared[x.dtype](y, x)
+
+    def _to_keep(self) -> AbstractContextManager[Any]:
+        """Tensors that are kept must not be of inference mode: autograd may meet them in a later call."""
+        return torch.inference_mode(False) if self._keeps else nullcontext()
+
+    def _prepare(self, dtype: torch.dtype, like: Tensor) -> Prepared:
+        pairs = [
+            Pair(cast("Tensor", e.atoms.A).to(dtype), cast("Tensor", e.atoms.B).to(dtype), e.atoms.scale)
+            for e in self.low_rank
+        ]
+        w = weight_matrix(self.low_rank, like)
+        same_for_all = w.shape[0] == 1 and w.dim() == 2
+        return BACKENDS["stacked" if same_for_all else choose([p.rank for p in pairs], w)](pairs, w)
 
     def _add_with_dropout(self, y: Tensor, x: Tensor) -> Tensor:
         for e in self.low_rank:
-            a = e.atoms
-            assert a.A is not None and a.B is not None  # noqa: S101 - narrows the type
-            dropped = F.dropout(x, a.dropout, e.live).to(a.A.dtype)
-            term = weigh(F.linear(F.linear(dropped, a.A), a.B) * a.scale, e.coefficient)
+            a, b = cast("Tensor", e.atoms.A), cast("Tensor", e.atoms.B)
+            dropped = F.dropout(x, e.atoms.dropout).to(a.dtype)
+            term = weigh(F.linear(F.linear(dropped, a), b) * e.atoms.scale, e.coefficient)
             y = y + term.to(y.dtype)
         return y
 
@@ -177,7 +189,7 @@ class Stage:
         """W F, computed only for the rows whose weight is not zero."""
         function, w = entry.atoms.function, entry.coefficient
         rows: Tensor | None = None
-        if isinstance(w, Tensor) and w.dim() == 1 and not entry.live:
+        if isinstance(w, Tensor) and w.dim() == 1 and not entry.live and not w.requires_grad:
             w = expand(w, x.shape[0])
             rows = w.nonzero().squeeze(1)
         if isinstance(function, Replace):

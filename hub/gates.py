@@ -110,7 +110,7 @@ def inspect(path: Path, name: str) -> tuple[FileEntry, FileScan | None]:
         Not safetensors, NaN or Inf; text that is no UTF-8 or holds NUL; a pickle under another name.
     """
     if name.endswith(".safetensors"):
-        found = scan(path)
+        found = scan(path, name)
         refuse_nonfinite(found, name)
         return FileEntry(path=name, sha256=found.sha256, size=found.size, role=role_of(name)), found
     _check_content(path, name)

@@ -263,6 +263,10 @@ class Manifest(Draft):
         """Identity of the artifact: ``sha256:`` of `canonical`."""
         return canonical.digest(self.canonical)
 
+    def replace(self, **changes: Any) -> Manifest:
+        """Return a copy with other fields, validated; unlike ``model_copy`` it carries no cached digest over."""
+        return Manifest.model_validate({**{name: getattr(self, name) for name in Manifest.model_fields}, **changes})
+
     @property
     def size(self) -> int:
         """Bytes of all files together."""

@@ -47,8 +47,7 @@ def pack(directory: Path, draft: Draft, *, gates: Sequence[Gate] = ()) -> Manife
     warnings = list(manifest.warnings)
     for gate in (*hub_gates.registered(), *gates):
         warnings.extend(gate(directory, manifest))
-    manifest = manifest.model_copy(update={"warnings": tuple(dict.fromkeys(warnings))})
-    manifest = _keep_created(directory, Manifest.model_validate(dict(manifest)))
+    manifest = _keep_created(directory, manifest.replace(warnings=tuple(dict.fromkeys(warnings))))
     atomic_write(directory / MANIFEST_NAME, manifest.canonical)
     return manifest
 
@@ -135,5 +134,4 @@ def _keep_created(directory: Path, manifest: Manifest) -> Manifest:
         before = read_manifest(directory)
     except HubError:  # none there, or a broken one: it is replaced in any case
         return manifest
-    same = manifest.model_copy(update={"created": before.created})
-    return before if dict(same) == dict(before) else manifest
+    return before if manifest.replace(created=before.created) == before else manifest

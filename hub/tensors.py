@@ -95,88 +95,102 @@ def read_header(path: Path) -> Header:
         A truncated file, bytes that belong to no tensor or to two, trailing bytes, broken JSON.
     """
     with open_regular(path) as file:
-        return _read_header(file, path)[0]
+        return _read_header(file, path.name)[0]
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[Header, bytes]:
+def _read_header(file: BinaryIO, label: str) -> tuple[Header, bytes]:
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     if len(prefix) < 8:
-        raise IntegrityError(f"{path.name} is truncated: {size} bytes are no safetensors file", path=path)
+        raise IntegrityError(f"{label} is truncated: {size} bytes are no safetensors file", path=label)
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER:
-        raise GateError(f"{path.name} announces a header of {length} bytes; at most {MAX_HEADER}", path=path)
+        raise GateError(f"{label} announces a header of {length} bytes; at most {MAX_HEADER}", path=label)
     if 8 + length > size:
-        raise IntegrityError(f"{path.name} is truncated inside its header ({size} bytes)", path=path)
+        raise IntegrityError(f"{label} is truncated inside its header ({size} bytes)", path=label)
     raw = file.read(length)
     try:
-        entries = canonical.loads(raw.rstrip(b" "), what=f"the header of {path.name}", limit=MAX_HEADER)
+        entries = canonical.loads(raw.rstrip(b" "), what=f"the header of {label}", limit=MAX_HEADER)
     except ManifestError as error:
-        raise IntegrityError(error.message, path=path) from error
+        raise IntegrityError(error.message, path=label) from error
     if not isinstance(entries, dict):
-        raise IntegrityError(f"the header of {path.name} is not a JSON object", path=path)
+        raise IntegrityError(f"the header of {label} is not a JSON object", path=label)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise IntegrityError(f"{path.name}: __metadata__ maps text to text", path=path)
+        raise IntegrityError(f"{label}: __metadata__ maps text to text", path=label)
     if len(entries) > MAX_TENSORS:
-        raise GateError(f"{path.name} lists {len(entries)} tensors; at most {MAX_TENSORS}", path=path)
+        raise GateError(f"{label} lists {len(entries)} tensors; at most {MAX_TENSORS}", path=label)
     start = 8 + length
     infos = sorted(
-        (_info(name, entry, start, path) for name, entry in entries.items()), key=lambda t: (t.start, t.stop)
+        (_info(name, entry, start, label) for name, entry in entries.items()), key=lambda t: (t.start, t.stop)
     )
-    _check_coverage(infos, start, size, path)
+    _check_coverage(infos, start, size, label)
     return Header(tuple(infos), metadata, start, size), prefix + raw
 
 
-def _info(name: str, entry: object, data_start: int, path: Path) -> TensorInfo:
+def _info(name: str, entry: object, data_start: int, label: str) -> TensorInfo:
     def natural(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
 
-    where = f"{path.name}: tensor {name[:200]!r}"
+    where = f"{label}: tensor {name[:200]!r}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise IntegrityError(f"{where} needs dtype, shape and data_offsets, nothing else", path=path)
+        raise IntegrityError(f"{where} needs dtype, shape and data_offsets, nothing else", path=label)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise GateError(f"{where} has dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}", path=path)
+        raise GateError(f"{where} has dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPES)}", path=label)
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(natural(n) for n in shape):
-        raise GateError(f"{where} has an impossible shape", path=path)
+        raise GateError(f"{where} has an impossible shape", path=label)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(natural(n) for n in offsets):
-        raise IntegrityError(f"{where} has impossible data_offsets", path=path)
+        raise IntegrityError(f"{where} has impossible data_offsets", path=label)
     if math.prod(shape) * DTYPES[dtype].size != offsets[1] - offsets[0]:
-        raise IntegrityError(f"{where}: {dtype}{shape} does not take {offsets[1] - offsets[0]} bytes", path=path)
+        raise IntegrityError(f"{where}: {dtype}{shape} does not take {offsets[1] - offsets[0]} bytes", path=label)
     return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
-def _check_coverage(infos: list[TensorInfo], start: int, size: int, path: Path) -> None:
+def _check_coverage(infos: list[TensorInfo], start: int, size: int, label: str) -> None:
     position = start
     for info in infos:
         if info.start != position:
-            raise IntegrityError(f"{path.name}: the bytes of {info.name!r} overlap others or leave a gap", path=path)
+            raise IntegrityError(f"{label}: the bytes of {info.name!r} overlap others or leave a gap", path=label)
         position = info.stop
     if position > size:
-        raise IntegrityError(f"{path.name} is truncated: {size} bytes, its header needs {position}", path=path)
+        raise IntegrityError(f"{label} is truncated: {size} bytes, its header needs {position}", path=label)
     if position < size:
-        raise IntegrityError(f"{path.name} has {size - position} bytes that belong to no tensor", path=path)
+        raise IntegrityError(f"{label} has {size - position} bytes that belong to no tensor", path=label)
 
 
-def scan(path: Path) -> FileScan:
-    """Hash and check a safetensors file in one pass: file digest, tensor digests, finite and zero checks."""
+def scan(path: Path, name: str | None = None) -> FileScan:
+    """Hash and check a safetensors file in one pass: file digest, tensor digests, finite and zero checks.
+
+    Parameters
+    ----------
+    path
+        The file.
+    name
+        What errors call it, where that is not its own name (a blob has only a digest).
+
+    Raises
+    ------
+    GateError, IntegrityError
+        As `read_header`.
+    """
+    label = name or path.name
     with open_regular(path) as file:
-        header, raw = _read_header(file, path)
+        header, raw = _read_header(file, label)
         whole = hashlib.sha256(raw)
         buffer = memoryview(bytearray(min(CHUNK, max(header.size - header.data_start, 1))))
-        tensors = tuple(_scan_tensor(file, info, buffer, whole, path) for info in header.tensors)
+        tensors = tuple(_scan_tensor(file, info, buffer, whole, label) for info in header.tensors)
     return FileScan(whole.hexdigest(), header.size, tensors)
 
 
-def _scan_tensor(file: BinaryIO, info: TensorInfo, buffer: memoryview, whole: hashlib._Hash, path: Path) -> TensorScan:
+def _scan_tensor(file: BinaryIO, info: TensorInfo, buffer: memoryview, whole: hashlib._Hash, label: str) -> TensorScan:
     own, left, done = hashlib.sha256(), info.stop - info.start, 0
     bad, first, zero = 0, None, True
     item = DTYPES[info.dtype].size
     while left:
         count = file.readinto(buffer[: min(left, len(buffer) - len(buffer) % item)])  # type: ignore[attr-defined]
         if not count or count % item:
-            raise IntegrityError(f"{path.name} ended while it was read", path=path)
+            raise IntegrityError(f"{label} ended while it was read", path=label)
         part = buffer[:count]
         own.update(part)
         whole.update(part)

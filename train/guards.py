@@ -11,7 +11,7 @@ from torch import nn
 
 from train.errors import TrainError
 
-__all__ = ["explain_non_finite", "refuse_another_run", "refuse_idle"]
+__all__ = ["explain_non_finite", "is_finite", "refuse_another_run", "refuse_idle"]
 
 
 def refuse_idle(named: Mapping[str, nn.Parameter]) -> None:
@@ -41,3 +41,8 @@ def explain_non_finite(loss: float, norm: float, where: str, named: Mapping[str,
     what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
     bad = [name for name, p in named.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
     return f"{what} on {where}{f' (gradient of {bad[0]})' if bad else ''}"
+
+
+def is_finite(module: nn.Module) -> bool:
+    """Whether no parameter holds a NaN or an infinity."""
+    return all(bool(parameter.isfinite().all()) for parameter in module.parameters())

@@ -28,7 +28,7 @@ from train.config import TrainConfig, span_in_steps
 from train.data import check
 from train.errors import NonFiniteLoss, TrainError
 from train.evaluate import amp, evaluate, higher_is_better
-from train.guards import explain_non_finite, refuse_another_run, refuse_idle
+from train.guards import explain_non_finite, is_finite, refuse_another_run, refuse_idle
 from train.method import Method
 from train.optim import learning_rate, make_optimizer
 from train.processes import sum_gradients
@@ -255,6 +255,8 @@ class _Loop:
         self.restore_best()
         result.stopped = "non-finite"
         kept = f"the best state, of step {result.best['step']}" if result.best else "the state before it"
+        if not is_finite(self.adapter):  # the step before overflowed, and nothing was evaluated since
+            kept = "nothing: no state was evaluated and the last one is not finite"
         raise NonFiniteLoss(
             f"step {result.steps + 1} (epoch {result.steps // self.epoch_steps + 1}): {broken}; kept {kept}",
             result=result,

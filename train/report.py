@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -29,7 +30,7 @@ class Metrics:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = self._path.open("w", encoding="utf-8")
-            self._stream.writelines(json.dumps(record) + "\n" for record in self.history)
+            self._stream.writelines(_line(record) for record in self.history)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -41,7 +42,7 @@ class Metrics:
         """Keep one record; evaluations are written through at once."""
         self.history.append(record)
         if self._stream is not None:
-            self._stream.write(json.dumps(record) + "\n")
+            self._stream.write(_line(record))
             if "eval" in record:
                 self._stream.flush()
 
@@ -49,6 +50,18 @@ class Metrics:
         """Write what is buffered."""
         if self._stream is not None:
             self._stream.flush()
+
+
+def _line(record: dict[str, Any]) -> str:
+    """One line of JSON; what is not finite becomes null, which every reader of JSON knows."""
+    values = {
+        k: {m: _finite(v) for m, v in value.items()} if k == "eval" else _finite(value) for k, value in record.items()
+    }
+    return json.dumps(values) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def new_progress(console: Console, accelerator: Accelerator) -> Progress:

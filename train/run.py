@@ -11,6 +11,7 @@ adapter/             the artifact: weights, config, README.md (the card), module
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from train.batches import Dataset
 from train.config import TrainConfig
 from train.data import Splits, load_splits
 from train.errors import DataError, NonFiniteLoss
+from train.guards import is_finite
 from train.heads import modules_to_save
 from train.loop import CHECKPOINT, FitResult, fit
 from train.publish import next_version, write_artifact
@@ -107,9 +109,9 @@ def run(
         try:
             result = fit(ready.model, ready.adapter, ready.splits.train, ready.splits.eval, config, **options)
         except NonFiniteLoss as error:
-            if accelerator.is_main_process:
+            if accelerator.is_main_process and is_finite(ready.adapter):
                 _leave(folder, ready, config, error.result, ref=ref, license=license)
-            error.hint = f"{error.hint}; what was kept is in {folder / 'adapter'}, unpublished"
+                error.hint = f"{error.hint}; what was kept is in {folder / 'adapter'}, unpublished"
             raise
         artifact = None
         if accelerator.is_main_process:
@@ -212,20 +214,17 @@ def _folder(
         written = logging.FileHandler(folder / "run.log", encoding="utf-8")
         written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(written)
-    loggers = [logging.getLogger(name) for name in ("train", "py.warnings")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers if accelerator.is_main_process else ():
+    logger, level = logging.getLogger("train"), logging.getLogger("train").level
+    if accelerator.is_main_process:
         logger.setLevel(logging.INFO)
         for handler in handlers:
             logger.addHandler(handler)
-    logging.captureWarnings(True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: log.warning("%s", message)
+            yield
     finally:
-        logging.captureWarnings(False)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-            for handler in handlers:
-                logger.removeHandler(handler)
+        logger.setLevel(level)
         for handler in handlers:
+            logger.removeHandler(handler)
             handler.close()

@@ -37,7 +37,7 @@ class Dora(LowRank):
             return None
         a, b, m = self.at(path, "A"), self.at(path, "B"), self.at(path, "magnitude")
         gain = m / self._norm(below, a, b).to(m.dtype)  # (d_out,)
-        return Atoms(A=a, B=gain[:, None] * b, scale=self.config.scale, gain=gain, dropout=self.config.lora_dropout)
+        return Atoms(A=a, B=gain[:, None] * b, scale=self.config.scale, gain=gain, dropout=self.dropout)
 
     @torch.no_grad()
     def _norm(self, below: Below, a: Tensor, b: Tensor) -> Tensor:

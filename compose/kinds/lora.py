@@ -18,4 +18,4 @@ class Lora(LowRank):
         if path not in self.paths:
             return None
         a, b = self.at(path, "A"), self.at(path, "B")
-        return Atoms(A=a, B=b, scale=self.config.scale, dropout=self.config.lora_dropout)
+        return Atoms(A=a, B=b, scale=self.config.scale, dropout=self.dropout)

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.atoms import Prefix
-from compose.kind import Adapter, KindConfig, KindError, register
+from compose.attention import takes_prefix
+from compose.kind import Adapter, KindConfig, KindError, original_module, register
 from compose.sites import SiteMap
+from compose.slot import position_argument
 
 
 class PrefixConfig(KindConfig):
@@ -49,12 +51,13 @@ class PrefixTuning(Adapter):
 
     def build(self, sites: SiteMap, model: PreTrainedModel) -> None:
         """One matrix for all layers."""
-        if self.config.target_modules is not None:
-            raise KindError("a prefix acts in every self-attention: it takes no target_modules")
+        if self.config.target_modules is not None or self.config.layers is not None:
+            raise KindError("a prefix acts in every self-attention: it takes no target_modules and no layers")
         stack = "decoder" if sites.is_encoder_decoder else None
         chosen = [(s, p) for s, p in sites.attention_modules() if stack is None or s.stack == stack]
         if not chosen:
             raise KindError(f"kind 'prefix' finds no self-attention in this {sites.model_type} model")
+        _check_family(sites, model, [p for _, p in chosen])
         self.heads, self.head_dim = attention_shape(sites)
         self.paths = tuple(p for _, p in chosen)
         self._rows = _layer_rows(len(chosen), doubled=sites.is_encoder_decoder)
@@ -91,6 +94,22 @@ class PrefixTuning(Adapter):
     def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Read PEFT's PrefixTuningConfig (the projection is not stored: the file holds its output)."""
         return {"num_virtual_tokens": fields.get("num_virtual_tokens")}
+
+
+def _check_family(sites: SiteMap, model: PreTrainedModel, paths: list[str]) -> None:
+    """Refuse a family whose attention or positions are made where a prefix cannot reach them."""
+    closed = next((p for p in paths if not takes_prefix(original_module(model, p))), None)
+    if closed is not None:
+        raise KindError(
+            f"kind 'prefix' cannot work on {sites.model_type}: {closed} does not go through transformers' attention "
+            "interface, where the keys and values of a prefix come in"
+        )
+    fixed = next((p for p in sites.positions if position_argument(original_module(model, p)) is None), None)
+    if fixed is not None:
+        raise KindError(
+            f"kind 'prefix' cannot work on {sites.model_type}: {fixed} makes up the positions itself, "
+            "and the text after a prefix of n stands at n, n + 1, ..."
+        )
 
 
 def attention_shape(sites: SiteMap) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compose.parameter_space.blocks import Source, TensorSource, spans
-from compose.parameter_space.method import Elementwise, Factored, Linear, Method, get_method
+from compose.parameter_space.method import Elementwise, Factored, Linear, Method, get_method, weights
 from compose.parameter_space.trim import OnBlocks
 
 
@@ -73,3 +73,9 @@ def coefficients(method: Linear, o: Any, taus: Sequence[Tensor]) -> Sequence[flo
         return method.coefficients(o, len(taus))
     flat = torch.stack([tau.flatten().double() for tau in taus])
     return method.coefficients(o, flat @ flat.T)
+
+
+def weighted_sum(stack: Tensor, o: Any) -> Tensor:
+    """lambda sum_i w_i tau_i over the first dimension of ``stack`` (N, rows, width)."""
+    w = o.lambda_ * torch.tensor(weights(o, len(stack)), dtype=stack.dtype, device=stack.device)
+    return torch.tensordot(w, stack, dims=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compose import factors
 from compose.kernels import Pair
-from compose.kind import Adapter, KindError, get_kind, make_config
+from compose.kind import Adapter, get_kind, make_config
 from compose.parameter_space.certificate import Certificate, SiteLoss
 from compose.parameter_space.combine import at_place, trimmed
 from compose.parameter_space.effect import Effect, effect_of
@@ -43,10 +43,28 @@ def merge(job: Job) -> tuple[Adapter, Certificate]:
         Names the merge, the adapter and the site: an effect that is no change of a weight, a bias that moves (no LoRA
         holds one), or a full-rank result without a rank to write it in.
     """
-    paths = list(dict.fromkeys(p for a in job.adapters for p in a.paths))
-    made = {path: made_at for path, made_at in zip(paths, _made(job, paths), strict=True) if made_at is not None}
-    adapter = build(job, made)
-    return adapter, Certificate({path: m.loss for path, m in made.items()})
+    return _finish(job, dict(zip(_paths(job), _made(job, _paths(job)), strict=True)))
+
+
+@torch.no_grad()
+def merge_to_lora(job: Job) -> tuple[Adapter, Certificate]:
+    """As :func:`merge` of one member, and always a plain LoRA: a gain on W is written in the factors too."""
+    made = {}
+    for path in job.steps(_paths(job), "lower"):
+        effects = effects_at(job, path)
+        if effects[0].factored:
+            made[path] = shrink(effects[0], effects[0].pair_or_zero(), None, job.rank)
+        else:
+            made[path] = from_dense(job, path, effects[0].dense(), None, job.rank)
+    return _finish(job, made)
+
+
+def _paths(job: Job) -> list[str]:
+    return list(dict.fromkeys(p for a in job.adapters for p in a.paths))
+
+
+def _finish(job: Job, made: dict[str, Made]) -> tuple[Adapter, Certificate]:
+    return build(job, made), Certificate({path: m.loss for path, m in made.items()})
 
 
 def _made(job: Job, paths: Sequence[str]) -> list[Made]:
@@ -89,7 +107,7 @@ def _linear(job: Job, method: Linear, path: str, effects: Sequence[Effect]) -> M
     active = [(w, e) for w, e in zip(c, effects, strict=True) if w != 0]
     if any(e.node is not None for _, e in active):
         dense = sum((w * e.dense() for w, e in active), torch.zeros(effects[0].shape, device=effects[0].device))
-        return from_dense(job, path, dense, None, effects)
+        return from_dense(job, path, dense, None, job.rank)
     pair = factors.stack([e.pair_or_zero() for e in effects], c)
     gains = [w * e.gain for w, e in active if e.gain is not None]
     gain = torch.stack(gains).sum(0) if gains else None
@@ -115,23 +133,23 @@ def _elementwise(
     job: Job, method: Elementwise, path: str, effects: Sequence[Effect], trims: Sequence[OnBlocks]
 ) -> Made:
     dense = at_place(method, job.options, effects, trims)
-    gain: Tensor | None = None
+    gain: tuple[Tensor, Effect] | None = None
     if any(e.gain is not None for e in effects) and not any(e.node is not None for e in effects):
         # The diagonal part would need full rank: it goes into a gain, merged by the same rule, and the rest into factors.
         vectors = torch.stack([torch.zeros(e.rows, device=e.device) if e.gain is None else e.gain for e in effects])
-        gain = method.combine(vectors[:, None], job.options)[0]
-    return from_dense(job, path, dense, gain, effects)
+        gain = method.combine(vectors[:, None], job.options)[0], effects[0]
+    return from_dense(job, path, dense, gain, job.rank or max(e.rank for e in effects))
 
 
-def from_dense(job: Job, path: str, dense: Tensor, gain: Tensor | None, effects: Sequence[Effect]) -> Made:
-    """A dense merged delta as factors of the rank asked for, or of the members' largest."""
-    rank = job.rank or max(e.rank for e in effects)
+def from_dense(job: Job, path: str, dense: Tensor, gain: tuple[Tensor, Effect] | None, rank: int | None) -> Made:
+    """A dense merged delta as factors of the given rank, beside a gain on the site's W if there is one."""
     if not rank:
-        raise job.refuse(f"the merged change of {path} has full rank", "say which rank to write it in: rank=16")
+        raise job.refuse(f"the change of {path} has full rank", "say which rank to write it in: rank=16")
     total = factors.energy(dense)
-    rest = dense if gain is None else dense - gain[:, None] * effects[0].weight()
+    rest = dense if gain is None else dense - gain[0][:, None] * gain[1].weight()
     pair, left_out = factors.from_dense(rest, min(rank, *rest.shape))
-    return Made(pair, gain, SiteLoss(pair.rank, total, left_out if rank < min(rest.shape) else 0.0))
+    loss = SiteLoss(pair.rank, total, left_out if rank < min(rest.shape) else 0.0)
+    return Made(pair, None if gain is None else gain[0], loss)
 
 
 def _factored(job: Job, method: Factored, path: str, effects: Sequence[Effect]) -> Made:
@@ -179,6 +197,3 @@ def _decomposed(job: Job, path: str, pair: Pair, gain: Tensor | None) -> tuple[P
     wa = site.weight() @ pair.A.T  # (d_out, r)
     squared = row_norm_squared(site.layer) + 2 * (wa * b).sum(1) + ((b @ (pair.A @ pair.A.T)) * b).sum(1)
     return Pair(pair.A, b, 1.0), g * squared.clamp_min(0).sqrt()
-
-
-__all__ = ["Made", "build", "effects_at", "from_dense", "merge", "shrink", "KindError"]

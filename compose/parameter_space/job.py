@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -24,6 +24,9 @@ class Home(Scene, Protocol):
     model: PreTrainedModel
     sites: SiteMap
 
+    def adapter(self, name: str) -> Adapter:
+        """The adapter called ``name``; NotFound otherwise."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -34,10 +37,11 @@ class Member:
     terms: tuple[tuple[float, Adapter], ...]
 
     @classmethod
-    def of(cls, expr: Expr, adapters: Mapping[str, Adapter]) -> Member:
-        """Look up the leaves."""
+    def of(cls, expr: Expr, home: Home) -> Member:
+        """Look up the leaves; NotFound names the one that is missing."""
+        adapters = {name: home.adapter(name) for name in expr.refs}
         terms = tuple((float(c), adapters[name]) for c, name in flatten(expr, {}))
-        return cls(expr, tuple(adapters[name] for name in expr.refs), terms)
+        return cls(expr, tuple(adapters.values()), terms)
 
     @property
     def single(self) -> bool:

@@ -33,7 +33,7 @@ from compose.parameter_space.trim import Trim, all_of_it
 Coefficients: TypeAlias = Callable[..., Sequence[float]]  # (options, n) or, from the inner products, (options, gram)
 Combine: TypeAlias = Callable[[Tensor, Any], Tensor]  # (N, rows, width), options -> (rows, width)
 OnPairs: TypeAlias = Callable[[Sequence[Pair], Any], Pair]
-Join: TypeAlias = Callable[[Sequence[Adapter]], tuple[KindConfig, dict[str, Tensor]]]
+Join: TypeAlias = Callable[[Sequence[tuple[float, Adapter]]], tuple[KindConfig, dict[tuple[str, str], Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,7 @@ def get_method(name: str) -> Method:
     """The merge called ``name``."""
     known = methods()
     if name not in known:
-        raise KindError(
-            f"{name}(...) does not merge parameters", hint="merges: " + ", ".join(known)
-        )
+        raise KindError(f"{name}(...) does not merge parameters", hint="merges: " + ", ".join(known))
     return known[name]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from compose.kind import Adapter, KindConfig, make_config
 from compose.parameter_space.combine import merge_tensors
 from compose.parameter_space.job import Job, Member, kind_names
-from compose.parameter_space.method import Factored, Linear
+from compose.parameter_space.method import Factored, Join, Linear
 
 
 def merge(job: Job) -> Adapter:
@@ -46,6 +46,8 @@ def merge(job: Job) -> Adapter:
 
 
 def _same_tensors(job: Job, first: Adapter) -> Adapter:
+    if isinstance(job.method, Linear) and job.method.join is not None:
+        return _side_by_side(job, job.method.join, first)
     for member in job.members:
         if not member.single:
             raise job.refuse(
@@ -53,9 +55,6 @@ def _same_tensors(job: Job, first: Adapter) -> Adapter:
                 "its tensors, so a factor or a sum has no tensors of its own",
                 "merge the adapters themselves",
             )
-    if isinstance(job.method, Linear) and job.method.join is not None:
-        config, state = job.method.join(job.adapters)
-        return fill(_fresh(job, first, config), {**_heads_of(job, first), **state})
     for other in job.adapters[1:]:
         if other.config != first.config:
             raise job.refuse(
@@ -65,11 +64,21 @@ def _same_tensors(job: Job, first: Adapter) -> Adapter:
             )
     own = [m.adapters[0].state(heads=False) for m in job.members]
     theta = merge_tensors(job.method, job.options, own, own[0])
-    return fill(_fresh(job, first, first.config), {**_heads_of(job, first), **theta})
+    fresh = _fresh(job, first, first.config)
+    return fill(fresh, {**theta, **merge_heads(job, fresh.head_state())})
 
 
-def _heads_of(job: Job, first: Adapter) -> dict[str, Tensor]:
-    return merge_heads(job, _fresh(job, first, first.config).head_state())
+def _side_by_side(job: Job, join: Join, first: Adapter) -> Adapter:
+    for member in job.members:
+        if member.sequential:
+            raise job.refuse(f"{member.expr} applies one adapter after the other; only sums can be laid side by side")
+    weights = job.method.coefficients(job.options, len(job.members))  # type: ignore[union-attr]
+    terms = [(w * c, a) for w, m in zip(weights, job.members, strict=True) for c, a in m.terms if w * c != 0]
+    config, tensors = join(terms or [(0.0, first)])
+    fresh = _fresh(job, first, config)
+    for (path, name), value in tensors.items():
+        fresh.at(path, name).data = value.contiguous()
+    return fill(fresh, {**fresh.state(heads=False), **merge_heads(job, fresh.head_state())})
 
 
 def merge_heads(job: Job, base: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+MAX_YAML = 64 * 1024  # characters; the YAML reader is slow, and no card needs more
 MAX_RENDERED = 512 * 1024  # characters of Markdown that are rendered; a longer card is cut
 _TAGS = (
     "a abbr b blockquote br code dd del dl dt em h1 h2 h3 h4 h5 h6 hr i img li ol p pre s strong sub sup table tbody"
@@ -35,6 +36,8 @@ def parse_front_matter(text: str) -> dict[str, Any]:
     found = _FRONT.match(text)
     if found is None or not found["yaml"].strip():
         return {}
+    if len(found["yaml"]) > MAX_YAML:
+        raise CardError(f"it has more than {MAX_YAML} characters")
     try:
         value = yaml.safe_load(found["yaml"])
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
@@ -85,7 +88,7 @@ def _localize(token: Token, base: str) -> None:
     """Let relative links reach the revision's files, and keep images to those files."""
     for name in ("href", "src"):
         target = token.attrs.get(name)
-        if isinstance(target, str) and not urlsplit_safe(target) and not target.startswith(("#", "/")):
+        if isinstance(target, str) and not _elsewhere(target) and not target.startswith(("#", "/")):
             token.attrs[name] = f"{base}/{quote(target.removeprefix('./'), safe='/%#?=&')}"
     if token.type == "image" and not str(token.attrs.get("src", "")).startswith(f"{base}/"):
         token.type, token.tag, token.nesting = "code_inline", "code", 0
@@ -93,7 +96,7 @@ def _localize(token: Token, base: str) -> None:
         token.attrs = {}
 
 
-def urlsplit_safe(target: str) -> bool:
+def _elsewhere(target: str) -> bool:
     """Whether a link names a scheme or a host; True for what cannot even be split."""
     try:
         parts = urlsplit(target)

@@ -213,9 +213,7 @@ def _missing(head: Revision, path: str) -> ApiError:
 def _linked(repos: Repos, name: str, wanted: File) -> File:
     """Content that was uploaded to this very repository: knowing a hash must not open another one's files."""
     with repos.drafts.read() as db:
-        row = db.execute(
-            "SELECT size FROM uploads WHERE repo = ? AND sha256 = ?", (name, wanted.sha256)
-        ).fetchone()
+        row = db.execute("SELECT size FROM uploads WHERE repo = ? AND sha256 = ?", (name, wanted.sha256)).fetchone()
     size = row[0] if row else known_size(repos, name, wanted.sha256)
     if size is None:
         raise ApiError(400, f"sha256 {wanted.sha256[:16]}... was not uploaded to {name}")

@@ -209,7 +209,7 @@ class _Lines:
                 break
             if not mark:
                 continue
-            if string == b"content" and line.rstrip(b" \t").endswith(b':'):
+            if string == b"content" and line.rstrip(b" \t").endswith(b":"):
                 if sink is not None:
                     raise ApiError(400, "a line of the commit has two contents")
                 sink = self._content()

@@ -115,9 +115,7 @@ def _settle(repos: Repos, target: Revision, manifest: Manifest, caller: Caller) 
         row = (target.name, manifest.digest, target.oid, caller.name or "anonymous")
         db.execute("INSERT OR REPLACE INTO origins VALUES (?, ?, ?, ?)", row)
         # main is the newest version again, unless someone has committed in the meantime
-        db.execute(
-            "DELETE FROM branches WHERE repo = ? AND name = ? AND oid = ?", (target.name, MAIN, target.oid)
-        )
+        db.execute("DELETE FROM branches WHERE repo = ? AND name = ? AND oid = ?", (target.name, MAIN, target.oid))
     return repos.of_release(target.name, release)
 
 

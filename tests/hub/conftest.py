@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
+
 from hub.manifest import BaseIdentity, Draft, Manifest, weights_fingerprint
 from hub.pack import pack
 from hub.store import Store
-from safetensors.numpy import save_file
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 

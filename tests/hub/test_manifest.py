@@ -2,11 +2,12 @@ import json
 from datetime import datetime, timedelta, timezone
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from hub import canonical
 from hub.errors import ManifestError
 from hub.manifest import BaseIdentity, Draft, FileEntry, Lineage, Manifest, Metric, Requirement, TensorEntry, TrainedOn
-from hypothesis import given
-from hypothesis import strategies as st
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 json_values = st.recursive(
@@ -37,7 +38,9 @@ manifests = st.builds(
     hyperparameters=st.dictionaries(words, json_values, max_size=4),
     labels=st.lists(words, max_size=3).map(tuple),
     metrics=st.lists(metrics, max_size=2).map(tuple),
-    requires=st.lists(st.builds(Requirement, name=st.just("acme/b"), range=st.sampled_from([None, "<2,>=1"])), max_size=2),
+    requires=st.lists(
+        st.builds(Requirement, name=st.just("acme/b"), range=st.sampled_from([None, "<2,>=1"])), max_size=2
+    ),
     trained_on=st.none() | st.builds(TrainedOn, quantization=st.just("nf4"), double_quant=st.booleans()),
     summary=st.text(st.characters(exclude_categories=["Cs"]), max_size=50),
     files=st.builds(lambda h: (FileEntry(path="a.json", sha256=h, size=3),), hexes),

@@ -1,9 +1,10 @@
 import pytest
-from hub.errors import RefError
-from hub.ref import AdapterRef, version_key
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.version import Version
+
+from hub.errors import RefError
+from hub.ref import AdapterRef, version_key
 
 names = st.from_regex(r"[a-z0-9](?:[a-z0-9]|[._-](?=[a-z0-9])){0,20}", fullmatch=True)
 numbers = st.integers(0, 10**6)
@@ -25,7 +26,9 @@ pins = st.one_of(
     st.builds("@{}".format, digests),
     ranges,
 )
-texts = st.builds(lambda namespace, name, pin: namespace + name + pin, st.one_of(st.just(""), names.map("{}/".format)), names, pins)
+texts = st.builds(
+    lambda namespace, name, pin: namespace + name + pin, st.one_of(st.just(""), names.map("{}/".format)), names, pins
+)
 
 
 def parsed_or_refused(text: str) -> AdapterRef | None:

@@ -3,11 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub.errors import GateError, HubError, IntegrityError
-from hub.tensors import DTYPES, check_finite, read_header, scan, tensor_entries, tensors_digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
+
+from hub.errors import GateError, HubError, IntegrityError
+from hub.tensors import DTYPES, check_finite, read_header, scan, tensor_entries, tensors_digest
 
 SCRATCH = "t.safetensors"
 
@@ -48,7 +49,9 @@ def test_entries_equal_what_safetensors_wrote(tmp_path: Path) -> None:
 
 
 @settings(max_examples=40)
-@given(st.permutations(["a", "b", "c", "d"]), st.integers(0, 3), st.dictionaries(st.text(max_size=5), st.text(max_size=5)))
+@given(
+    st.permutations(["a", "b", "c", "d"]), st.integers(0, 3), st.dictionaries(st.text(max_size=5), st.text(max_size=5))
+)
 def test_tensors_digest_survives_reserialization(scratch, order, cut, metadata) -> None:
     directory = scratch
     arrays = {name: np.full((2, 3), ord(name), np.float32) for name in "abcd"}

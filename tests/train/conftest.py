@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from typing import Any
 
@@ -85,3 +86,70 @@ def config():
 @pytest.fixture(scope="session")
 def tokenizer():
     return compose.tokenizer("builtin:tiny-lm")
+
+
+WORDS = (
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "good",
+    "bad",
+    "fine",
+    "poor",
+    "a",
+    "film",
+    "plot",
+    "very",
+    "the",
+)
+
+
+@pytest.fixture(scope="session")
+def bert_base(tmp_path_factory):
+    """A directory with a tiny random BERT encoder (no pooler, no head) and a word tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, pad_token_id=0, **sizes)
+    BertModel(shape, add_pooling_layer=False).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=words, model_input_names=inputs, **names).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """A jsonl file whose label is decided by one word."""
+
+    def make(rows: int = 48, **extra: Any) -> str:
+        lines = []
+        for i in range(rows):
+            word = ("good", "bad", "fine", "poor")[i % 4]
+            text = f"{'the ' * (i % 5)}{'very ' * (i % 3)}{word} film"
+            lines.append({"text": text, "label": "pos" if i % 2 == 0 else "neg", **extra})
+        path = tmp_path / "reviews.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """A text file for language modelling."""
+    path = tmp_path / "notes.txt"
+    path.write_text(
+        "".join(f"Note {i}: the adapter of site {i % 7} is loaded, then it is active.\n" for i in range(60))
+    )
+    return str(path)

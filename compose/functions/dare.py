@@ -1,0 +1,33 @@
+"""``dare(a, b, ..., density=0.5, seed=0)``: drop entries of each task vector at random, rescale, add (arXiv 2311.03099)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from compose.function import FunctionSpec, register
+from compose.functions._weighted import RankOptions, check_weights, in_any_order
+
+
+class DareOptions(RankOptions):
+    """Options of ``dare``."""
+
+    density: float = Field(0.5, gt=0, le=1, description="probability that an entry is kept")
+    lambda_: float = Field(1.0, alias="lambda", description="factor of the sum")
+    seed: int = Field(0, ge=0, description="of the random masks")
+    rescale: Literal["density", "l1", "none"] = Field(
+        "density", description="what is kept is divided by density (the paper), scaled to the same L1 norm, or left"
+    )
+
+
+DARE = register(
+    FunctionSpec(
+        "dare",
+        "merge",
+        "Drop entries of each task vector at random, rescale the rest, and add.",
+        DareOptions,
+        check=check_weights,
+        canonical=in_any_order,
+    )
+)

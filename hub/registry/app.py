@@ -1,0 +1,97 @@
+"""The application: `create_app` wires a store, its drafts, who may do what, and the routes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+
+from hub.errors import HubError
+from hub.registry import views
+from hub.registry.context import Context
+from hub.registry.drafts import Drafts
+from hub.registry.errors import ApiError, from_hub
+from hub.registry.guard import LOOPBACK, Guard
+from hub.registry.limits import Limits
+from hub.registry.repos import Repos
+from hub.registry.routes import account, files, repos, uploads
+from hub.registry.tokens import Authority, Everyone
+from hub.store import Store
+
+logger = logging.getLogger("hub.registry")
+STATIC = Path(__file__).parent / "static"
+
+
+def create_app(store: Store, *, authority: Authority | None = None, limits: Limits | None = None) -> FastAPI:
+    """Registry over a store.
+
+    Parameters
+    ----------
+    store
+        Where published artifacts are; drafts are kept in its directory ``registry``.
+    authority
+        Who may do what; None lets everyone do everything, and answers to the names of this machine only.
+    limits
+        How much is taken in.
+
+    Raises
+    ------
+    StoreError
+        The store cannot be written.
+    """
+    store.create()
+    drafts = Drafts(store.root / "registry")
+    open_house = authority is None
+    context = Context(Repos(store, drafts), authority or Everyone(), limits or Limits())
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(drafts.sweep)
+        yield
+
+    app = FastAPI(title="moduloom registry", openapi_url=None, redirect_slashes=False, lifespan=lifespan)
+    app.state.registry = context
+    app.add_middleware(Guard, hosts=LOOPBACK if open_house else None)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    for router in (account.router, uploads.router, files.router, repos.router, views.router):
+        app.include_router(router)
+    app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(HubError, _refused)
+    app.add_exception_handler(RequestValidationError, _refused)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(Exception, _failed)
+    return app
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, ApiError):
+        found = error
+    elif isinstance(error, HubError):
+        found = from_hub(error)
+    elif isinstance(error, HTTPException):
+        found = ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    else:
+        found = ApiError(400, _first_problem(error))
+    if found.status >= 500:
+        logger.error("%s %s: %s", request.method, request.url.path, found.message)
+    return views.refusal(request, found)
+
+
+def _first_problem(error: Exception) -> str:
+    if not isinstance(error, RequestValidationError) or not error.errors():
+        return "the request is malformed"
+    problem = error.errors()[0]
+    return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+
+
+async def _failed(request: Request, _error: Exception) -> Response:
+    return views.refusal(request, ApiError(500, "the registry failed; its log says why"))

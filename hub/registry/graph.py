@@ -1,0 +1,176 @@
+"""The lineage of an artifact as a small layered graph, drawn as SVG that takes its colours from the page."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from html import escape
+
+from hub.ref import AdapterRef
+from hub.store import Store
+
+MAX_NODES = 40
+MAX_STEPS = 4  # generations up and down
+_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _PAD = 196, 46, 64, 16, 8
+_LETTERS = 25  # of a label that fit into a box
+
+Edge = tuple[str, str, str]  # from, to, relation ("parent" or "requires"): what it comes from or needs
+
+
+@dataclass(frozen=True)
+class Node:
+    """A box: what it says on two lines, where it leads, and whether it is the artifact the page is about."""
+
+    key: str
+    label: str
+    note: str
+    href: str | None = None
+    here: bool = False
+
+
+@dataclass
+class Graph:
+    """Nodes by key and edges among them."""
+
+    nodes: dict[str, Node] = field(default_factory=dict)
+    edges: list[Edge] = field(default_factory=list)
+
+
+class Relations:
+    """Who points at whom in a store, both ways; read again when the store's log has grown."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._size = -1
+        self._out: dict[str, list[Edge]] = {}
+        self._in: dict[str, list[Edge]] = {}
+
+    def around(self, digest: str, describe: Callable[[str], Node | None]) -> Graph:
+        """Neighbourhood of an artifact.
+
+        Parameters
+        ----------
+        digest
+            Of the artifact.
+        describe
+            Gives the box of a digest or ref text; None for what the caller may not see.
+        """
+        self._refresh()
+        found = Graph()
+        for index, step in ((self._out, 1), (self._in, 0)):
+            frontier = [digest]
+            for _ in range(MAX_STEPS):
+                edges = [edge for key in frontier for edge in index.get(key, ())]
+                frontier = []
+                for edge in edges:
+                    frontier += self._add(found, edge, edge[step], describe)
+        if digest not in found.nodes and (own := describe(digest)):
+            found.nodes[digest] = own
+        found.edges = [edge for edge in dict.fromkeys(found.edges) if {edge[0], edge[1]} <= found.nodes.keys()]
+        return found
+
+    def _add(self, found: Graph, edge: Edge, fresh: str, describe: Callable[[str], Node | None]) -> list[str]:
+        found.edges.append(edge)
+        added = []
+        for key in edge[:2]:
+            if key not in found.nodes and len(found.nodes) < MAX_NODES and (node := describe(key)):
+                found.nodes[key] = node
+                added.append(key)
+        return [fresh] if fresh in added else []
+
+    def _refresh(self) -> None:
+        size = self.store.ledger.size
+        if size == self._size:
+            return
+        out, into = defaultdict(list), defaultdict(list)
+        for source, relation, target, digest in self.store.edges():
+            edge = (source, digest or _resolve(self.store, target), relation)
+            out[edge[0]].append(edge)
+            into[edge[1]].append(edge)
+        self._out, self._in, self._size = dict(out), dict(into), size
+
+
+def _resolve(store: Store, target: str) -> str:
+    ref = AdapterRef.parse(target)
+    release = store.catalogue(ref.id).find(version=ref.version) if ref.version else None
+    return release.digest if release else target
+
+
+def svg(graph: Graph) -> str:
+    """Draw a graph, what others come from at the left. The result is safe to put into a page.
+
+    Parameters
+    ----------
+    graph
+        At least one node. Colours come from the classes ``node``, ``here``, ``edge``, ``requires``.
+    """
+    places = _places(graph)
+    width = max(x for x, _ in places.values()) + _WIDTH + _PAD
+    height = max(y for _, y in places.values()) + _HEIGHT + _PAD
+    names = ", ".join(node.label for node in graph.nodes.values())
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{escape("Lineage: " + names)}">',
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path class="tip" d="M0 0 L8 4 L0 8 z"/></marker></defs>',
+    ]
+    parts += [_line(places[target], places[source], relation) for source, target, relation in graph.edges]
+    parts += [_box(node, places[key]) for key, node in graph.nodes.items()]
+    return "".join([*parts, "</svg>"])
+
+
+def _places(graph: Graph) -> dict[str, tuple[int, int]]:
+    """Top left corner of each box: column = the longest way from a root, rows ordered to keep lines short."""
+    above = {key: [target for source, target, _ in graph.edges if source == key] for key in graph.nodes}
+    depth = {key: 0 for key in graph.nodes}
+    for _ in graph.nodes:  # relaxes to the longest path; stops early, and a cycle cannot hold it up
+        changed = False
+        for key, targets in above.items():
+            wanted = max((depth[target] + 1 for target in targets), default=0)
+            if wanted > depth[key] and wanted < len(graph.nodes):
+                depth[key], changed = wanted, True
+        if not changed:
+            break
+    columns: dict[int, list[str]] = defaultdict(list)
+    for key in sorted(graph.nodes, key=lambda key: (depth[key], graph.nodes[key].label)):
+        columns[depth[key]].append(key)
+    rows: dict[str, float] = {}
+    for column in sorted(columns):
+        mean = {key: _mean([rows[target] for target in above[key] if target in rows]) for key in columns[column]}
+        for place, key in enumerate(sorted(columns[column], key=lambda key: mean[key])):
+            rows[key] = place
+    tallest = max(len(keys) for keys in columns.values())
+    found = {}
+    for column, keys in columns.items():
+        shift = (tallest - len(keys)) / 2
+        for key in keys:
+            x = _PAD + column * (_WIDTH + _GAP_X)
+            found[key] = (x, round(_PAD + (rows[key] + shift) * (_HEIGHT + _GAP_Y)))
+    return found
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else 0.0
+
+
+def _line(start: tuple[int, int], end: tuple[int, int], relation: str) -> str:
+    x1, y1 = start[0] + _WIDTH, start[1] + _HEIGHT // 2
+    x2, y2 = end[0] - 3, end[1] + _HEIGHT // 2
+    middle = (x1 + x2) // 2
+    kind = "edge requires" if relation == "requires" else "edge"
+    return f'<path class="{kind}" d="M{x1} {y1} C{middle} {y1} {middle} {y2} {x2} {y2}" marker-end="url(#tip)"/>'
+
+
+def _box(node: Node, place: tuple[int, int]) -> str:
+    x, y = place
+    label = node.label if len(node.label) <= _LETTERS else f"{node.label[: _LETTERS - 1]}…"
+    kind = "node here" if node.here else "node" if node.href else "node gone"
+    box = (
+        f'<g class="{kind}"><title>{escape(node.label)}</title>'
+        f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="8"/>'
+        f'<text class="label" x="{x + 12}" y="{y + 19}">{escape(label)}</text>'
+        f'<text class="note" x="{x + 12}" y="{y + 35}">{escape(node.note)}</text></g>'
+    )
+    return f'<a href="{escape(node.href)}">{box}</a>' if node.href and not node.here else box

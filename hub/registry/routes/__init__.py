@@ -1,0 +1,1 @@
+"""The Hugging Face protocol, a few routes a file."""

@@ -1,0 +1,139 @@
+"""Finding artifacts for people and programs, among those the caller may see."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from hub.artifact import Artifact
+from hub.index import Index
+from hub.registry.drafts import Repo
+from hub.registry.tokens import Caller
+from hub.store import Store
+
+PAGE = 24  # artifacts on a page
+_CACHED = 64  # callers' sets of facets
+
+
+def visible(caller: Caller, name: str, recorded: Mapping[str, Repo]) -> bool:
+    """Whether a caller may see a repository; one without a row of its own is public."""
+    repo = recorded.get(name)
+    if repo is not None and repo.deleted:
+        return False
+    return caller.may_read(name.split("/")[0]) or (caller.public and (repo is None or not repo.private))
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a visitor looks for; empty means any."""
+
+    text: str = ""
+    base: str = ""
+    kind: str = ""
+    task: str = ""
+    metric: str = ""
+    namespace: str = ""
+    sort: str = "created"
+    page: int = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of an artifact, as the index knows it."""
+
+    metric: str
+    value: float
+    dataset: str
+    split: str
+
+
+@dataclass(frozen=True)
+class Facets:
+    """Values to filter by, each with the count of adapters, most first."""
+
+    bases: list[tuple[str, int]] = field(default_factory=list)
+    kinds: list[tuple[str, int]] = field(default_factory=list)
+    tasks: list[tuple[str, int]] = field(default_factory=list)
+    metrics: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Results:
+    """One page of what was found; `more` says whether there is another."""
+
+    artifacts: list[Artifact]
+    total: int
+    more: bool
+
+
+class Shelf:
+    """The catalogue of a store: queries, facets and figures out of its index."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._index = Index(store.root / "index.sqlite")
+        self._facets: dict[tuple[int, str], Facets] = {}
+        self._guard = threading.Lock()
+
+    def find(self, query: Query, caller: Caller, recorded: Mapping[str, Repo]) -> Results:
+        """Newest release of each adapter that fits; by a metric where one is asked for, the best first."""
+        found = self.store.list(
+            newest=True,
+            text=query.text or None,
+            base=query.base or None,
+            kind=query.kind or None,
+            task=query.task or None,
+            namespace=query.namespace or None,
+            sort=query.metric or query.sort,
+        )
+        seen = [artifact for artifact in found if visible(caller, artifact.facts.name, recorded)]
+        start = (query.page - 1) * PAGE
+        return Results(seen[start : start + PAGE], len(seen), len(seen) > start + PAGE)
+
+    def facets(self, caller: Caller, recorded: Mapping[str, Repo]) -> Facets:
+        """Values of all that the caller may see; kept until the store's log grows."""
+        hidden = json.dumps(sorted(name for name in recorded if not visible(caller, name, recorded)))
+        key = (self.store.ledger.size, hidden if caller.public else f"none but {caller.name}")
+        with self._guard:
+            if key in self._facets:
+                return self._facets[key]
+        if not caller.public and not caller.read and not caller.write:
+            return Facets()
+        found = Facets(*(self._count(column, hidden) for column in ("base_repo", "kind", "task")), self._metrics(hidden))
+        with self._guard:
+            if len(self._facets) >= _CACHED:
+                self._facets.clear()
+            self._facets[key] = found
+        return found
+
+    def _count(self, column: str, hidden: str) -> list[tuple[str, int]]:
+        query = f"""SELECT {column}, count(DISTINCT name) AS n FROM artifacts
+            WHERE yanked IS NULL AND {column} <> '' AND name NOT IN (SELECT value FROM json_each(?))
+            GROUP BY {column} ORDER BY n DESC, {column}"""  # noqa: S608  (our own column names)
+        return self._rows(query, hidden)
+
+    def _metrics(self, hidden: str) -> list[tuple[str, int]]:
+        query = """SELECT m.metric, count(DISTINCT a.name) AS n FROM metrics m JOIN artifacts a ON a.id = m.artifact
+            WHERE a.yanked IS NULL AND a.name NOT IN (SELECT value FROM json_each(?))
+            GROUP BY m.metric ORDER BY n DESC, m.metric"""
+        return self._rows(query, hidden)
+
+    def _rows(self, query: str, hidden: str) -> list[tuple[str, int]]:
+        if not self._index.path.exists():  # nothing was ever published
+            return []
+        with self._index.connect() as db:
+            return [(row[0], row[1]) for row in db.execute(query, (hidden,))]
+
+    def scores(self, digests: Iterable[str]) -> dict[str, list[Score]]:
+        """Figures of some artifacts, by digest."""
+        found: dict[str, list[Score]] = {digest: [] for digest in digests}
+        if not found or not self._index.path.exists():
+            return found
+        query = """SELECT a.digest, m.metric, m.value, m.dataset, m.split FROM metrics m
+            JOIN artifacts a ON a.id = m.artifact WHERE a.digest IN (SELECT value FROM json_each(?)) ORDER BY m.rowid"""
+        with self._index.connect() as db:
+            for digest, *score in db.execute(query, (json.dumps(list(found)),)):
+                found[digest].append(Score(*score))
+        return found

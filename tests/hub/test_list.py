@@ -1,0 +1,72 @@
+import pytest
+
+from hub.errors import UsageError
+from hub.store import Store
+
+
+@pytest.fixture
+def full(store: Store, publish, base_identity) -> Store:
+    accuracy = {"dataset": "sst2", "metric": "accuracy"}
+    publish("acme/tone@1.0", seed=0, task="chat", labels=("calm",), metrics=({**accuracy, "value": 0.7},))
+    publish("acme/tone@1.10", seed=1, task="chat", domains=("law",), metrics=({**accuracy, "value": 0.9},))
+    publish("acme/tone@1.9", seed=2, task="chat", metrics=({"dataset": "x", "metric": "perplexity", "value": 3.0},))
+    publish("acme/mood@1.0", seed=3, kind="ia3", base=base_identity, license="MIT", summary="Detects moods of speakers")
+    publish("beta/tone@2.0", seed=4, languages=("de",), method="sora", metrics=({**accuracy, "value": 0.8},))
+    publish("merged@1.0", seed=5, type="merge", metrics=({"dataset": "x", "metric": "perplexity", "value": 2.0},))
+    store.tag("acme/tone@1.0", "prod")
+    return store
+
+
+def refs(found) -> list[str]:
+    return [str(artifact.ref) for artifact in found]
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"name": "acme/tone"}, ["acme/tone@1.0", "acme/tone@1.9", "acme/tone@1.10"]),
+        ({"name": "tone", "newest": True}, ["acme/tone@1.10", "beta/tone@2.0"]),
+        ({"name": "acme/*", "newest": True}, ["acme/mood@1.0", "acme/tone@1.10"]),
+        ({"namespace": "beta"}, ["beta/tone@2.0"]),
+        ({"namespace": "local"}, ["local/merged@1.0"]),
+        ({"kind": "ia3"}, ["acme/mood@1.0"]),
+        ({"type": "merge"}, ["local/merged@1.0"]),
+        ({"method": "sora"}, ["beta/tone@2.0"]),
+        ({"task": "chat", "label": "calm"}, ["acme/tone@1.0"]),
+        ({"domain": "law"}, ["acme/tone@1.10"]),
+        ({"language": "de"}, ["beta/tone@2.0"]),
+        ({"base": "builtin:tiny-lm"}, ["acme/mood@1.0"]),
+        ({"base": "sha256:" + "a" * 64}, ["acme/mood@1.0"]),
+        ({"base": "other"}, []),
+        ({"license": "MIT"}, ["acme/mood@1.0"]),
+        ({"alias": "prod"}, ["acme/tone@1.0"]),
+        ({"text": "mood speak"}, ["acme/mood@1.0"]),
+        ({"text": "law"}, ["acme/tone@1.10"]),
+        ({"text": 'tone" OR 1'}, []),
+        ({"sort": "accuracy"}, ["acme/tone@1.10", "beta/tone@2.0", "acme/tone@1.0"]),
+        ({"sort": "accuracy", "ascending": True, "limit": 1}, ["acme/tone@1.0"]),
+        ({"sort": "perplexity"}, ["local/merged@1.0", "acme/tone@1.9"]),  # least first
+        ({"sort": "accuracy", "name": "beta/tone"}, ["beta/tone@2.0"]),
+        ({"kind": None, "limit": 1}, ["acme/mood@1.0"]),
+    ],
+)
+def test_filters(full: Store, filters, expected: list[str]) -> None:
+    assert refs(full.list(**filters)) == expected
+
+
+def test_newest_created_first(full: Store) -> None:
+    assert refs(full.list(sort="created"))[0] == "local/merged@1.0"
+
+
+def test_unknown_filter(full: Store) -> None:
+    with pytest.raises(UsageError) as caught:
+        full.list(knd="lora")
+    assert caught.value.hint == "did you mean kind?"
+    with pytest.raises(UsageError):
+        full.list(text="!!!")
+
+
+def test_injection_stays_text(full: Store) -> None:
+    assert full.list(kind="x' OR '1'='1") == []
+    assert full.list(sort="accuracy) --") == []
+    assert len(full.list()) == 6

@@ -1,0 +1,206 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from hub import gates
+from hub.errors import GateError, IntegrityError, ManifestError, NotFound, UsageError
+from hub.manifest import Draft, read_manifest
+from hub.pack import check_directory, pack
+
+DRAFT = Draft(name="acme/tone", version="1.0", kind="lora")
+
+
+def test_pack_writes_what_it_returns(files) -> None:
+    directory = files()
+    manifest = pack(directory, DRAFT)
+    assert (directory / "module.json").read_bytes() == manifest.canonical
+    assert read_manifest(directory) == manifest == check_directory(directory)
+    assert {entry.path: entry.role for entry in manifest.files} == {
+        "README.md": "card",
+        "adapter_config.json": "config",
+        "adapter_model.safetensors": "weights",
+    }
+    assert manifest.warnings == ()
+
+
+def test_packing_again_gives_the_same_manifest(files, monkeypatch) -> None:
+    directory = files()
+    first = pack(directory, DRAFT)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
+    assert pack(directory, DRAFT) == first
+    (directory / "README.md").write_text("other")
+    changed = pack(directory, DRAFT)
+    assert changed.digest != first.digest
+    assert changed.created.year == 2001
+
+
+def test_extra_and_aux_files(files) -> None:
+    directory = files()
+    (directory / "aux").mkdir()
+    (directory / "resume").mkdir()
+    save_file({"head": np.ones(3, np.float32)}, directory / "extra.safetensors")
+    save_file({"centroid": np.ones(3, np.float32)}, directory / "aux" / "centroid.safetensors")
+    (directory / "resume" / "state.json").write_text("{}")
+    (directory / ".DS_Store").write_bytes(b"\0")
+    manifest = pack(directory, DRAFT)
+    roles = {entry.path: entry.role for entry in manifest.files}
+    assert roles["extra.safetensors"] == "extra"
+    assert roles["aux/centroid.safetensors"] == "aux"
+    assert roles["resume/state.json"] == "resume"
+    assert ".DS_Store" not in roles
+    assert "head" in [entry.name for entry in manifest.tensors]  # extra counts among the parameters
+    assert "centroid" not in [entry.name for entry in manifest.tensors]
+
+
+def test_a_tensor_in_weights_and_extra_is_refused(files) -> None:
+    directory = files(tensors={"w": np.ones(3, np.float32)})
+    save_file({"w": np.ones(3, np.float32)}, directory / "extra.safetensors")
+    with pytest.raises(GateError, match="tensor w stands in adapter_model"):
+        pack(directory, DRAFT)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_required_files(files, name: str) -> None:
+    directory = files()
+    (directory / name).unlink()
+    with pytest.raises(GateError, match=f"has no {name}"):
+        pack(directory, DRAFT)
+
+
+def test_a_composition_needs_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("a and b")
+    manifest = pack(tmp_path, Draft(name="acme/both", version="1.0", type="composition", expression="a + b"))
+    assert manifest.tensors == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "zero"),
+    [
+        ({"x.lora_A.weight": 1, "x.lora_B.weight": 0, "y.lora_B.weight": 0}, "every lora_B is all zero"),
+        ({"x.lora_A.weight": 1, "x.lora_B.weight": 0, "y.lora_B.weight": 1}, "1 of 2 lora_B is all zero"),
+        ({"e.lora_embedding_A": 1, "e.lora_embedding_B": 0}, "every lora_B is all zero (first: e.lora_embedding_B)"),
+    ],
+)
+def test_zero_factors_are_flagged_in_the_manifest(files, values: dict[str, int], zero: str) -> None:
+    manifest = pack(files(tensors={k: np.full((2, 2), v, np.float32) for k, v in values.items()}), DRAFT)
+    assert len(manifest.warnings) == 1
+    assert zero in manifest.warnings[0]
+
+
+def test_no_tensors_at_all(files) -> None:
+    with pytest.raises(GateError, match="holds no tensor"):
+        pack(files(tensors={}), DRAFT)
+
+
+def test_given_gates_run_and_their_warnings_are_kept(files) -> None:
+    seen = []
+
+    def gate(directory, manifest):
+        seen.append((directory, manifest.ref))
+        assert manifest.digest  # of the manifest without the warnings to come
+        return ["looks odd", "looks odd"]
+
+    directory = files()
+    manifest = pack(directory, DRAFT, gates=[gate])
+    assert seen == [(directory, manifest.ref)]
+    assert manifest.warnings == ("looks odd",)
+    assert (directory / "module.json").read_bytes() == manifest.canonical
+    assert read_manifest(directory).digest == manifest.digest
+
+    def refuse(directory, manifest):
+        raise GateError("no key resolves on the base")
+
+    before = (directory / "module.json").read_bytes()
+    with pytest.raises(GateError, match="no key resolves"):
+        pack(directory, Draft(name="acme/tone", version="2.0", kind="lora"), gates=[refuse])
+    assert (directory / "module.json").read_bytes() == before
+
+
+def test_registered_gates(files, monkeypatch) -> None:
+    monkeypatch.setattr(gates, "_registered", {})
+
+    @gates.register("resolves")
+    def resolves(directory, manifest):
+        return [f"saw {manifest.name}"]
+
+    assert pack(files(), DRAFT).warnings == ("saw acme/tone",)
+    assert gates.registered("resolves") == [resolves]
+    with pytest.raises(UsageError) as caught:
+        gates.registered("resolve")
+    assert caught.value.hint == "did you mean resolves?"
+
+
+def test_nothing_is_written_when_a_gate_refuses(files) -> None:
+    directory = files(tensors={"w": np.array([np.nan], np.float32)})
+    with pytest.raises(GateError, match="w holds 1 NaN"):
+        pack(directory, DRAFT)
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_directory_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(NotFound):
+        pack(tmp_path / "absent", DRAFT)
+    with pytest.raises(NotFound):
+        check_directory(tmp_path)
+
+
+def change(path: Path, edit) -> None:
+    path.write_bytes(edit(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (
+            lambda d: change(d / "adapter_config.json", lambda b: b.replace(b'"lora_alpha": 8', b'"lora_alpha": 800')),
+            IntegrityError,
+            "adapter_config.json is not the file that was packed",
+        ),
+        (lambda d: change(d / "README.md", lambda b: b[:-1]), IntegrityError, "truncated to"),
+        (lambda d: (d / "README.md").unlink(), NotFound, "lacks README.md"),
+        (lambda d: (d / "notes.txt").write_text("x"), GateError, "notes.txt"),
+        (lambda d: change(d / "adapter_model.safetensors", lambda b: b[:-4]), IntegrityError, "truncated"),
+        (lambda d: change(d / "module.json", lambda b: b[:-1]), ManifestError, "line 1"),
+        (lambda d: (d / "module.json").unlink(), NotFound, "module.json"),
+    ],
+)
+def test_changes_after_packing_are_caught(packed, damage, error, words: str) -> None:
+    directory, _ = packed()
+    damage(directory)
+    with pytest.raises(error, match=words):
+        check_directory(directory)
+
+
+def edited(directory: Path, edit) -> None:
+    """Change the manifest itself, keeping it well-formed."""
+    document = json.loads((directory / "module.json").read_bytes())
+    edit(document)
+    (directory / "module.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "words"),
+    [
+        (lambda m: m["tensors"].pop(), GateError, "has extra 1 tensors"),
+        (
+            lambda m: m["tensors"].append({**m["tensors"][0], "name": "zz"}),
+            GateError,
+            "misses 1 tensors: zz",
+        ),
+        (lambda m: m["tensors"][0].update(shape=[64]), IntegrityError, "its manifest says F32"),
+        (lambda m: m["tensors"][0].update(dtype="I32"), IntegrityError, "its manifest says I32"),
+        (lambda m: m.update(tensors_digest="sha256:" + "0" * 64), IntegrityError, "tensors_digest"),
+    ],
+)
+def test_manifest_that_lies_about_tensors(packed, edit, error, words: str) -> None:
+    directory, _ = packed()
+    edited(directory, edit)
+    with pytest.raises(error, match=words):
+        check_directory(directory)

@@ -1,0 +1,345 @@
+"""What every remote must do. A new remote is tested by one more entry in `PLACES`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hub.errors import Conflict, GateError, HubError, IntegrityError, NotFound, UsageError
+from hub.ref import AdapterRef
+from hub.remotes import from_url
+from hub.remotes.base import schemes
+from hub.store import Store
+from hub.transfer import pull, push
+
+PLACES = {
+    "path": lambda tmp_path: str(tmp_path / "remote"),
+    "file": lambda tmp_path: (tmp_path / "remote dir").as_uri(),
+}
+
+
+def test_every_scheme_is_under_contract() -> None:
+    assert set(schemes()) <= set(PLACES)
+
+
+@pytest.fixture(params=sorted(PLACES))
+def url(request, tmp_path: Path) -> str:
+    return PLACES[request.param](tmp_path)
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Store:
+    return Store(tmp_path / "second")
+
+
+def test_an_empty_remote(url: str, second: Store) -> None:
+    remote = from_url(url)
+    assert remote.names() == []
+    assert remote.catalogue("acme/tone").releases == ()
+    with pytest.raises(NotFound, match="there is no adapter acme/tone"):
+        pull(second, remote, "acme/tone")
+    assert second.list() == []
+
+
+def test_push_then_pull_gives_the_same_artifact(url: str, store: Store, second: Store, publish, tmp_path: Path) -> None:
+    artifact = publish("acme/tone@1.0.0")
+    assert push(store, from_url(url), "acme/tone") == artifact
+    remote = from_url(url)
+    assert remote.names() == ["acme/tone"]
+    assert [release.version for release in remote.catalogue("acme/tone").releases] == ["1.0.0"]
+    pulled = pull(second, remote, "acme/tone@1.0.0")
+    assert pulled == artifact
+    assert pulled.manifest == artifact.manifest
+    assert second.verify() == []
+    one, two = artifact.materialize(tmp_path / "one"), pulled.materialize(tmp_path / "two")
+    for name in (*artifact.files, "module.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_pushing_and_pulling_again_is_a_no_op(url: str, store: Store, second: Store, publish) -> None:
+    artifact = publish()
+    totals = []
+
+    def progress(label, total):
+        totals.append(total)
+        return lambda count: None
+
+    for _ in range(2):
+        push(store, from_url(url), "acme/tone", progress=progress)
+    for _ in range(2):
+        pull(second, from_url(url), "acme/tone", progress=progress)
+    assert totals == [artifact.manifest.size, 0, artifact.manifest.size, 0]
+    assert len(from_url(url).catalogue("acme/tone").releases) == 1
+
+
+def test_only_what_is_missing_travels(url: str, store: Store, packed) -> None:
+    # The second version has the same weights and card, and another config.
+    directory, _ = packed("acme/tone@1.0.0")
+    store.put(directory)
+    push(store, from_url(url), "acme/tone")
+    from hub.manifest import Draft
+    from hub.pack import pack
+
+    (directory / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 16}')
+    pack(directory, Draft(name="acme/tone", version="1.1.0", kind="lora"))
+    manifest = store.put(directory).manifest
+    assert [entry.path for entry in from_url(url).missing(manifest)] == ["adapter_config.json"]
+
+
+def test_progress_adds_up(url: str, store: Store, second: Store, publish) -> None:
+    artifact = publish()
+    counted = []
+
+    def progress(label, total):
+        assert total == artifact.manifest.size
+        return counted.append
+
+    push(store, from_url(url), "acme/tone", progress=progress)
+    assert sum(counted) == artifact.manifest.size
+    counted.clear()
+    pull(second, from_url(url), "acme/tone", progress=progress)
+    assert sum(counted) == artifact.manifest.size
+
+
+def test_immutable(url: str, store: Store, tmp_path: Path, packed) -> None:
+    store.put(packed(seed=0)[0])
+    push(store, from_url(url), "acme/tone")
+    other = Store(tmp_path / "other")
+    other.put(packed(seed=1)[0])
+    with pytest.raises(Conflict):
+        push(other, from_url(url), "acme/tone")
+    with pytest.raises(Conflict):
+        pull(other, from_url(url), "acme/tone")
+    with pytest.raises(Conflict):
+        from_url(url).publish(other.get("acme/tone").manifest)
+    assert from_url(url).catalogue("acme/tone").releases[0].digest == store.get("acme/tone").digest
+
+
+def test_the_manifest_goes_last(url: str, store: Store, publish) -> None:
+    manifest = publish().manifest
+    remote = from_url(url)
+    with pytest.raises(HubError):
+        remote.publish(manifest)  # its blobs are not there
+    assert remote.catalogue("acme/tone").releases == ()
+
+
+def test_an_alias_travels_with_its_ref(url: str, store: Store, second: Store, publish) -> None:
+    publish("acme/tone@1.0")
+    publish("acme/tone@2.0", seed=1)
+    store.tag("acme/tone@1.0", "prod")
+    push(store, from_url(url), "acme/tone@prod")
+    push(store, from_url(url), "acme/tone@latest")
+    catalogue = from_url(url).catalogue("acme/tone")
+    assert catalogue.aliases == {"prod": store.get("acme/tone@1.0").digest}
+    assert pull(second, from_url(url), "acme/tone@prod").ref.version == "1.0"
+    assert second.get("acme/tone@prod").ref.version == "1.0"
+    assert pull(second, from_url(url), "acme/tone").ref.version == "2.0"
+    from_url(url).tag("acme/tone", "prod", store.get("acme/tone@2.0").digest)
+    assert from_url(url).catalogue("acme/tone").aliases == {"prod": store.get("acme/tone@2.0").digest}
+
+
+def test_requirements_travel_first(url: str, store: Store, second: Store, publish, tmp_path: Path) -> None:
+    publish("acme/a@1.0")
+    member = publish("acme/b@1.5", seed=1)
+    publish(
+        "acme/both@1.0",
+        seed=2,
+        type="composition",
+        expression="acme/a + acme/b",
+        requires=({"name": "acme/a", "range": ">=1,<2"}, {"name": "acme/b", "digest": member.digest}),
+    )
+    push(store, from_url(url), "acme/both")
+    assert from_url(url).names() == ["acme/a", "acme/b", "acme/both"]
+    pull(second, from_url(url), "acme/both")
+    assert second.names() == ["acme/a", "acme/b", "acme/both"]
+    third = Store(tmp_path / "third")
+    pull(third, from_url(url), "acme/both", requires=False)
+    assert third.names() == ["acme/both"]
+
+
+def test_cycles_end_in_an_error(url: str, store: Store, publish) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        publish(
+            f"acme/{name}@1.0", type="composition", expression=f"acme/{other}", requires=({"name": f"acme/{other}"},)
+        )
+    with pytest.raises(GateError, match="requires itself"):
+        push(store, from_url(url), "acme/a")
+
+
+def test_a_missing_requirement_is_named(url: str, store: Store, publish) -> None:
+    publish("acme/c@1.0", type="composition", expression="acme/gone", requires=({"name": "acme/gone"},))
+    with pytest.raises(NotFound, match="acme/gone"):
+        push(store, from_url(url), "acme/c")
+    assert from_url(url).names() == []
+
+
+def test_did_you_mean_over_the_wire(url: str, store: Store, second: Store, publish) -> None:
+    publish()
+    push(store, from_url(url), "acme/tone")
+    with pytest.raises(NotFound) as caught:
+        pull(second, from_url(url), "acme/tune")
+    assert caught.value.hint == "did you mean acme/tone?"
+    with pytest.raises(NotFound) as caught:
+        pull(second, from_url(url), "acme/tone@7.0")
+    assert "1.0.0" in caught.value.hint
+
+
+class Altered:
+    """A remote whose answers are changed on the way: what a broken or hostile place would send."""
+
+    def __init__(self, remote, *, read=None, manifest=None):
+        self._remote, self._read, self._manifest = remote, read, manifest
+
+    def __getattr__(self, name):
+        return getattr(self._remote, name)
+
+    def read(self, manifest, entry, offset):
+        data = b"".join(self._remote.read(manifest, entry, offset))
+        return self._read(data, entry, offset) if self._read else [data]
+
+    def manifest(self, name, digest):
+        data = self._remote.manifest(name, digest)
+        return self._manifest(data) if self._manifest else data
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda data, entry, offset: [data[:-1], bytes([data[-1] ^ 1])],
+        lambda data, entry, offset: [data[:-1]],
+        lambda data, entry, offset: [data, b"x"],
+        lambda data, entry, offset: [],
+        lambda data, entry, offset: [bytes(len(data))],
+        lambda data, entry, offset: (b"x" * 10**6 for _ in range(10**6)),  # it would never end
+    ],
+)
+def test_wrong_bytes_are_refused(url: str, store: Store, second: Store, publish, read) -> None:
+    artifact = publish()
+    push(store, from_url(url), "acme/tone")
+    with pytest.raises(IntegrityError):
+        pull(second, Altered(from_url(url), read=read), "acme/tone")
+    assert second.list() == []
+    assert second.verify() == []
+    assert pull(second, from_url(url), "acme/tone") == artifact
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        lambda data: data.replace(b'"lora"', b'"ia3"'),
+        lambda data: data[:-1],
+        lambda data: b"",
+        lambda data: json.dumps(json.loads(data), indent=1).encode(),
+    ],
+)
+def test_a_wrong_manifest_is_refused(url: str, store: Store, second: Store, publish, manifest) -> None:
+    publish()
+    push(store, from_url(url), "acme/tone")
+    with pytest.raises(IntegrityError):
+        pull(second, Altered(from_url(url), manifest=manifest), "acme/tone")
+    assert second.list() == []
+
+
+def test_a_cut_pull_goes_on_where_it_stopped(url: str, store: Store, second: Store, publish) -> None:
+    artifact = publish()
+    push(store, from_url(url), "acme/tone")
+
+    class Cut(Exception):
+        pass
+
+    asked = []
+
+    def torn(data, entry, offset):
+        asked.append((entry.path, offset))
+        if entry.path == "adapter_model.safetensors":
+            yield data[:300]
+            raise Cut
+        yield data
+
+    with pytest.raises(Cut):
+        pull(second, Altered(from_url(url), read=torn), "acme/tone")
+    assert second.list() == []
+
+    def whole(data, entry, offset):
+        asked.append((entry.path, offset))
+        return [data]
+
+    asked.clear()
+    assert pull(second, Altered(from_url(url), read=whole), "acme/tone") == artifact
+    assert asked == [("adapter_model.safetensors", 300)]  # the smaller files are here already, and 300 bytes of it
+
+
+def test_a_wrong_partial_blob_is_fetched_anew(url: str, store: Store, second: Store, publish) -> None:
+    artifact = publish()
+    push(store, from_url(url), "acme/tone")
+    entry = artifact.manifest.file("adapter_model.safetensors")
+    for junk in (b"junk", b"j" * entry.size, b"j" * (entry.size + 5)):
+        (second.root / "partial").mkdir(parents=True, exist_ok=True)
+        (second.root / "partial" / entry.sha256).write_bytes(junk)
+        assert pull(second, from_url(url), "acme/tone") == artifact
+        assert second.verify() == []
+        second.blobs.path(entry.digest).unlink()
+
+
+def test_pull_mends_a_damaged_store(url: str, store: Store, second: Store, publish) -> None:
+    artifact = publish()
+    push(store, from_url(url), "acme/tone")
+    pull(second, from_url(url), "acme/tone")
+    path = second.blobs.path(artifact.manifest.file("adapter_model.safetensors").digest)
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    assert len(second.verify()) == 1
+    pull(second, from_url(url), "acme/tone")
+    assert second.verify() == []
+
+
+def test_damage_at_home_is_not_pushed(url: str, store: Store, publish) -> None:
+    artifact = publish()
+    path = store.blobs.path(artifact.manifest.file("README.md").digest)
+    path.chmod(0o644)
+    path.write_bytes(b"# tonE\n")
+    with pytest.raises(IntegrityError, match="README"):
+        push(store, from_url(url), "acme/tone")
+    assert from_url(url).catalogue("acme/tone").releases == ()
+
+
+def test_yanked_at_the_remote(url: str, store: Store, second: Store, publish) -> None:
+    publish("acme/tone@1.0")
+    publish("acme/tone@1.1", seed=1)
+    for version in ("1.0", "1.1"):
+        push(store, from_url(url), f"acme/tone@{version}")
+    path = from_url(url).url
+    Store(path).yank(AdapterRef.parse("acme/tone@1.1"), "bad")
+    assert pull(second, from_url(url), "acme/tone").ref.version == "1.0"
+    assert pull(second, from_url(url), "acme/tone@1.1").ref.version == "1.1"
+
+
+def test_unknown_scheme() -> None:
+    with pytest.raises(UsageError) as caught:
+        from_url("fille:///tmp/x")
+    assert caught.value.hint == "did you mean file?"
+    with pytest.raises(UsageError):
+        from_url("gopher://x/y")
+
+
+def test_a_directory_that_is_no_store(tmp_path: Path, store: Store, publish, packed) -> None:
+    publish()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"x")
+    with pytest.raises(NotFound, match="is no store"):
+        push(store, from_url(str(tmp_path / "photos")), "acme/tone")
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.png"]
+    with pytest.raises(NotFound) as caught:
+        pull(store, from_url(str(packed("acme/x@1.0")[0])), "acme/x")
+    assert "artifact directory" in caught.value.hint
+    with pytest.raises(UsageError):
+        from_url(str(tmp_path / "photos" / "cat.png"))
+
+
+def test_any_store_is_a_remote(store: Store, second: Store, publish) -> None:
+    artifact = publish()
+    assert pull(second, from_url(str(store.root)), "acme/tone") == artifact
+    push(second, from_url(str(store.root)), "acme/tone")
+    assert store.verify() == []

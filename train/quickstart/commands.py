@@ -1,0 +1,75 @@
+"""`hub quickstart`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+__all__ = ["quickstart"]
+
+
+@click.command()
+@click.option("--domain", "domains", multiple=True, metavar="NAME=PATH", help="Your own text; two or more of them.")
+@click.option("--base", default="builtin:tiny-lm", show_default=True, help="builtin:, a model directory, or an id.")
+@click.option("--quantize", type=click.Choice(["none", "int8", "nf4"]), default="nf4", show_default=True)
+@click.option("--kind", default="lora", show_default=True, help="Kind of the experts.")
+@click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Training steps an expert.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of split, training and streams.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("quickstart-out"),
+    show_default=True,
+    help="Folder for report.html and the second store.",
+)
+@click.option("--json", "json_path", metavar="FILE", help="Write the figures as JSON; - is stdout.")
+def quickstart(
+    domains: tuple[str, ...],
+    base: str,
+    quantize: str,
+    kind: str,
+    steps: int,
+    seed: int,
+    out: Path,
+    json_path: str | None,
+) -> None:
+    """See the whole idea work on text of this machine.
+
+    Trains one expert for each kind of text on a quantized base, pushes them to the store, pulls them into another,
+    composes and routes them, and measures what that is worth on held-out documents.
+
+    \b
+    hub quickstart
+    hub quickstart --domain law=texts/law --domain mail=mail.jsonl --json -
+
+    What is trained already (same base, data and settings) is not trained again.
+    """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    started = time.perf_counter()
+    from train.quickstart.userfiles import parse_domains
+
+    paths = parse_domains(domains) if domains else {}
+
+    from rich.console import Console
+
+    from train.quickstart.findings import as_dict
+    from train.quickstart.report import write_report
+    from train.quickstart.story import Options, run
+    from train.quickstart.tables import show
+
+    options = Options(out, base, quantize, kind, seed, steps, paths)
+    chatter = Console(stderr=True)
+    story = run(options, chatter, started=started)
+    report = write_report(story, out / "report.html")
+    facts = as_dict(story, seconds=time.perf_counter() - started)
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    if json_path == "-":
+        click.echo(text)
+    else:
+        show(story, Console())
+        if json_path:
+            Path(json_path).write_text(text + "\n", encoding="utf-8")
+    chatter.print(f"report: {report}", highlight=False, soft_wrap=True)
+    chatter.print(f"{facts['seconds']:.0f} s, {facts['peak_rss_mb'] or 0:.0f} MB at most", highlight=False)

@@ -1,0 +1,223 @@
+"""The quickstart from top to bottom: gather, train, push, pull, compose, route, measure."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers import AutoConfig, PreTrainedModel
+
+import compose
+from compose.base import locate
+from hub.remotes.directory import DirectoryRemote
+from hub.store import Store
+from hub.transfer import pull
+from train.quickstart import builtin, userfiles
+from train.quickstart.corpus import Domain, split
+from train.quickstart.experts import Expert, Trainer, configuration
+from train.quickstart.measure import (
+    DomainResult,
+    Judge,
+    StreamResult,
+    make_streams,
+    measure_domains,
+    measure_streams,
+)
+
+STEPS = 60
+MOST_THREADS = 8  # a model of a few million parameters gains nothing from more
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose."""
+
+    out: Path
+    base: str = "builtin:tiny-lm"
+    quantize: str = "nf4"
+    kind: str = "lora"
+    seed: int = 0
+    steps: int = STEPS
+    domains: Mapping[str, Path] = field(default_factory=dict)  # empty: the four of every Python machine
+    home: Path | None = None  # of the local store; None is the default one
+
+
+@dataclass(frozen=True)
+class Story:
+    """Everything a run found out."""
+
+    options: Options
+    domains: tuple[Domain, ...]
+    experts: tuple[Expert, ...]
+    results: tuple[DomainResult, ...]
+    stream: StreamResult
+    stores: tuple[str, str]
+    parameters: int
+    seconds: float
+    peak_rss_mb: float | None
+    machine: Mapping[str, Any]
+
+
+def run(options: Options, console: Console, *, started: float | None = None) -> Story:
+    """Run the whole story; chatter and progress go to the console.
+
+    Raises
+    ------
+    HubError
+        Bad domains, an unknown base or kind, a store or folder that cannot be written.
+    """
+    started = time.perf_counter() if started is None else started
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus(), MOST_THREADS))
+    options.out.mkdir(parents=True, exist_ok=True)
+    domains = gather(options, console)
+    tokenizer = compose.tokenizer(options.base)
+    local, second = Store(options.home), Store(options.out / "store")
+    with _progress(console) as progress:
+        experts = train_all(options, domains, tokenizer, local, progress, console)
+        for expert in experts:
+            pull(second, DirectoryRemote(str(local.root)), expert.artifact.ref)
+        console.print(f"pulled {len(experts)} experts from {local.root} into {second.root}, every byte checked")
+        model = load(options, experts, second)
+        parameters = model.num_parameters()
+        judge = Judge(model, tokenizer, [domain.name for domain in domains])
+        with _task(progress, "held-out documents", sum(len(d.heldout) for d in domains)) as advance:
+            results = measure_domains(judge, domains, advance)
+        streams = make_streams(judge, domains, seed=options.seed)
+        with _task(progress, "streams", len(streams)) as advance:
+            stream = measure_streams(judge, streams, advance)
+    return Story(
+        options,
+        tuple(domains),
+        tuple(experts),
+        tuple(results),
+        stream,
+        (str(local.root), str(second.root)),
+        parameters,
+        time.perf_counter() - started,
+        peak_rss_mb(),
+        machine(),
+    )
+
+
+def gather(options: Options, console: Console) -> list[Domain]:
+    """Read the text and split it."""
+    if options.domains:
+        found = {n: userfiles.read_domain(n, path, options.seed) for n, path in options.domains.items()}
+    else:
+        found = builtin.builtin(options.seed)
+    domains = split(found, seed=options.seed)
+    for domain in domains:
+        size = sum(len(document.text) for document in domain.train) / 1000
+        left = f"; left out: {', '.join(domain.left_out)}" if domain.left_out else ""
+        console.print(
+            f"{domain.name}: {len(domain.train)} documents to train on ({size:,.0f} thousand characters), "
+            f"{len(domain.heldout)} held out{left}",
+            highlight=False,
+        )
+    return domains
+
+
+def train_all(
+    options: Options, domains: list[Domain], tokenizer: Any, local: Store, progress: Progress, console: Console
+) -> list[Expert]:
+    """Train what is not in the local store yet, and publish it there."""
+    width = AutoConfig.from_pretrained(locate(options.base).directory).get_text_config().hidden_size
+    config = configuration(
+        options.base,
+        quantize=options.quantize,
+        kind=options.kind,
+        seed=options.seed,
+        steps=options.steps,
+        width=width,
+    )
+    trainer = Trainer(local, config, tokenizer, lambda: load(options), progress)
+    experts = []
+    with _task(progress, "experts", len(domains)) as advance:
+        for domain in domains:
+            expert = trainer.expert(domain)
+            how = f"trained in {expert.seconds:.0f} s and pushed" if expert.trained else "trained already"
+            console.print(f"{expert.artifact.ref}: {how}", highlight=False)
+            experts.append(expert)
+            advance(1)
+    return experts
+
+
+def load(options: Options, experts: list[Expert] | None = None, store: Store | None = None) -> PreTrainedModel:
+    """Load the quantized base, with the experts of a store attached under the names of their domains."""
+    attached = {expert.domain: store.get(expert.artifact.ref) for expert in experts} if experts and store else {}
+    # Half precision has no fast kernels on most CPUs.
+    dtype = None if torch.cuda.is_available() else torch.float32
+    return compose.load(options.base, quantize=options.quantize, dtype=dtype, adapters=attached)
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use: its affinity, and the quota of its control group where there is one."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    words = quota.read_text().split() if quota.is_file() else []
+    if len(words) == 2 and words[0].isdigit():
+        count = min(count, max(1, int(words[0]) // int(words[1])))
+    return count
+
+
+def peak_rss_mb() -> float | None:
+    """Largest resident memory of this process so far, in MB (10^6 bytes); None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    return {
+        "system": platform.system(),
+        "processor": _processor(),
+        "cpus": usable_cpus(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+@contextmanager
+def _task(progress: Progress, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    task = progress.add_task(label, total=total, status="")
+    try:
+        yield lambda count: progress.advance(task, count)
+    finally:
+        progress.remove_task(task)
