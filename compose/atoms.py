@@ -58,6 +58,11 @@ class Atoms:
     dropout: float = 0.0
 
     @property
+    def is_pair(self) -> bool:
+        """Nothing but a low-rank pair."""
+        return self.A is not None and self.additive and self.bias is None and self.delta is None
+
+    @property
     def additive(self) -> bool:
         """True if the contribution does not read or scale y0: such atoms commute with everything before them."""
         return self.gain is None and self.input_gain is None and self.function is None

@@ -42,7 +42,7 @@ class PrefixState:
 
     @property
     def length(self) -> int:
-        """n."""
+        """The longest row's n."""
         return int(self.key.shape[2])
 
     def counts(self) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from compose import prompting
 from compose.kind import KindError
-from compose.prompting import Entrance, PromptState
+from compose.prompting import Entrance, Layout, PromptState
 from compose.sites import SiteMap
 from compose.slot import Context, Slot
 
@@ -33,8 +33,10 @@ class Calls:
         self._entrance = _entrance(model, sites)
         self._open: list[nn.Module] = []
         self._prompted: nn.Module | None = None  # the module of the call that the prompt went into
+        self._layout: Layout | None = None  # of the rows of that call, if its outputs are to be trimmed
         self._total = 0  # length of its text with the prompt
         self._as_tuple = False
+        self._text_mask: Tensor | None = None  # of the source text of an encoder-decoder
         backbone = model.base_model
         called = [model, *([backbone] if backbone is not model else []), *([self._encoder] if self._encoder else [])]
         self._hooks = [hook for module in called for hook in self._watch(module)]
@@ -77,21 +79,24 @@ class Calls:
             )
 
     def _put_in(self, prompt: PromptState, module: nn.Module, kwargs: dict[str, Any], outermost: bool) -> Any:
-        given = kwargs.get("attention_mask") if not outermost else None
-        extended, places = prompting.extend_inputs(prompt, self._entrance, kwargs)
-        if given is not None:  # the call around this one has extended it for the cross-attention too
-            extended["attention_mask"] = given
-        self._prompted, self._total = module, places.shape[1]
-        if places.shape[1] and extended.get("input_ids") is not None and self.embedding is not None:
-            batch, total = places.shape
-            state = prompt.on(batch)
-            text = state.embeddings.new_zeros(1, 1, 1).expand(batch, total - state.length, state.embeddings.shape[2])
-            self.embedding.put = places[..., None], state.join(state.embeddings, text)
-        self._as_tuple = _wants_tuple(self._model, kwargs) and outermost and module is not self._encoder
-        return {**extended, "return_dict": True} if self._as_tuple else extended
+        if not outermost:  # the call around this one has extended the mask, which cross-attention reads as well
+            kwargs = {**kwargs, "attention_mask": self._text_mask}
+        extended = prompting.extend_inputs(prompt, self._entrance, kwargs)
+        arguments, places = extended.arguments, extended.places
+        self._prompted, self._layout, self._total = module, None, 0
+        if places is not None:
+            batch, self._total = places.shape
+            if module is not self._encoder:  # whose states cross-attention reads with the prompt's
+                self._layout = extended.layout
+            if arguments.get("input_ids") is not None and self.embedding is not None:
+                state = prompt.on(batch)
+                width = state.embeddings.shape[2]
+                text = state.embeddings.new_zeros(1, 1, 1).expand(batch, self._total - state.length, width)
+                self.embedding.put = places[..., None], extended.layout.join(state.embeddings, text)
+        self._as_tuple = self._layout is not None and _wants_tuple(self._model, kwargs)
+        return {**arguments, "return_dict": True} if self._as_tuple else arguments
 
-    @staticmethod
-    def _for_cross_attention(prompt: PromptState, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _for_cross_attention(self, prompt: PromptState, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments whose mask, which cross-attention reads as well, has room for the encoder's prompt."""
         mask, states = kwargs.get("attention_mask"), kwargs.get("encoder_outputs")
         if mask is None and prompt.uneven:
@@ -99,19 +104,20 @@ class Calls:
             given, extra = (states[0], prompt.length) if states is not None else (given, 0)
             assert given is not None  # noqa: S101 - the model has a source text in one form or another
             mask = torch.ones(given.shape[0], given.shape[1] - extra, dtype=torch.long, device=given.device)
+        self._text_mask = mask
         return kwargs if mask is None else {**kwargs, "attention_mask": prompting.extend_mask(prompt, mask)}
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ARG002
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         self._forget(module)
         if module is not self._prompted:
             return output
-        prompt, total, as_tuple = self.prompt, self._total, self._as_tuple
-        self._prompted, self._total, self._as_tuple = None, 0, False
+        layout, total, as_tuple = self._layout, self._total, self._as_tuple
+        self._prompted, self._layout, self._total, self._as_tuple = None, None, 0, False
         if self.embedding is not None:
             self.embedding.put = None
-        if prompt is None or output is None or module is self._encoder:
+        if layout is None or output is None:
             return output
-        trimmed = prompting.trim_outputs(output, prompt, total) if total else output
+        trimmed = prompting.trim_outputs(output, layout, total)
         return trimmed.to_tuple() if as_tuple else trimmed
 
     def _forget(self, module: nn.Module) -> None:

@@ -15,6 +15,8 @@ from compose.kernels import Pair
 
 _OVERSAMPLE = 16  # extra directions of the randomized range finder
 _ITERATIONS = 4  # its power iterations
+_SLICE = 2**24  # elements of a slice of the (R, R) products
+_ROUNDING = 1e-11  # of the energy: what float32 leaves of nothing
 
 
 def inner(a: Pair, b: Pair) -> float:
@@ -24,15 +26,17 @@ def inner(a: Pair, b: Pair) -> float:
 
 
 def gram(pairs: Sequence[Pair]) -> Tensor:
-    """All inner products <D_i, D_j>, (N, N) float64, from one (R, R) product of all B and one of all A, R = sum r."""
-    ranks = [p.rank for p in pairs]
+    """All inner products <D_i, D_j>, (N, N) float64: products of all B and of all A, R = sum r, a slice at a time."""
+    ranks = torch.tensor([p.rank for p in pairs])
+    owner = torch.repeat_interleave(torch.arange(len(pairs)), ranks)  # (R,): which pair a column of B belongs to
     b = torch.cat([p.B.float() for p in pairs], dim=1)  # (d_out, R)
-    a = torch.cat([p.A.float() for p in pairs])  # (R, d_in)
-    blocks = (b.T @ b).double() * (a @ a.T).double()  # (R, R)
-    sums = torch.stack([rows.sum(0) for rows in blocks.split(ranks)])
-    sums = torch.stack([columns.sum(1) for columns in sums.split(ranks, dim=1)], dim=1)  # (N, N)
-    scales = torch.tensor([p.scale for p in pairs], dtype=torch.float64, device=sums.device)
-    return sums * scales[:, None] * scales
+    a = torch.cat([p.A.float() * p.scale for p in pairs])  # (R, d_in)
+    owner = owner.to(a.device)
+    half = torch.zeros(len(owner), len(pairs), dtype=torch.float64, device=a.device)  # (R, N)
+    for rows in torch.arange(len(owner)).split(max(1, _SLICE // max(1, len(owner)))):  # type: ignore[no-untyped-call]
+        products = (b[:, rows].T @ b).double() * (a[rows] @ a.T).double()  # (slice, R)
+        half[rows] = half[rows].index_add(1, owner, products)
+    return torch.zeros(len(pairs), len(pairs), dtype=torch.float64, device=a.device).index_add(0, owner, half)
 
 
 def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
@@ -67,8 +71,13 @@ def truncate(pair: Pair, rank: int) -> tuple[Pair, float]:
     if pair.rank <= rank:
         return pair, 0.0
     u, s, vh = core(pair)
-    left_out = float(s[rank:].double().square().sum())
-    return Pair(vh[:rank], u[:, :rank] * s[:rank], 1.0), left_out
+    return Pair(vh[:rank], u[:, :rank] * s[:rank], 1.0), _left_out(s, rank)
+
+
+def _left_out(singular: Tensor, rank: int) -> float:
+    squares = singular.double().square()
+    rest = float(squares[rank:].sum())
+    return rest if rest > _ROUNDING * float(squares.sum()) else 0.0
 
 
 def from_dense(delta: Tensor, rank: int) -> tuple[Pair, float]:
@@ -81,7 +90,7 @@ def from_dense(delta: Tensor, rank: int) -> tuple[Pair, float]:
     width = rank + _OVERSAMPLE
     if min(delta.shape) <= 4 * width:
         u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
-        return Pair(vh[:rank], u[:, :rank] * s[:rank], 1.0), float(s[rank:].double().square().sum())
+        return Pair(vh[:rank], u[:, :rank] * s[:rank], 1.0), _left_out(s, rank)
     generator = torch.Generator().manual_seed(0)
     q = delta @ torch.randn(delta.shape[1], width, generator=generator).to(delta)
     for _ in range(_ITERATIONS):
@@ -90,7 +99,7 @@ def from_dense(delta: Tensor, rank: int) -> tuple[Pair, float]:
     q = torch.linalg.qr(q).Q  # (d_out, width)
     u, s, vh = torch.linalg.svd(q.T @ delta, full_matrices=False)
     left_out = energy(delta) - float(s[:rank].double().square().sum())
-    return Pair(vh[:rank], (q @ u[:, :rank]) * s[:rank], 1.0), max(0.0, left_out)
+    return Pair(vh[:rank], (q @ u[:, :rank]) * s[:rank], 1.0), left_out if left_out > _ROUNDING * energy(delta) else 0.0
 
 
 def energy(delta: Tensor) -> float:

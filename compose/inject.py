@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compose.atoms import Prefix
 from compose.attention import PrefixState, bias_owner, stack_prefixes, use_interface
 from compose.calls import Calls
-from compose.atoms import Prefix
 from compose.expr import IDENTITY, Call, Expr, normalize, parse
 from compose.kind import Adapter, KindError
 from compose.lowering import flatten, site_program
@@ -24,7 +24,7 @@ from compose.plan import Leaf, plan
 from compose.prompting import PromptState, stack_prompts
 from compose.sites import SiteMap
 from compose.slot import Context, PositionSlot, Slot
-from compose.stage import Coefficient, Node, Stage
+from compose.stage import Coefficient, weighs_rows
 from hub.errors import NotFound, did_you_mean
 
 ExprLike = Expr | str | None
@@ -116,7 +116,7 @@ class Runtime:
         for path in paths:
             slot = self.slot(path)
             slot.program = site_program(self, path, self.rows)
-            slot.per_row = slot.program is not None and _weighs_rows(slot.program)
+            slot.per_row = slot.program is not None and weighs_rows(slot.program)
         self._set_positions(self._set_prefixes(active, pairs))
         self._calls.rows = len(pairs)
         self._calls.prompt = self._stack_prompts(active, pairs)
@@ -241,14 +241,6 @@ class Runtime:
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = module
-
-
-def _weighs_rows(node: Node) -> bool:
-    if isinstance(node, Stage):
-        return any(isinstance(e.coefficient, Tensor) for e in node.entries)
-    if hasattr(node, "parts"):
-        return any(_weighs_rows(p) for p in node.parts)
-    return any(isinstance(c, Tensor) or _weighs_rows(n) for c, n in cast("Any", node).terms)
 
 
 def _is_zero(c: Coefficient) -> bool:

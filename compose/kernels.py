@@ -39,6 +39,7 @@ class Prepared(Protocol):
         """Return y plus the mixture. With ``fresh`` nobody else holds y: it may be written over."""
 
 
+SHORT = 8  # tokens a row up to which a call counts as a decoding step
 Backend = Callable[[Sequence[Pair], Tensor], Prepared]
 BACKENDS: dict[str, Backend] = {}
 
@@ -86,7 +87,7 @@ def choose(ranks: Sequence[int], weights: Tensor, length: int = 1) -> str:
         return "stacked" if sum(ranks) <= 128 else "grouped"
     if len(weights) == 1 or sum(ranks) <= 32:
         return "stacked"
-    if length > 8:
+    if length > SHORT:
         return "gather"
     counts = (weights != 0).sum(0)
     crowded = int(counts.max()) * len(ranks) <= 1.5 * int(counts.sum()) and 2 * len(ranks) <= len(weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from compose.atoms import Atoms, Function, Replace
 from compose.expr import Add, Call, Expr, Ref, Scale, Seq
 from compose.kind import Adapter, KindError
 from compose.slot import BelowView, Slot
-from compose.stage import Chain, Coefficient, Entry, Mix, Node, Stage, multiply
+from compose.stage import Chain, Coefficient, Entry, Mix, Node, Stage, multiply, weighs_rows
 
 Rows = Sequence[Expr]
 
@@ -49,7 +49,7 @@ def unsupported(call: Call) -> KindError:
 def site_program(scene: Scene, path: str, rows: Rows) -> Node | None:
     """What the slot at ``path`` computes for these rows (one: for all), or None if nothing acts there."""
     builder = _Site(scene, path)
-    nodes = [builder.node(expr, ()) for expr in rows]
+    nodes = [builder.node(expr, _BARE) for expr in rows]
     if len(rows) == 1:
         return nodes[0]
     if all(n is None for n in nodes):
@@ -91,6 +91,17 @@ def _join(column: Sequence[Coefficient]) -> Coefficient:
     return torch.stack([torch.as_tensor(c, dtype=torch.float32).expand(shape) for c in column])
 
 
+@dataclass(frozen=True)
+class _Under:
+    """The stages that a node stands on, and the expressions they came from."""
+
+    nodes: tuple[Node, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+_BARE = _Under()
+
+
 class _Site:
     """Builds the nodes of one site."""
 
@@ -99,54 +110,50 @@ class _Site:
         self.slot = scene.slot(path)
         self._lowered: dict[str, Atoms | None] = {}
 
-    def node(self, expr: Expr, before: tuple[Node, ...]) -> Node | None:
+    def node(self, expr: Expr, under: _Under) -> Node | None:
         if isinstance(expr, Ref):
-            return self._leaf(expr.text, before)
+            return self._leaf(expr.text, under)
         if isinstance(expr, Scale):
-            inner = self.node(expr.of, before)
+            inner = self.node(expr.of, under)
             if inner is None or expr.factor == 0:
                 return None
             if isinstance(inner, Stage):
                 return Stage([e.times(expr.factor) for e in inner.entries])
             return Mix([(expr.factor, inner)])
         if isinstance(expr, Add):
-            return self._side_by_side([self.node(term, before) for term in expr.terms])
+            return self._side_by_side([self.node(term, under) for term in expr.terms])
         if isinstance(expr, Seq):
-            return self._one_after_another(expr.stages, before)
+            return self._one_after_another(expr.stages, under)
         assert isinstance(expr, Call)  # noqa: S101 - the tree has no other node
         raise unsupported(expr)
 
-    def _leaf(self, name: str, before: tuple[Node, ...]) -> Node | None:
+    def _leaf(self, name: str, under: _Under) -> Node | None:
         weight = self.scene.weights.get(name, 1.0)
         if not isinstance(weight, Tensor) and weight == 0:
             return None
         adapter = self.scene.adapters[name]
-        key = f"{name} on {before}" if adapter.reads_below and before else name
+        key = " >> ".join((*under.texts, name)) if adapter.reads_below else name
         if key not in self._lowered:
-            self._check_below(adapter, before)
-            self._lowered[key] = self._atoms(adapter, before)
+            self._check_below(adapter, under)
+            self._lowered[key] = self._atoms(adapter, under)
         atoms = self._lowered[key]
         if atoms is None:
             return None
         return Stage([Entry(name, key, atoms, weight, live=adapter.trainable)])
 
-    def _check_below(self, adapter: Adapter, before: tuple[Node, ...]) -> None:
-        if not adapter.reads_below:
-            return
-        for node in before:
-            plain = isinstance(node, Stage) and not any(isinstance(e.coefficient, Tensor) for e in node.entries)
-            if not plain:
-                raise KindError(
-                    f"{adapter.kind} adapter {adapter.name!r} takes its norm from the weight below it at {self.path}, "
-                    "which differs from row to row there",
-                    hint="put it first, or give the stages before it plain numbers as weights",
-                )
+    def _check_below(self, adapter: Adapter, under: _Under) -> None:
+        if adapter.reads_below and any(weighs_rows(node) for node in under.nodes):
+            raise KindError(
+                f"{adapter.kind} adapter {adapter.name!r} takes its norm from the weight below it at {self.path}, "
+                "which differs from row to row there",
+                hint="put it first, or give the stages before it plain numbers as weights",
+            )
 
-    def _atoms(self, adapter: Adapter, before: tuple[Node, ...]) -> Atoms | None:
+    def _atoms(self, adapter: Adapter, under: _Under) -> Atoms | None:
         head = adapter.head(self.path)
         if head is not None:
             return Atoms(function=Replace(head))
-        atoms = adapter.lower(self.path, BelowView(self.slot, before))
+        atoms = adapter.lower(self.path, BelowView(self.slot, under.nodes))
         if atoms is not None and isinstance(atoms.function, Function) and atoms.function.tap:
             tapped = self.scene.slot(atoms.function.tap)
             tapped.keep_input = True
@@ -167,12 +174,14 @@ class _Site:
             return Stage(_merge_equal(entries)) if entries else None
         return Mix([*([(1.0, Stage(_merge_equal(entries)))] if entries else []), *branches])
 
-    def _one_after_another(self, stages: Sequence[Expr], before: tuple[Node, ...]) -> Node | None:
+    def _one_after_another(self, stages: Sequence[Expr], under: _Under) -> Node | None:
         parts: list[Node] = []
+        texts: list[str] = []
         for expr in stages:
-            node = self.node(expr, (*before, *parts))
+            node = self.node(expr, _Under((*under.nodes, *parts), (*under.texts, *texts)))
             if node is None:
                 continue
+            texts.append(f"({expr})")
             if parts and isinstance(node, Stage) and node.additive and isinstance(parts[-1], Stage):
                 # Nothing of it reads what is below, so it may stand beside the stage before it.
                 parts[-1] = Stage(_merge_equal([*parts[-1].entries, *node.entries]))

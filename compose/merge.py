@@ -10,7 +10,7 @@ Inside an expression a merge is carried out when it is activated (:func:`resolve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +25,21 @@ from compose.parameter_space import deltas, tensors
 from compose.parameter_space.certificate import Certificate, SiteLoss
 from compose.parameter_space.job import Home, Job, Member, Progress
 from compose.parameter_space.method import Linear, Method, get_method, methods
+from compose.sites import SiteMap
 from compose.slot import BelowView, Slot
 from compose.stage import Coefficient
-from compose.sites import SiteMap
 
-__all__ = ["Certificate", "Merged", "SiteLoss", "Workshop", "lower_to_lora", "merge", "methods", "resolve"]
+__all__ = [
+    "Certificate",
+    "Merged",
+    "SiteLoss",
+    "Workshop",
+    "lower_to_lora",
+    "merge",
+    "methods",
+    "resolve",
+    "without_merges",
+]
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ def merge(
     tree = parse(expr) if isinstance(expr, str) else expr
     if isinstance(tree, Call):
         return _carry_out(shop, tree, name, progress)
-    whole = Call("cat", [_inside(shop, tree)])
+    whole = Call("cat", [without_merges(shop, tree)])
     return _execute(shop, whole, name, str(tree), progress)
 
 
@@ -111,7 +121,7 @@ def lower_to_lora(
 
     shop = Workshop(runtime(model))
     tree = parse(expr) if isinstance(expr, str) else expr
-    call = Call("svd", [_inside(shop, tree)], {} if rank is None else {"rank": rank})
+    call = Call("svd", [without_merges(shop, tree)], {} if rank is None else {"rank": rank})
     return Merged(*deltas.merge_to_lora(_job(shop, call, name, f"lower_to_lora({tree})", progress)))
 
 
@@ -167,8 +177,8 @@ def _as_sum(home: Home, call: Call) -> Expr | None:
     return add(*(Scale(w, arg) for w, arg in zip(c, call.args, strict=True)))
 
 
-def _inside(shop: Workshop, expr: Expr) -> Expr:
-    """An argument without merges: those that are no sums are carried out and kept in the workshop."""
+def without_merges(shop: Workshop, expr: Expr) -> Expr:
+    """The expression without merges: those that are no sums are carried out and their results kept in the workshop."""
 
     def keep(call: Call, make: Callable[[], Merged]) -> None:
         shop.adapters[str(call)] = make().adapter
@@ -179,7 +189,7 @@ def _inside(shop: Workshop, expr: Expr) -> Expr:
 def _carry_out(shop: Workshop, call: Call, name: str, progress: Progress | None) -> Merged:
     if get_function(call.function).family != "merge":
         raise unsupported(call)
-    inner = Call(call.function, [_inside(shop, arg) for arg in call.args], call.options)
+    inner = Call(call.function, [without_merges(shop, arg) for arg in call.args], call.options)
     return _execute(shop, inner, name, str(call), progress)
 
 

@@ -1,8 +1,8 @@
 """Prompt atoms: trained embeddings before the text, put in on the way into a model and taken off its outputs.
 
 Rows may have prompts of different lengths, or none. Before a causal model they end where the text begins, so that the
-rows share one cache: ``[. p p t t t]``. Before an encoder they begin at position zero, as each row would alone, and the
-filling goes to the end: ``[p p t t t .]``. The filling is masked.
+rows share one cache: ``[. p p t t t]``. Before an encoder a row stands as it would alone, from the first place on and
+without a gap, and what fills it up comes last: ``[p p t t t .]``. The filling is masked, like padding.
 """
 
 from __future__ import annotations
@@ -48,27 +48,37 @@ class PromptState:
             return self
         return replace(self, embeddings=repeat(self.embeddings, batch), counts=repeat(self.counts, batch))
 
-    def join(self, front: Tensor, text: Tensor) -> Tensor:
-        """(B, n, ...) before (B, T, ...) in the layout of the model."""
-        whole = torch.cat([front, text], dim=1)
-        if self.causal or not self.uneven:
-            return whole
-        total = whole.shape[1]
-        places = (torch.arange(total, device=whole.device) + self.shortfall().to(whole.device)) % total  # (B, n + T)
-        return torch.take_along_dim(whole, places.reshape(*places.shape, *[1] * (whole.dim() - 2)), dim=1)
-
     def mask(self) -> Tensor:
         """(R, n): 1 where a row has a virtual token."""
         return (torch.arange(self.length, device=self.counts.device) >= self.shortfall()).long()
 
+    def layout(self, mask: Tensor) -> Layout:
+        """How rows of text with the mask (B, T) stand behind their prompts."""
+        if self.causal:
+            return Layout(self.length, None)
+        filling = torch.cat([self.on(len(mask)).mask().to(mask.device), mask.long()], dim=1) == 0
+        return Layout(self.length, filling.long().argsort(dim=1, stable=True))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the n + T places of each row stand: ``order`` (B, n + T) says what comes where; None is as it is."""
+
+    prompt: int
+    order: Tensor | None
+
+    def join(self, front: Tensor, text: Tensor) -> Tensor:
+        """(B, n, ...) and (B, T, ...) to (B, n + T, ...)."""
+        whole = torch.cat([front, text], dim=1)
+        return whole if self.order is None else _take(whole, self.order)
+
     def cut(self, value: Tensor) -> Tensor:
         """The text's part of an output (B, n + T, ...)."""
-        n = self.length
-        if self.causal or not self.uneven:
-            return value[:, n:]
-        state = self.on(value.shape[0])
-        places = torch.arange(value.shape[1] - n, device=value.device) + state.counts[:, None].to(value.device)
-        return torch.take_along_dim(value, places.reshape(*places.shape, *[1] * (value.dim() - 2)), dim=1)
+        return value[:, self.prompt :] if self.order is None else _take(value, self.order.argsort(1)[:, self.prompt :])
+
+
+def _take(x: Tensor, places: Tensor) -> Tensor:
+    return torch.take_along_dim(x, places.to(x.device).reshape(*places.shape, *[1] * (x.dim() - 2)), dim=1)
 
 
 def repeat(x: Tensor, batch: int) -> Tensor:
@@ -106,37 +116,46 @@ class Entrance:
     explicit_positions: bool
 
 
-def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Arguments with places for the prompt before the text, or (with a cache) only accounted for.
+@dataclass(frozen=True)
+class Extended:
+    """Arguments with room for the prompt, how the rows stand, and which places are the prompt's.
 
-    Also returns which of the n + T places are the prompt's, (B, n + T); in a step with a cache that has no columns.
+    ``places`` (B, n + T) is None in a step with a cache, which holds the prompt already.
     """
+
+    arguments: dict[str, Any]
+    layout: Layout
+    places: Tensor | None
+
+
+def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]) -> Extended:
+    """Put the prompt's places before the text, or (with a cache) only account for them."""
     source = cast("Tensor", kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"])
     batch, length, n = source.shape[0], source.shape[1], state.length
     state = state.on(batch)
     cache = kwargs.get("past_key_values")
     seen = 0 if cache is None else int(cache.get_seq_length())  # the prompt is among them
     _check_room(cache, length + (seen or n))
-    out = dict(kwargs)
-    out["attention_mask"] = _mask(state, kwargs.get("attention_mask"), batch, length + max(0, seen - n), source.device)
-    _extend_positions(state, entrance, out, length, seen)
+    mask = _mask(kwargs.get("attention_mask"), source, length + max(0, seen - n))
+    layout = state.layout(mask)
+    out = {**kwargs, "attention_mask": layout.join(state.mask().to(mask), mask)}
+    _extend_positions(state, entrance, layout, out, length, seen)
     if seen:
-        return out, source.new_zeros(batch, 0, dtype=torch.bool)
-    places = state.join(state.mask().bool(), state.counts.new_zeros(batch, length, dtype=torch.bool))
+        return Extended(out, layout, None)
     if kwargs.get("input_ids") is not None:
-        out["input_ids"] = state.join(source.new_full((batch, n), entrance.filler), source)
+        out["input_ids"] = layout.join(source.new_full((batch, n), entrance.filler), source)
     else:
-        out["inputs_embeds"] = state.join(state.embeddings.to(source.dtype), source)
+        out["inputs_embeds"] = layout.join(state.embeddings.to(source.dtype), source)
     for name, fill in (("token_type_ids", 0), ("labels", -100)):
         given = kwargs.get(name)
         if isinstance(given, Tensor) and given.shape == (batch, length) and not given.is_floating_point():
-            out[name] = state.join(given.new_full((batch, n), fill), given)
+            out[name] = layout.join(given.new_full((batch, n), fill), given)
     for name in ("start_positions", "end_positions"):
         if isinstance(kwargs.get(name), Tensor):
             out[name] = kwargs[name] + (n if state.causal else state.counts)
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
         out["logits_to_keep"] = kwargs["logits_to_keep"] + n
-    return out, places
+    return Extended(out, layout, layout.join(state.mask().bool(), torch.zeros_like(mask, dtype=torch.bool)))
 
 
 def _check_room(cache: Any, needed: int) -> None:
@@ -148,33 +167,34 @@ def _check_room(cache: Any, needed: int) -> None:
         )
 
 
-def _mask(state: PromptState, mask: Any, batch: int, text: int, device: torch.device) -> Tensor:
+def _mask(mask: Any, source: Tensor, length: int) -> Tensor:
     if mask is None:
-        mask = torch.ones(batch, text, dtype=torch.long, device=device)
+        return torch.ones(source.shape[0], length, dtype=torch.long, device=source.device)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise KindError("a prompt extends a mask of shape (batch, length), not one of another form")
-    return extend_mask(state, mask)
+    return mask
 
 
 def extend_mask(state: PromptState, mask: Tensor) -> Tensor:
     """Mask (B, T) -> (B, n + T)."""
-    state = state.on(mask.shape[0])
-    return state.join(state.mask().to(mask), mask)
+    return state.layout(mask).join(state.on(len(mask)).mask().to(mask), mask)
 
 
-def _extend_positions(state: PromptState, entrance: Entrance, out: dict[str, Any], length: int, seen: int) -> None:
+def _extend_positions(
+    state: PromptState, entrance: Entrance, layout: Layout, out: dict[str, Any], length: int, seen: int
+) -> None:
     """Each row's own tokens stand at 0, 1, ...: text after a prompt of n_i begins at n_i."""
     given, n, short = out.get("position_ids"), state.length, state.shortfall()
     if given is not None:
         text = given + state.counts[:, None].to(given)
         front = entrance.first_position + (torch.arange(n, device=text.device) - short).clamp_min(0)
-        out["position_ids"] = text if seen else state.join(front.to(text), text)
+        out["position_ids"] = text if seen else layout.join(front.to(text), text)
     elif entrance.explicit_positions and state.causal and state.uneven:
         steps = torch.arange(seen, seen + length + (0 if seen else n), device=short.device)
         out["position_ids"] = (steps - short).clamp_min(0)
 
 
-def trim_outputs(output: Any, state: PromptState, total: int) -> Any:
+def trim_outputs(output: Any, layout: Layout, total: int) -> Any:
     """Take the virtual positions off every token-level output, which are those of length n + T = ``total``."""
 
     def cut(name: str, value: Any) -> Any:
@@ -182,7 +202,7 @@ def trim_outputs(output: Any, state: PromptState, total: int) -> Any:
             return tuple(cut("last_hidden_state", v) for v in value)
         depth = {"logits": 3, "last_hidden_state": 3, "start_logits": 2, "end_logits": 2}.get(name)
         if isinstance(value, Tensor) and value.dim() == depth and value.shape[1] == total:
-            return state.cut(value)
+            return layout.cut(value)
         return value
 
     for name, value in list(output.items()):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compose.kernels import expand
 from compose.kind import KindError
-from compose.stage import Chain, Node, State
+from compose.stage import Chain, Node, Stage, State
 from compose.weights import bias_of, row_norm_squared
 
 
@@ -80,6 +80,9 @@ class Slot(nn.Module):
                 f"weights were given for {tokens} tokens a row, and {x.shape[1]} come here",
                 hint="activate again with weights for the tokens of this call",
             )
+        if isinstance(program, Stage) and program.simple:
+            y = self.base_layer(x)
+            return program.add(y, x, fresh=not y.requires_grad and y.dtype == x.dtype)
         return program.run(self._below, x).y
 
     def _below(self, x: Tensor) -> State:

@@ -7,8 +7,8 @@ is not W x (the bias and what was added to it), which a gain that leaves the bia
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compose.atoms import Atoms, Function, Replace
-from compose.kernels import BACKENDS, Pair, Prepared, choose, expand
+from compose.kernels import BACKENDS, SHORT, Pair, Prepared, choose, expand
 
 Coefficient = float | Tensor  # a number, or (R,) per row, or (R, T) per token
 
@@ -94,8 +94,10 @@ class Stage:
         self._keeps = not self.live and not any(
             isinstance(e.coefficient, Tensor) and e.coefficient.requires_grad for e in self.entries
         )
+        # Nothing but frozen pairs, the common case: y + sum_e w_e s_e B_e A_e x, see :meth:`add`.
+        self.simple = self._keeps and all(e.atoms.is_pair and not e.atoms.dropout for e in self.entries)
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._prepared: dict[torch.dtype, Prepared] = {}
+        self._prepared: dict[tuple[torch.dtype, bool], Prepared] = {}
 
     @property
     def additive(self) -> bool:
@@ -159,23 +161,25 @@ class Stage:
             own = [cast("Tensor", e.atoms.A).dtype for e in self.low_rank] if self.live else []
             dtype = reduce(torch.promote_types, own, x.dtype)
             return self._prepare(dtype, x)(y.to(dtype), x.to(dtype)).to(y.dtype)
-        if x.dtype not in self._prepared:
+        return self.add(y, x)
+
+    def add(self, y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
+        """Y plus the low-rank mixture of frozen factors, laid out once; ``fresh``: y may be written over."""
+        key = x.dtype, x.shape[1] > SHORT
+        prepared = self._prepared.get(key)
+        if prepared is None:
             with self._to_keep():
-                self._prepared[x.dtype] = self._prepare(x.dtype, x)
-        return self._prepared[x.dtype](y, x)
+                prepared = self._prepared[key] = self._prepare(x.dtype, x)
+        return prepared(y, x, fresh=fresh)
 
     def _to_keep(self) -> AbstractContextManager[Any]:
         """Tensors that are kept must not be of inference mode: autograd may meet them in a later call."""
         return torch.inference_mode(False) if self._keeps else nullcontext()
 
     def _prepare(self, dtype: torch.dtype, like: Tensor) -> Prepared:
-        pairs = [
-            Pair(cast("Tensor", e.atoms.A).to(dtype), cast("Tensor", e.atoms.B).to(dtype), e.atoms.scale)
-            for e in self.low_rank
-        ]
+        pairs = [_pair(e.atoms, dtype, folded=self._keeps) for e in self.low_rank]
         w = weight_matrix(self.low_rank, like)
-        same_for_all = w.shape[0] == 1 and w.dim() == 2
-        return BACKENDS["stacked" if same_for_all else choose([p.rank for p in pairs], w)](pairs, w)
+        return BACKENDS[choose([p.rank for p in pairs], w, like.shape[1])](pairs, w)
 
     def _add_with_dropout(self, y: Tensor, x: Tensor) -> Tensor:
         for e in self.low_rank:
@@ -199,6 +203,12 @@ class Stage:
             z = y0 if function.source is None else function.source().reshape(*y0.shape[:-1], -1)
             value = _on_rows(lambda z_, y_: function.fn(z_).to(y_.dtype), rows, z, y0)
         return weigh(value, w)
+
+
+def _pair(atoms: Atoms, dtype: torch.dtype, *, folded: bool) -> Pair:
+    """The factors in ``dtype``; ``folded`` takes the scale into B first, while B has its own precision."""
+    a, b = cast("Tensor", atoms.A), cast("Tensor", atoms.B)
+    return Pair(a.to(dtype), (b * atoms.scale if folded else b).to(dtype), 1.0 if folded else atoms.scale)
 
 
 def _on_rows(fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
@@ -255,6 +265,15 @@ class Mix:
                 delta = weigh(torch.broadcast_to(ci if c0 is None else ci - c0, y0.shape), weight)
                 c = delta if c is None else c + delta
         return State(y, c)
+
+
+def weighs_rows(node: Node) -> bool:
+    """Whether some weight in ``node`` is a tensor: one per row or per token."""
+    if isinstance(node, Stage):
+        return any(isinstance(e.coefficient, Tensor) for e in node.entries)
+    if isinstance(node, Chain):
+        return any(weighs_rows(part) for part in node.parts)
+    return isinstance(node, Mix) and any(isinstance(c, Tensor) or weighs_rows(n) for c, n in node.terms)
 
 
 def _once(below: Below) -> Below:

@@ -218,6 +218,7 @@ class Vault:
         """Write the manifest and the log entry of an artifact whose file blobs are here."""
         from hub.oci import image_manifest
 
+        self.refuse_conflict(manifest)
         for entry in manifest.files:
             if not self.blobs.has(entry.digest, entry.size):
                 raise IntegrityError(

@@ -275,11 +275,7 @@ def _training(model: nn.Module, adapter: nn.Module, config: TrainConfig) -> Iter
     """Training mode for the length of the run; the caller's modes and random state come back as they were."""
     before = model.training, adapter.training
     if config.gradient_checkpointing:
-        if not hasattr(model, "gradient_checkpointing_enable"):
-            name = type(model).__name__
-            raise TrainError(f"{name} cannot checkpoint gradients", hint="gradient_checkpointing=false")
-        enable: Any = model.gradient_checkpointing_enable
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute(model, "enable", {"use_reentrant": False})
     model.train()
     adapter.train()
     try:
@@ -289,5 +285,15 @@ def _training(model: nn.Module, adapter: nn.Module, config: TrainConfig) -> Iter
         model.train(before[0])
         adapter.train(before[1])
         if config.gradient_checkpointing:
-            disable: Any = model.gradient_checkpointing_disable
-            disable()
+            _recompute(model, "disable")
+
+
+def _recompute(model: nn.Module, verb: str, *options: dict[str, Any]) -> None:
+    """Turn gradient checkpointing on or off; transformers has renamed it and warns about the old name."""
+    for word in ("activation", "gradient"):
+        method: Any = getattr(model, f"{word}_checkpointing_{verb}", None)
+        if method is not None:
+            method(*options)
+            return
+    name = type(model).__name__
+    raise TrainError(f"{name} cannot checkpoint gradients", hint="gradient_checkpointing=false")

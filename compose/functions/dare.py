@@ -1,4 +1,7 @@
-"""``dare(a, b, ..., density=0.5, seed=0)``: drop entries of each task vector at random, rescale, add (arXiv 2311.03099)."""
+"""``dare(a, b, ..., density=0.5, seed=0)``: drop entries at random, rescale, add.
+
+tau = lambda sum_i w_i m_i tau_i / density with m_i ~ Bernoulli(density) (arXiv 2311.03099).
+"""
 
 from __future__ import annotations
 

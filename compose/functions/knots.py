@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from compose.expr import Call
 from compose.function import FunctionSpec, register
 from compose.functions._weighted import RankOptions, check_positive, check_weights, in_any_order
-from compose.expr import Call
 
 
 class KnotsOptions(RankOptions):

@@ -1,4 +1,4 @@
-"""``lorahub(a, b, ..., weights=[...])``: a composition whose weights were searched on a few examples (arXiv 2307.13269).
+"""``lorahub(a, b, ..., weights=[...])``: weights searched on a few examples (arXiv 2307.13269).
 
 The search needs data and a score, so it is a Python function, ``compose.merges.lorahub.search``; it returns this call
 with the weights it found, which is then an expression like any other.

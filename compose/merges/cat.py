@@ -1,4 +1,4 @@
-"""The exact sum of adapters, by laying their tensors side by side: one adapter with forward(cat(a, b)) = forward(a + b).
+"""The exact sum of adapters, by laying their tensors side by side: cat(a, b) is one adapter that does what a + b does.
 
 For low-rank pairs A and B are stacked (the CAT of LoRA Soups, arXiv:2410.13025, with weights given), gains and biases
 add, and for the kinds that are not linear in their tensors:

@@ -13,5 +13,5 @@ from compose.parameter_space.trim import random
 
 @elementwise("dare", paper="arXiv:2311.03099", trim=random)
 def dare(stack: Tensor, o: Any) -> Tensor:
-    """lambda sum_i w_i m_i tau_i / density, m_i ~ Bernoulli(density): the mean over masks is the plain sum."""
+    """Lambda sum_i w_i m_i tau_i / density, m_i ~ Bernoulli(density): the mean over masks is the plain sum."""
     return weighted_sum(stack, o)

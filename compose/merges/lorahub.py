@@ -21,7 +21,7 @@ from compose.parameter_space.method import factored
 _CANDIDATE = "lorahub candidate"
 
 
-@factored("lorahub", paper="arXiv:2307.13269", otherwise=lambda o: "cat")
+@factored("lorahub", paper="arXiv:2307.13269", otherwise=lambda _: "cat")
 def lorahub(pairs: Sequence[Pair], o: Any) -> Pair:
     """(sum_i w_i B_i) (sum_i w_i A_i) with ``variant="paper"``, whose cross terms B_i A_j are part of the method.
 
@@ -87,9 +87,7 @@ def search(
     KindError
         Adapters that cannot be summed, or a score that is not finite.
     """
-    import cma
-
-    import cma
+    import cma  # type: ignore[import-untyped]
 
     bench = _Bench(model, names, score, penalty, variant)
     options = {"bounds": [-bound, bound], "seed": seed + 1, "verbose": -9}  # 0 would mean the clock

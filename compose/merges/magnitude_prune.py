@@ -13,5 +13,5 @@ from compose.parameter_space.trim import largest
 
 @elementwise("magnitude_prune", paper="arXiv:1506.02626", trim=largest)
 def magnitude_prune(stack: Tensor, o: Any) -> Tensor:
-    """lambda sum_i w_i tau_i, each tau_i with only its ``density`` of largest entries at each place."""
+    """Lambda sum_i w_i tau_i, each tau_i with only its ``density`` of largest entries at each place."""
     return weighted_sum(stack, o)

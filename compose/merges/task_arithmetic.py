@@ -9,5 +9,5 @@ from compose.parameter_space.method import linear, weights
 
 @linear("task_arithmetic", paper="arXiv:2212.04089")
 def task_arithmetic(o: Any, n: int) -> list[float]:
-    """lambda sum_i w_i tau_i: adding task vectors adds abilities, subtracting one (w = -1) takes it away."""
+    """Lambda sum_i w_i tau_i: adding task vectors adds abilities, subtracting one (w = -1) takes it away."""
     return [o.lambda_ * w for w in weights(o, n)]

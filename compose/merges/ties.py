@@ -18,25 +18,25 @@ def agreeing_mean(stack: Tensor, w: Tensor, variant: str = "paper") -> Tensor:
     ``mergekit``: the same, a tie elects plus. ``peft``: elected = sgn(sum tau), before the weights, a tie elects plus,
     and the weighted entries are divided by how many agree.
     """
-    w = w.to(stack)[:, None, None]
-    total = (stack if variant == "peft" else w * stack).sum(0)
+    w = w.to(stack)
+    total = stack.sum(0) if variant == "peft" else torch.tensordot(w, stack, dims=1)
     sign = total.sign() if variant == "paper" else torch.where(total < 0, -1.0, 1.0)
-    agree = (stack * sign) > 0  # an entry that was trimmed to zero agrees with nobody
-    share = agree.to(stack) if variant == "peft" else w * agree
-    merged: Tensor = (w * stack * agree).sum(0) / share.sum(0).clamp_min(torch.finfo(stack.dtype).tiny)
-    return merged
+    agree = (stack * sign).clamp_min_(0)  # |tau| where it agrees, else 0
+    merged = sign * torch.tensordot(w, agree, dims=1)
+    votes = torch.ones_like(w) if variant == "peft" else w
+    return merged / torch.tensordot(votes, agree.sign_(), dims=1).clamp_min_(torch.finfo(stack.dtype).tiny)
 
 
 @elementwise("ties", paper="arXiv:2306.01708", trim=largest, whole=lambda o: o.variant == "paper")
 def ties(stack: Tensor, o: Any) -> Tensor:
-    """lambda times the mean of the trimmed entries that agree with the elected sign.
+    """Lambda times the mean of the trimmed entries that agree with the elected sign.
 
     The paper trims over the whole task vector; PEFT and mergekit trim each weight matrix by itself.
     """
-    return o.lambda_ * agreeing_mean(stack, torch.tensor(weights(o, len(stack))), o.variant)
+    return float(o.lambda_) * agreeing_mean(stack, torch.tensor(weights(o, len(stack))), o.variant)
 
 
 @elementwise("dare_ties", paper="arXiv:2311.03099", trim=random)
 def dare_ties(stack: Tensor, o: Any) -> Tensor:
     """DARE's random trim and rescale, then the sign election of TIES: lambda times the mean of what agrees."""
-    return o.lambda_ * agreeing_mean(stack, torch.tensor(weights(o, len(stack))))
+    return float(o.lambda_) * agreeing_mean(stack, torch.tensor(weights(o, len(stack))))

@@ -54,4 +54,4 @@ class Certificate:
         if self.exact:
             return "exact"
         path, share = self.worst
-        return f"{self.share:.2%} of the energy left out, {share:.2%} at {path}"
+        return f"{100 * self.share:.2g}% of the energy left out, {100 * share:.2g}% at {path}"

@@ -135,7 +135,7 @@ def _elementwise(
     dense = at_place(method, job.options, effects, trims)
     gain: tuple[Tensor, Effect] | None = None
     if any(e.gain is not None for e in effects) and not any(e.node is not None for e in effects):
-        # The diagonal part would need full rank: it goes into a gain, merged by the same rule, and the rest into factors.
+        # The diagonal part would need full rank: it goes into a gain, merged by the same rule.
         vectors = torch.stack([torch.zeros(e.rows, device=e.device) if e.gain is None else e.gain for e in effects])
         gain = method.combine(vectors[:, None], job.options)[0], effects[0]
     return from_dense(job, path, dense, gain, job.rank or max(e.rank for e in effects))
@@ -168,7 +168,15 @@ def _factored(job: Job, method: Factored, path: str, effects: Sequence[Effect]) 
 def build(job: Job, made: dict[str, Made]) -> Adapter:
     """A LoRA (or DoRA, with a gain) with these factors, lora_alpha = r, and the merged heads."""
     cls = get_kind("dora" if any(m.gain is not None for m in made.values()) else "lora")
-    rank = max(1, *(m.pair.rank for m in made.values()))
+    rank = max([1, *(m.pair.rank for m in made.values())])
+    narrow, most = min(
+        ((path, min(m.pair.A.shape[1], m.pair.B.shape[0])) for path, m in made.items()), key=lambda p: p[1]
+    )
+    if rank > most:
+        raise job.refuse(
+            f"one site needs rank {rank}, and {narrow} has only {most} dimensions",
+            f"svd(..., rank={most}) fits everywhere",
+        )
     options = {
         "r": rank,
         "lora_alpha": rank,

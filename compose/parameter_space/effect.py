@@ -17,7 +17,7 @@ from compose.kernels import Pair
 from compose.kind import Adapter, KindError
 from compose.lowering import Scene, site_program
 from compose.sites import linear_shape
-from compose.stage import Chain, Entry, Mix, Node, Stage
+from compose.stage import Chain, Coefficient, Entry, Mix, Node, Stage
 from compose.weights import bias_of, dense_weight, row_norm_squared
 
 _BLOCK = 2**16  # elements of a block when two dense effects are compared
@@ -144,7 +144,7 @@ class _Unweighted:
 
     def __init__(self, scene: Scene) -> None:
         self.adapters = scene.adapters
-        self.weights: Mapping[str, float] = {}
+        self.weights: Mapping[str, Coefficient] = {}
         self.slot = scene.slot
 
 
@@ -250,7 +250,7 @@ def weight_after(node: Node, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bias_after(node: Node, bias: Tensor) -> Tensor:
-    """c' that a compiled node makes of the bias c (d_out,): gains that scale the bias, then the biases added."""
+    """C' that a compiled node makes of the bias c (d_out,): gains that scale the bias, then the biases added."""
     if isinstance(node, Chain):
         for part in node.parts:
             bias = bias_after(part, bias)

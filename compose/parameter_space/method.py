@@ -58,7 +58,7 @@ class Elementwise:
     paper: str
     combine: Combine
     trim: Trim = all_of_it
-    whole: Callable[[Any], bool] = lambda o: False  # noqa: ARG005
+    whole: Callable[[Any], bool] = lambda _: False
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ def linear(name: str, *, paper: str, from_gram: bool = False, join: Join | None 
 
 
 def elementwise(
-    name: str, *, paper: str, trim: Trim = all_of_it, whole: Callable[[Any], bool] = lambda o: False
-) -> Callable[[_F], _F]:  # noqa: ARG005
+    name: str, *, paper: str, trim: Trim = all_of_it, whole: Callable[[Any], bool] = lambda _: False
+) -> Callable[[_F], _F]:
     """Register a function (stack (N, rows, width), options) -> (rows, width), called on blocks of rows."""
 
     def register(function: _F) -> _F:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
@@ -101,7 +101,7 @@ async def in_thread(
         raise
 
 
-def _arrived(block: Callable[[], Awaitable[bytes]], limits: Limits) -> bytes:
+def _arrived(block: Callable[[], Coroutine[Any, Any, bytes]], limits: Limits) -> bytes:
     try:
         return from_thread(block)
     except TimeoutError:

@@ -107,7 +107,7 @@ def commit(repos: Repos, name: str, branch: str, request: CommitRequest, caller:
         tree = _apply(repos, head, operations)
         if tree == dict(head.tree):
             return Committed(head, new=False)
-        draft = _make(repos, name, head, tree, request, caller)
+        draft = _make(repos, head, tree, request, caller)
         with repos.drafts.change() as db:
             # The tree was built without the lock, since that may read files: it holds if the head has not moved.
             if repos.head(name, branch).oid == head.oid:
@@ -243,9 +243,7 @@ def _check_tree(tree: dict[str, File]) -> None:
             raise ApiError(400, f"{path} and {other} cannot both be in a directory")
 
 
-def _make(
-    repos: Repos, name: str, head: Revision, tree: dict[str, File], request: CommitRequest, caller: Caller
-) -> Commit:
+def _make(repos: Repos, head: Revision, tree: dict[str, File], request: CommitRequest, caller: Caller) -> Commit:
     now = datetime.now(timezone.utc)
     author = caller.name or "anonymous"
     title = request.title.splitlines()[0][:200] if request.title.strip() else "Update"

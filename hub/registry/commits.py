@@ -70,7 +70,7 @@ SafeFolder = Annotated[str, AfterValidator(lambda path: check_relative(path.rstr
 class _Header(_Loose):
     summary: Annotated[str, StringConstraints(max_length=4096)] = ""
     description: Annotated[str, StringConstraints(max_length=65536)] = ""
-    parentCommit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{7,40}$")] | None = None  # noqa: N815
+    parentCommit: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{7,40}$")] | None = None
 
 
 class _Content(_Loose):

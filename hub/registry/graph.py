@@ -123,7 +123,7 @@ def svg(graph: Graph) -> str:
 def _places(graph: Graph) -> dict[str, tuple[int, int]]:
     """Top left corner of each box: column = the longest way from a root, rows ordered to keep lines short."""
     above = {key: [target for source, target, _ in graph.edges if source == key] for key in graph.nodes}
-    depth = {key: 0 for key in graph.nodes}
+    depth = dict.fromkeys(graph.nodes, 0)
     for _ in graph.nodes:  # relaxes to the longest path; stops early, and a cycle cannot hold it up
         changed = False
         for key, targets in above.items():

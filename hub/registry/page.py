@@ -208,4 +208,3 @@ def _base_hint(access: Access, revision: Revision, manifest: Manifest | None) ->
         return None
     named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return named[:200] if isinstance(named, str) and named else None
-

@@ -95,7 +95,7 @@ def _publish(repos: Repos, target: Revision, version: str, caller: Caller) -> Re
             manifest = _manifest(repos, target, directory, version)
             if present is not None and present.digest == manifest.digest:
                 return _again(repos, repos.of_release(name, present), present)
-            repos.store.ingest(manifest, _Linker(directory))
+            repos.store.ingest(manifest, _Linker(directory), reuse=True)
     except (GateError, IntegrityError, ManifestError) as error:
         raise ApiError(400, f"{name} {version} was not published: {from_hub(error).message}") from error
     return _settle(repos, target, manifest, caller)

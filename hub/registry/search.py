@@ -22,7 +22,8 @@ def visible(caller: Caller, name: str, recorded: Mapping[str, Repo]) -> bool:
     repo = recorded.get(name)
     if repo is not None and repo.deleted:
         return False
-    return caller.may_read(name.split("/")[0]) or (caller.public and (repo is None or not repo.private))
+    namespace = name.partition("/")[0]
+    return caller.may_read(namespace) or (caller.public and (repo is None or not repo.private))
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,14 @@ class Shelf:
 
     def facets(self, caller: Caller, recorded: Mapping[str, Repo]) -> Facets:
         """Values of all that the caller may see; kept until the store's log grows."""
-        hidden = json.dumps(sorted(name for name in recorded if not visible(caller, name, recorded)))
-        key = (self.store.ledger.size, hidden if caller.public else f"none but {caller.name}")
+        names = recorded if caller.public else {*recorded, *self.store.names()}
+        hidden = json.dumps(sorted(name for name in names if not visible(caller, name, recorded)))
+        key = (self.store.ledger.size, hidden)
         with self._guard:
             if key in self._facets:
                 return self._facets[key]
-        if not caller.public and not caller.read and not caller.write:
-            return Facets()
-        found = Facets(*(self._count(column, hidden) for column in ("base_repo", "kind", "task")), self._metrics(hidden))
+        bases, kinds, tasks = (self._count(column, hidden) for column in ("base_repo", "kind", "task"))
+        found = Facets(bases, kinds, tasks, self._metrics(hidden))
         with self._guard:
             if len(self._facets) >= _CACHED:
                 self._facets.clear()

@@ -109,8 +109,14 @@ def login(request: Request) -> Response:
     return RedirectResponse("/", 303)
 
 
+@router.get("/favicon.ico")
+def icon() -> Response:
+    """Lead to the icon."""
+    return RedirectResponse("/static/icon.svg", 301)
+
+
 @router.get("/{ns}")
-def namespace(request: Request, ns: str) -> Response:
+def namespace(ns: str) -> Response:
     """Show a namespace as a filtered catalogue."""
     return RedirectResponse(f"/?{urlencode({'ns': ns[:96]})}", 303)
 

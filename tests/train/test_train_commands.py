@@ -118,13 +118,13 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, "HUB_HOME": str(home), "PYTHONPATH": str(ROOT), "SOURCE_DATE_EPOCH": "1700000000"}
 
 
-def test_a_killed_run_resumes_to_the_same_artifact(run_file, tmp_path):
-    words = [sys.executable, "-m", "hub.cli", "train", run_file, "duration=12", "--save-every", "1"]
-    checkpoint = tmp_path / "b" / "checkpoint.safetensors"
+def test_a_killed_run_resumes_to_the_same_artifact(hub, run_file, tmp_path, monkeypatch):
     process = subprocess.Popen(
-        [*words, "--out", str(tmp_path / "b")], env=environment(tmp_path / "home-b"), cwd=tmp_path
+        [sys.executable, "-m", "hub.cli", "train", run_file, "duration=12", "--out", "killed", "--save-every", "1"],
+        env=environment(tmp_path / "home"),
+        cwd=tmp_path,
     )
-    deadline = time.monotonic() + 120
+    checkpoint, deadline = tmp_path / "killed" / "checkpoint.safetensors", time.monotonic() + 120
     while not checkpoint.exists():
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
@@ -133,41 +133,62 @@ def test_a_killed_run_resumes_to_the_same_artifact(run_file, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 0 < read_checkpoint(checkpoint)["result"]["steps"] < 12
-    resume = [*words, "--out", str(tmp_path / "b"), "--resume"]
-    subprocess.run(resume, env=environment(tmp_path / "home-b"), cwd=tmp_path, check=True, capture_output=True)
-    straight = [*words, "--out", str(tmp_path / "a")]
-    subprocess.run(straight, env=environment(tmp_path / "home-a"), cwd=tmp_path, check=True, capture_output=True)
-    digests = [Store(tmp_path / home).get("tone").digest for home in ("home-a", "home-b")]
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    digests = []
+    for home, words in (("a", ["--out", "straight"]), ("b", ["--out", "killed", "--resume"])):
+        monkeypatch.setenv("HUB_HOME", str(tmp_path / home))
+        code, _, err = hub(run_file, "duration=12", *words)
+        assert code == 0, err
+        digests.append(Store().get("tone").digest)
     assert digests[0] == digests[1]
+    assert not checkpoint.exists()
 
 
-def test_two_processes_make_the_same_adapter_as_one(run_file, tmp_path):
-    """Real processes of `accelerate launch`; their gradients are summed, so the loss curve is that of one process."""
+def test_two_processes_make_the_same_adapter_as_one(hub, bert_base, reviews, tmp_path):
+    """Real processes of `accelerate launch`: gradients and held-out predictions are those of one process."""
+    words = [f"base={bert_base}", "task=classification", f"data.train={reviews(30)}", "data.eval=0.3", "max_length=16"]
+    words += ["batch_size=5", "duration=6", "eval_every=3", "lr=0.01", "--json", "-"]
+    code, out, err = hub(*words, "--out", "one")
+    assert code == 0, err
     launch = [
-        sys.executable,
-        "-m",
         "accelerate.commands.launch",
         "--cpu",
         "--num_processes",
         "2",
         "--main_process_port",
         "0",
+        "-m",
+        "hub.cli",
     ]
-    words = ["-m", "hub.cli", "train", run_file, "--json", "-", "--out"]
-    curves, outputs = [], []
-    for prefix, name in (([sys.executable], "one"), (launch, "two")):
-        done = subprocess.run(
-            [*prefix, *words, str(tmp_path / name)],
-            env=environment(tmp_path / f"home-{name}"),
-            cwd=tmp_path,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stderr
-        outputs.append(json.loads(done.stdout))
-        records = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        curves.append([r["loss"] if "loss" in r else r["eval"]["loss"] for r in records])
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    assert outputs[0]["ref"] == outputs[1]["ref"] == "local/tone@0.1.0"
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "train", *words, "--out", "two"],
+        env=environment(tmp_path / "home"),
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads(out), json.loads(done.stdout)]  # the second process prints nothing
+    assert reports[0]["ref"] == reports[1]["ref"] == "local/lora@0.1.0"
+    records = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for one, two in zip(*records, strict=True):
+        assert one.get("loss", 0.0) == pytest.approx(two.get("loss", 0.0), rel=1e-4)
+        assert one.get("eval", {}) == pytest.approx(two.get("eval", {}), rel=1e-3)
+
+
+def test_help_and_fields_import_neither_torch_nor_transformers():
+    code = (
+        "import sys, click\n"
+        "from click.testing import CliRunner\n"
+        "from hub.cli import main\n"
+        "for word in ('--help', '--fields'):\n"
+        "    assert CliRunner().invoke(main, ['train', word]).exit_code == 0, word\n"
+        "heavy = {'torch', 'transformers', 'accelerate', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

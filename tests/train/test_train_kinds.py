@@ -92,7 +92,7 @@ def test_gradient_checkpointing_gives_the_same_updates(tiny, data, config):
     for recompute in (False, True):
         model, adapter = made(tiny, "lora")
         fit(model, adapter, data(0), None, config(duration=3, gradient_checkpointing=recompute))
-        assert not model.is_gradient_checkpointing
+        assert not model.is_activation_checkpointing
         states.append(adapter.state())
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-5, atol=1e-7)

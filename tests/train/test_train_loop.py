@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
 from train.batches import Dataset, Ragged
@@ -304,6 +307,20 @@ def test_logits_of_another_shape_are_explained(toy, ragged_lm, config):
     rows = Dataset({"input_ids": data.tokens, "labels": torch.tensor([0, 1, 0, 1])}, "classification")
     with pytest.raises(TrainError, match="task classification: labels have shape"):
         fit(model, adapter, rows, None, config())
+
+
+def test_a_given_display_is_joined_and_left(toy, ragged_lm, config):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    seen = []
+
+    class Watch(Method):
+        def after_step(self, adapter, step):
+            seen.append([(task.completed, task.total, task.fields["status"]) for task in progress.tasks])
+
+    with Progress(console=console) as progress:
+        result = fit(*toy(), ragged_lm(), None, config(), progress=progress, method=Watch())
+        assert progress.tasks == []
+    assert seen[5] == [(5, 12, f"loss {losses(result)[4]:.3f}")]
 
 
 def test_nothing_is_printed_in_a_pipe(toy, ragged_lm, config, capfd):

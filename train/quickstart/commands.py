@@ -59,11 +59,13 @@ def quickstart(
     from train.quickstart.story import Options, run
     from train.quickstart.tables import show
 
+    if json_path and json_path != "-":
+        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
     options = Options(out, base, quantize, kind, seed, steps, paths)
     chatter = Console(stderr=True)
     story = run(options, chatter, started=started)
     report = write_report(story, out / "report.html")
-    facts = as_dict(story, seconds=time.perf_counter() - started)
+    facts = as_dict(story)
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     if json_path == "-":
         click.echo(text)

@@ -1,4 +1,4 @@
-"""One expert a domain: found in the store where base, data and configuration are the same, else trained and published."""
+"""One expert a domain: found in the store where base, data and settings are the same, else trained and published."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.config import TrainConfig
 from train.data import text_blocks
 from train.loop import fit
 from train.publish import next_version, publish
-from train.quickstart.corpus import Domain, Document
+from train.quickstart.corpus import Document, Domain
 
 NAMESPACE = "quickstart"
 CURVE = "aux/curve.json"  # [[step, loss], ...], kept in the artifact so that a report never needs to train again

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from train.quickstart.story import Story
+from train.quickstart.story import Story, peak_rss_mb
 
 BEST_WITHIN = 1.03
 REGRET_TOLERANCE = 1e-6  # nats: rounding of float64 sums
@@ -35,6 +35,40 @@ def means(story: Story) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Row:
+    """Perplexities of one way to predict: by domain, and their mean last; `lowest` marks the best of each column."""
+
+    label: str
+    values: tuple[float, ...]
+    lowest: tuple[bool, ...]
+
+
+def table(story: Story) -> list[Row]:
+    """The comparison: base, each expert, average, uniform ensemble, DEMix, by domain and in the mean."""
+    results, mean = story.results, means(story)
+    found = [("base", [*(r.base for r in results), mean["base"]])]
+    found += [(f"expert {e}", [*(r.experts[e] for r in results), value]) for e, value in mean["experts"].items()]
+    found += [
+        (label, [*(getattr(r, name) for r in results), mean[name]])
+        for label, name in (
+            ("average of weights", "average"),
+            ("uniform ensemble", "uniform_ensemble"),
+            ("DEMix posterior", "demix"),
+        )
+    ]
+    lowest = [min(column) for column in zip(*(values for _, values in found), strict=True)]
+    return [
+        Row(label, tuple(values), tuple(v == low for v, low in zip(values, lowest, strict=True)))
+        for label, values in found
+    ]
+
+
+def hindsight(story: Story) -> list[float]:
+    """Perplexity of each domain's best expert, and their mean."""
+    return [*(result.best_expert for result in story.results), means(story)["best_expert"]]
+
+
 def worst_regret(story: Story) -> float:
     """Largest NLL(mixture) - NLL(e) - ln(1 / prior) over all held-out documents and experts, in nats."""
     return max(document.regret for result in story.results for document in result.documents)
@@ -56,7 +90,10 @@ def claims(story: Story) -> list[Claim]:
             f"it is within 3% of the best expert in hindsight ({distance:+.1%})",
             demix <= BEST_WITHIN * mean["best_expert"],
         ),
-        Claim("on streams whose domain changes it is better than every expert", stream.demix < min(stream.experts.values())),
+        Claim(
+            "on streams whose domain changes it is better than every expert",
+            stream.demix < min(stream.experts.values()),
+        ),
         Claim(
             f"the regret bound NLL(mixture) <= NLL(expert) + ln(1/prior) holds for {within} of {len(documents)} "
             "held-out documents and every expert",
@@ -111,8 +148,8 @@ def as_dict(story: Story) -> dict[str, Any]:
         "seed": options.seed,
         "stores": list(story.stores),
         "machine": dict(story.machine),
-        "seconds": round(story.seconds, 1),
-        "peak_rss_mb": story.peak_rss_mb,
+        "seconds": story.seconds,
+        "peak_rss_mb": peak_rss_mb(),
     }
 
 

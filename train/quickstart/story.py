@@ -63,9 +63,13 @@ class Story:
     stream: StreamResult
     stores: tuple[str, str]
     parameters: int
-    seconds: float
-    peak_rss_mb: float | None
     machine: Mapping[str, Any]
+    started: float  # time.perf_counter() when the command began
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the command began."""
+        return round(time.perf_counter() - self.started, 1)
 
 
 def run(options: Options, console: Console, *, started: float | None = None) -> Story:
@@ -79,9 +83,11 @@ def run(options: Options, console: Console, *, started: float | None = None) -> 
     started = time.perf_counter() if started is None else started
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus(), MOST_THREADS))
     options.out.mkdir(parents=True, exist_ok=True)
+    local, second = Store(options.home), Store(options.out / "store")
+    with local.lock(), second.lock():
+        pass  # a store that cannot be written is an error now, not after the training
     domains = gather(options, console)
     tokenizer = compose.tokenizer(options.base)
-    local, second = Store(options.home), Store(options.out / "store")
     with _progress(console) as progress:
         experts = train_all(options, domains, tokenizer, local, progress, console)
         for expert in experts:
@@ -103,9 +109,8 @@ def run(options: Options, console: Console, *, started: float | None = None) -> 
         stream,
         (str(local.root), str(second.root)),
         parameters,
-        time.perf_counter() - started,
-        peak_rss_mb(),
         machine(),
+        started,
     )
 
 

@@ -8,7 +8,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from train.quickstart.findings import claims, means
+from train.quickstart.findings import claims, hindsight, table
 from train.quickstart.story import Story
 
 COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
@@ -25,31 +25,23 @@ def show(story: Story, console: Console) -> None:
 
 def perplexities(story: Story) -> Table:
     """Ways to predict as rows, domains as columns; the best of a column is bold."""
-    mean, results = means(story), story.results
-    rows: list[tuple[str, list[float]]] = [("base", [*(r.base for r in results), mean["base"]])]
-    for name in mean["experts"]:
-        rows.append((f"expert {name}", [*(r.experts[name] for r in results), mean["experts"][name]]))
-    rows.append(("average of weights", [*(r.average for r in results), mean["average"]]))
-    rows.append(("uniform ensemble", [*(r.uniform_ensemble for r in results), mean["uniform_ensemble"]]))
-    rows.append(("DEMix posterior", [*(r.demix for r in results), mean["demix"]]))
-    best = [*(r.best_expert for r in results), mean["best_expert"]]
-    table = Table(title="Perplexity per token, held-out documents", title_justify="left")
-    table.add_column("")
-    for name in [*(r.name for r in results), "mean"]:
-        table.add_column(name, justify="right")
-    lowest = [min(values[i] for _, values in rows) for i in range(len(best))]
-    for label, values in rows:
-        cells = [Text(f"{v:.2f}", style="bold" if v == low else "") for v, low in zip(values, lowest, strict=True)]
-        table.add_row(label, *cells, end_section=label in ("base", rows[-4][0]))
-    table.add_section()
-    table.add_row("best expert in hindsight", *(f"{value:.2f}" for value in best), style="dim")
-    return table
+    found = Table(title="Perplexity per token, held-out documents", title_justify="left")
+    found.add_column("")
+    for name in [*(result.name for result in story.results), "mean"]:
+        found.add_column(name, justify="right")
+    experts = len(story.experts)
+    for number, row in enumerate(table(story)):
+        cells = [Text(f"{v:.2f}", "bold" if low else "") for v, low in zip(row.values, row.lowest, strict=True)]
+        found.add_row(row.label, *cells, end_section=number in (0, experts))
+    found.add_section()
+    found.add_row("best expert in hindsight", *(f"{value:.2f}" for value in hindsight(story)), style="dim")
+    return found
 
 
 def stream(story: Story) -> Group:
     """Perplexities on the streams, and the first one's posterior path as a row of bars for each expert."""
     found = story.stream
-    table = Table(title=f"Streams whose domain changes (gamma {found.gamma:g})", title_justify="left")
+    figures = Table(title=f"Streams whose domain changes (gamma {found.gamma:g})", title_justify="left")
     singles = min(found.experts, key=found.experts.__getitem__)
     columns = {
         "base": found.base,
@@ -59,8 +51,8 @@ def stream(story: Story) -> Group:
         "DEMix": found.demix,
     }
     for name in columns:
-        table.add_column(name, justify="right")
-    table.add_row(*(f"{value:.2f}" for value in columns.values()))
+        figures.add_column(name, justify="right")
+    figures.add_row(*(f"{value:.2f}" for value in columns.values()))
     path = found.paths[found.gamma]
     width = max(len(name) for name in found.experts)
     lines = [Text(f"{'text':>{width}} ", style="dim") + _segments(found.domains, found.borders, len(path), story)]
@@ -69,7 +61,7 @@ def stream(story: Story) -> Group:
         buckets = [float(bucket.mean()) for bucket in weights.tensor_split(min(_BUCKETS, len(weights)))]
         bars = "".join(_LEVELS[round(weight * (len(_LEVELS) - 1))] for weight in buckets)
         lines.append(Text(f"{name:>{width}} ") + Text(bars, style=COLOURS[index % len(COLOURS)]))
-    return Group(table, *lines)
+    return Group(figures, *lines)
 
 
 def _segments(domains: Sequence[str], borders: Sequence[int], length: int, story: Story) -> Text:

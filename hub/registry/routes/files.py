@@ -95,7 +95,7 @@ def download(request: Request, ns: str, name: str, revision: str, path: str) -> 
     return send_file(request, access.repos, found, unslash(path))
 
 
-@router.api_route("/{name}/resolve/{revision}/{path:path}", methods=["GET", "HEAD"])
-def download_unnamed(request: Request, name: str, revision: str, path: str) -> Response:
+@router.api_route("/{name}/resolve/{_rest:path}", methods=["GET", "HEAD"])
+def download_unnamed(request: Request, name: str, _rest: str) -> Response:
     """Answer for names without a namespace (``gpt2``), of which this registry has none."""
     raise repo_not_found(name[:96], anonymous=context_of(request).authority.identify(None).anonymous)

@@ -202,8 +202,9 @@ def delete_tag(request: Request, ns: str, name: str, tag: str) -> JSONResponse:
 @router.api_route("/api/{rest:path}", methods=["GET", "HEAD", "POST", "PUT", "DELETE"])
 def unknown(request: Request, rest: str) -> JSONResponse:
     """Answer for repositories of other types, names without a namespace, and what this registry does not do."""
-    if rest.split("/")[0] in ("models", "datasets", "spaces", "kernels"):
-        raise repo_not_found("/".join(rest.split("/")[1:3]), anonymous=caller_of(request).anonymous)
+    kind, _, name = rest.partition("/")
+    if kind in ("models", "datasets", "spaces", "kernels"):
+        raise repo_not_found(name[:96], anonymous=caller_of(request).anonymous)
     raise ApiError(404, f"this registry does not speak /api/{rest[:100]}")
 
 

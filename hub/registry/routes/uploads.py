@@ -80,8 +80,8 @@ async def commit(request: Request, ns: str, name: str, revision: str) -> JSONRes
     return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
 
 
-@router.get("/api/models/{ns}/{name}/xet-{kind}-token/{revision}")
-def xet_token(request: Request, ns: str, name: str, kind: str, revision: str) -> JSONResponse:
+@router.get("/api/models/{ns}/{name}/xet-write-token/{_revision}")
+def xet_token(request: Request, ns: str, name: str, _revision: str) -> JSONResponse:
     """Refuse, telling what helps."""
     access = writing(request, ns, name)
     limit = access.context.limits.inline

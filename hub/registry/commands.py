@@ -1,0 +1,175 @@
+"""``hub registry``: serve a store, and make its tokens."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+import click
+
+_EXTRA = ("fastapi", "uvicorn", "jinja2", "markdown_it", "nh3")
+
+
+@click.group(invoke_without_command=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0: a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--store", type=click.Path(path_type=Path), help="Store to serve; HUB_HOME without it.")
+@click.option(
+    "--tokens", type=click.Path(path_type=Path, dir_okay=False), help="Tokens file; see `hub registry token`."
+)
+@click.option("--max-file", metavar="SIZE", default="20GiB", show_default=True, help="Largest file taken in.")
+@click.option("--access-log", is_flag=True, help="Log every request to stderr.")
+@click.pass_context
+def registry(
+    ctx: click.Context,
+    port: int,
+    host: str,
+    store: Path | None,
+    tokens: Path | None,
+    max_file: str,
+    access_log: bool,
+) -> None:
+    r"""Serve a store as a registry: the Hugging Face protocol, and a web catalogue.
+
+    \b
+    hub registry --port 8000                                  (this machine only: everyone owns everything)
+    hub registry token add ci --write acme --tokens tokens.json
+    hub registry --host 0.0.0.0 --port 8000 --tokens tokens.json
+
+    Clients need nothing but HF_ENDPOINT=http://HOST:PORT, and HF_TOKEN where there are tokens. The address is
+    printed to stdout once the server answers. Put a proxy with TLS in front of it on an open network.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    from hub.errors import UsageError
+
+    if tokens is None and not _loopback(host):
+        raise UsageError(
+            f"without tokens the registry serves this machine only, not {host}",
+            hint="make some with `hub registry token add NAME --write NS --tokens FILE`, then give --tokens FILE",
+        )
+    _require_extra()
+    _serve(host, port, store, tokens, _bytes(max_file), access_log)
+
+
+def _require_extra() -> None:
+    from importlib.util import find_spec
+
+    from hub.errors import UsageError
+
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"the registry needs packages that are not installed: {', '.join(missing)}",
+            hint="pip install moduloom[server]",
+        )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _bytes(text: str) -> int:
+    import re
+
+    from hub.errors import UsageError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?", text.strip().upper())
+    size = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else 0
+    if not size:
+        raise UsageError(f"{text!r} is not a size", hint="write 500MiB or 20GiB")
+    return size
+
+
+def _serve(host: str, port: int, root: Path | None, tokens: Path | None, max_file: int, access_log: bool) -> None:
+    import socket
+
+    import uvicorn
+
+    from hub.registry.app import create_app
+    from hub.registry.limits import Limits
+    from hub.registry.tokens import Tokens
+    from hub.store import Store
+
+    store = Store(root)
+    app = create_app(
+        store,
+        authority=Tokens(tokens) if tokens else None,
+        limits=Limits(file=max_file, commit=2 * max_file, inline=min(Limits.inline, max_file)),
+    )
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="info" if access_log else "warning",
+        access_log=access_log,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host.strip("[]"), port))
+        address, taken = listener.getsockname()[:2]
+        _announce(f"http://{f'[{address}]' if ':' in address else address}:{taken}", store, tokens)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _announce(url: str, store: object, tokens: Path | None) -> None:
+    click.echo(f"serving {getattr(store, 'where', store)}", err=True)
+    if tokens is None:
+        click.secho("no tokens: ", fg="yellow", bold=True, nl=False, err=True)
+        click.echo("this machine only, and everyone on it may read and change everything", err=True)
+    else:
+        click.echo(f"tokens: {tokens}", err=True)
+    click.echo(f"clients: HF_ENDPOINT={url}", err=True)
+    click.echo(url)
+
+
+@registry.group()
+def token() -> None:
+    """Make, list and revoke access tokens. The file holds hashes only."""
+
+
+_FILE = click.option(
+    "--tokens", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The tokens file; made if needed."
+)
+
+
+@token.command("add")
+@click.argument("name")
+@click.option("--read", "read_scopes", multiple=True, metavar="NS", help="May read what is private in NS ('*': all).")
+@click.option("--write", "write_scopes", multiple=True, metavar="NS", help="Owns NS: may read and change all of it.")
+@_FILE
+def token_add(name: str, read_scopes: tuple[str, ...], write_scopes: tuple[str, ...], tokens: Path) -> None:
+    """Make a token NAME and print it to stdout. It is shown once and kept nowhere."""
+    from hub.registry.tokens import add
+
+    text = add(tokens, name, read_scopes=read_scopes, write_scopes=write_scopes)
+    click.echo(f"token {name} is in {tokens}; give it to clients as HF_TOKEN, it is not shown again", err=True)
+    click.echo(text)
+
+
+@token.command("list")
+@_FILE
+def token_list(tokens: Path) -> None:
+    """List the tokens and what they may do."""
+    from hub.registry.tokens import read
+
+    for entry in read(tokens).tokens:
+        scopes = [f"write {scope}" for scope in entry.write] + [f"read {scope}" for scope in entry.read]
+        click.echo(f"{entry.name}\t{', '.join(scopes)}\t{entry.created:%Y-%m-%d}" if entry.created else entry.name)
+
+
+@token.command("revoke")
+@click.argument("name")
+@_FILE
+def token_revoke(name: str, tokens: Path) -> None:
+    """Take the token NAME out; running servers refuse it at once."""
+    from hub.registry.tokens import revoke
+
+    revoke(tokens, name)
+    click.echo(f"token {name} is dead", err=True)

@@ -1,0 +1,380 @@
+"""Repositories of the Hugging Face Hub, or of anything that speaks its protocol, as a remote: public API only.
+
+One repository holds one adapter, and a tag is a version: ``module.json`` at that tag is the manifest. Other tags on
+the commit of a version are aliases. What was pulled once is in the client's cache and can be pulled again offline.
+The client checks no hashes; here every byte is checked against the manifest, and a cached file that does not fit
+is fetched anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from hub import canonical
+from hub.errors import Conflict, HubError, IntegrityError, NotFound, RefError, RemoteError, UsageError
+from hub.files import CHUNK, open_regular, read_capped, sha256_file
+from hub.manifest import MANIFEST_NAME
+from hub.ref import AdapterRef, check_name, check_version, version_key
+from hub.remotes.base import register
+from hub.resolve import Catalogue, Release
+from hub.staging import Advance
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    from hub.manifest import FileEntry, Manifest
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+_WORKERS = 8  # manifests read at a time
+_TRIES = 5  # commits that may come between ours and the head we saw
+_YANKED = "yanked/"  # name of a ref that our own registry keeps for a yanked version, among the converts
+_KEPT = frozenset({".gitattributes"})  # files that belong to the repository, not to the artifact
+
+
+class _Tag(NamedTuple):
+    name: str
+    commit: str
+    yanked: bool = False
+
+
+@register("hf", "hf+http", "hf+https")
+class HuggingFaceRemote:
+    """The Hugging Face Hub, or a registry that speaks its protocol.
+
+    Parameters
+    ----------
+    url
+        ``hf://`` (the endpoint is ``HF_ENDPOINT``, or huggingface.co) or ``hf+https://host`` (that endpoint). A
+        namespace behind it (``hf://acme``, ``hf+https://host/acme``) holds all adapters, whatever their own: then
+        ``local/tone`` lives in ``acme/tone``.
+
+    Notes
+    -----
+    Credentials are those of the client: ``HF_TOKEN``, or what ``hf auth login`` has stored.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.endpoint, self.namespace = _parse(url)
+        self._tags: dict[str, dict[str, _Tag]] = {}  # repository -> digest -> where it is
+        self._staged: dict[str, dict[str, CommitOperationAdd]] = {}  # digest -> path -> what publish will commit
+
+    @cached_property
+    def _api(self) -> HfApi:
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=self.endpoint, library_name="moduloom")
+
+    def names(self) -> list[str]:
+        """All names of the namespace, or of a registry of one's own; none where that would be the whole Hub."""
+        if self.namespace is None and self.endpoint == DEFAULT_ENDPOINT:
+            return []
+        with self._translated("the list of repositories"):
+            found = [model.id for model in self._api.list_models(author=self.namespace)]
+        return sorted(name for name in found if _is_name(name))
+
+    def catalogue(self, name: str) -> Catalogue:
+        """Versions and aliases of a repository, from its tags; from the client's cache where it is offline."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        repo = self._repo(name)
+        try:
+            with self._translated(repo):
+                refs = self._api.list_repo_refs(repo)
+        except _Offline as error:
+            return self._cached(name, error)
+        except RemoteError as error:
+            if isinstance(error.__cause__, RepositoryNotFoundError):
+                return Catalogue(name)
+            raise
+        tags = [_Tag(ref.name, ref.target_commit) for ref in refs.tags]
+        hidden = [ref for ref in refs.converts if ref.name.startswith(_YANKED)]
+        tags += [_Tag(ref.name.removeprefix(_YANKED), ref.target_commit, True) for ref in hidden]
+        versions = [tag for tag in tags if _is_version(tag.name)]
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            digests = list(pool.map(lambda tag: self._digest(repo, tag), versions))
+        return self._folded(name, tags, dict(zip(versions, digests, strict=True)))
+
+    def _folded(self, name: str, tags: list[_Tag], digests: dict[_Tag, str | None]) -> Catalogue:
+        places = {digest: tag for tag, digest in digests.items() if digest is not None}
+        self._tags[self._repo(name)] = places
+        reason = f"withdrawn in {self.url}"
+        releases = [
+            Release(check_version(tag.name), digest, reason if tag.yanked else None) for digest, tag in places.items()
+        ]
+        of_commit = {tag.commit: digest for digest, tag in places.items()}
+        aliases = {tag.name: of_commit[tag.commit] for tag in tags if _is_alias(tag.name) and tag.commit in of_commit}
+        return Catalogue(name, tuple(sorted(releases, key=lambda release: version_key(release.version))), aliases)
+
+    def _cached(self, name: str, reason: RemoteError) -> Catalogue:
+        from huggingface_hub import scan_cache_dir
+        from huggingface_hub.errors import CacheNotFound
+
+        repo = self._repo(name)
+        try:
+            repos = [found for found in scan_cache_dir().repos if found.repo_id == repo]
+        except CacheNotFound:
+            repos = []
+        tags, digests = [], {}
+        for revision in (revision for found in repos for revision in found.revisions):
+            manifest = next((file for file in revision.files if file.file_name == MANIFEST_NAME), None)
+            for ref in revision.refs if manifest else ():
+                tag = _Tag(ref, revision.commit_hash)
+                tags.append(tag)
+                if manifest and _is_version(ref):
+                    digests[tag] = canonical.digest(self._manifest_at(repo, tag))
+        if not digests:
+            raise reason
+        return self._folded(name, tags, dict(digests))
+
+    def _digest(self, repo: str, tag: _Tag) -> str | None:
+        """Digest of the manifest at a tag; None where there is no manifest, so that this is no version of ours."""
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return canonical.digest(self._manifest_at(repo, tag))
+        except RemoteError as error:
+            if isinstance(error.__cause__, EntryNotFoundError):
+                return None
+            raise
+
+    def manifest(self, name: str, digest: str) -> bytes:
+        """Bytes of ``module.json`` at the tag of that version."""
+        return self._manifest_at(self._repo(name), self._place(name, digest))
+
+    def _manifest_at(self, repo: str, tag: _Tag) -> bytes:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(repo, MANIFEST_NAME, revision=tag.commit)
+        for path in (cached, None):
+            found = Path(path if isinstance(path, str) else self._download(repo, MANIFEST_NAME, tag, anew=path is None))
+            data = read_capped(found.resolve(), canonical.MAX_JSON)
+            if _fits_name(data, found.resolve().name):
+                return data
+        raise IntegrityError(f"{self.url} sent a damaged {MANIFEST_NAME} for {repo} {tag.name}", path=MANIFEST_NAME)
+
+    def missing(self, manifest: Manifest) -> list[FileEntry]:
+        """Files to send: none of a version that is there, else all but the large ones that main holds already."""
+        if manifest.digest in self._places(manifest.name):
+            return []
+        large = {path: sha256 for path, sha256 in self._main(manifest.name)[1].items() if sha256}
+        return [entry for entry in manifest.files if large.get(entry.path) != entry.sha256]
+
+    def read(self, manifest: Manifest, entry: FileEntry, offset: int) -> Iterable[bytes]:
+        """Bytes of a file, by way of the client's cache."""
+        tag = self._place(manifest.name, manifest.digest)
+        path = self._download(self._repo(manifest.name), entry.path, tag)
+        if sha256_file(Path(path).resolve()) != (entry.sha256, entry.size):
+            path = self._download(self._repo(manifest.name), entry.path, tag, anew=True)
+        with open_regular(Path(path).resolve()) as file:  # the cache keeps links to its blobs
+            file.seek(offset)
+            while chunk := file.read(CHUNK):
+                yield chunk
+
+    def write(self, manifest: Manifest, entry: FileEntry, source: Path, advance: Advance) -> None:
+        """Send a large file; a small one waits for the one commit that `publish` makes of all."""
+        from huggingface_hub import CommitOperationAdd
+
+        repo = self._repo(manifest.name)
+        with self._translated(repo):
+            if not self._staged.get(manifest.digest):
+                self._api.create_repo(repo, exist_ok=True)
+            addition = CommitOperationAdd(entry.path, str(source))
+            self._api.preupload_lfs_files(repo, [addition], free_memory=False)
+        self._staged.setdefault(manifest.digest, {})[entry.path] = addition
+        advance(entry.size)
+
+    def publish(self, manifest: Manifest) -> bool:
+        """Commit all files at once, on top of the head that was seen, and tag the commit with the version."""
+        if manifest.digest in self._places(manifest.name):
+            return False
+        commit = self._commit(manifest)
+        repo = self._repo(manifest.name)
+        try:
+            with self._translated(repo):
+                self._api.create_tag(repo, tag=manifest.version, revision=commit)
+        except Conflict:
+            if manifest.digest in self._places(manifest.name):  # someone else published the same, just now
+                return False
+            raise
+        if manifest.digest not in self._places(manifest.name):
+            raise RemoteError(
+                f"{self.url} does not give back the manifest of {manifest.ref} that was sent",
+                ref=manifest.ref,
+                digest=manifest.digest,
+            )
+        self._staged.pop(manifest.digest, None)
+        return True
+
+    def _commit(self, manifest: Manifest) -> str:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        repo, staged = self._repo(manifest.name), self._staged.get(manifest.digest, {})
+        with self._translated(repo):
+            self._api.create_repo(repo, exist_ok=True)
+        for tried in range(1, _TRIES + 1):
+            head, present = self._main(manifest.name)
+            absent = [e.path for e in manifest.files if e.path not in staged and present.get(e.path) != e.sha256]
+            if absent:
+                raise NotFound(f"{self.url} lacks {', '.join(absent[:5])} of {manifest.ref}", hint="push again")
+            wanted = {entry.path for entry in manifest.files} | {MANIFEST_NAME}
+            operations: list[Any] = [
+                CommitOperationDelete(path, is_folder=False) for path in present.keys() - wanted - _KEPT
+            ]
+            operations += [CommitOperationAdd(op.path_in_repo, op.path_or_fileobj) for op in staged.values()]
+            operations.append(CommitOperationAdd(MANIFEST_NAME, manifest.canonical))
+            try:
+                with self._translated(repo):
+                    return str(
+                        self._api.create_commit(
+                            repo, operations, commit_message=str(manifest.ref), parent_commit=head
+                        ).oid
+                    )
+            except Conflict:
+                if tried == _TRIES:
+                    raise
+        raise AssertionError
+
+    def tag(self, name: str, alias: str, digest: str) -> None:
+        """Let a tag stand on the commit of a version."""
+        repo, place = self._repo(name), self._place(name, digest)
+        with self._translated(repo):
+            present = {ref.name: ref.target_commit for ref in self._api.list_repo_refs(repo).tags}
+            if present.get(alias) == place.commit:
+                return
+            if alias in present:
+                self._api.delete_tag(repo, tag=alias)
+            self._api.create_tag(repo, tag=alias, revision=place.commit)
+
+    def _main(self, name: str) -> tuple[str | None, dict[str, str | None]]:
+        """Head of main, and its files: path -> sha256 where the Hub knows it. No head where there is no repository."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+        from huggingface_hub.hf_api import RepoFile
+
+        repo = self._repo(name)
+        try:
+            with self._translated(repo):
+                head = self._api.repo_info(repo).sha
+                entries = list(self._api.list_repo_tree(repo, recursive=True, revision=head))
+        except RemoteError as error:
+            if isinstance(error.__cause__, RepositoryNotFoundError):
+                return None, {}
+            raise
+        files = [entry for entry in entries if isinstance(entry, RepoFile)]
+        return head, {file.path: file.lfs.sha256 if file.lfs else None for file in files}
+
+    def _repo(self, name: str) -> str:
+        ref = AdapterRef.parse(name)
+        return f"{self.namespace or ref.namespace}/{ref.name}"
+
+    def _places(self, name: str) -> dict[str, _Tag]:
+        self.catalogue(name)
+        return self._tags.get(self._repo(name), {})
+
+    def _place(self, name: str, digest: str) -> _Tag:
+        found = self._tags.get(self._repo(name), {}).get(digest) or self._places(name).get(digest)
+        if found is None:
+            raise NotFound(f"{self.url} has no version of {name} with the digest {digest[:19]}...", digest=digest)
+        return found
+
+    def _download(self, repo: str, path: str, tag: _Tag, *, anew: bool = False) -> str:
+        # By the name of the tag, so that the cache knows it offline; a yanked version is no ref, but its commit is.
+        revision = tag.commit if tag.yanked else tag.name
+        with self._translated(repo):
+            return str(self._api.hf_hub_download(repo, path, revision=revision, force_download=anew))
+
+    @contextmanager
+    def _translated(self, about: str) -> Iterator[None]:
+        """Turn what the client raises into errors that say what to do."""
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+        try:
+            yield
+        except (OfflineModeIsEnabled, LocalEntryNotFoundError, _transport_error()) as error:
+            raise _Offline(
+                f"{self.endpoint} cannot be reached for {about}: {_first_line(error)}",
+                hint="check the network and HF_ENDPOINT; what was pulled before works offline",
+            ) from error
+        except HfHubHTTPError as error:
+            raise self._refusal(about, error) from error
+
+    def _refusal(self, about: str, error: Any) -> HubError:
+        status = getattr(error.response, "status_code", 0)
+        said = error.server_message or _first_line(error)
+        text = f"{self.endpoint} refuses {about} ({status}): {' '.join(said.split())[:300]}"
+        if status in (409, 412):
+            return Conflict(text, hint="look what is there now, then push again")
+        if status in (401, 403):
+            return RemoteError(text, hint="log in with `hf auth login`, or set HF_TOKEN to a token that may do this")
+        return RemoteError(text)
+
+
+class _Offline(RemoteError):
+    """The endpoint cannot be reached, or must not be."""
+
+
+def _parse(url: str) -> tuple[str, str | None]:
+    """Endpoint and namespace of a URL. Raises UsageError."""
+    parts = urlsplit(url)
+    hint = "write hf://, hf://namespace, hf+https://host or hf+https://host/namespace"
+    if parts.query or parts.fragment or parts.username:
+        raise UsageError(f"{url} has more than a host and a namespace", hint=hint)
+    scheme, path = parts.scheme.lower(), parts.path.strip("/")
+    if scheme == "hf":
+        endpoint, namespace, rest = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT, parts.netloc, path
+    else:
+        endpoint, (namespace, _, rest) = f"{scheme.removeprefix('hf+')}://{parts.netloc}", path.partition("/")
+    if rest or (scheme != "hf" and not parts.netloc):
+        raise UsageError(f"{url} is not a registry and a namespace", hint=hint)
+    return endpoint.rstrip("/"), check_name(namespace, what="namespace") if namespace else None
+
+
+def _transport_error() -> type[Exception]:
+    """Base of what the client's transport raises; which library that is depends on the client's version."""
+    try:
+        import httpx2 as httpx
+    except ModuleNotFoundError:
+        import httpx  # type: ignore[no-redef]
+    return httpx.HTTPError
+
+
+def _fits_name(data: bytes, name: str) -> bool:
+    """Whether bytes are those of their entity tag, by which the cache names its blobs; True for any other name."""
+    if len(name) == 64:
+        return hashlib.sha256(data).hexdigest() == name
+    if len(name) == 40:
+        return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest() == name
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _is_name(text: str) -> bool:
+    try:
+        return text.count("/") == 1 and AdapterRef.parse(text).id == text
+    except RefError:
+        return False
+
+
+def _is_version(tag: str) -> bool:
+    try:
+        return check_version(tag) == tag
+    except RefError:
+        return False
+
+
+def _is_alias(tag: str) -> bool:
+    try:
+        return AdapterRef("any", "name", alias=tag).alias == tag
+    except RefError:
+        return False
