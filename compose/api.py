@@ -86,7 +86,7 @@ def load(
     }
     leaves = {text: leaf for made in plans.values() for text, leaf in made.leaves.items()}
     if task is None:
-        task, labels = _task_of(leaves.values(), labels)
+        task, labels = task_of(leaves.values(), labels)
     model = bases.load_base(
         base,
         quantize=quantize,
@@ -133,7 +133,7 @@ class _Sources:
         return self._found[text]
 
 
-def _task_of(leaves: Iterable[Resolved], labels: Sequence[str] | None) -> tuple[str | None, Sequence[str] | None]:
+def task_of(leaves: Iterable[Resolved], labels: Sequence[str] | None) -> tuple[str | None, Sequence[str] | None]:
     """Task and labels that the adapters were trained for, if their manifests agree on one."""
     manifests = [leaf for leaf in leaves if isinstance(leaf, Manifest) and leaf.task]
     tasks = {m.task for m in manifests}

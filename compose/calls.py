@@ -41,6 +41,10 @@ class Calls:
         called = [model, *([backbone] if backbone is not model else []), *([self._encoder] if self._encoder else [])]
         self._hooks = [hook for module in called for hook in self._watch(module)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a model lowers its own adapters, at its first call.
+        return {**self.__dict__, "prompt": None, "_open": [], "_prompted": None, "_layout": None, "_text_mask": None}
+
     def close(self) -> None:
         """Take the hooks off."""
         for hook in self._hooks:

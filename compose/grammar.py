@@ -38,6 +38,13 @@ def read(text: str) -> Expr:
     return found
 
 
+def places(text: str) -> list[tuple[Expr, int, int]]:
+    """Every sub-expression of a text that can be read, inner ones first: (tree, start, end) with text[start:end]."""
+    reader = _Reader(text)
+    reader.term(reader.tree(), 1)
+    return reader.found
+
+
 class _Reader:
     """One text, its tokens, and where each lies in the Python source made from them."""
 
@@ -45,6 +52,7 @@ class _Reader:
         self.text = text
         self.tokens: list[Token] = []
         self.columns: list[int] = []
+        self.found: list[tuple[Expr, int, int]] = []
         self.source = self._placeholders()
 
     def _placeholders(self) -> str:
@@ -88,14 +96,23 @@ class _Reader:
 
     def wrong(self, node: ast.AST, message: str, hint: str | None = None) -> ExpressionError:
         """Return an error that points at ``node``."""
+        return error_at(self.text, *self._span(node), message, hint=hint)
+
+    def _span(self, node: ast.AST) -> tuple[int, int]:
         first = self._token(getattr(node, "col_offset", 0))
         last = self._token(max(0, (getattr(node, "end_col_offset", 0) or 1) - 1))
-        return error_at(self.text, first.start, max(first.end, last.end), message, hint=hint)
+        return first.start, max(first.end, last.end)
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
     def term(self, node: ast.expr, level: int) -> Expr | float:
-        """Tree of ``node``, or the number it stands for."""
+        """Tree of ``node``, or the number it stands for; trees are noted with their places."""
+        value = self._term(node, level)
+        if isinstance(value, Expr):
+            self.found.append((value, *self._span(node)))
+        return value
+
+    def _term(self, node: ast.expr, level: int) -> Expr | float:
         if level > MAX_DEPTH:
             raise self.wrong(node, f"nested deeper than {MAX_DEPTH} levels")
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub | ast.RShift):

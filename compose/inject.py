@@ -45,7 +45,7 @@ class Runtime:
         self._slots: dict[str, Slot] = {}
         self._positions: dict[str, PositionSlot] = {}
         self._prefixed: list[nn.Module] = []
-        self._was_live = False
+        self._lowered: Any = None  # revisions of the adapters as they were lowered
         self._stamps: dict[str, Any] = {}  # of merged adapters: what their members were
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         model.requires_grad_(False)
@@ -53,12 +53,15 @@ class Runtime:
         model.add_module("moduloom_adapters", self._bank)
         self._calls = Calls(model, self.sites, self.context, self._before_call)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lowered": None}  # a copy of the model (copy.deepcopy) lowers at its first call
+
     # -- residents -------------------------------------------------------------------------------------------------
 
     def add(self, name: str, adapter: Adapter) -> Adapter:
         """Make an adapter resident under ``name``; an earlier one of that name is replaced."""
         adapter.name = name
-        adapter.to(self.model.device)
+        adapter.to(self.model.device).train(self.model.training)
         self.adapters[name] = adapter
         self._bank[_key(name)] = adapter
         if any(name in row.refs for row in self.rows):
@@ -108,7 +111,7 @@ class Runtime:
         pairs = [self._row(i) for i in range(self._row_count())]
         # A weight of zero costs nothing: where no row has another, the adapter is not there.
         active = {n: self.adapters[n] for row in pairs for c, n in row if not _is_zero(c)}
-        self._was_live = self.live
+        self._lowered = self._revisions()
         self.context.tokens = max((w.shape[1] for w in self._tensors() if w.dim() == 2 and w.shape[1] > 1), default=0)
         for slot in self._slots.values():
             slot.clear()
@@ -124,8 +127,11 @@ class Runtime:
             self._calls.embedding = self.slot(self.sites.embedding)
 
     def _before_call(self) -> None:
-        if self.live or self._was_live:  # parameters moved since the last lowering, or have just been frozen
+        if self.live or self._lowered != self._revisions():  # live parameters have moved since the last lowering
             self.refresh()
+
+    def _revisions(self) -> list[tuple[str, int]]:
+        return [(n, self.adapters[n].revision) for n in dict.fromkeys(n for row in self.rows for n in row.refs)]
 
     def _is_site(self, path: str, adapter: Adapter) -> bool:
         return path in adapter.saved or not (adapter.prefix(path) or adapter.prompt())

@@ -39,7 +39,6 @@ class Prepared(Protocol):
         """Return y plus the mixture. With ``fresh`` nobody else holds y: it may be written over."""
 
 
-SHORT = 8  # tokens a row up to which a call counts as a decoding step
 Backend = Callable[[Sequence[Pair], Tensor], Prepared]
 BACKENDS: dict[str, Backend] = {}
 
@@ -75,23 +74,20 @@ def _fold(x: Tensor, rows: int) -> Tensor:
     return x.reshape(rows, x.shape[0] // rows * x.shape[1], x.shape[2])
 
 
-def choose(ranks: Sequence[int], weights: Tensor, length: int = 1) -> str:
-    """Name of the backend for these ranks and weights and ``length`` tokens a row.
+def choose(ranks: Sequence[int], weights: Tensor) -> str:
+    """Name of the backend for these ranks and weights (thresholds from tests/benchmarks/bench_kernels.py).
 
-    Per row: ``stacked`` while the total rank is small, ``by_expert`` while several rows share an expert, else
-    ``gather``, whose cost does not grow with the number of experts. Per token: ``stacked`` while the total rank is
-    small, else ``grouped``, which computes only the experts a token uses. The thresholds are measured:
-    tests/benchmarks/bench_kernels.py.
+    Per row: ``stacked`` computes every rank for every row, ``gather`` reads the ranks of each row's own experts from
+    memory, which costs about as much as computing three times as many. Per token: ``stacked`` while the total rank is
+    small, else ``grouped``, which computes only the experts a token uses.
     """
+    total = sum(ranks)
     if weights.dim() == 3:
-        return "stacked" if sum(ranks) <= 128 else "grouped"
-    if len(weights) == 1 or sum(ranks) <= 32:
+        return "stacked" if total <= 128 else "grouped"
+    if len(weights) == 1:
         return "stacked"
-    if length > SHORT:
-        return "gather"
-    counts = (weights != 0).sum(0)
-    crowded = int(counts.max()) * len(ranks) <= 1.5 * int(counts.sum()) and 2 * len(ranks) <= len(weights)
-    return "by_expert" if crowded else "gather"
+    most = int(((weights != 0) * torch.tensor(ranks, device=weights.device)).sum(1).max())
+    return "stacked" if total <= 3 * most else "gather"
 
 
 def _add_product(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
@@ -173,64 +169,13 @@ def gather(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
 
 def gather_factors(pairs: Sequence[Pair], weights: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's factors: A (R, k, d_in) and w s B (R, k, d_out) with k = (most experts of a row) * (largest rank)."""
-    a, b = stack_factors(pairs)
+    rank = max(p.rank for p in pairs)
+    a = torch.stack([F.pad(p.A, (0, 0, 0, rank - p.rank)) for p in pairs])  # (E, r, d_in)
+    b = torch.stack([F.pad(p.B.T * p.scale, (0, 0, 0, rank - p.rank)) for p in pairs])  # (E, r, d_out)
     most = max(1, int((weights != 0).sum(1).max()))
     picked = (weights != 0).to(torch.int8).topk(most, dim=1).indices  # (R, most); unused places have weight zero
     w = weights.gather(1, picked)[..., None, None].to(b.dtype)  # (R, most, 1, 1)
     return a[picked].flatten(1, 2), (b[picked] * w).flatten(1, 2)
-
-
-def stack_factors(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """A (E, r, d_in) and s B (E, r, d_out), ranks padded with zeros to the largest."""
-    rank = max(p.rank for p in pairs)
-    a = torch.stack([F.pad(p.A, (0, 0, 0, rank - p.rank)) for p in pairs])
-    b = torch.stack([F.pad(p.B.T * p.scale, (0, 0, 0, rank - p.rank)) for p in pairs])
-    return a, b
-
-
-@backend
-def by_expert(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
-    """Sort the rows by expert, then two GEMMs batched over experts: for few experts, each with several rows.
-
-    Only for weights per row. Experts with fewer rows than the busiest are filled up with rows of weight zero.
-    """
-    if weights.dim() != 2:
-        raise ValueError("by_expert takes weights per row, not per token")
-    a, b = stack_factors(pairs)
-    a = a.transpose(1, 2)  # (E, d_in, r)
-    rows, w, back, valid = _places(weights)  # (E * n,), (E, n, 1), (R, most), (R, most)
-    w = w.to(b.dtype)
-    one_each = back.shape[1] == 1 and bool(valid.all())
-
-    def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
-        folded = _fold(x, len(back))  # (R, kT, d_in)
-        length = folded.shape[1]
-        h = torch.bmm(folded.index_select(0, rows).view(len(a), -1, x.shape[2]), a)  # (E, n * kT, r)
-        h = (h.view(*w.shape[:2], -1) * w).view(h.shape)
-        out = torch.bmm(h, b).view(len(rows), length, -1)  # (E * n, kT, d_out)
-        if one_each:
-            added = out.index_select(0, back[:, 0])
-        else:
-            added = (out[back] * valid[..., None, None]).sum(1)  # (R, kT, d_out)
-        return y.add_(added.view(y.shape)) if fresh else y + added.view(y.shape)
-
-    return run
-
-
-def _places(weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where each (row, expert) with a weight goes in an (E, n) table: rows and weights there, and the way back."""
-    experts, rows = weights.T.nonzero(as_tuple=True)  # sorted by expert
-    counts = torch.bincount(experts, minlength=weights.shape[1])
-    n = max(1, int(counts.max()))
-    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[experts]
-    place = experts * n + place
-    table_rows = rows.new_zeros(weights.shape[1] * n).scatter(0, place, rows)
-    table_weights = weights.new_zeros(weights.shape[1] * n).scatter(0, place, weights[rows, experts])
-    of_row = torch.full_like(weights, -1, dtype=torch.long)
-    of_row[rows, experts] = place
-    most = max(1, int((of_row >= 0).sum(1).max()))
-    back = of_row.topk(most, dim=1).values  # (R, most)
-    return table_rows, table_weights.view(-1, n, 1), back.clamp_min(0), back >= 0
 
 
 @backend

@@ -12,7 +12,6 @@ Saving, loading, the CLI, the docs table and the contract tests follow from the 
 
 from __future__ import annotations
 
-import copy
 import difflib
 import importlib
 import pkgutil
@@ -27,6 +26,7 @@ from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Prefix, Prompt
 from compose.sites import Site, SiteError, SiteMap
+from compose.weights import floating_copy
 from hub.errors import HubError
 
 PREFIX = "base_model.model."  # PEFT's key prefix: our files are PEFT files where PEFT has the kind
@@ -75,6 +75,7 @@ class Adapter(nn.Module):
         self.config, self.name = config, name
         self.labels: tuple[str, ...] = ()  # names of the classes of its head, where known
         self._frozen = False
+        self.revision = 0  # moves when what a model has lowered is no longer so
         self._keys: dict[str, str] = {}  # attribute -> key on disk
         self._generator = torch.Generator().manual_seed(0 if seed is None else seed)
         self.paths: tuple[str, ...] = ()
@@ -131,11 +132,13 @@ class Adapter(nn.Module):
     def freeze(self) -> Adapter:
         """Stop training: factors are gathered once and cached. Undone by :meth:`unfreeze`."""
         self._frozen = True
+        self.revision += 1
         return self.requires_grad_(False)
 
     def unfreeze(self) -> Adapter:
         """Train (again)."""
         self._frozen = False
+        self.revision += 1
         return self.requires_grad_(True)
 
     def targets(self, sites: SiteMap, *, default: tuple[str, ...] | None = None) -> list[Site]:
@@ -210,6 +213,7 @@ class Adapter(nn.Module):
                     f"{key} of adapter {self.name!r} has shape {got}, this base wants {wanted}",
                     hint="hub show REF prints the base it was made for",
                 )
+        self.revision += 1
         with torch.no_grad():
             for attribute, key in self._keys.items():
                 parameter = cast("nn.Parameter", getattr(self, attribute))
@@ -217,17 +221,14 @@ class Adapter(nn.Module):
             for path, attribute in self.saved.items():
                 stem = f"{PREFIX}{path}."
                 own = {k.removeprefix(stem): v for k, v in tensors.items() if k.startswith(stem)}
-                cast("nn.Module", getattr(self, attribute)).load_state_dict(
-                    {k: v.clone() for k, v in own.items()}, assign=True
-                )
+                head = cast("nn.Module", getattr(self, attribute))
+                here = next((t.device for t in head.state_dict().values()), None)
+                head.load_state_dict({k: v.to(device=here, copy=True) for k, v in own.items()}, assign=True)
 
     def _carry(self, path: str, module: nn.Module) -> None:
         attribute = f"saved:{path}".replace(".", "/")
-        clone = copy.deepcopy(module).requires_grad_(True)
-        for parameter in clone.parameters():
-            parameter.data = parameter.data.float()
         self.saved[path] = attribute
-        self.add_module(attribute, clone)
+        self.add_module(attribute, floating_copy(module))
 
 
 def _few(keys: Sequence[str], n: int = 4) -> str:

@@ -94,8 +94,8 @@ def load_files(directory: Path, request: Request) -> PreTrainedModel:
     files = weight_files(directory)
     for file in files:
         read_header(file.resolve())  # says plainly what is wrong with a broken file
-    with _quiet():
-        config = _config(directory, request)
+    with quiet():
+        config = read_config(directory, request)
         task = request.task or task_of(config)
         auto = getattr(transformers, TASKS[task])
         options: dict[str, Any] = {
@@ -135,7 +135,8 @@ def task_of(config: Any) -> str:
     return next((task for end, task in _SAVED_AS.items() if name.endswith(end)), "causal_lm")
 
 
-def _config(directory: Path, request: Request) -> Any:
+def read_config(directory: Path, request: Request) -> Any:
+    """Return the transformers config of the model in ``directory``, with the labels and problem type asked for."""
     try:
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=request.trust_remote_code
@@ -185,7 +186,7 @@ def _check_missing(directory: Path, config: Any, model: nn.Module, missing: Any)
 
 def _bitsandbytes(auto: Any, config: Any, request: Request) -> Any:
     compute = request.torch_dtype or getattr(config, "dtype", None) or torch.float32
-    skip = _heads(auto, config, request.trust_remote_code)
+    skip = stays_dense(auto, config, request.trust_remote_code)
     if request.quantize == "int8":
         _say_once("bitsandbytes.autograd._functions")  # it warns of its cast to fp16 in every layer of every forward
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
@@ -198,7 +199,7 @@ def _bitsandbytes(auto: Any, config: Any, request: Request) -> Any:
     )
 
 
-def _heads(auto: Any, config: Any, trust_remote_code: bool) -> list[str]:
+def stays_dense(auto: Any, config: Any, trust_remote_code: bool) -> list[str]:
     """Modules that stay dense: the output embeddings, and whatever stands outside the backbone or pools it."""
     with torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=trust_remote_code)
@@ -292,7 +293,7 @@ def _seeded() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No report of what we check ourselves; a progress bar only on a terminal."""
     log = transformers.utils.logging
     level, bar = log.get_verbosity(), log.is_progress_bar_enabled()

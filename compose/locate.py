@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +13,7 @@ from hub.errors import GateError, NotFound, StoreError, UsageError, suggest
 BUILTIN = "builtin:"
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?(?:@[\w./-]+)?\Z")
 # What a base is made of. Pickles (*.bin, *.pt) are never downloaded.
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,12 @@ def builtins() -> Mapping[str, Path]:
     return {path.parent.name.replace("_", "-"): path.parent for path in sorted(root.glob("*/config.json"))}
 
 
-def locate(base: str | Path, *, offline: bool = False) -> Location:
+def locate(base: str | Path, *, offline: bool = False, files: Sequence[str] = _WANTED) -> Location:
     """Find a base: ``builtin:tiny-lm``, a directory, or ``org/name[@revision]`` of the Hugging Face Hub.
 
     A Hugging Face id is downloaded into the ordinary Hugging Face cache (only its configuration, tokenizer and
-    safetensors), or taken from it with ``offline`` or HF_HUB_OFFLINE=1. The other forms never touch the network.
+    safetensors), or taken from it with ``offline`` or HF_HUB_OFFLINE=1; ``files`` are the patterns of
+    what is wanted. The other forms never touch the network.
 
     Raises
     ------
@@ -59,7 +60,7 @@ def locate(base: str | Path, *, offline: bool = False) -> Location:
             hint="give builtin:tiny-lm, a model directory, or a Hugging Face id org/name",
         )
     else:
-        found = _from_hub(text, offline=offline)
+        found = _from_hub(text, files, offline=offline)
     _check(found)
     return found
 
@@ -84,14 +85,14 @@ def _from_cache(directory: Path) -> Location | None:
     return Location(parts[-3].removeprefix("models--").replace("--", "/"), directory, parts[-1])
 
 
-def _from_hub(text: str, *, offline: bool) -> Location:
+def _from_hub(text: str, files: Sequence[str], *, offline: bool) -> Location:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     name, _, revision = text.partition("@")
     try:
         path = snapshot_download(
-            name, revision=revision or None, allow_patterns=_WANTED, ignore_patterns="*/*", local_files_only=offline
+            name, revision=revision or None, allow_patterns=list(files), ignore_patterns="*/*", local_files_only=offline
         )
     except HFValidationError as error:
         raise UsageError(f"{name!r} is neither a directory nor a Hugging Face id: {error}") from error

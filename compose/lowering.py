@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compose.atoms import Atoms, Function, Replace
 from compose.expr import Add, Call, Expr, Ref, Scale, Seq
@@ -152,7 +152,7 @@ class _Site:
     def _atoms(self, adapter: Adapter, under: _Under) -> Atoms | None:
         head = adapter.head(self.path)
         if head is not None:
-            return Atoms(function=Replace(head))
+            return Atoms(function=Replace(_in_its_own_precision(head, self.slot.base_layer)))
         atoms = adapter.lower(self.path, BelowView(self.slot, under.nodes))
         if atoms is not None and isinstance(atoms.function, Function) and atoms.function.tap:
             tapped = self.scene.slot(atoms.function.tap)
@@ -190,6 +190,19 @@ class _Site:
         if not parts:
             return None
         return parts[0] if len(parts) == 1 else Chain(parts)
+
+
+def _in_its_own_precision(head: nn.Module, base: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A carried module is kept in float32 whatever the base computes in; what comes out is in the base's dtype."""
+    inside = next((p.dtype for p in head.parameters()), None)
+    outside = next((p.dtype for p in base.parameters() if p.is_floating_point()), None)
+
+    def run(x: Tensor) -> Tensor:
+        known = x.is_floating_point()  # else x holds token ids, and an embedding says what comes out
+        y = cast("Tensor", head(x.to(inside) if known else x))
+        return y.to(x.dtype if known else outside)
+
+    return run
 
 
 def _merge_equal(entries: Sequence[Entry]) -> list[Entry]:

@@ -150,6 +150,10 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
         given = kwargs.get(name)
         if isinstance(given, Tensor) and given.shape == (batch, length) and not given.is_floating_point():
             out[name] = layout.join(given.new_full((batch, n), fill), given)
+    if state.causal and out.get("labels") is not kwargs.get("labels"):
+        # The last virtual token predicts the first of the text; in a row without a prompt there is none to do so.
+        first = out["labels"][:, n]
+        out["labels"][:, n] = torch.where(state.counts.to(first.device) == 0, -100, first)
     for name in ("start_positions", "end_positions"):
         if isinstance(kwargs.get(name), Tensor):
             out[name] = kwargs[name] + (n if state.causal else state.counts)
@@ -159,11 +163,12 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
 
 
 def _check_room(cache: Any, needed: int) -> None:
-    room = getattr(cache, "get_max_cache_shape", lambda: -1)()
-    if 0 < int(room) < needed:
+    layers = [layer for layer in getattr(cache, "layers", ()) if not getattr(layer, "is_sliding", False)]
+    room = max((getattr(layer, "max_cache_len", 0) for layer in layers), default=0)
+    if 0 < room < needed:
         raise KindError(
-            f"the cache has room for {int(room)} tokens and this call needs {needed} with the prompt before the text",
-            hint="make the static cache longer by the length of the prompt",
+            f"the cache has room for {room} tokens and this call needs {needed} with the prompt before the text",
+            hint="make the static cache longer by the length of the prompt (max_cache_len)",
         )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compose.atoms import Atoms, Function, Replace
-from compose.kernels import BACKENDS, SHORT, Pair, Prepared, choose, expand
+from compose.kernels import BACKENDS, Pair, Prepared, choose, expand
 
 Coefficient = float | Tensor  # a number, or (R,) per row, or (R, T) per token
 
@@ -97,7 +97,7 @@ class Stage:
         # Nothing but frozen pairs, the common case: y + sum_e w_e s_e B_e A_e x, see :meth:`add`.
         self.simple = self._keeps and all(e.atoms.is_pair and not e.atoms.dropout for e in self.entries)
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._prepared: dict[tuple[torch.dtype, bool], Prepared] = {}
+        self._prepared: dict[torch.dtype, Prepared] = {}
 
     @property
     def additive(self) -> bool:
@@ -165,11 +165,10 @@ class Stage:
 
     def add(self, y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
         """Y plus the low-rank mixture of frozen factors, laid out once; ``fresh``: y may be written over."""
-        key = x.dtype, x.shape[1] > SHORT
-        prepared = self._prepared.get(key)
+        prepared = self._prepared.get(x.dtype)
         if prepared is None:
             with self._to_keep():
-                prepared = self._prepared[key] = self._prepare(x.dtype, x)
+                prepared = self._prepared[x.dtype] = self._prepare(x.dtype, x)
         return prepared(y, x, fresh=fresh)
 
     def _to_keep(self) -> AbstractContextManager[Any]:
@@ -179,7 +178,9 @@ class Stage:
     def _prepare(self, dtype: torch.dtype, like: Tensor) -> Prepared:
         pairs = [_pair(e.atoms, dtype, folded=self._keeps) for e in self.low_rank]
         w = weight_matrix(self.low_rank, like)
-        return BACKENDS[choose([p.rank for p in pairs], w, like.shape[1])](pairs, w)
+        if self._keeps and len(used := (w != 0).flatten(0, -2).any(0).nonzero().flatten()):
+            pairs, w = [pairs[i] for i in used.tolist()], w[..., used]  # a weight of zero costs nothing
+        return BACKENDS[choose([p.rank for p in pairs], w)](pairs, w)
 
     def _add_with_dropout(self, y: Tensor, x: Tensor) -> Tensor:
         for e in self.low_rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,31 @@ def dense_weight(layer: nn.Module) -> Tensor:
             scale = cast("Any", layer).state.SCB
         return weight.data.float() * (cast("Tensor", scale).float()[:, None] / 127.0)
     return weight
+
+
+@torch.no_grad()
+def floating_copy(module: nn.Module) -> nn.Module:
+    """A float32 copy of a module to train whole; quantized layers inside it become plain linear ones."""
+    clone = copy.deepcopy(module)
+    if (plain := _plain(clone)) is not None:
+        clone = plain
+    for path, inner in list(clone.named_modules()):
+        if path and (plain := _plain(inner)) is not None:
+            parent, _, name = path.rpartition(".")
+            setattr(clone.get_submodule(parent), name, plain)
+    return clone.float().requires_grad_(True)
+
+
+def _plain(layer: nn.Module) -> nn.Linear | None:
+    """A quantized layer as nn.Linear, None for any other module."""
+    if not isinstance(layer, nn.Linear) or layer.weight.is_floating_point():
+        return None
+    weight, bias = dense_weight(layer), layer.bias
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device=weight.device)
+    plain.weight.copy_(weight)
+    if bias is not None:
+        plain.bias.copy_(bias)
+    return plain
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +16,7 @@ from weakref import finalize
 
 from hub.artifact import Artifact
 from hub.index import Facts, Index
+from hub.ledger import Position
 from hub.query import build
 from hub.ref import AdapterRef
 from hub.resolve import Catalogue
@@ -154,44 +156,49 @@ class Store(Vault):
 
     def _ask(self, question: Callable[[Index], T]) -> T:
         """Answer from an index that has read the whole log."""
-        try:
-            return question(self._current())
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # busy, full: not damage
-                with disk_errors(self.root):
-                    raise
-            self._index.remove()
-            return question(self._current())
+        with disk_errors(self.root):
+            if not self._writable():
+                return self._ask_unwritable(question)
+            try:
+                return question(self._current())
+            except sqlite3.OperationalError:  # busy, full: not damage
+                raise
+            except sqlite3.DatabaseError:
+                with self.lock():
+                    self._index.remove()
+                return question(self._current())
 
     def _current(self) -> Index:
-        end = self.ledger.size
         at = self._index.position()
-        if at is not None and at.offset == end:
-            return self._index
-        if not self._writable():
-            return self._spare()
-        if at is None or at.offset != self.ledger.end().offset:
+        # A line that a kill has torn makes the log longer than what was ever committed: look at its end, then.
+        if at is None or (at.offset != self.ledger.size and at != self.ledger.end()):
             with self.lock():
                 self._follow()
         return self._index
 
     def _writable(self) -> bool:
-        place = self.root
-        while not place.exists():
-            place = place.parent
-        return self.exists and os.access(place, os.W_OK)
+        return self.exists and os.access(self.root, os.W_OK)
 
-    def _spare(self) -> Index:
-        """Index for a store that cannot be written: its own where that is current, else one in a temporary file."""
-        if self._index.path.exists():
-            frozen = Index(self._index.path, frozen=True)
-            if frozen.position() == self.ledger.end():
-                return frozen
+    def _ask_unwritable(self, question: Callable[[Index], T]) -> T:
+        """Answer for a store that this process may only read, while another one may be writing to it."""
+        while True:
+            end = self.ledger.end()
+            answer = question(self._spare(end))
+            if self.ledger.end() == end:
+                return answer
+
+    def _spare(self, end: Position) -> Index:
+        """Give the store's own index where that is current and at rest, else one in a temporary file."""
+        frozen = Index(self._index.path, frozen=True)
+        if frozen.path.exists() and not frozen.path.with_name(frozen.path.name + "-wal").exists():
+            with suppress(sqlite3.DatabaseError):  # damaged, and it cannot be mended here
+                if frozen.position() == end:
+                    return frozen
         if self._borrowed is None:
             directory = tempfile.mkdtemp(prefix="moduloom-index-")
             finalize(self, shutil.rmtree, directory, ignore_errors=True)
             self._borrowed = Index(Path(directory) / "index.sqlite", scratch=True)
-        if self._borrowed.position() != self.ledger.end():
+        if self._borrowed.position() != end:
             self._borrowed.apply(self.ledger.read(), self._document, anew=True)
         return self._borrowed
 
@@ -201,8 +208,7 @@ class Store(Vault):
         if at is not None and at.offset > self.ledger.end().offset:
             at = None  # the log is another one now
         events = self.ledger.read(at)
-        with disk_errors(self.root):
-            self._index.apply(events, self._document, anew=at is None)
+        self._index.apply(events, self._document, anew=at is None)
 
     def _document(self, digest: str) -> Mapping[str, Any]:
         # Validated when it was admitted; the digest says that it has not changed since.

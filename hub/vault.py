@@ -58,7 +58,11 @@ def disk_errors(root: Path) -> Iterator[None]:
         where = error.filename or root
         raise StoreError(f"cannot use {where}: {known[0]}", path=str(where), hint=known[1]) from error
     except sqlite3.OperationalError as error:
-        raise StoreError(f"the index of {root} cannot be used: {error}", path=root) from error
+        raise StoreError(
+            f"the index of {root} cannot be used: {error}",
+            path=root,
+            hint="look at the free space and the permissions there, or move the store with HUB_HOME",
+        ) from error
 
 
 class Vault:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
 from compose.expr import Expr
@@ -122,8 +123,7 @@ class Reader:
             logits = self._forward(experts, start, end, cache)
             targets = self.ids[:, start + 1 : end + 1].repeat(experts, 1)  # one shorter at the end of the text
             scored = logits[:, : targets.shape[1]]
-            chosen = scored.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-            log_probs = chosen - scored.logsumexp(-1)
+            log_probs = -functional.cross_entropy(scored.flatten(0, 1), targets.flatten(), reduction="none")
             yield log_probs.view(experts, batch, -1), logits[:, -1].view(experts, batch, -1)
 
     def _forward(self, experts: int, start: int, end: int, cache: DynamicCache | None) -> Tensor:

@@ -31,7 +31,13 @@ def _print_fields(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="The run's folder [runs/<name>].")
 @click.option("--publish/--no-publish", default=True, help="Put the adapter into the store (the default).")
 @click.option("--license", "license_", metavar="SPDX", help="Licence of the adapter, such as apache-2.0.")
-@click.option("--save-every", type=click.IntRange(0), default=0, metavar="STEPS", help="Save a checkpoint so often.")
+@click.option(
+    "--save-every",
+    type=click.IntRange(0),
+    default=100,
+    metavar="STEPS",
+    help="Steps between checkpoints [100]; 0: none.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint, exactly.")
 @click.option("--dry-run", is_flag=True, help="Show sites, counts, memory, time and the first example; train nothing.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is stdout.")

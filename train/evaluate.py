@@ -45,7 +45,7 @@ def evaluate(
     check(data)
     device = next(model.parameters()).device
     part, parts = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = 0.0
     found: list[tuple[Tensor, Tensor]] = []
     cache = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
     with _evaluation_mode(model), torch.no_grad(), amp(device, precision):
@@ -53,13 +53,13 @@ def evaluate(
             inputs = {name: value.to(device) for name, value in batch.items()}
             labels = inputs.pop("labels")
             logits = model(**inputs, **cache).logits
-            total += loss_sum(data.task, logits, labels).double()
+            total += float(loss_sum(data.task, logits, labels))
             if data.task == "classification":
                 found.append((logits.float().softmax(-1).cpu(), labels.cpu()))
     if accelerator and parts > 1:
-        total = accelerator.reduce(total)
+        total = float(accelerator.reduce(torch.tensor(total, dtype=torch.float64, device=device)))
         found = gather_object(found)
-    loss = float(total) / int(data.items.sum())
+    loss = total / int(data.items.sum())
     if data.task != "classification":
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(data.items.sum())}
     probabilities = torch.cat([p for p, _ in found])

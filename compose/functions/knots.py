@@ -18,7 +18,7 @@ class KnotsOptions(RankOptions):
     density: float = Field(0.2, gt=0, le=1, description="share of the entries that is kept")
     lambda_: float = Field(1.0, alias="lambda", description="factor of the merge")
     seed: int = Field(0, ge=0, description="of the random masks (dare, dare_ties)")
-    rescale: Literal["density", "l1", "none"] = Field("density", description="as in dare")
+    rescale: Literal["density", "l1"] | None = Field("density", description="as in dare")
 
     @property
     def variant(self) -> str:

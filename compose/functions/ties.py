@@ -33,8 +33,9 @@ class DareTiesOptions(RankOptions):
     density: float = Field(0.5, gt=0, le=1, description="probability that an entry is kept")
     lambda_: float = Field(1.0, alias="lambda", description="factor of the merged task vector")
     seed: int = Field(0, ge=0, description="of the random masks")
-    rescale: Literal["density", "l1", "none"] = Field(
-        "density", description="what is kept is divided by density (the paper), scaled to the same L1 norm, or left"
+    rescale: Literal["density", "l1"] | None = Field(
+        "density",
+        description="divide what is kept by density (the paper), scale it to the same L1 norm, or neither",
     )
 
 

@@ -24,7 +24,8 @@ def agreeing_mean(stack: Tensor, w: Tensor, variant: str = "paper") -> Tensor:
     agree = (stack * sign).clamp_min_(0)  # |tau| where it agrees, else 0
     merged = sign * torch.tensordot(w, agree, dims=1)
     votes = torch.ones_like(w) if variant == "peft" else w
-    return merged / torch.tensordot(votes, agree.sign_(), dims=1).clamp_min_(torch.finfo(stack.dtype).tiny)
+    share: Tensor = torch.tensordot(votes, agree.sign_(), dims=1)
+    return merged / share.clamp_min_(torch.finfo(stack.dtype).tiny)
 
 
 @elementwise("ties", paper="arXiv:2306.01708", trim=largest, whole=lambda o: o.variant == "paper")

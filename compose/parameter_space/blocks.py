@@ -106,12 +106,13 @@ def _between(low: float, high: float) -> float:
 def _bracket(sources: Sequence[Source], share: float) -> tuple[float, float]:
     """Where the magnitude lies that ``share`` of all exceed, by a sample of an eighth of the rows."""
     wanted = min(max(size(sources) // 64, _SAMPLE), 32 * _SAMPLE)
-    stride = max(1, size(sources) // (8 * wanted))  # of the columns
+    stride = max(1, size(sources) // (8 * wanted))
     seen: list[np.ndarray[Any, Any]] = []
     for source in sources:
         read = source.reader()
-        for lo in range(0, source.rows, 8):
-            seen.append(_magnitudes(read(lo, lo + 1)[:, lo // 8 % stride :: stride]))
+        for lo in range(0, source.rows, 64):
+            found = _magnitudes(read(lo, min(lo + 8, source.rows)))
+            seen.append(found[lo // 64 % min(stride, len(found)) :: stride])
     sample = np.sort(np.concatenate(seen))[::-1]
     n = len(sample)
     slack = 8 * (n * share * (1 - share)) ** 0.5 + 8  # rows differ in size, so the sample is worse than independent

@@ -48,7 +48,7 @@ def random(scope: Sequence[Source], o: Any) -> Callable[[Source], OnBlocks]:
     def at(source: Source) -> OnBlocks:
         seed = blake2b(source.key() + str(o.seed).encode(), digest_size=8).digest()
         level = max(1, round(o.density * _LEVELS))
-        factor = {"density": _LEVELS / level, "none": 1.0}.get(o.rescale) or _l1_factor(source, seed, level)
+        factor = {"density": _LEVELS / level, None: 1.0}.get(o.rescale) or _l1_factor(source, seed, level)
         return _dropper(seed, level, factor)
 
     return at

@@ -110,7 +110,8 @@ def _serve(host: str, port: int, root: Path | None, tokens: Path | None, max_fil
         timeout_graceful_shutdown=10,
     )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as listener:
+    # With the protocol named, asyncio switches off Nagle's algorithm on what it accepts: 40 ms a request otherwise.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host.strip("[]"), port))
         address, taken = listener.getsockname()[:2]

@@ -86,27 +86,33 @@ def _version(name: str, tag: str) -> str | None:
 def _publish(repos: Repos, target: Revision, version: str, caller: Caller) -> Revision:
     name = target.name
     present = repos.store.catalogue(name).find(version=version)
-    if target.release is not None and present is not None and target.release.digest == present.digest:
+    if present is not None:
         return _again(repos, target, present)
     try:
         with disk_errors(repos.drafts.root), repos.drafts.staging.room() as room:
             directory = room / "artifact"
             _lay_out(repos, target, directory)
             manifest = _manifest(repos, target, directory, version)
-            if present is not None and present.digest == manifest.digest:
-                return _again(repos, repos.of_release(name, present), present)
             repos.store.ingest(manifest, _Linker(directory), reuse=True)
     except (GateError, IntegrityError, ManifestError) as error:
         raise ApiError(400, f"{name} {version} was not published: {from_hub(error).message}") from error
     return _settle(repos, target, manifest, caller)
 
 
-def _again(repos: Repos, revision: Revision, present: Release) -> Revision:
-    """Publish what is published: un-yanks it, or is a conflict, as tagging twice is everywhere."""
+def _again(repos: Repos, target: Revision, present: Release) -> Revision:
+    """Publish a version that is published: takes its yank back, or is a conflict, as tagging twice is everywhere."""
+    published = repos.of_release(target.name, present)
+    ref = AdapterRef.parse(target.name).at(version=present.version)
+    if _files(target) != _files(published):
+        raise ApiError(409, f"{ref} is published with other content; versions are immutable: give it a new version")
     if present.yanked is None:
-        raise ApiError(409, f"{revision.name} has the tag {present.version} already")
-    repos.store.yank(AdapterRef.parse(revision.name).at(version=present.version), None)
-    return revision
+        raise ApiError(409, f"{target.name} has the tag {present.version} already")
+    repos.store.yank(ref, None)
+    return published
+
+
+def _files(revision: Revision) -> dict[str, File]:
+    return {path: file for path, file in revision.tree.items() if path != MANIFEST_NAME}
 
 
 def _settle(repos: Repos, target: Revision, manifest: Manifest, caller: Caller) -> Revision:

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -24,11 +26,11 @@ from hub.files import CHUNK, open_regular, read_capped, sha256_file
 from hub.manifest import MANIFEST_NAME
 from hub.ref import AdapterRef, check_name, check_version, version_key
 from hub.remotes.base import register
-from hub.resolve import Catalogue, Release
+from hub.resolve import Catalogue, Release, refuse_conflict
 from hub.staging import Advance
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
 
     from hub.manifest import FileEntry, Manifest
 
@@ -65,7 +67,7 @@ class HuggingFaceRemote:
         self.url = url
         self.endpoint, self.namespace = _parse(url)
         self._tags: dict[str, dict[str, _Tag]] = {}  # repository -> digest -> where it is
-        self._staged: dict[str, dict[str, CommitOperationAdd]] = {}  # digest -> path -> what publish will commit
+        self._staged: dict[str, dict[str, Path]] = {}  # digest -> path in the repository -> where its bytes are
 
     @cached_property
     def _api(self) -> HfApi:
@@ -154,19 +156,22 @@ class HuggingFaceRemote:
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(repo, MANIFEST_NAME, revision=tag.commit)
-        for path in (cached, None):
-            found = Path(path if isinstance(path, str) else self._download(repo, MANIFEST_NAME, tag, anew=path is None))
+        for anew in (False, True):
+            path = (
+                cached if isinstance(cached, str) and not anew else self._download(repo, MANIFEST_NAME, tag, anew=anew)
+            )
+            found = Path(path)
             data = read_capped(found.resolve(), canonical.MAX_JSON)
             if _fits_name(data, found.resolve().name):
                 return data
         raise IntegrityError(f"{self.url} sent a damaged {MANIFEST_NAME} for {repo} {tag.name}", path=MANIFEST_NAME)
 
     def missing(self, manifest: Manifest) -> list[FileEntry]:
-        """Files to send: none of a version that is there, else all but the large ones that main holds already."""
+        """Files to send: none of a version that is there, else those that main is not known to hold."""
         if manifest.digest in self._places(manifest.name):
             return []
-        large = {path: sha256 for path, sha256 in self._main(manifest.name)[1].items() if sha256}
-        return [entry for entry in manifest.files if large.get(entry.path) != entry.sha256]
+        present = self._main(manifest.name)[1]
+        return [entry for entry in manifest.files if present.get(entry.path) != entry.sha256]
 
     def read(self, manifest: Manifest, entry: FileEntry, offset: int) -> Iterable[bytes]:
         """Bytes of a file, by way of the client's cache."""
@@ -187,17 +192,16 @@ class HuggingFaceRemote:
         with self._translated(repo):
             if not self._staged.get(manifest.digest):
                 self._api.create_repo(repo, exist_ok=True)
-            addition = CommitOperationAdd(entry.path, str(source))
-            self._api.preupload_lfs_files(repo, [addition], free_memory=False)
-        self._staged.setdefault(manifest.digest, {})[entry.path] = addition
+            self._api.preupload_lfs_files(repo, [CommitOperationAdd(entry.path, str(source))])
+        self._staged.setdefault(manifest.digest, {})[entry.path] = source
         advance(entry.size)
 
     def publish(self, manifest: Manifest) -> bool:
         """Commit all files at once, on top of the head that was seen, and tag the commit with the version."""
-        if manifest.digest in self._places(manifest.name):
+        repo, catalogue = self._repo(manifest.name), self.catalogue(manifest.name)
+        if refuse_conflict(manifest.ref, manifest.digest, catalogue, where=self.url):
             return False
         commit = self._commit(manifest)
-        repo = self._repo(manifest.name)
         try:
             with self._translated(repo):
                 self._api.create_tag(repo, tag=manifest.version, revision=commit)
@@ -218,26 +222,20 @@ class HuggingFaceRemote:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         repo, staged = self._repo(manifest.name), self._staged.get(manifest.digest, {})
-        with self._translated(repo):
-            self._api.create_repo(repo, exist_ok=True)
         for tried in range(1, _TRIES + 1):
             head, present = self._main(manifest.name)
             absent = [e.path for e in manifest.files if e.path not in staged and present.get(e.path) != e.sha256]
             if absent:
                 raise NotFound(f"{self.url} lacks {', '.join(absent[:5])} of {manifest.ref}", hint="push again")
             wanted = {entry.path for entry in manifest.files} | {MANIFEST_NAME}
-            operations: list[Any] = [
-                CommitOperationDelete(path, is_folder=False) for path in present.keys() - wanted - _KEPT
-            ]
-            operations += [CommitOperationAdd(op.path_in_repo, op.path_or_fileobj) for op in staged.values()]
-            operations.append(CommitOperationAdd(MANIFEST_NAME, manifest.canonical))
+            # New operations each time: the client asks what is there already, which must be what `head` holds.
+            changes: list[Any] = [CommitOperationDelete(path) for path in present.keys() - wanted - _KEPT]
+            changes += [CommitOperationAdd(path, str(source)) for path, source in staged.items()]
+            changes.append(CommitOperationAdd(MANIFEST_NAME, manifest.canonical))
             try:
                 with self._translated(repo):
-                    return str(
-                        self._api.create_commit(
-                            repo, operations, commit_message=str(manifest.ref), parent_commit=head
-                        ).oid
-                    )
+                    done = self._api.create_commit(repo, changes, commit_message=str(manifest.ref), parent_commit=head)
+                return str(done.oid)
             except Conflict:
                 if tried == _TRIES:
                     raise
@@ -255,9 +253,14 @@ class HuggingFaceRemote:
             self._api.create_tag(repo, tag=alias, revision=place.commit)
 
     def _main(self, name: str) -> tuple[str | None, dict[str, str | None]]:
-        """Head of main, and its files: path -> sha256 where the Hub knows it. No head where there is no repository."""
+        """Head of main (None without a repository), and its files: path -> sha256 where that is known.
+
+        It is known of large files, and of all where the head is the commit of a version.
+        """
         from huggingface_hub.errors import RepositoryNotFoundError
         from huggingface_hub.hf_api import RepoFile
+
+        from hub.manifest import Manifest
 
         repo = self._repo(name)
         try:
@@ -269,7 +272,12 @@ class HuggingFaceRemote:
                 return None, {}
             raise
         files = [entry for entry in entries if isinstance(entry, RepoFile)]
-        return head, {file.path: file.lfs.sha256 if file.lfs else None for file in files}
+        found = {file.path: file.lfs.sha256 if file.lfs else None for file in files}
+        for tag in self._tags.get(repo, {}).values():
+            if tag.commit == head:
+                listed = Manifest.parse(self._manifest_at(repo, tag)).files
+                found |= {entry.path: entry.sha256 for entry in listed if entry.path in found}
+        return head, found
 
     def _repo(self, name: str) -> str:
         ref = AdapterRef.parse(name)
@@ -298,13 +306,16 @@ class HuggingFaceRemote:
 
         try:
             yield
-        except (OfflineModeIsEnabled, LocalEntryNotFoundError, _transport_error()) as error:
-            raise _Offline(
-                f"{self.endpoint} cannot be reached for {about}: {_first_line(error)}",
-                hint="check the network and HF_ENDPOINT; what was pulled before works offline",
-            ) from error
+        except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+            raise self._offline(about, error) from error
         except HfHubHTTPError as error:
             raise self._refusal(about, error) from error
+        except _transport_error() as error:
+            raise self._offline(about, error) from error
+
+    def _offline(self, about: str, error: Exception) -> _Offline:
+        hint = "check the network and HF_ENDPOINT; what was pulled before works offline"
+        return _Offline(f"{self.endpoint} cannot be reached for {about}: {_first_line(error)}", hint=hint)
 
     def _refusal(self, about: str, error: Any) -> HubError:
         status = getattr(error.response, "status_code", 0)
@@ -339,11 +350,9 @@ def _parse(url: str) -> tuple[str, str | None]:
 
 def _transport_error() -> type[Exception]:
     """Base of what the client's transport raises; which library that is depends on the client's version."""
-    try:
-        import httpx2 as httpx
-    except ModuleNotFoundError:
-        import httpx  # type: ignore[no-redef]
-    return httpx.HTTPError
+    library: Any = import_module("httpx2" if find_spec("httpx2") else "httpx")
+    error: type[Exception] = library.HTTPError
+    return error
 
 
 def _fits_name(data: bytes, name: str) -> bool:

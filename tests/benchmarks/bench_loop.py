@@ -98,7 +98,8 @@ def main() -> None:
         steps = max(3, options.steps * 64 // (rows * length)) if rows * length > 1024 else options.steps
         ids = torch.randint(2, 4096, (steps * rows, length), generator=torch.Generator().manual_seed(0))
         ways = {"bare": bare, "ours": ours, "trainer": trainer}
-        best = {name: min(way(ids, rows) for _ in range(options.rounds)) / steps for name, way in ways.items()}
+        times = [{name: way(ids, rows) / steps for name, way in ways.items()} for _ in range(options.rounds)]
+        best = {name: min(round_[name] for round_ in times) for name in ways}
         ratios = {f"{name} / bare": round(best[name] / best["bare"], 3) for name in ("ours", "trainer")}
         found.append({"rows": rows, "tokens": length, **{n: round(v, 5) for n, v in best.items()}, **ratios})
         if options.json != "-":

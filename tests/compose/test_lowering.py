@@ -24,7 +24,11 @@ RESIDENTS = {
     "in1": ("ia3", {}),
     "in2": ("ia3", {}),
 }
-SITES = {"opt": "model.decoder.layers.1.fc2", "gpt2": "transformer.h.1.mlp.c_proj", "llama": "model.layers.1.mlp.down_proj"}
+SITES = {
+    "opt": "model.decoder.layers.1.fc2",
+    "gpt2": "transformer.h.1.mlp.c_proj",
+    "llama": "model.layers.1.mlp.down_proj",
+}
 
 
 class Reference:
@@ -67,8 +71,11 @@ class Reference:
         delta, shift = torch.zeros_like(matrix), torch.zeros_like(bias)
         for w, name in entries:
             adapter = self.adapters[name]
-            tensors = {k: adapter.at(self.path, k).detach().double() for k in ("A", "B", "magnitude", "b", "out", "in")
-                       if adapter.has(self.path, k)}
+            tensors = {
+                k: adapter.at(self.path, k).detach().double()
+                for k in ("A", "B", "magnitude", "b", "out", "in")
+                if adapter.has(self.path, k)
+            }
             if "A" in tensors:
                 update = adapter.config.scale * tensors["B"] @ tensors["A"]
                 if "magnitude" in tensors:

@@ -7,40 +7,19 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers as hf
 
 from compose import inject, interop
+from compose.kind import get_kind, make_config
 
-SMALL = dict(
-    vocab_size=101,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=128,
-)
-FAMILIES: dict[str, tuple[Callable[[], Any], str]] = {
-    "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, num_key_value_heads=2)), "CAUSAL_LM"),
-    "qwen2": (lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, num_key_value_heads=2)), "CAUSAL_LM"),
-    "gpt2": (
-        lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=128)),
-        "CAUSAL_LM",
-    ),
-    "opt": (lambda: hf.OPTForCausalLM(hf.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)), "CAUSAL_LM"),
-    "gpt_neox": (lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SMALL)), "CAUSAL_LM"),
-    "bert": (lambda: hf.BertForSequenceClassification(hf.BertConfig(**SMALL, num_labels=3)), "SEQ_CLS"),
-    "roberta": (
-        lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**SMALL, num_labels=3, pad_token_id=1)),
-        "SEQ_CLS",
-    ),
-    "t5": (
-        lambda: hf.T5ForConditionalGeneration(
-            hf.T5Config(
-                vocab_size=101, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
-            )
-        ),
-        "SEQ_2_SEQ_LM",
-    ),
+TASKS = {
+    "llama": "CAUSAL_LM",
+    "qwen2": "CAUSAL_LM",
+    "gpt2": "CAUSAL_LM",
+    "opt": "CAUSAL_LM",
+    "gpt_neox": "CAUSAL_LM",
+    "bert": "SEQ_CLS",
+    "roberta": "SEQ_CLS",
+    "t5": "SEQ_2_SEQ_LM",
 }
 KINDS: dict[str, Callable[..., Any]] = {  # PEFT's defaults decide where each one acts
     "lora": lambda **o: peft.LoraConfig(r=4, lora_alpha=10, **o),
@@ -51,17 +30,6 @@ KINDS: dict[str, Callable[..., Any]] = {  # PEFT's defaults decide where each on
     "prompt": lambda **o: peft.PromptTuningConfig(num_virtual_tokens=5, **o),
 }
 TOLERANCE = 1e-5
-
-
-def base(family: str) -> Any:
-    """The same random weights each time; norms near one, biases not zero."""
-    model = FAMILIES[family][0]()
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
-        parameter.data = centre + noise * (0.1 if parameter.dim() > 1 else 0.05)
-    return model.eval()
 
 
 def randomize(model: Any) -> None:
@@ -85,7 +53,9 @@ def batch(family: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 100, (3, 9), generator=generator)
     mask = torch.ones_like(ids)
-    if FAMILIES[family][1] == "SEQ_CLS":  # right padding with RoBERTa's padding token
+    # Right padding with RoBERTa's padding token; and for T5, whose relative positions see the gap that PEFT leaves
+    # between a prompt and text padded on the left.
+    if FAMILIES[family][1] == "SEQ_CLS" or family == "t5":
         ids[1, -3:], mask[1, -3:] = 1, 0
     else:
         mask[1, :3] = 0
@@ -164,24 +134,18 @@ PLACEMENTS = {
     "inside-a-head": ("roberta", dict(target_modules=["dense", "query"])),  # but not classifier.dense
     "language-head": ("llama", dict(target_modules=["lm_head", "q_proj"])),
     "cross-attention": ("t5", dict(target_modules=["EncDecAttention.k", "wo"])),
-    "tagged-head": ("opt", dict(target_modules=["fc2"], modules_to_save=["lm_head"])),
+    "whole-head": ("llama", dict(target_modules=["up_proj"], modules_to_save=["lm_head"])),
+    "whole-norm": ("opt", dict(target_modules=["fc2"], modules_to_save=["final_layer_norm"])),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
-@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings")
-@pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_same_placement(name, kind, tmp_path):
     family, options = PLACEMENTS[name]
     options = dict(options, task_type=FAMILIES[family][1])
     if kind == "ia3":
-        if "layers_to_transform" in options:
-            options = {k: v for k, v in options.items() if not k.startswith("layers")}
-        options["feedforward_modules"] = [] if isinstance(options["target_modules"], str) else ["dense", "down_proj"]
-        if options["feedforward_modules"]:
-            options["target_modules"] = sorted({*options["target_modules"], "dense", "down_proj"} & set(_ends(family)))
-            options["feedforward_modules"] = sorted({"dense", "down_proj"} & set(options["target_modules"]))
+        options = _for_ia3(options)
     theirs = peft_model(family, KINDS[kind](**options))
     theirs.save_pretrained(tmp_path / "theirs")
     model, adapter = attach(family, tmp_path / "theirs")
@@ -192,8 +156,13 @@ def test_same_placement(name, kind, tmp_path):
     torch.testing.assert_close(logits(back, family), logits(theirs, family), atol=TOLERANCE, rtol=0)
 
 
-def _ends(family: str) -> list[str]:
-    return [".".join(n.split(".")[-k:]) for n, _ in base(family).named_modules() for k in (1, 2, 3)]
+def _for_ia3(options: dict[str, Any]) -> dict[str, Any]:
+    """(IA)^3 has no layer filter, and its feed-forward modules are a subset of the targets."""
+    options = {k: v for k, v in options.items() if not k.startswith("layers")}
+    targets = options["target_modules"]
+    wide = ("dense", "fc2", "wo", "down_proj", "attention.output.dense")
+    marked = [] if isinstance(targets, str) else [t for t in targets if t in wide]
+    return {**options, "feedforward_modules": marked}
 
 
 def test_a_head_of_its_own_is_carried(tmp_path):

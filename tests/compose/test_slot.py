@@ -10,6 +10,7 @@ import torch
 from compose import interop
 from compose.inject import activate, eject, runtime
 from compose.kind import KindError
+from compose.sites import SiteError
 
 HEADS = {"bert": "classifier", "roberta": "classifier", "llama": "score", "gpt2": "score", "opt": "score"}
 
@@ -122,7 +123,7 @@ def test_a_saved_embedding_is_the_one_that_is_read(tiny, family):
 
 def test_a_carried_module_that_does_not_exist_is_named(tiny):
     model = tiny.model("bert", task="classification")
-    with pytest.raises(KindError, match="clasifier") as caught:
+    with pytest.raises(SiteError, match="clasifier") as caught:
         tiny.adapter(model, "lora", "a", modules_to_save=("clasifier",))
     assert "classifier" in caught.value.hint
 
@@ -152,7 +153,11 @@ def test_what_inference_mode_kept_does_not_meet_autograd(tiny, kind):
 def test_dropout_only_while_training(tiny):
     model = tiny.model("llama")
     batch = tiny.batch("llama", tiny.rows(6, 6))
-    for kind, options in [("lora", {"lora_dropout": 0.5}), ("dora", {"lora_dropout": 0.5}), ("bottleneck", {"dropout": 0.5})]:
+    for kind, options in [
+        ("lora", {"lora_dropout": 0.5}),
+        ("dora", {"lora_dropout": 0.5}),
+        ("bottleneck", {"dropout": 0.5}),
+    ]:
         adapter = tiny.adapter(model, kind, kind, **options)
         activate(model, kind)
         twice = [model(**batch).logits.detach() for _ in range(2)]  # eval mode, gradient on: a validation loss
@@ -222,6 +227,7 @@ def test_freezing_and_loading_while_active_take_effect(tiny):
         activate(model, "a")
         assert near(tiny.logits(model, batch), moved), kind
         adapter.load_state(best)  # best kept: into a frozen adapter that is active
+        assert near(tiny.logits(model, batch), at_best), kind
         activate(model, "a")
         assert near(tiny.logits(model, batch), at_best), kind
 
@@ -236,7 +242,11 @@ def test_a_router_may_learn_the_weights(tiny):
     for _ in range(2):
         gates = logits.softmax(-1)
         gates = gates * torch.tensor([[1.0, 1, 1, 1], [0.0, 1, 1, 1]])
-        activate(model, "lora + ia3 + bottleneck + bias", weights=dict(zip(("lora", "ia3", "bottleneck", "bias"), gates.T, strict=True)))
+        activate(
+            model,
+            "lora + ia3 + bottleneck + bias",
+            weights=dict(zip(("lora", "ia3", "bottleneck", "bias"), gates.T, strict=True)),
+        )
         for _ in range(2):
             model(**batch).logits.square().mean().backward(retain_graph=True)
     assert (logits.grad.abs() > 0).all()

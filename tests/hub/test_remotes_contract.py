@@ -1,6 +1,11 @@
 """What every remote must do. A new remote is tested by one more entry in `PLACES`."""
 
 import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,19 +17,49 @@ from hub.remotes.base import schemes
 from hub.store import Store
 from hub.transfer import pull, push
 
+
+@contextmanager
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Our own registry on loopback, with the stock client in this process."""
+    pytest.importorskip("fastapi", reason="the extra `server` is not installed")
+    uvicorn = pytest.importorskip("uvicorn", reason="the extra `server` is not installed")
+    from huggingface_hub import constants
+
+    from hub.registry.app import create_app
+
+    # The client reads its environment once, and other tests have imported it offline.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    server = uvicorn.Server(uvicorn.Config(create_app(Store(tmp_path / "remote")), log_level="error"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"hf+http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(20)
+
+
 PLACES = {
-    "path": lambda tmp_path: str(tmp_path / "remote"),
-    "file": lambda tmp_path: (tmp_path / "remote dir").as_uri(),
+    "path": lambda tmp_path, _: nullcontext(str(tmp_path / "remote")),
+    "file": lambda tmp_path, _: nullcontext((tmp_path / "remote").as_uri()),
+    "hf+http": registry,
 }
+ALIKE = {"hf": "hf+http", "hf+https": "hf+http"}  # one class, and nothing but the endpoint differs
 
 
 def test_every_scheme_is_under_contract() -> None:
-    assert set(schemes()) <= set(PLACES)
+    assert {ALIKE.get(scheme, scheme) for scheme in schemes()} <= set(PLACES)
 
 
 @pytest.fixture(params=sorted(PLACES))
-def url(request, tmp_path: Path) -> str:
-    return PLACES[request.param](tmp_path)
+def url(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the remote is; it keeps its artifacts in the store `tmp_path / "remote"`."""
+    with PLACES[request.param](tmp_path, monkeypatch) as found:
+        yield found
 
 
 @pytest.fixture
@@ -305,13 +340,12 @@ def test_damage_at_home_is_not_pushed(url: str, store: Store, publish) -> None:
     assert from_url(url).catalogue("acme/tone").releases == ()
 
 
-def test_yanked_at_the_remote(url: str, store: Store, second: Store, publish) -> None:
+def test_yanked_at_the_remote(url: str, store: Store, second: Store, publish, tmp_path: Path) -> None:
     publish("acme/tone@1.0")
     publish("acme/tone@1.1", seed=1)
     for version in ("1.0", "1.1"):
         push(store, from_url(url), f"acme/tone@{version}")
-    path = from_url(url).url
-    Store(path).yank(AdapterRef.parse("acme/tone@1.1"), "bad")
+    Store(tmp_path / "remote").yank(AdapterRef.parse("acme/tone@1.1"), "bad")
     assert pull(second, from_url(url), "acme/tone").ref.version == "1.0"
     assert pull(second, from_url(url), "acme/tone@1.1").ref.version == "1.1"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import compose
-from compose.kind import kinds
+from compose.kind import get_kind, kinds
 from hub.store import Store
 from train.batches import Dataset, Ragged
 from train.evaluate import evaluate
@@ -28,9 +28,9 @@ def data():
     return make
 
 
-def made(tiny, kind, dtype="fp32"):
+def made(tiny, kind, dtype="fp32", **options):
     model = tiny.model("llama", dtype)
-    adapter = compose.create(model, kind, tiny.options(kind), name="a", seed=3)
+    adapter = compose.create(model, kind, {**tiny.options(kind), **options}, name="a", seed=3)
     compose.activate(model, "a")
     return model, adapter
 
@@ -68,9 +68,10 @@ def test_it_learns_and_what_is_published_does_the_same(tiny, data, config, kind,
 @pytest.mark.parametrize("kind", sorted(kinds()))
 def test_it_resumes_bit_for_bit(tiny, data, config, kind, tmp_path):
     run = config(method=kind, duration=6, eval_every=2, schedule="cosine")
-    straight, resumed = made(tiny, kind), made(tiny, kind)
+    dropout = {name: 0.2 for name in get_kind(kind).Config.model_fields if name.endswith("dropout")}
+    straight, stopped, resumed = (made(tiny, kind, **dropout) for _ in range(3))
     whole = fit(*straight, data(0), data(1), run)
-    fit(*made(tiny, kind), data(0), data(1), run, out=tmp_path, save_every=5)  # leaves the checkpoint of step 5
+    fit(*stopped, data(0), data(1), run, out=tmp_path, save_every=5)  # leaves the checkpoint of step 5
     again = fit(*resumed, data(0), data(1), run, out=tmp_path, resume=True)
     assert again.best == whole.best
     for key, value in straight[1].state().items():

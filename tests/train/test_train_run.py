@@ -67,8 +67,9 @@ def test_a_run_leaves_a_folder_and_an_artifact_that_reloads_with_equal_results(n
     assert out.result.best["loss"] < bare["loss"] - 0.1
 
 
-def test_a_classifier_stores_its_head_and_its_labels(bert_base, reviews, tmp_path):
-    config = classifier(bert_base, reviews())
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_classifier_stores_its_head_and_its_labels(bert_base, reviews, tmp_path, quantize):
+    config = classifier(bert_base, reviews(), quantize=quantize)
     out = run(config, folder=tmp_path / "run", ref="me/reviews")
     assert str(out.artifact.ref) == "me/reviews@0.1.0"
     assert out.result.best["accuracy"] == 1.0
@@ -81,7 +82,7 @@ def test_a_classifier_stores_its_head_and_its_labels(bert_base, reviews, tmp_pat
         "classifier.weight",
         "classifier.bias",
     }
-    model = compose.load(bert_base, "me/reviews")
+    model = compose.load(bert_base, "me/reviews", quantize=quantize)
     words = compose.tokenizer(bert_base)(["very good film", "the bad film"], return_tensors="pt")
     with torch.no_grad():
         guesses = model(**words).logits.argmax(-1).tolist()

@@ -15,7 +15,7 @@ DOMAIN_CHARS = 700_000  # use at most this much text a domain: enough to train o
 DOCUMENT_CHARS = 16_000  # and this much of one document, so that one long file is not the domain
 SHORTEST = 300  # characters; shorter documents say too little to be scored
 HELDOUT_SHARE = 0.2
-HELDOUT_MOST = 10  # documents; scoring time grows with them
+HELDOUT_MOST = 8  # documents; scoring time grows with them
 TRAIN_LEAST = 4_000  # characters; less is a typing error, not a domain
 
 
@@ -66,7 +66,7 @@ def within_limits(name: str, documents: Iterable[Document], seed: int) -> Gather
         total += len(document.text)
         kept.append(document)
     short = len(found) - len(long_enough)
-    notes = (f"{short} documents under {SHORTEST} characters",) if short else ()
+    notes = (f"{_count(short, 'document')} under {SHORTEST} characters",) if short else ()
     return Gathered(tuple(kept), notes)
 
 
@@ -96,10 +96,14 @@ def _draw(name: str, documents: Sequence[Document], found: Gathered, seed: int) 
     size = sum(len(document.text) for document in train)
     if size < TRAIN_LEAST:
         raise UsageError(
-            f"domain {name!r} has too little text: {len(documents)} distinct documents of {SHORTEST} characters or more, "
-            f"{size} characters to train on after the held-out ones ({TRAIN_LEAST} needed)",
+            f"domain {name!r} has too little text: {_count(len(documents), 'distinct document')} of {SHORTEST} "
+            f"characters or more, {size} characters to train on beside the held-out ones ({TRAIN_LEAST} needed)",
             hint=f"give more text with --domain {name}=PATH",
         )
     repeated = len(found.documents) - len(documents)
-    notes = (f"{repeated} near-duplicates",) if repeated else ()
+    notes = (_count(repeated, "near-duplicate"),) if repeated else ()
     return Domain(name, tuple(train), tuple(heldout), (*found.left_out, *notes))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

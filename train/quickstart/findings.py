@@ -95,7 +95,7 @@ def claims(story: Story) -> list[Claim]:
             stream.demix < min(stream.experts.values()),
         ),
         Claim(
-            f"the regret bound NLL(mixture) <= NLL(expert) + ln(1/prior) holds for {within} of {len(documents)} "
+            f"the regret bound NLL(mixture) ≤ NLL(expert) + ln(1/prior) holds for {within} of {len(documents)} "
             "held-out documents and every expert",
             within == len(documents),
         ),

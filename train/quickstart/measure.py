@@ -21,7 +21,7 @@ from router.fold import context_of, expert_log_probs
 from train.quickstart.corpus import Domain
 
 CONTEXT = 512  # tokens in one window; a base with fewer positions gets its own
-DOCUMENT_TOKENS = 768  # of a held-out document at most: enough for two windows under one posterior
+DOCUMENT_TOKENS = 640  # of a held-out document at most: enough for two windows under one posterior
 BATCH = 8
 SEGMENT = 192  # tokens of a domain in the stream
 STREAMS = 6

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from torch import Tensor
 
 from train.quickstart.experts import Expert
@@ -60,12 +60,12 @@ def bars(result: DomainResult) -> str:
         names, values, colours = zip(*reversed(rows), strict=True)
         axes.barh(names, values, color=colours, height=0.7)
         for y, value in enumerate(values):
-            axes.text(value, y, f" {value:.1f}", va="center", fontsize=8)
+            axes.annotate(f"{value:.1f}", (value, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
         axes.axvline(result.best_expert, color=_INK, linewidth=0.6, linestyle=":")
         axes.set_xlim(0, max(values) * 1.16)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel("perplexity per token; dotted: best expert in hindsight")
+        axes.set_xlabel("perplexity per token")
 
     title = f"Perplexity on {result.name}: " + ", ".join(f"{name} {value:.1f}" for name, value, _ in rows)
     return svg(draw, 0.27 * len(rows) + 0.65, title)
@@ -116,6 +116,7 @@ def certainty(results: Sequence[DomainResult]) -> str:
             mean = [_mean_at(paths, t) for t in range(length)]
             axes.plot(range(1, length + 1), mean, color=colour(index), label=result.name, linewidth=1.5)
         axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens read", ylabel="weight of the own expert")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.legend(fontsize=8, loc="lower right")
 
     return svg(draw, 2.6, "Mean weight of a document's own expert after t tokens")

@@ -34,7 +34,7 @@ ul.claims li { padding-left: 1.6rem; text-indent: -1.6rem; margin: 0.25rem 0; ma
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 0.7rem 0.9rem; }
 .tile b { display: block; font-size: 1.45rem; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--dim); font-size: 0.85rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 0.9rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 0.9rem; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 0.8rem; }
 figure svg { display: block; width: 100%; height: auto; overflow: visible; }
 figure svg text { font-family: inherit; }
@@ -115,6 +115,7 @@ better; the best of each column is bold.</p>
 def _domains(story: Story) -> str:
     figures = [_figure(f"<b>{escape(r.name)}</b> {_about(r)}", plots.bars(r)) for r in story.results]
     return f"""<h2>Domain by domain</h2>
+<p class="dim">The dotted line is the best expert in hindsight.</p>
 <div class="figures">{"".join(figures)}</div>"""
 
 

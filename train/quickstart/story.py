@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import compose
 from compose.base import locate
+from compose.inject import runtime
 from hub.remotes.directory import DirectoryRemote
 from hub.store import Store
 from hub.transfer import pull
@@ -92,9 +93,10 @@ def run(options: Options, console: Console, *, started: float | None = None) -> 
         experts = train_all(options, domains, tokenizer, local, progress, console)
         for expert in experts:
             pull(second, DirectoryRemote(str(local.root)), expert.artifact.ref)
-        console.print(f"pulled {len(experts)} experts from {local.root} into {second.root}, every byte checked")
+        pulled = f"pulled {len(experts)} experts from {local.root} into {second.root}, every byte checked"
+        console.print(pulled, highlight=False, soft_wrap=True)
         model = load(options, experts, second)
-        parameters = model.num_parameters()
+        adapters = sum(p.numel() for adapter in runtime(model).adapters.values() for p in adapter.parameters())
         judge = Judge(model, tokenizer, [domain.name for domain in domains])
         with _task(progress, "held-out documents", sum(len(d.heldout) for d in domains)) as advance:
             results = measure_domains(judge, domains, advance)
@@ -108,7 +110,7 @@ def run(options: Options, console: Console, *, started: float | None = None) -> 
         tuple(results),
         stream,
         (str(local.root), str(second.root)),
-        parameters,
+        model.num_parameters() - adapters,
         machine(),
         started,
     )
@@ -128,6 +130,7 @@ def gather(options: Options, console: Console) -> list[Domain]:
             f"{domain.name}: {len(domain.train)} documents to train on ({size:,.0f} thousand characters), "
             f"{len(domain.heldout)} held out{left}",
             highlight=False,
+            soft_wrap=True,
         )
     return domains
 
@@ -151,7 +154,7 @@ def train_all(
         for domain in domains:
             expert = trainer.expert(domain)
             how = f"trained in {expert.seconds:.0f} s and pushed" if expert.trained else "trained already"
-            console.print(f"{expert.artifact.ref}: {how}", highlight=False)
+            console.print(f"{expert.artifact.ref}: {how}", highlight=False, soft_wrap=True)
             experts.append(expert)
             advance(1)
     return experts

@@ -35,7 +35,11 @@ def preupload(request: Request, ns: str, name: str, revision: str, body: JsonBod
     wanted = body.get("files")
     if not isinstance(wanted, list) or len(wanted) > limits.operations:
         raise ApiError(400, "files is a list of what to upload")
-    return JSONResponse({"files": [_way(access, head.tree, each) for each in wanted], "commitOid": head.oid})
+    ways = [_way(access, head.tree, each) for each in wanted]
+    headers = {}
+    if any(way["uploadMode"] == "lfs" for way in ways):  # Xet itself swallows what the server says; this is shown
+        headers["X-HF-Warning"] = f"large files; files of over {limits.inline} bytes need HF_HUB_DISABLE_XET=1 here"
+    return JSONResponse({"files": ways, "commitOid": head.oid}, headers=headers)
 
 
 def _way(access: Access, tree: Any, wanted: object) -> dict[str, Any]:

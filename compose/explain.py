@@ -1,0 +1,313 @@
+"""What a composition is and costs, found before anything is loaded: ``hub compose check`` and ``explain``.
+
+The plan is made from manifests, the adapters are put on an outline of the base (:mod:`compose.outline`), and the
+composition is activated and run there: what cannot work is refused with its place in the text, and costs are counted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compose.expr import Call, Expr, parse
+from compose.function import bind
+from compose.ladder import BaseWarning, Rung, compare
+from compose.leaves import Held, Shelf
+from compose.places import point
+from compose.plan import Plan, Step, plan
+from hub.errors import HubError, UsageError
+from hub.manifest import BaseIdentity, Requirement
+
+if TYPE_CHECKING:
+    from compose.outline import Outline
+
+__all__ = ["BaseFacts", "Explanation", "Member", "explain"]
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """The base: its identity, how it is held, and what one forward costs. Bytes; flops are per token (or image)."""
+
+    name: str
+    weights_fingerprint: str
+    quantize: str
+    parameters: int
+    bytes: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter: where it is from, its size in bytes, its rung on the base ladder, what it adds to a token."""
+
+    text: str
+    ref: str
+    digest: str | None
+    type: str
+    kind: str
+    sites: int
+    parameters: int
+    bytes: int
+    rung: Rung | None
+    flops: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A composition that was checked. ``where`` tells for each step of the plan where and when it runs."""
+
+    text: str
+    plan: Plan
+    base: BaseFacts
+    members: tuple[Member, ...]
+    requires: tuple[Requirement, ...]
+    where: tuple[str, ...]
+    shared: Mapping[tuple[str, str], int]  # two members -> at how many sites both act
+    flops: float
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Memory of all members."""
+        return sum(member.bytes for member in self.members)
+
+    @property
+    def relative_cost(self) -> float:
+        """Added operations over those of the base."""
+        return self.flops / self.base.flops
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        steps = [
+            {
+                "index": step.index,
+                "operation": step.operation,
+                "expression": None if step.operation == "inject" else str(step.expr),
+                "inputs": list(step.inputs),
+                "frees": list(step.frees),
+                "kind": step.kind,
+                "where": where,
+            }
+            for step, where in zip(self.plan.steps, self.where, strict=True)
+        ]
+        return {
+            "expression": self.text,
+            "normal": str(self.plan.expression),
+            "digest": self.plan.digest,
+            "base": vars(self.base),
+            "members": [vars(member) for member in self.members],
+            "requires": [need.as_dict() for need in self.requires],
+            "steps": steps,
+            "peak": self.plan.peak,
+            "conflicts": [{"members": list(pair), "sites": count} for pair, count in self.shared.items()],
+            "memory": {
+                "base": self.base.bytes,
+                "adapters": self.adapter_bytes,
+                "total": self.base.bytes + self.adapter_bytes,
+            },
+            "added_flops": self.flops,
+            "relative_cost": self.relative_cost,
+            "warnings": list(self.warnings),
+        }
+
+
+def explain(
+    text: str,
+    shelf: Shelf,
+    *,
+    base: str | Path | None = None,
+    allow_base_drift: bool = False,
+    **options: Any,
+) -> Explanation:
+    """Check a composition for a base and say what it costs.
+
+    Parameters
+    ----------
+    text
+        The expression.
+    shelf
+        Where its leaves are.
+    base
+        As for :func:`compose.load`; default: the one its adapters were made for.
+    options
+        ``task``, ``labels``, ``quantize``, ``double_quant``, ``dtype`` as for :func:`compose.load`.
+
+    Raises
+    ------
+    HubError
+        Whatever is wrong with it; the message ends with the text and the place. No tensor was read.
+    """
+    from compose.base import identity
+    from compose.outline import Outline
+
+    expr = parse(text)
+    trial = _Trial(shelf, allow_base_drift)
+    _pointed(text, trial, expr)
+    base = base or base_of(trial.plan(expr), shelf)
+    trial.known = identity(base)
+    task, labels = _task(trial.plan(expr), options)
+    trial.outline = Outline(base, **{**options, "task": task, "labels": labels})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BaseWarning)
+        made = _pointed(text, trial, expr)
+    said = tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, BaseWarning)))
+    return _facts(text, expr, made, trial, said)
+
+
+def _pointed(text: str, trial: _Trial, expr: Expr) -> Plan:
+    try:
+        return trial(expr)
+    except HubError as error:
+        raise point(text, error, trial) from error
+
+
+@dataclass
+class _Trial:
+    """Everything that can refuse an expression, in the order of its cost: manifests, base ladder, shapes."""
+
+    shelf: Shelf
+    allow_drift: bool
+    known: BaseIdentity | None = None
+    outline: Outline | None = None
+    rungs: dict[str, Rung] = field(default_factory=dict)
+
+    def __call__(self, expr: Expr) -> Plan:
+        made = self.plan(expr)
+        if self.outline is not None:
+            for text in made.leaves:
+                if text not in self.outline.runtime.adapters:
+                    self.outline.put(text, self.shelf.find(text))
+            self.outline.activate(made.expression)
+        return made
+
+    def plan(self, expr: Expr) -> Plan:
+        return plan(expr, self.shelf.resolve, check_base=self._ladder, allow_base_drift=self.allow_drift)
+
+    def _ladder(self, text: str, made_for: BaseIdentity) -> None:
+        if self.known is None or self.outline is None:
+            return
+        manifest = self.shelf.find(text).manifest
+        self.rungs[text] = compare(
+            made_for,
+            self.known,
+            trained_on=manifest.trained_on if manifest else None,
+            quantization=self.outline.request.quantize,
+            ref=text,
+            allow_drift=self.allow_drift,
+        )
+
+
+def base_of(made: Plan, shelf: Shelf) -> str:
+    """The base that the adapters of a plan were made for, as it can be loaded.
+
+    Raises
+    ------
+    UsageError
+        No adapter says which.
+    """
+    if made.base is not None:
+        return f"{made.base.repo}@{made.base.revision}" if made.base.revision else made.base.repo
+    named = (shelf.find(text).config.get("base_model_name_or_path") for text in made.leaves)
+    found = next((str(name) for name in named if name), None)
+    if found is None:
+        raise UsageError("no adapter of this expression says which base it was made for", hint="give --base BASE")
+    return found
+
+
+def _task(made: Plan, options: Mapping[str, Any]) -> tuple[str | None, Any]:
+    from compose.api import task_of
+
+    if options.get("task") is not None:
+        return str(options["task"]), options.get("labels")
+    return task_of(made.leaves.values(), options.get("labels"))
+
+
+# -- facts ---------------------------------------------------------------------------------------------------------
+
+
+def _facts(text: str, expr: Expr, made: Plan, trial: _Trial, said: tuple[str, ...]) -> Explanation:
+    from compose.publishing import requirements
+
+    outline, known = trial.outline, trial.known
+    assert outline is not None and known is not None  # noqa: S101 - set by the caller
+    per = outline.length
+    base = BaseFacts(
+        outline.name,
+        known.weights_fingerprint,
+        outline.request.quantize,
+        outline.base_parameters,
+        outline.bytes,
+        outline.base_flops / per,
+    )
+    members = tuple(_member(leaf, trial.shelf.find(leaf), outline, trial) for leaf in made.leaves)
+    published = [ref for ref in expr.refs if trial.shelf.find(ref).digest is not None]
+    return Explanation(
+        text,
+        made,
+        base,
+        members,
+        requirements(published, trial.shelf),
+        tuple(_where(step, made, outline, trial.shelf) for step in made.steps),
+        _shared(made, outline),
+        outline.added_flops(made.expression) / per,
+        said,
+    )
+
+
+def _member(text: str, held: Held, outline: Outline, trial: _Trial) -> Member:
+    from compose.expr import Ref
+
+    adapter = outline.runtime.adapters[text]
+    return Member(
+        text,
+        held.ref,
+        held.digest,
+        held.facts.type,
+        adapter.kind,
+        len(adapter.paths),
+        held.parameters,
+        held.size,
+        trial.rungs.get(text),
+        outline.added_flops(Ref(text)) / outline.length,
+    )
+
+
+def _shared(made: Plan, outline: Outline) -> dict[tuple[str, str], int]:
+    paths = {text: {*(a := outline.runtime.adapters[text]).paths, *a.saved} for text in made.leaves}
+    pairs = {(a, b): len(paths[a] & paths[b]) for a, b in combinations(paths, 2)}
+    return {pair: count for pair, count in pairs.items() if count}
+
+
+def _where(step: Step, made: Plan, outline: Outline, shelf: Shelf) -> str:
+    if step.operation == "load":
+        held = shelf.find(step.expr.refs[0])
+        return "from the store" if held.digest else f"from {held.ref}"
+    if step.operation == "inject":
+        return _slots(made.expression, outline)
+    if step.operation == "ensemble":
+        return f"router: {len(step.inputs)} rows a text, one forward, their probabilities mixed"
+    if step.operation in ("route", "select"):
+        return "router: weights per row or token, applied in the forward"
+    if step.operation == "merge" and isinstance(step.expr, Call):
+        return _merge(step.expr, outline)
+    return "in the forward"
+
+
+def _merge(call: Call, outline: Outline) -> str:
+    if not outline.makes_adapter(call):
+        return "in the forward, as a weighted sum"
+    rank = getattr(bind(call), "rank", None)
+    return "at load, in parameter space: a new adapter" + (f" of rank {rank}" if rank else "")
+
+
+def _slots(expr: Expr, outline: Outline) -> str:
+    adapters = [outline.runtime.adapters[name] for name in expr.refs]
+    inputs = {"attention" for a in adapters if any(a.prefix(p) for p in a.paths)}
+    inputs |= {"the embedding" for a in adapters if a.prompt()}
+    linear = {p for a in adapters for p in (*a.paths, *a.saved) if not (a.prefix(p) or a.prompt())}
+    places = ([f"{len(linear)} modules"] if linear else []) + sorted(inputs)
+    return "slots at " + " and ".join(places) if places else "nothing: the bare base"

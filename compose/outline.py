@@ -1,0 +1,257 @@
+"""A base without its weights: every module and shape is there, no number is, so a composition is tried before it loads.
+
+The model is built of fake tensors (``torch``'s own, which know shape, dtype and device only). Adapters are built on it
+by the code that reads real ones, activated by the code that activates real ones, and run: what does not fit says so
+here, and the matrix products of a forward are counted rather than guessed. A 7B model takes a second and no memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from compose import inject, interop
+from compose.expr import Call, Expr, Scale, Seq, add, normalize, seq
+from compose.function import bind, get_function
+from compose.kind import Adapter, get_kind, make_config
+from compose.leaves import Held
+from compose.loading import TASKS, Request, quiet, read_config, stays_dense, task_of
+from compose.locate import Location, locate
+from compose.merge import Merged, resolve
+from compose.sites import SiteMap
+from hub.errors import GateError
+
+__all__ = ["Outline"]
+
+TOKENS = 128  # length of the text that is counted
+_BLOCK = {"nf4": 64, "nested": 256}  # bitsandbytes: values that share an absmax, absmax values that share one
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+_DTYPES |= {"BOOL": torch.bool, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn}
+
+
+class Outline:
+    """The shapes of one base, and of the adapters put on it.
+
+    Parameters
+    ----------
+    base
+        As for :func:`compose.load`. A Hugging Face id needs only its config.json here.
+    task, labels, quantize, double_quant, dtype
+        As for :func:`compose.load`. Quantization changes what :meth:`bytes` says, not the shapes.
+
+    Raises
+    ------
+    HubError
+        No such base, an unknown option, or a model without sites.
+    """
+
+    def __init__(self, base: str | Path, **options: Any) -> None:
+        self.request = Request(**{"dtype": None, **options})
+        self.where: Location = locate(base, files=("config.json",))
+        with quiet():
+            config = read_config(self.where.directory, self.request)
+            self.task = self.request.task or task_of(config)
+            auto = getattr(transformers, TASKS[self.task])
+            self._dense = stays_dense(auto, config, trust_remote_code=False)
+            dtype = self.request.torch_dtype or getattr(config, "dtype", None) or torch.float32
+            self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+            with self._building():
+                self.model: PreTrainedModel = auto.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+                self.model.tie_weights()
+        self.sites = SiteMap(self.model)
+        self.base_parameters = sum(p.numel() for p in self.model.parameters())
+        self._base_bytes = self._count_bytes()
+        self.base_flops = self._flops()
+        self.runtime = inject.runtime(self.model)
+
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        with self._mode, no_init_weights(), torch.no_grad():
+            yield
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    def put(self, name: str, held: Held) -> Adapter:
+        """Build the adapter that a leaf holds under ``name``, from its config and the headers of its files.
+
+        Raises
+        ------
+        KindError, SiteError
+            A kind or an option that this base cannot carry, or tensors that do not fit: by name.
+        """
+        kind, config = interop.parse_config(held.config, self.sites)
+        with self._building():
+            # Copies of the base's own weights are compared when they are read; here they have no values.
+            shapes = {
+                name: torch.empty(info.shape, dtype=_DTYPES[info.dtype])
+                for name, info in held.tensors.items()
+                if ".base_layer." not in name
+            }
+            adapter = interop.build(kind, config, shapes, self.sites, self.model, name=name)
+        return self._keep(name, adapter)
+
+    def _keep(self, name: str, adapter: Adapter) -> Adapter:
+        adapter.name = name
+        self.runtime.adapters[name] = adapter
+        return adapter
+
+    # -- cost ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """What the base is called in manifests."""
+        return self.where.name
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the base's weights, held as the request says."""
+        return self._base_bytes
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text whose forward is counted; 1 for a model that reads no text."""
+        if self.model.main_input_name != "input_ids":
+            return 1
+        most: int = getattr(self.sites.config, "max_position_embeddings", None) or 2 * TOKENS
+        return min(TOKENS, most // 2)
+
+    def activate(self, expr: Expr) -> None:
+        """Make ``expr`` active, as far as shapes go; each part of an ensemble in turn.
+
+        Raises
+        ------
+        KindError
+            Whatever activation refuses: a combination that no site can carry.
+        """
+        if isinstance(expr, Call) and get_function(expr.function).family == "ensemble":
+            for arg in expr.args:
+                self.activate(arg)
+            return
+        inject.activate(self.model, normalize(resolve(self.runtime, normalize(_weighed(expr)), {}, self._stand_in)))
+
+    def added_flops(self, expr: Expr) -> int:
+        """Floating-point operations in matrix products that ``expr`` adds to one forward, in all.
+
+        An ensemble runs the model once for each of its members, folded into the batch; a merge that makes a new
+        adapter counts as that adapter. Raises as :meth:`activate`.
+        """
+        if isinstance(expr, Call) and get_function(expr.function).family == "ensemble":
+            own = sum(self.added_flops(arg) for arg in expr.args)
+            return own + (len(expr.args) - 1) * self.base_flops
+        self.activate(expr)
+        try:
+            return self._flops() - self.base_flops
+        finally:
+            inject.activate(self.model, None)
+
+    def makes_adapter(self, call: Call) -> bool:
+        """Whether a merge makes a new adapter when it is activated; else it is a weighted sum in the forward."""
+        made: list[Call] = []
+        resolve(self.runtime, call, {}, lambda inner, _: made.append(inner))
+        return call in made
+
+    def _stand_in(self, call: Call, make: Callable[[], Merged]) -> None:
+        """Shapes of the adapter that a merge will make: its own, or where it looks at values, those it must have."""
+        if str(call) in self.runtime.adapters:
+            return
+        try:
+            with self._building():
+                made = make().adapter
+        except RuntimeError:  # torch's: a fake tensor has no values. What is wrong with the merge is a HubError
+            made = self._shaped_like(call)
+        self._keep(str(call), made)
+
+    def _shaped_like(self, call: Call) -> Adapter:
+        members = [self.runtime.adapters[name] for name in call.refs]
+        ranks = [int(rank) for m in members if (rank := getattr(m.config, "r", None))]
+        if len(ranks) < len(members):
+            return members[0]
+        paths = tuple(dict.fromkeys(path for m in members for path in m.paths))
+        most = min(min(self.sites[path].in_features, self.sites[path].out_features) for path in paths)
+        rank = min(getattr(bind(call), "rank", None) or sum(ranks), most)
+        kind = get_kind("lora")
+        with self._building():
+            config = make_config(kind, {"r": rank, "lora_alpha": rank, "target_modules": paths})
+            return kind(config, self.sites, self.model, name=str(call)).freeze()
+
+    def _flops(self) -> int:
+        inputs = self._inputs()
+        with torch.no_grad():
+            self.model(**inputs)  # factors are gathered and kept in the first call
+            with FlopCounterMode(display=False) as counter:
+                self.model(**inputs)
+        return int(counter.get_total_flops())
+
+    def _inputs(self) -> dict[str, Tensor]:
+        name, config = self.model.main_input_name, self.model.config
+        shapes: Mapping[str, Callable[[], tuple[int, ...]]] = {
+            "input_ids": lambda: (1, self.length),
+            "pixel_values": lambda: (1, config.num_channels, *_pair(config.image_size)),
+            "input_features": lambda: (1, config.num_mel_bins, 2 * config.max_source_positions),
+        }
+        if name not in shapes:
+            raise GateError(f"{type(self.model).__name__} reads {name}, and the cost of that cannot be counted")
+        dtype = torch.long if name == "input_ids" else self.model.dtype
+        inputs = {name: torch.zeros(shapes[name](), dtype=dtype)}
+        if self.sites.is_encoder_decoder:
+            inputs["decoder_input_ids"] = torch.zeros(1, self.length, dtype=torch.long)
+        return inputs
+
+    def _count_bytes(self) -> int:
+        total: int = sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))
+        if self.request.quantize == "none":
+            return total
+        for module in self._quantized():
+            weight = cast("Tensor", module.weight)
+            rows = weight.shape[1 if isinstance(module, Conv1D) else 0]
+            total += self._packed(weight.numel(), rows) - weight.numel() * weight.element_size()
+        return total
+
+    def _quantized(self) -> Iterator[nn.Module]:
+        kept = [*self._dense, *(getattr(self.model, "_keep_in_fp32_modules", None) or ())]
+        for path, module in self.model.named_modules():
+            parts = f".{path}."
+            if type(module) in (nn.Linear, Conv1D) and not any(f".{name}." in parts for name in kept):
+                yield module
+
+    def _packed(self, n: int, rows: int) -> int:
+        """Bytes of a quantized weight of n numbers: codes and scales, as :func:`compose.loading.bits_per_parameter`."""
+        if self.request.quantize == "int8":
+            return n + 4 * rows
+        blocks = math.ceil(n / _BLOCK["nf4"])
+        scales = blocks + 4 * math.ceil(blocks / _BLOCK["nested"]) + 4 if self.request.double_quant else 4 * blocks
+        return math.ceil(n / 2) + scales
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _weighed(expr: Expr) -> Expr:
+    """Routes as the sum of what they choose from, for shapes: every member may act on some token."""
+    if not expr.children:
+        return expr
+    children = [_weighed(child) for child in expr.children]
+    if not isinstance(expr, Call):
+        return _with(expr, children)
+    family = get_function(expr.function).family
+    return add(*children) if family in ("route", "select") else Call(expr.function, children, expr.options)
+
+
+def _with(expr: Expr, children: list[Expr]) -> Expr:
+    if isinstance(expr, Scale):
+        return Scale(expr.factor, children[0])
+    return seq(*children) if isinstance(expr, Seq) else add(*children)

@@ -1,0 +1,84 @@
+"""`hub quickstart` as a user types it: streams, exit codes, and bad input before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def hub(*words, home, cwd, timeout=300):
+    """Run the command in its own process; returns (exit code, stdout, stderr)."""
+    environment = {**os.environ, "HUB_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "100"}
+    command = [sys.executable, "-m", "hub", "quickstart", *map(str, words)]
+    done = subprocess.run(
+        command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_prints_figures_to_stdout_and_chatter_to_stderr(two_domains, tmp_path):
+    words = [f"--domain={name}={path}" for name, path in two_domains.items()]
+    code, out, err = hub(*words, "--steps", 3, "--json", "deep/er/figures.json", home=tmp_path / "home", cwd=tmp_path)
+    assert code == 0, err
+    assert "DEMix posterior" in out
+    assert "quickstart/ledger@0.1.0: trained in" in err
+    assert "trained" not in out
+    facts = json.loads((tmp_path / "deep" / "er" / "figures.json").read_text())
+    assert set(facts["domains"]) == {"ledger", "tale"}
+    report = (tmp_path / "quickstart-out" / "report.html").read_text()
+    assert report.startswith("<!doctype html>")
+    assert f"{facts['domains']['tale']['demix']:.2f}" in report
+
+    code, out, err = hub(*words, "--steps", 3, "--json", "-", "--out", "again", home=tmp_path / "home", cwd=tmp_path)
+    assert code == 0, err
+    again = json.loads(out)  # nothing else is on stdout
+    assert [e["trained"] for e in again["experts"].values()] == [False, False]
+    assert "trained already" in err
+    for name in facts["domains"]:
+        assert again["domains"][name]["demix"] == pytest.approx(facts["domains"][name]["demix"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--domain", "a=a.txt"], 2, "at least two domains, got 1"),
+        (["--domain", "a=a.txt", "--domain", "b=nowhere"], 2, "nowhere does not exist"),
+        (["--domain", "a=a.txt", "--domain", "b=empty.txt"], 2, "empty.txt holds no text"),
+        (["--domain", "a=a.txt", "--domain", "b=binary"], 2, "is a binary file"),
+        (["--domain", "a=a.txt", "--domain", "a"], 2, "is not NAME=PATH"),
+        (["--domain", "a=short.txt", "--domain", "b=a.txt"], 2, "domain 'a' has too little text"),
+        (["--domain", "a=a.txt", "--domain", "b=b.txt", "--base", "no/such-dir"], 1, "no/such-dir"),
+        (["--domain", "a=a.txt", "--domain", "b=b.txt", "--kind", "lorra"], 1, "did you mean lora"),
+        (["--quantize", "nf3"], 2, "nf3"),
+        (["--seed", "-1"], 2, "-1"),
+    ],
+)
+def test_bad_input_is_named_before_any_work(tmp_path, two_domains, words, code, message):
+    for name, folder in (("a", "ledger"), ("b", "tale")):
+        texts = [file.read_text() for file in sorted(two_domains[folder].iterdir())]
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(texts * 2 if name == "b" else texts))
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("A few words. " * 40)
+    (tmp_path / "binary").write_bytes(b"text\x00\x01\x02")
+    found, out, err = hub(*words, home=tmp_path / "home", cwd=tmp_path)
+    assert found == code, err
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "quickstart-out" / "report.html").exists()
+    assert not list((tmp_path / "home").glob("blobs/sha256/*"))  # nothing was published
+
+
+@pytest.mark.parametrize("words", [["--out", "file"], ["--out", "file/below"], ["--json", "file/x.json"]])
+def test_places_that_cannot_be_written(tmp_path, words):
+    (tmp_path / "file").write_text("in the way")
+    code, out, err = hub(*words, home=tmp_path / "home", cwd=tmp_path)
+    assert code in (1, 2)
+    assert "Traceback" not in err
+    assert "file" in err
+    assert (tmp_path / "file").read_text() == "in the way"
+    assert out == ""
