@@ -26,6 +26,7 @@ class Calls:
 
     def __init__(self, model: PreTrainedModel, sites: SiteMap, context: Context, prepare: Callable[[], None]) -> None:
         self.rows = 1
+        self.measures_past = False  # whether the length of the cache is asked for
         self.prompt: PromptState | None = None
         self.embedding: Slot | None = None  # where the prompt goes in
         self._model, self._context, self._prepare = model, context, prepare
@@ -74,8 +75,9 @@ class Calls:
 
     def _measure(self, kwargs: Mapping[str, Any]) -> None:
         self._context.batch = batch = _batch(kwargs)
-        cache = kwargs.get("past_key_values")
-        self._context.past = 0 if cache is None else int(cache.get_seq_length())
+        if self.measures_past:
+            cache = kwargs.get("past_key_values")
+            self._context.past = 0 if cache is None else int(cache.get_seq_length())
         if self.rows > 1 and batch % self.rows:
             raise KindError(
                 f"the active composition has {self.rows} rows and the batch has {batch}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compose.expr import Expr, normalize, parse
-from compose.kind import KindError
-from compose.merge import Workshop, without_merges
+from compose.expr import Call, Expr, normalize, parse
+from compose.function import bind
+from compose.kind import PREFIX, Adapter, KindError
+from compose.merge import Workshop, dense_merge, without_merges
+from compose.parameter_space import deltas
 from compose.parameter_space.effect import Effect, effect_of
-from compose.parameter_space.job import Member
+from compose.parameter_space.job import Job, Member
+from compose.parameter_space.method import get_method
+from compose.parameter_space.tensors import merge_heads
 from compose.slot import compute_dtype
 from compose.weights import bias_of
 
@@ -53,7 +57,14 @@ def fold(model: PreTrainedModel, expr: Expr | str, *, dtype: torch.dtype | None 
     from compose.inject import runtime
 
     shop = Workshop(runtime(model))
-    tree = normalize(without_merges(shop, parse(expr) if isinstance(expr, str) else expr))
+    tree = normalize(parse(expr) if isinstance(expr, str) else expr)
+    job = dense_merge(shop, tree)
+    if job is not None:  # a weight holds it whole, so it need not pass through factors of limited rank
+        for path, delta in deltas.exact(job):
+            yield _changed(path, Effect(shop.slot(path).base_layer, (delta.shape[0], delta.shape[1])), delta, dtype)
+        yield from _merged_heads(shop, job, dtype)
+        return
+    tree = normalize(without_merges(shop, tree))
     member = Member.of(tree, shop)
     for adapter in member.adapters:
         if adapter.prompt() is not None or any(adapter.prefix(path) is not None for path in adapter.paths):
@@ -66,15 +77,8 @@ def fold(model: PreTrainedModel, expr: Expr | str, *, dtype: torch.dtype | None 
 
 
 def _site(path: str, effect: Effect, dtype: torch.dtype | None) -> Iterator[Folded]:
-    dtype = dtype or compute_dtype(effect.layer)
     if effect.width and (effect.node is not None or effect.gain is not None or effect.rank):
-        delta = effect.dense()
-        folded = _written(f"{path}.weight", effect.weight(), delta, dtype)
-        yield (
-            Folded(folded.name, folded.value.T.contiguous(), folded.rounding)
-            if isinstance(effect.layer, Conv1D)
-            else folded
-        )
+        yield _changed(path, effect, effect.dense(), dtype)
     if effect.bias is not None:
         bias = bias_of(effect.layer)
         if bias is None:
@@ -82,7 +86,14 @@ def _site(path: str, effect: Effect, dtype: torch.dtype | None) -> Iterator[Fold
                 f"the composition moves the bias of {path}, and this base has none there",
                 hint="keep the bias adapter as it is, or leave it out: its part has no place in the base's files",
             )
-        yield _written(f"{path}.bias", bias.detach().float(), effect.bias, dtype)
+        yield _written(f"{path}.bias", bias.detach().float(), effect.bias, dtype or compute_dtype(effect.layer))
+
+
+def _changed(path: str, effect: Effect, delta: Tensor, dtype: torch.dtype | None) -> Folded:
+    folded = _written(f"{path}.weight", effect.weight(), delta, dtype or compute_dtype(effect.layer))
+    if isinstance(effect.layer, Conv1D):  # which keeps its weight as (d_in, d_out)
+        return Folded(folded.name, folded.value.T.contiguous(), folded.rounding)
+    return folded
 
 
 def _written(name: str, before: Tensor, delta: Tensor, dtype: torch.dtype) -> Folded:
@@ -93,18 +104,27 @@ def _written(name: str, before: Tensor, delta: Tensor, dtype: torch.dtype) -> Fo
 
 
 def _heads(shop: Workshop, member: Member, dtype: torch.dtype | None) -> Iterator[Folded]:
-    """Modules carried whole: M_0 + sum_t c_t (M_t - M_0), or the last one of a sequence."""
-    held: dict[str, list[tuple[float, Tensor]]] = {}
-    for c, adapter in member.terms:
-        for path in adapter.saved:
-            head = adapter.head(path)
-            assert head is not None  # noqa: S101 - its path is among the saved ones
-            for key, value in head.state_dict().items():
-                held.setdefault(f"{path}.{key}", []).append((c, value.float()))
-    for name, terms in held.items():
-        path, _, key = name.rpartition(".")
-        own = shop.slot(path).base_layer.state_dict()[key].float()
-        if member.sequential and len(terms) > 1:
-            raise KindError(f"{member.expr} puts several {path} one after the other", hint="fold the last one alone")
-        delta = sum((c * (value - own) for c, value in terms), torch.zeros_like(own))
-        yield _written(name, own, delta, dtype or compute_dtype(shop.slot(path).base_layer))
+    """Modules carried whole: M_0 + sum_t c_t (M_t - M_0)."""
+    base = _base_heads(shop, member.adapters)
+    job = Job(shop, (member,), get_method("cat"), bind(Call("cat", [member.expr])), "folded", str(member.expr))
+    yield from _written_heads(base, merge_heads(job, base), dtype)
+
+
+def _merged_heads(shop: Workshop, job: Job, dtype: torch.dtype | None) -> Iterator[Folded]:
+    base = _base_heads(shop, job.adapters)
+    yield from _written_heads(base, merge_heads(job, base), dtype)
+
+
+def _base_heads(shop: Workshop, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    paths = dict.fromkeys(path for a in adapters for path in a.saved)
+    return {
+        f"{PREFIX}{path}.{key}": value
+        for path in paths
+        for key, value in shop.slot(path).base_layer.state_dict().items()
+    }
+
+
+def _written_heads(base: dict[str, Tensor], merged: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator[Folded]:
+    for key, value in merged.items():
+        before = base[key].float()
+        yield _written(key.removeprefix(PREFIX), before, value - before, dtype or base[key].dtype)

@@ -6,6 +6,7 @@ layers where some adapter acts and stay until :func:`eject` puts every module, p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -122,6 +123,7 @@ class Runtime:
             slot.per_row = slot.program is not None and weighs_rows(slot.program)
         self._set_positions(self._set_prefixes(active, pairs))
         self._calls.rows = len(pairs)
+        self._calls.measures_past = any(module.moduloom_prefix.bias_owner is not None for module in self._prefixed)
         self._calls.prompt = self._stack_prompts(active, pairs)
         if self._calls.prompt is not None:
             self._calls.embedding = self.slot(self.sites.embedding)
@@ -130,8 +132,9 @@ class Runtime:
         if self.live or self._lowered != self._revisions():  # live parameters have moved since the last lowering
             self.refresh()
 
-    def _revisions(self) -> list[tuple[str, int]]:
-        return [(n, self.adapters[n].revision) for n in dict.fromkeys(n for row in self.rows for n in row.refs)]
+    def _revisions(self) -> tuple[Any, ...]:
+        names = dict.fromkeys(n for row in self.rows for n in row.refs)
+        return self.model.device, *((name, self.adapters[name].revision) for name in names)
 
     def _is_site(self, path: str, adapter: Adapter) -> bool:
         return path in adapter.saved or not (adapter.prefix(path) or adapter.prompt())
@@ -264,6 +267,8 @@ def _check_weights(rows: int, weights: Mapping[str, Coefficient]) -> None:
     lengths: dict[int, str] = {}
     for name, weight in weights.items():
         if not isinstance(weight, Tensor):
+            if not math.isfinite(weight):
+                raise KindError(f"the weight of {name!r} is {weight}, not a finite number")
             continue
         if weight.dim() not in (1, 2):
             raise KindError(f"the weight of {name!r} has shape {tuple(weight.shape)}: give (rows,) or (rows, tokens)")

@@ -101,7 +101,7 @@ def _add_product(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
 
 def _add_products(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
     """Y + h b for y (B, T, d_out), h (R, k T, r), b (R, r, d_out): one product a row."""
-    folded = _fold(y, len(b))
+    folded = _fold(y, b.shape[0])
     if fresh and y.is_contiguous():
         folded.baddbmm_(h, b)
         return y
@@ -131,7 +131,8 @@ def stacked(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     scaled = [weights[..., e, None] * p.scale for e, p in enumerate(pairs)]  # each (R, [T,] 1)
     ranked = [w if single else w.expand(*w.shape[:-1], p.rank) for w, p in zip(scaled, pairs, strict=True)]
     in_rank = ranked[0] if single else torch.cat(ranked, dim=-1)  # (R, [T,] sum r or 1)
-    if len(weights) == 1 and weights.dim() == 2:
+    rows = weights.shape[0]
+    if rows == 1 and weights.dim() == 2:
         b = (b * in_rank[0, :, None]).to(b.dtype)  # one mixture for all: into the factor
 
         def run_one(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
@@ -142,9 +143,9 @@ def stacked(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
         h = F.linear(x, a)  # (B, T, sum r)
         if in_rank.dim() == 3:
-            h = h * expand(in_rank, len(h)).to(x.dtype)
+            h = h * expand(in_rank, x.shape[0]).to(x.dtype)
         else:
-            h = _fold(h, len(in_rank)) * in_rank[:, None].to(x.dtype)
+            h = _fold(h, rows) * in_rank[:, None].to(x.dtype)
         return _add_product(y, h, b, fresh)
 
     return run
@@ -159,10 +160,10 @@ def gather(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     if weights.dim() != 2:
         raise ValueError("gather takes weights per row, not per token")
     a, b = gather_factors(pairs, weights)
-    a = a.transpose(1, 2)  # (R, d_in, k)
+    rows, a = a.shape[0], a.transpose(1, 2)  # (R, d_in, k)
 
     def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
-        return _add_products(y, torch.bmm(_fold(x, len(a)), a), b, fresh)
+        return _add_products(y, torch.bmm(_fold(x, rows), a), b, fresh)
 
     return run
 

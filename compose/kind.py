@@ -16,6 +16,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -273,13 +274,18 @@ def register(name: str) -> Callable[[_A], _A]:
     return add
 
 
-def kinds() -> dict[str, type[Adapter]]:
-    """All kinds by name: the files of ``compose.kinds`` and the entry points ``hub.kinds``."""
+@cache
+def _discover() -> None:
     package = importlib.import_module("compose.kinds")
     for info in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"compose.kinds.{info.name}")
-    for point in entry_points(group="hub.kinds"):
+    for point in entry_points(group="hub.kinds"):  # a look at every installed distribution: milliseconds
         point.load()
+
+
+def kinds() -> dict[str, type[Adapter]]:
+    """All kinds by name: the files of ``compose.kinds`` and the entry points ``hub.kinds``."""
+    _discover()
     return dict(sorted(_KINDS.items()))
 
 

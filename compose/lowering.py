@@ -157,6 +157,7 @@ class _Site:
         if atoms is not None and isinstance(atoms.function, Function) and atoms.function.tap:
             tapped = self.scene.slot(atoms.function.tap)
             tapped.keep_input = True
+            self.slot.taps.append(tapped)
             atoms = replace(atoms, function=replace(atoms.function, source=tapped.input))
         return atoms
 

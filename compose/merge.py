@@ -24,7 +24,7 @@ from compose.lowering import unsupported
 from compose.parameter_space import deltas, tensors
 from compose.parameter_space.certificate import Certificate, SiteLoss
 from compose.parameter_space.job import Home, Job, Member, Progress
-from compose.parameter_space.method import Linear, Method, get_method, methods
+from compose.parameter_space.method import Elementwise, Linear, Method, get_method, methods
 from compose.sites import SiteMap
 from compose.slot import BelowView, Slot
 from compose.stage import Coefficient
@@ -197,9 +197,22 @@ def _execute(shop: Workshop, call: Call, name: str, text: str, progress: Progres
     job = _job(shop, call, name, text, progress)
     if not job.adapters:
         raise job.refuse("there is no adapter in it")
-    if all(a.averages_in_weight for a in job.adapters) and any(_moves_weights(shop, a) for a in job.adapters):
+    if _in_weights(shop, job):
         return Merged(*deltas.merge(job))
     return Merged(tensors.merge(job))
+
+
+def dense_merge(shop: Workshop, expr: Expr) -> Job | None:
+    """The job of a merge whose result is no low-rank change of weights (TIES, DARE, ...); None for anything else."""
+    if not isinstance(expr, Call) or get_function(expr.function).family != "merge":
+        return None
+    inner = Call(expr.function, [without_merges(shop, arg) for arg in expr.args], expr.options)
+    job = _job(shop, inner, str(expr), str(expr), None)
+    return job if isinstance(job.method, Elementwise) and _in_weights(shop, job) else None
+
+
+def _in_weights(shop: Workshop, job: Job) -> bool:
+    return all(a.averages_in_weight for a in job.adapters) and any(_moves_weights(shop, a) for a in job.adapters)
 
 
 def _job(shop: Workshop, call: Call, name: str, text: str, progress: Progress | None) -> Job:

@@ -141,6 +141,10 @@ class SiteMap:
             chosen = list(self)
         else:
             names = (targets,) if isinstance(targets, str) else tuple(targets)
+            if not names:
+                raise SiteError(
+                    "target_modules is empty: nothing would be adapted", hint="leave it out for the default"
+                )
             hits = {name: self._matching(name) for name in names}
             for name, found in hits.items():
                 if not found:
@@ -148,9 +152,13 @@ class SiteMap:
             wanted = {s.path for found in hits.values() for s in found}
             chosen = [s for s in (*self, *self.outside.values()) if s.path in wanted]
         if layers is not None:
+            absent = sorted(set(layers) - {s.layer for s in chosen})
+            if absent or not layers:
+                raise SiteError(
+                    f"no site of {targets!r} lies in layers {absent or 'of an empty list'}",
+                    hint=f"layers: {self.depth()}",
+                )
             chosen = [s for s in chosen if s.layer in set(layers)]
-            if not chosen:
-                raise SiteError(f"no site of {targets!r} lies in layers {list(layers)}", hint=f"layers: {self.depth()}")
         return chosen
 
     def depth(self) -> str:

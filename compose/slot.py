@@ -44,7 +44,7 @@ class Slot(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (copy.deepcopy) lowers its own adapters, at its first call.
-        return {**self.__dict__, "program": None, "per_row": False, "seen": None, "put": None}
+        return {**self.__dict__, "program": None, "per_row": False, "seen": None, "taps": [], "put": None}
 
     def input(self) -> Tensor:
         """The input of the forward under way, kept for a function that taps this site."""
@@ -56,12 +56,15 @@ class Slot(nn.Module):
         self.per_row = False  # the program weighs rows or tokens apart
         self.keep_input = False  # another slot taps this one's input
         self.seen: Tensor | None = None
+        self.taps: list[Slot] = []  # the slots whose inputs the program reads
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """The base layer's output with the active composition applied."""
         if self.keep_input:
             self.seen = x
         y = self.base_layer(x, *args, **options) if self.program is None else self._adapted(self.program, x)
+        for slot in self.taps:
+            slot.seen = None  # read: a layer's activations must not outlive it
         if self.put is not None:
             (places, embeddings), self.put = self.put, None
             y = torch.where(places, embeddings.to(y.dtype), y)
@@ -81,7 +84,7 @@ class Slot(nn.Module):
                 hint="activate again with weights for the tokens of this call",
             )
         if isinstance(program, Stage) and program.simple:
-            y = self.base_layer(x)
+            y = self._modules["base_layer"](x)  # type: ignore[misc]  # not by attribute: modules look theirs up slowly
             return program.add(y, x, fresh=not y.requires_grad and y.dtype == x.dtype)
         return program.run(self._below, x).y
 

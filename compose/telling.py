@@ -73,7 +73,8 @@ def _costs(found: Explanation) -> str:
     memory = f"base {bytes_text(base)} + adapters {bytes_text(adapters)} = {bytes_text(base + adapters)}"
     share = f"{100 * found.relative_cost:+.2f}%"
     flops = f"{_flops(found.flops)} a token on top of the base's {_flops(found.base.flops)}: {share}"
-    return f"memory: {memory}, without activations and cache; the plan holds {found.plan.peak} results at once\ncost: {flops}"
+    peak = f"without activations and cache; the plan holds {found.plan.peak} results at once"
+    return f"memory: {memory}, {peak}\ncost: {flops}"
 
 
 def _flops(count: float) -> str:

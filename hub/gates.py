@@ -26,6 +26,8 @@ CONFIG: Final = "adapter_config.json"
 IGNORED = frozenset({".DS_Store", ".git", ".gitattributes", ".gitignore", ".cache"})
 MAX_TEXT_FILE = 64 * 2**20  # bytes
 
+REPACK: Final = "restore the file, or pack the change as a new version: hub push DIR --repack --version NEW"
+
 _ROLES: dict[str, Role] = {
     CONFIG: "config",
     WEIGHTS: "weights",
@@ -155,21 +157,46 @@ def _refuse_pickle(start: bytes, name: str) -> None:
         raise GateError(f"{name} holds a pickle or an archive under another name", path=name)
 
 
-def check_same(manifest: Manifest, entry: FileEntry, measured: FileEntry) -> None:
-    """Raise IntegrityError when a file is not the one that its manifest lists."""
-    if (measured.sha256, measured.size) == (entry.sha256, entry.size):
-        return
-    if measured.size < entry.size:
-        how = f"truncated to {measured.size} bytes"
-    else:
-        how = f"sha256 {measured.sha256[:16]}... with {measured.size} bytes"
-    raise IntegrityError(
+def inspect_as(manifest: Manifest, entry: FileEntry, path: Path, *, hint: str = REPACK) -> FileScan | None:
+    """`inspect` a file that must be the one a manifest lists.
+
+    Parameters
+    ----------
+    manifest, entry
+        What it must be.
+    path
+        Where the bytes are.
+    hint
+        The next step when they are others.
+
+    Raises
+    ------
+    IntegrityError
+        Other bytes; that says more than what a gate may find in them, so it comes first.
+    GateError
+        The right bytes, which must not be admitted.
+    """
+    try:
+        measured, found = inspect(path, entry.path)
+    except (GateError, IntegrityError) as error:
+        sha256, size = sha256_file(path)
+        if (sha256, size) == (entry.sha256, entry.size):
+            raise
+        raise _changed(manifest, entry, sha256, size, hint) from error
+    if (measured.sha256, measured.size) != (entry.sha256, entry.size):
+        raise _changed(manifest, entry, measured.sha256, measured.size, hint)
+    return found
+
+
+def _changed(manifest: Manifest, entry: FileEntry, sha256: str, size: int, hint: str) -> IntegrityError:
+    how = f"truncated to {size} bytes" if size < entry.size else f"sha256 {sha256[:16]}... with {size} bytes"
+    return IntegrityError(
         f"{manifest.ref}: {entry.path} is not the file that was packed ({how}; module.json says "
         f"{entry.sha256[:16]}... with {entry.size} bytes)",
         ref=manifest.ref,
         digest=entry.digest,
         path=entry.path,
-        hint="restore the file, or pack the change as a new version: hub push DIR --repack --version NEW",
+        hint=hint,
     )
 
 

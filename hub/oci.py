@@ -6,13 +6,10 @@ Media types are those of the CNCF model-spec, so that tools which speak OCI know
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from hub import canonical
-
-if TYPE_CHECKING:
-    from hub.manifest import Manifest
 
 LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 IMAGE_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -20,38 +17,53 @@ IMAGE_INDEX = "application/vnd.oci.image.index.v1+json"
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 SEQ = "dev.moduloom.log.seq"
 MODULE = "application/vnd.moduloom.module.v1+json"
-_RAW = "application/vnd.cncf.model.{}.v1.raw"
 _LAYERS = {"weights": "weight", "extra": "weight", "config": "weight.config", "card": "doc"}
 
 
-def image_manifest(manifest: Manifest) -> bytes:
-    """Canonical bytes of the OCI image manifest: ``module.json`` is the config, every file a layer."""
-    layers = [
-        {
-            "mediaType": _RAW.format(_LAYERS.get(entry.role, "weight" if entry.path.endswith("tensors") else "doc")),
-            "digest": entry.digest,
-            "size": entry.size,
-            "annotations": {
-                "org.opencontainers.image.title": entry.path,
-                "org.cncf.model.filepath": entry.path,
-            },
-        }
-        for entry in manifest.files
-    ]
-    return canonical.dumps(
-        {
-            "schemaVersion": 2,
-            "mediaType": IMAGE_MANIFEST,
-            "artifactType": ARTIFACT_TYPE,
-            "config": {"mediaType": MODULE, "digest": manifest.digest, "size": len(manifest.canonical)},
-            "layers": layers,
-            "annotations": {
-                "org.opencontainers.image.title": manifest.name,
-                "org.opencontainers.image.version": manifest.version,
-                "org.opencontainers.image.created": manifest.as_dict()["created"],
-            },
-        }
-    )
+def image_manifest(module: bytes) -> bytes:
+    """OCI image manifest of an artifact: ``module.json`` is the config, every file a layer.
+
+    Parameters
+    ----------
+    module
+        Canonical bytes of a checked manifest.
+
+    Returns
+    -------
+    bytes
+        A function of `module` alone. Its keys and texts are plain, so this is RFC 8785 as well.
+    """
+    document = json.loads(module)
+    config = {"mediaType": MODULE, "digest": canonical.digest(module), "size": len(module)}
+    layers = [_layer(entry) for entry in document.get("files", ())]
+    image = {
+        "schemaVersion": 2,
+        "mediaType": IMAGE_MANIFEST,
+        "artifactType": ARTIFACT_TYPE,
+        "config": config,
+        "layers": layers or [config],  # an image has at least one layer
+        "annotations": {
+            "org.opencontainers.image.title": document["name"],
+            "org.opencontainers.image.version": document["version"],
+            "org.opencontainers.image.created": document["created"],
+        },
+    }
+    return _dumps(image)
+
+
+def _layer(entry: Mapping[str, Any]) -> dict[str, Any]:
+    path = entry["path"]
+    what = _LAYERS.get(entry.get("role", ""), "weight" if path.endswith(".safetensors") else "doc")
+    return {
+        "mediaType": f"application/vnd.cncf.model.{what}.v1.raw",
+        "digest": f"sha256:{entry['sha256']}",
+        "size": entry["size"],
+        "annotations": {"org.opencontainers.image.title": path, "org.cncf.model.filepath": path},
+    }
+
+
+def _dumps(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def descriptor(name: str, tag: str, image: bytes) -> dict[str, Any]:
@@ -73,7 +85,7 @@ def write_index(entries: Iterable[dict[str, Any]], *, seq: int) -> bytes:
         "manifests": sorted(entries, key=_tag),
         "annotations": {SEQ: str(seq)},
     }
-    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    return _dumps(document)
 
 
 def read_index(data: bytes, *, seq: int) -> list[dict[str, Any]] | None:

@@ -115,8 +115,7 @@ def check_directory(directory: Path) -> Manifest:
     hub_gates.check_file_set((entry.path for entry in manifest.files), manifest)
     scans = {}
     for entry in manifest.files:
-        measured, found = hub_gates.inspect(Path(directory) / entry.path, entry.path)
-        hub_gates.check_same(manifest, entry, measured)
+        found = hub_gates.inspect_as(manifest, entry, Path(directory) / entry.path)
         if found is not None:
             scans[entry.path] = found
     hub_gates.check_agreement(manifest, scans)

@@ -6,7 +6,6 @@ What it had received of a blob moves to ``partial/``, so the next pull goes on f
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 import uuid
@@ -16,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hub.errors import IntegrityError
-from hub.files import CHUNK
+from hub.files import sha256_file
 from hub.ref import check_digest
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry
+
+AGAIN = "try again; if it stays, the source is damaged: publish the artifact there again"
 
 Read = Callable[[int], Iterable[bytes]]
 Advance = Callable[[int], None]
@@ -63,7 +64,7 @@ class Staging:
 
         now = time.time()
         for path in self.directory.iterdir():
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError, FileExistsError):  # gone, or going while the lock file is looked for
                 if path.name.startswith(".") and now - path.stat().st_mtime < _GRACE:
                     continue
                 lock = FileLock(path / "lock", timeout=0)
@@ -89,13 +90,13 @@ class Staging:
             (self.partial / name).replace(target)
         return target
 
-    def receive(self, entry: FileEntry, part: Path, read: Read, advance: Advance) -> None:
-        """Complete a partial file and check its digest; goes on from the bytes it holds already.
+    def complete(self, entry: FileEntry, part: Path, read: Read, advance: Advance) -> None:
+        """Append what is missing to a partial file; its bytes are not checked, only their number.
 
         Parameters
         ----------
         entry
-            Size and digest that the file must have in the end.
+            Size that the file must have in the end.
         part
             From `claim`.
         read
@@ -106,49 +107,55 @@ class Staging:
         Raises
         ------
         IntegrityError
-            Too few bytes, too many, or wrong ones; what has arrived is thrown away unless it was merely cut off.
+            Too many bytes (they are thrown away) or too few (they are kept, to be completed).
         """
-        resumed = part.stat().st_size if part.exists() else 0
-        if resumed > entry.size:
+        size = part.stat().st_size if part.exists() else 0
+        if size > entry.size:
             part.unlink()
-            resumed = 0
-        problem = self._append(entry, part, read, advance, resumed)
-        if problem and resumed:  # what the earlier try left may be wrong: begin again, once
-            advance(-entry.size)
-            part.unlink(missing_ok=True)
-            problem = self._append(entry, part, read, advance, 0)
-        if problem:
-            raise IntegrityError(
-                f"{entry.path} {problem} (digest {entry.digest[:19]}...)",
-                digest=entry.digest,
-                path=entry.path,
-                hint="try again; if it stays, the source is damaged: publish the artifact there again",
-            )
-
-    def _append(self, entry: FileEntry, part: Path, read: Read, advance: Advance, start: int) -> str | None:
-        hasher, size = hashlib.sha256(), start
-        if start:
-            with part.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    hasher.update(chunk)
-            advance(start)
+            size = 0
+        advance(size)
         with part.open("ab") as file:
-            for chunk in read(start) if start < entry.size else ():
+            for chunk in read(size) if size < entry.size else ():
                 size += len(chunk)
                 if size > entry.size:
                     break
-                hasher.update(chunk)
                 file.write(chunk)
                 advance(len(chunk))
+        if size > entry.size:
+            part.unlink()
+            raise _wrong(entry, "has more bytes than it should")
         if size < entry.size:
-            return f"is truncated at the source: {size} bytes instead of {entry.size}"
-        if size == entry.size and hasher.hexdigest() == entry.sha256:
-            return None
+            raise _wrong(entry, f"is truncated at the source: {size} bytes instead of {entry.size}")
+
+    def receive(self, entry: FileEntry, part: Path, read: Read, advance: Advance) -> None:
+        """`complete` a partial file and check its digest; what an earlier try left and is wrong is fetched anew.
+
+        Raises
+        ------
+        IntegrityError
+            As `complete`, or wrong bytes (they are thrown away).
+        """
+        resumed = part.exists()
+        self.complete(entry, part, read, advance)
+        if sha256_file(part)[0] == entry.sha256:
+            return
         part.unlink()
-        return "has more bytes than it should" if size > entry.size else "arrived with wrong bytes"
+        if not resumed:
+            raise _wrong(entry, "arrived with wrong bytes")
+        advance(-entry.size)
+        self.receive(entry, part, read, advance)
 
     def _rescue(self, room: Path) -> None:
         with suppress(FileNotFoundError):
             for path in room.glob("*.part"):
                 if path.stat().st_size:
                     path.replace(self.partial / path.name.removesuffix(".part"))
+
+
+def _wrong(entry: FileEntry, how: str) -> IntegrityError:
+    return IntegrityError(
+        f"{entry.path} {how} (digest {entry.digest[:19]}...)",
+        digest=entry.digest,
+        path=entry.path,
+        hint=AGAIN,
+    )

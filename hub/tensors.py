@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -177,23 +178,58 @@ def scan(path: Path, name: str | None = None) -> FileScan:
     label = name or path.name
     with open_regular(path) as file:
         header, raw = _read_header(file, label)
-        whole = hashlib.sha256(raw)
-        buffer = memoryview(bytearray(min(CHUNK, max(header.size - header.data_start, 1))))
-        tensors = tuple(_scan_tensor(file, info, buffer, whole, label) for info in header.tensors)
-    return FileScan(whole.hexdigest(), header.size, tensors)
+        with _Whole(raw, header.size - header.data_start) as whole:
+            tensors = tuple(_scan_tensor(file, info, whole, label) for info in header.tensors)
+    return FileScan(whole.hasher.hexdigest(), header.size, tensors)
 
 
-def _scan_tensor(file: BinaryIO, info: TensorInfo, buffer: memoryview, whole: hashlib._Hash, label: str) -> TensorScan:
+class _Whole:
+    """Hash of the whole file, taken in a second thread while the first one hashes and checks the tensors.
+
+    Two buffers take turns: one is being filled and checked while the other one is still being hashed.
+    """
+
+    def __init__(self, header: bytes, size: int) -> None:
+        self.hasher = hashlib.sha256(header)
+        self._buffers = [memoryview(bytearray(min(CHUNK, max(size, 8)))) for _ in range(2)]
+        self._pool = ThreadPoolExecutor(1) if size > CHUNK else None
+        self._busy: list[Future[None] | None] = [None, None]
+
+    def buffer(self) -> memoryview:
+        """Return a buffer that is not being hashed any more."""
+        self._buffers.reverse()
+        self._busy.reverse()
+        if (busy := self._busy[0]) is not None:
+            busy.result()
+        return self._buffers[0]
+
+    def update(self, part: memoryview) -> None:
+        """Hash a part of the buffer that was given last."""
+        if self._pool is None:
+            self.hasher.update(part)
+        else:
+            self._busy[0] = self._pool.submit(self.hasher.update, part)
+
+    def __enter__(self) -> _Whole:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def _scan_tensor(file: BinaryIO, info: TensorInfo, whole: _Whole, label: str) -> TensorScan:
     own, left, done = hashlib.sha256(), info.stop - info.start, 0
     bad, first, zero = 0, None, True
     item = DTYPES[info.dtype].size
     while left:
+        buffer = whole.buffer()
         count = file.readinto(buffer[: min(left, len(buffer) - len(buffer) % item)])  # type: ignore[attr-defined]
         if not count or count % item:
             raise IntegrityError(f"{label} ended while it was read", path=label)
         part = buffer[:count]
-        own.update(part)
         whole.update(part)
+        own.update(part)
         found, where, blank = _check_values(part, info.dtype)
         if found and first is None:
             first = done // item + where

@@ -68,7 +68,8 @@ def _push(
     missing = remote.missing(manifest)
     advance = progress(f"push {artifact.ref}", sum(entry.size for entry in missing))
     for entry in missing:
-        remote.write(manifest, entry, artifact.file(entry.path), advance)
+        source = artifact.blob(entry.path) if remote.checks_uploads else artifact.file(entry.path)
+        remote.write(manifest, entry, source, advance)
     remote.publish(manifest)
     if ref.alias and ref.alias != LATEST:
         remote.tag(ref.id, ref.alias, artifact.digest)
@@ -110,7 +111,7 @@ def _pull(
     advance = progress(f"pull {manifest.ref}", sum(entry.size for entry in wanted))
 
     def fetch(entry: FileEntry, part: Path) -> None:
-        store.staging.receive(entry, part, lambda offset: remote.read(manifest, entry, offset), advance)
+        store.staging.complete(entry, part, lambda offset: remote.read(manifest, entry, offset), advance)
 
     store.ingest(manifest, fetch, reuse=True)
     if ref.alias and ref.alias != LATEST:

@@ -10,7 +10,7 @@ import errno
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from hub.errors import Conflict, HubError, IntegrityError, NotFound, StoreError,
 from hub.ledger import Event, Ledger, Position
 from hub.ref import LATEST, AdapterRef, check_alias
 from hub.resolve import Catalogue, Release, choose, refuse_conflict
-from hub.staging import Staging
+from hub.staging import AGAIN, Staging
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -197,23 +197,21 @@ class Vault:
             return self.publish(manifest, room)
 
     def _admit(self, manifest: Manifest, entry: FileEntry, fetch: Fetch, room: Path, reuse: bool) -> FileScan | None:
-        from hub.gates import check_same, inspect
+        from hub.gates import REPACK, inspect_as
 
         if reuse and self.blobs.has(entry.digest, entry.size):
-            try:
-                measured, scan = inspect(self.blobs.path(entry.digest), entry.path)
-                check_same(manifest, entry, measured)
-            except IntegrityError:  # damaged here: fetched again, which mends it
-                pass
-            else:
-                return scan
+            # A blob that is damaged here is fetched again, which mends it.
+            with suppress(IntegrityError):
+                return inspect_as(manifest, entry, self.blobs.path(entry.digest))
         staged = self.staging.claim(entry.digest, room) if reuse else room / entry.sha256
+        resumed = staged.exists()
         fetch(entry, staged)
         try:
-            measured, scan = inspect(staged, entry.path)
-            check_same(manifest, entry, measured)
+            scan = inspect_as(manifest, entry, staged, hint=AGAIN if reuse else REPACK)
         except HubError:
             staged.unlink(missing_ok=True)  # whole and wrong: nothing to resume
+            if resumed:  # what an earlier try has left may be what is wrong
+                return self._admit(manifest, entry, fetch, room, reuse)
             raise
         self.blobs.adopt(staged, entry.digest)
         return scan
@@ -229,7 +227,7 @@ class Vault:
                     f"{manifest.ref}: the blob of {entry.path} is not in {self.where}", ref=manifest.ref
                 )
         self.blobs.add(manifest.canonical, room)
-        self.blobs.add(image_manifest(manifest), room)
+        self.blobs.add(image_manifest(manifest.canonical), room)
         with self.lock():
             if self.refuse_conflict(manifest):
                 return False
@@ -305,20 +303,27 @@ class Vault:
                 return
             entries = oci.read_index(read_capped(path, 2**30), seq=at.seq - 1)
         if entries is None or name is None:
-            entries = [entry for other in self.names() for entry in self._descriptors(other)]
+            entries = [entry for catalogue in self._catalogues() for entry in self._descriptors(catalogue)]
         else:
-            entries = [entry for entry in entries if not oci.of_name(entry, name)] + self._descriptors(name)
+            entries = [entry for entry in entries if not oci.of_name(entry, name)]
+            entries += self._descriptors(self.catalogue(name))
         atomic_write(path, oci.write_index(entries, seq=at.seq))
 
-    def _descriptors(self, name: str) -> list[dict[str, object]]:
+    def _catalogues(self) -> Iterator[Catalogue]:
+        """All names, from one pass over the log."""
+        events: dict[str, list[Event]] = {}
+        for event, _ in self.ledger.read():
+            events.setdefault(event.name, []).append(event)
+        return (Catalogue.fold(name, found) for name, found in events.items())
+
+    def _descriptors(self, catalogue: Catalogue) -> list[dict[str, object]]:
         from hub import oci
 
-        catalogue = self.catalogue(name)
         found = []
         for release in catalogue.releases:
-            image = oci.image_manifest(self.manifest(release.digest))
+            image = oci.image_manifest(self.blobs.read(release.digest))
             tags = (release.version, *catalogue.aliases_of(release.digest))
-            found += [oci.descriptor(name, tag, image) for tag in tags]
+            found += [oci.descriptor(catalogue.name, tag, image) for tag in tags]
         return found
 
 

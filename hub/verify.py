@@ -36,7 +36,7 @@ def verify_release(store: Store, ref: AdapterRef, digest: str, *, seen: Seen | N
         manifest = store.manifest(digest)
         if manifest.ref != ref or manifest.digest != digest:
             raise IntegrityError(f"its manifest is that of {manifest.ref} ({manifest.digest})", ref=ref)
-        store.blobs.read(canonical.digest(image_manifest(manifest)))
+        store.blobs.read(canonical.digest(image_manifest(manifest.canonical)))
     except HubError as error:
         return [Problem(str(ref), error.message)]
     problems, scans = [], {}
@@ -57,15 +57,13 @@ def verify_release(store: Store, ref: AdapterRef, digest: str, *, seen: Seen | N
 
 
 def _scan(store: Store, manifest: Manifest, entry: FileEntry, seen: Seen) -> FileScan | None:
-    from hub.gates import check_same, inspect
+    from hub.gates import inspect_as
 
     key = (entry.digest, entry.size, entry.path)
     if key not in seen:
         if not store.blobs.path(entry.digest).exists():
             raise NotFound(f"{entry.path} is missing (blob {entry.digest})", digest=entry.digest)
-        measured, scan = inspect(store.blobs.path(entry.digest), entry.path)
-        check_same(manifest, entry, measured)
-        seen[key] = scan
+        seen[key] = inspect_as(manifest, entry, store.blobs.path(entry.digest))
     return seen[key]
 
 

@@ -21,7 +21,7 @@ from hub.errors import HubError, UsageError
 from router.windows import windows
 
 Member = Expr | str | None
-MAX_LOGITS = 2**25  # logits alive at once, 128 MiB in float32
+MAX_LOGITS = 2**24  # logits alive at once, 64 MiB in float32
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def _csv_rows(reader: csv.DictReader[str], path: Path) -> Iterator[Row]:
 
 def _parquet(path: Path) -> list[Row]:
     try:
-        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+        from pyarrow import ArrowException, parquet
     except ModuleNotFoundError as error:
         raise DataError(f"{path} needs pyarrow to be read", path=path, hint="pip install pyarrow") from error
     try:

@@ -138,6 +138,7 @@ def prepare(config: TrainConfig) -> Prepared:
         config.base,
         quantize=config.quantize,
         dtype=config.precision,
+        device=Accelerator().device,
         task=config.task,
         labels=splits.train.labels or None,
     )
@@ -205,17 +206,17 @@ def _folder(
     shown = RichHandler(console=console, show_time=False, show_path=False)
     shown.setLevel(logging.INFO if console.is_terminal else logging.WARNING)
     handlers: list[logging.Handler] = [shown]
+    logger, level = logging.getLogger("train"), logging.getLogger("train").level
     if accelerator.is_main_process:
         if folder.exists() and any(folder.iterdir()) and not resume:
             hint = f"go on with --resume, write elsewhere with --out, or remove {folder}"
             raise UsageError(f"{folder} holds an earlier run", path=folder, hint=hint)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        if not (folder / "config.yaml").exists():  # a resumed run keeps what it was started with
+            (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         written = logging.FileHandler(folder / "run.log", encoding="utf-8")
         written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         handlers.append(written)
-    logger, level = logging.getLogger("train"), logging.getLogger("train").level
-    if accelerator.is_main_process:
         logger.setLevel(logging.INFO)
         for handler in handlers:
             logger.addHandler(handler)
@@ -228,3 +229,15 @@ def _folder(
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
+        if accelerator.is_main_process:
+            _forget_if_nothing_was_learned(folder)
+
+
+def _forget_if_nothing_was_learned(folder: Path) -> None:
+    """Remove what a run that failed before its first step has written, so that it can be started again."""
+    traces = {"config.yaml", "run.log", "metrics.jsonl"}
+    metrics = folder / "metrics.jsonl"
+    if {path.name for path in folder.iterdir()} <= traces and not (metrics.exists() and metrics.stat().st_size):
+        for name in traces:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()

@@ -16,7 +16,7 @@ from hub.output import json_option, print_json, say, warn
 @adapter_option
 @json_option
 @click.pass_context
-def check(ctx: click.Context, expr: str, adapters: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def check(ctx: click.Context, /, expr: str, adapters: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Say whether a composition works on a base; nothing is loaded.
 
     Exit 0: it works. 1: it does not, and the message shows where. 2: EXPR cannot be read.

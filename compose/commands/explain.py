@@ -25,8 +25,8 @@ def explain(expr: str, adapters: tuple[str, ...], form: str, as_json: bool, **op
     hub compose explain 'acme/tone >> 0.5 * acme/law' --base builtin:tiny-lm --quantize nf4
     hub compose explain 'average(acme/tone, acme/law)' --format dot | dot -Tsvg > plan.svg
 
-    What `hub compose check` refuses is refused here too, in the same way. Costs are operations in matrix products, counted on
-    the shapes of the base with a text of 128 tokens.
+    What `hub compose check` refuses is refused here too, in the same way. Costs are operations in matrix products,
+    counted on the shapes of the base with a text of 128 tokens.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     from compose.explain import explain as examine
     from compose.leaves import Shelf, assignments

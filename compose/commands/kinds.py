@@ -59,7 +59,7 @@ def rows(name: str | None = None) -> list[dict[str, Any]]:
 
 def _first(doc: str | None) -> str:
     """First paragraph of a docstring, on one line."""
-    return " ".join((doc or "").strip().split("\n\n")[0].split())
+    return " ".join((doc or "").strip().split("\n\n")[0].split()).replace("``", "`")
 
 
 def _own(row: dict[str, Any]) -> list[str]:

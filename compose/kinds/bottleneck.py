@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from compose.atoms import Atoms, Below, Function
 from compose.kind import Adapter, KindConfig, KindError, register
 from compose.sites import Site, SiteMap
+from hub.errors import suggest
 
 _PLACES = {"houlsby": ("attn.o", "mlp.down"), "pfeiffer": ("mlp.down",), "parallel": ("mlp.down",)}
 _ACTIVATION = {"houlsby": "gelu", "pfeiffer": "relu", "parallel": "relu"}
@@ -61,7 +62,14 @@ class Bottleneck(Adapter):
 
     def build(self, sites: SiteMap, model: PreTrainedModel) -> None:
         """Down and up projections at each place."""
-        self._act = ACT2FN[self.config.non_linearity or _ACTIVATION[self.config.style]]
+        name = self.config.non_linearity or _ACTIVATION[self.config.style]
+        if name not in ACT2FN:
+            guess = suggest(name, ACT2FN)
+            raise KindError(
+                f"no activation is called {name!r}" + (f"; {guess}" if guess else ""),
+                hint="for example relu, gelu, silu",
+            )
+        self._act = ACT2FN[name]
         self._taps: dict[str, str | None] = {}
         chosen = self.targets(sites, default=_PLACES[self.config.style])
         self.paths = tuple(s.path for s in chosen)

@@ -39,8 +39,16 @@ class PrefixTuning(Adapter):
     paper = "arXiv:2101.00190"
     averages_in_weight = False
     peft_fields = frozenset(
-        "num_virtual_tokens token_dim num_attention_heads num_layers num_transformer_submodules "
-        "encoder_hidden_size prefix_projection init_weights".split()
+        [
+            "num_virtual_tokens",
+            "token_dim",
+            "num_attention_heads",
+            "num_layers",
+            "num_transformer_submodules",
+            "encoder_hidden_size",
+            "prefix_projection",
+            "init_weights",
+        ]
     )
     suffixes = {"P": "prompt_embeddings"}
 

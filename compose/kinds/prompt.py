@@ -37,8 +37,17 @@ class PromptTuning(Adapter):
     paper = "arXiv:2104.08691"
     averages_in_weight = False
     peft_fields = frozenset(
-        "num_virtual_tokens token_dim num_attention_heads num_layers num_transformer_submodules "
-        "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
+        [
+            "num_virtual_tokens",
+            "token_dim",
+            "num_attention_heads",
+            "num_layers",
+            "num_transformer_submodules",
+            "prompt_tuning_init",
+            "prompt_tuning_init_text",
+            "tokenizer_name_or_path",
+            "tokenizer_kwargs",
+        ]
     )
     suffixes = {"P": "prompt_embeddings"}
 

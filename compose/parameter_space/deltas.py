@@ -5,7 +5,7 @@ The result is a LoRA, or a DoRA where a gain on W takes part (a sum of DoRAs is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,6 @@ from compose.parameter_space.effect import Effect, effect_of
 from compose.parameter_space.job import Job
 from compose.parameter_space.method import Elementwise, Factored, Linear
 from compose.parameter_space.tensors import merge_heads, saved_modules
-from compose.parameter_space.trim import OnBlocks
 from compose.weights import row_norm_squared
 
 
@@ -68,24 +67,25 @@ def _finish(job: Job, made: dict[str, Made]) -> tuple[Adapter, Certificate]:
 
 
 def _made(job: Job, paths: Sequence[str]) -> list[Made]:
-    method = job.method
-    if isinstance(method, Elementwise) and method.whole(job.options):
-        everywhere = [effects_at(job, path) for path in paths]
-        scope = [[effects[i] for effects in everywhere] for i in range(len(job.members))]
-        trims = trimmed(method, job.options, scope)
-        steps = job.steps(list(enumerate(everywhere)), "merge")
-        return [_elementwise(job, method, paths[j], effects, [t[j] for t in trims]) for j, effects in steps]
+    if isinstance(job.method, Elementwise):
+        return [_in_factors(job, *site) for site in _elementwise(job, job.method, paths)]
     return [_at_site(job, path) for path in job.steps(paths, "merge")]
 
 
 def _at_site(job: Job, path: str) -> Made:
-    effects, method = effects_at(job, path), job.method
-    if isinstance(method, Linear):
-        return _linear(job, method, path, effects)
-    if isinstance(method, Elementwise):
-        trims = [places[0] for places in trimmed(method, job.options, [[e] for e in effects])]
-        return _elementwise(job, method, path, effects, trims)
-    return _factored(job, method, path, effects)
+    effects = effects_at(job, path)
+    if isinstance(job.method, Factored):
+        return _factored(job, job.method, path, effects)
+    assert isinstance(job.method, Linear)  # noqa: S101 - the third form is handled apart
+    return _linear(job, job.method, path, effects)
+
+
+@torch.no_grad()
+def exact(job: Job) -> Iterator[tuple[str, Tensor]]:
+    """The change D of each weight, (path, (d_out, d_in) float32), one at a time and before a rank limits it."""
+    assert isinstance(job.method, Elementwise)  # noqa: S101 - the other forms are exact in factors
+    for path, _, dense in _elementwise(job, job.method, _paths(job)):
+        yield path, dense
 
 
 def effects_at(job: Job, path: str) -> list[Effect]:
@@ -129,22 +129,35 @@ def shrink(site: Effect, pair: Pair, gain: Tensor | None, rank: int | None) -> M
     return Made(kept, gain, SiteLoss(kept.rank, exact.energy, 0.0 if lossless else left_out))
 
 
-def _elementwise(
-    job: Job, method: Elementwise, path: str, effects: Sequence[Effect], trims: Sequence[OnBlocks]
-) -> Made:
-    dense = at_place(method, job.options, effects, trims)
+def _elementwise(job: Job, method: Elementwise, paths: Sequence[str]) -> Iterator[tuple[str, Sequence[Effect], Tensor]]:
+    """Path, the members' effects there, and the merged dense delta."""
+    o = job.options
+    if method.whole(o):
+        everywhere = [effects_at(job, path) for path in paths]
+        trims = trimmed(method, o, [[effects[i] for effects in everywhere] for i in range(len(job.members))])
+        for j, path in job.steps(list(enumerate(paths)), "merge"):
+            yield path, everywhere[j], at_place(method, o, everywhere[j], [places[j] for places in trims])
+        return
+    for path in job.steps(paths, "merge"):
+        effects = effects_at(job, path)
+        trims = trimmed(method, o, [[e] for e in effects])
+        yield path, effects, at_place(method, o, effects, [places[0] for places in trims])
+
+
+def _in_factors(job: Job, path: str, effects: Sequence[Effect], dense: Tensor) -> Made:
     gain: tuple[Tensor, Effect] | None = None
     if any(e.gain is not None for e in effects) and not any(e.node is not None for e in effects):
         # The diagonal part would need full rank: it goes into a gain, merged by the same rule.
+        assert isinstance(job.method, Elementwise)  # noqa: S101 - narrows the type
         vectors = torch.stack([torch.zeros(e.rows, device=e.device) if e.gain is None else e.gain for e in effects])
-        gain = method.combine(vectors[:, None], job.options)[0], effects[0]
+        gain = job.method.combine(vectors[:, None], job.options)[0], effects[0]
     return from_dense(job, path, dense, gain, job.rank or max(e.rank for e in effects))
 
 
 def from_dense(job: Job, path: str, dense: Tensor, gain: tuple[Tensor, Effect] | None, rank: int | None) -> Made:
     """A dense merged delta as factors of the given rank, beside a gain on the site's W if there is one."""
     if not rank:
-        raise job.refuse(f"the change of {path} has full rank", "say which rank to write it in: rank=16")
+        raise job.refuse(f"the change of {path} by {job.kinds} has full rank", "say which rank to write it in: rank=16")
     total = factors.energy(dense)
     rest = dense if gain is None else dense - gain[0][:, None] * gain[1].weight()
     pair, left_out = factors.from_dense(rest, min(rank, *rest.shape))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 from typing import cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from compose.stage import Chain, Coefficient, Entry, Mix, Node, Stage
 from compose.weights import bias_of, dense_weight, row_norm_squared
 
 _BLOCK = 2**16  # elements of a block when two dense effects are compared
+_HELD: WeakKeyDictionary[nn.Module, ref[Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +66,13 @@ class Effect:
         return cast("Tensor", self.layer.weight).device
 
     def weight(self) -> Tensor:
-        """The frozen W (d_out, d_in), float32, dequantized if need be: a temporary."""
-        return dense_weight(self.layer).detach().float()
+        """The frozen W (d_out, d_in), float32, dequantized if need be: one temporary, shared while someone holds it."""
+        held = _HELD.get(self.layer)
+        weight = None if held is None else held()
+        if weight is None:
+            weight = dense_weight(self.layer).detach().float()
+            _HELD[self.layer] = ref(weight)
+        return weight
 
     def pair_or_zero(self) -> Pair:
         """The pair, or one of rank 0."""

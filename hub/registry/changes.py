@@ -9,11 +9,11 @@ from datetime import datetime, timezone
 
 from hub.errors import GateError
 from hub.files import MAX_FILES, check_relative
-from hub.gates import IGNORED, check_file_set
+from hub.gates import check_file_set
 from hub.manifest import Draft
 from hub.ref import AdapterRef
 from hub.registry import gitids
-from hub.registry.commits import CommitRequest, Operation
+from hub.registry.commits import CommitRequest, Operation, ignored
 from hub.registry.drafts import Commit, Repo, find_repo, forget, pairs, save_commit, save_repo
 from hub.registry.errors import ApiError, revision_not_found
 from hub.registry.gitids import File
@@ -81,11 +81,6 @@ def check_path(path: str) -> None:
         raise ApiError(400, str(error)) from error
     except GateError as error:
         raise ApiError(400, f"{error.message} ({error.hint})") from error
-
-
-def ignored(path: str) -> bool:
-    """Whether a file is left out without a word: what git and desktops leave behind."""
-    return not IGNORED.isdisjoint(path.split("/"))
 
 
 def commit(repos: Repos, name: str, branch: str, request: CommitRequest, caller: Caller) -> Committed:

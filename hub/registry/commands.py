@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -116,7 +117,8 @@ def _serve(host: str, port: int, root: Path | None, tokens: Path | None, max_fil
         listener.bind((host.strip("[]"), port))
         address, taken = listener.getsockname()[:2]
         _announce(f"http://{f'[{address}]' if ':' in address else address}:{taken}", store, tokens)
-        uvicorn.Server(config).run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # Ctrl-C is how a server is told to end
+            uvicorn.Server(config).run(sockets=[listener])
 
 
 def _announce(url: str, store: object, tokens: Path | None) -> None:

@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, Stri
 from hub import canonical
 from hub.errors import ManifestError
 from hub.files import check_relative
+from hub.gates import IGNORED
 from hub.registry.errors import ApiError, too_large
 from hub.registry.gitids import File
 from hub.registry.limits import Limits
@@ -63,8 +64,17 @@ class _Loose(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-SafePath = Annotated[str, AfterValidator(check_relative)]
-SafeFolder = Annotated[str, AfterValidator(lambda path: check_relative(path.rstrip("/")))]
+def ignored(path: str) -> bool:
+    """Whether a file is left out without a word: what git and desktops leave behind."""
+    return not IGNORED.isdisjoint(path.split("/"))
+
+
+def _check_path(path: str) -> str:
+    return path if ignored(path) else check_relative(path)
+
+
+SafePath = Annotated[str, AfterValidator(_check_path)]
+SafeFolder = Annotated[str, AfterValidator(lambda path: _check_path(path.rstrip("/")))]
 
 
 class _Header(_Loose):

@@ -30,6 +30,8 @@ class Remote(Protocol):
     """
 
     url: str
+    checks_uploads: bool
+    """Whether `write` compares the bytes with the digest while it reads them; else they are checked before."""
 
     def names(self) -> list[str]:
         """All ``ns/name`` here, sorted; for did-you-mean and search."""

@@ -29,6 +29,8 @@ class DirectoryRemote:
         A path, or ``file:///path``. It is made by the first push.
     """
 
+    checks_uploads = True
+
     def __init__(self, url: str) -> None:
         self.path = _path(url)
         self.url = str(self.path)

@@ -109,11 +109,11 @@ def decoder_with_cache(tiny, model, source, targets):
 def test_relative_positions_count_the_prefix(tiny, attention):
     """T5's position bias of n virtual tokens is that of n real ones before the text, near and far (8 buckets, 12)."""
     model = prefixed(tiny, "t5", attn_implementation=attention)
-    source, targets = torch.stack(tiny.rows(5, 5)), torch.stack(tiny.rows(14, 14, seed=3))
+    source, targets = torch.stack(tiny.rows(5)), torch.stack(tiny.rows(14, seed=3))
     expected = decoder_with_cache(tiny, model, source, targets)
     with torch.no_grad():
         assert near(model(input_ids=source, decoder_input_ids=targets).logits, expected)
-        for cache in (None, EncoderDecoderCache(*(StaticCache(model.config, max_cache_len=20) for _ in range(2)))):
+        for cache in (None, EncoderDecoderCache(*(StaticCache(model.config, max_cache_len=n) for n in (20, 5)))):
             states, out = model.get_encoder()(input_ids=source), []
             for start, end in [(0, 6), (6, 7), (7, 12), (12, 14)]:
                 step = model(

@@ -569,6 +569,21 @@ def test_merged_weights_are_the_active_adapter(lab: Any, family: str, text: str)
     assert all(f.rounding < 1e-4 for f in folded.values())
 
 
+def test_folding_a_merge_needs_no_rank(lab: Any, tiny: Any) -> None:
+    home = Lab(tiny, "bert")
+    home.model = tiny.model("bert", task="classification")
+    home.add("lora", "a", "b", target_modules=("attn.q",), modules_to_save=("classifier",))
+    folded = {f.name: f.value for f in fold(home.model, "ties(a, b, density=0.5)")}
+    home.merge("ties(a, b, density=0.5, rank=32)")  # all the rank there is
+    wanted = home.logits("merged")
+    home.merge("ties(a, b, density=0.5)", "small")
+    assert home.apart("small", "merged") > 0.05
+    compose.eject(home.model)
+    home.model.load_state_dict({**home.model.state_dict(), **folded})
+    with torch.no_grad():
+        assert off(torch.cat(home.tiny.logits(home.model, home.batch)), wanted) < 1e-5
+
+
 def test_biases_and_heads_fold_too(lab: Any, tiny: Any) -> None:
     home = Lab(tiny, "bert")
     home.model = tiny.model("bert", task="classification")

@@ -32,6 +32,10 @@ KINDS: dict[str, Callable[..., Any]] = {  # PEFT's defaults decide where each on
 TOLERANCE = 1e-5
 
 
+def base(tiny: Any, family: str) -> Any:
+    return tiny.model(family, task="classification" if TASKS[family] == "SEQ_CLS" else "lm")
+
+
 def randomize(model: Any) -> None:
     """Weights that do something: a fresh adapter would hide a wrong one."""
     generator = torch.Generator().manual_seed(2)
@@ -41,82 +45,72 @@ def randomize(model: Any) -> None:
             parameter.data = kept + 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
-def peft_model(family: str, config: Any) -> Any:
+def peft_model(tiny: Any, family: str, config: Any) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT's default does not fit GPT-2
-        model = peft.get_peft_model(base(family), config)
+        model = peft.get_peft_model(base(tiny, family), config)
     randomize(model)
     return model.eval()
 
 
-def batch(family: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 100, (3, 9), generator=generator)
-    mask = torch.ones_like(ids)
-    # Right padding with RoBERTa's padding token; and for T5, whose relative positions see the gap that PEFT leaves
-    # between a prompt and text padded on the left.
-    if FAMILIES[family][1] == "SEQ_CLS" or family == "t5":
-        ids[1, -3:], mask[1, -3:] = 1, 0
-    else:
-        mask[1, :3] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if family == "t5":
-        inputs["decoder_input_ids"] = torch.randint(3, 100, (3, 6), generator=generator)
-    return inputs
-
-
 @torch.no_grad()
-def logits(model: Any, family: str) -> torch.Tensor:
-    """Logits at real tokens; PEFT's have the virtual tokens in front, ours do not."""
-    inputs = batch(family)
+def logits(tiny: Any, model: Any, family: str) -> torch.Tensor:
+    """Logits at the real tokens of rows of two lengths; PEFT's have the virtual tokens in front, ours do not.
+
+    Padded on the left where the model generates, but for T5, whose relative positions see the gap that PEFT leaves
+    between a prompt and such text. PEFT drops the position ids of a prompt, so none are given.
+    """
+    inputs = tiny.batch(family, tiny.rows(9, 6, 9), side="left" if family in tiny.causal else "right")
+    inputs.pop("position_ids", None)
     out = model(**inputs).logits
-    if out.dim() == 2:
+    if out.dim() == 2 or family == "t5":
         return out
-    mask = inputs["attention_mask"] if family != "t5" else torch.ones_like(inputs["decoder_input_ids"])
-    return out[:, -mask.shape[1] :][mask.bool()]
+    mask = inputs["attention_mask"].bool()
+    return out[:, -mask.shape[1] :][mask]
 
 
 @torch.no_grad()
-def generated(model: Any, family: str) -> torch.Tensor:
-    """Greedy tokens of unpadded rows (under left padding PEFT drops the position ids of a prompt's generation)."""
-    inputs = {k: v[[0, 2]] for k, v in batch(family).items() if k != "decoder_input_ids"}
-    return model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+def generated(tiny: Any, model: Any, family: str) -> torch.Tensor:
+    """Greedy tokens of rows without padding (under left padding PEFT drops the position ids of a prompt)."""
+    inputs = tiny.batch(family, tiny.rows(9, 9))
+    given = {k: inputs[k] for k in ("input_ids", "attention_mask")}
+    return model.generate(**given, max_new_tokens=6, do_sample=False, eos_token_id=None)
 
 
-def attach(family: str, directory: Any) -> tuple[Any, Any]:
-    model = base(family)
+def attach(tiny: Any, family: str, directory: Any) -> tuple[Any, Any]:
+    model = base(tiny, family)
     runtime = inject.runtime(model)
     adapter = runtime.add("a", interop.read(directory, runtime.sites, model, name="a"))
     inject.activate(model, "a")
     return model, adapter
 
 
-def export(family: str, model: Any, adapter: Any, directory: Any) -> Any:
+def export(tiny: Any, family: str, model: Any, adapter: Any, directory: Any) -> Any:
     """Export, and load in PEFT with every warning an error."""
     interop.export_peft(adapter, directory, sites=inject.runtime(model).sites, model=model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        return peft.PeftModel.from_pretrained(base(family), directory).eval()
+        return peft.PeftModel.from_pretrained(base(tiny, family), directory).eval()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_same_outputs_both_ways(family, kind, tmp_path):
-    task = FAMILIES[family][1]
-    theirs = peft_model(family, KINDS[kind](task_type=task))
+@pytest.mark.parametrize("family", TASKS)
+def test_same_outputs_both_ways(tiny, family, kind, tmp_path):
+    task = TASKS[family]
+    theirs = peft_model(tiny, family, KINDS[kind](task_type=task))
     theirs.save_pretrained(tmp_path / "theirs")
-    model, adapter = attach(family, tmp_path / "theirs")
+    model, adapter = attach(tiny, family, tmp_path / "theirs")
 
-    expected, got = logits(theirs, family), logits(model, family)
+    expected, got = logits(tiny, theirs, family), logits(tiny, model, family)
     torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=0)
-    effect = (expected - logits(base(family), family)).abs().max()
+    effect = (expected - logits(tiny, base(tiny, family), family)).abs().max()
     assert effect > 1e-3, "an adapter without effect would agree whatever we do"
 
-    back = export(family, model, adapter, tmp_path / "ours")
-    torch.testing.assert_close(logits(back, family), got, atol=TOLERANCE, rtol=0)
+    back = export(tiny, family, model, adapter, tmp_path / "ours")
+    torch.testing.assert_close(logits(tiny, back, family), got, atol=TOLERANCE, rtol=0)
     if task != "SEQ_CLS":
-        assert torch.equal(generated(model, family), generated(theirs, family))
-        assert torch.equal(generated(back, family), generated(model, family))
+        assert torch.equal(generated(tiny, model, family), generated(tiny, theirs, family))
+        assert torch.equal(generated(tiny, back, family), generated(tiny, model, family))
 
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -141,19 +135,19 @@ PLACEMENTS = {
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 @pytest.mark.parametrize("name", PLACEMENTS)
-def test_same_placement(name, kind, tmp_path):
+def test_same_placement(tiny, name, kind, tmp_path):
     family, options = PLACEMENTS[name]
-    options = dict(options, task_type=FAMILIES[family][1])
+    options = dict(options, task_type=TASKS[family])
     if kind == "ia3":
         options = _for_ia3(options)
-    theirs = peft_model(family, KINDS[kind](**options))
+    theirs = peft_model(tiny, family, KINDS[kind](**options))
     theirs.save_pretrained(tmp_path / "theirs")
-    model, adapter = attach(family, tmp_path / "theirs")
+    model, adapter = attach(tiny, family, tmp_path / "theirs")
     assert set(adapter.paths) == set(theirs.base_model.targeted_module_names)
-    torch.testing.assert_close(logits(model, family), logits(theirs, family), atol=TOLERANCE, rtol=0)
-    back = export(family, model, adapter, tmp_path / "ours")
+    torch.testing.assert_close(logits(tiny, model, family), logits(tiny, theirs, family), atol=TOLERANCE, rtol=0)
+    back = export(tiny, family, model, adapter, tmp_path / "ours")
     assert set(back.base_model.targeted_module_names) == set(adapter.paths)
-    torch.testing.assert_close(logits(back, family), logits(theirs, family), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(logits(tiny, back, family), logits(tiny, theirs, family), atol=TOLERANCE, rtol=0)
 
 
 def _for_ia3(options: dict[str, Any]) -> dict[str, Any]:
@@ -165,35 +159,33 @@ def _for_ia3(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "feedforward_modules": marked}
 
 
-def test_a_head_of_its_own_is_carried(tmp_path):
-    theirs = peft_model("bert", peft.LoraConfig(r=2, task_type="SEQ_CLS"))
+def test_a_head_of_its_own_is_carried(tiny, tmp_path):
+    theirs = peft_model(tiny, "bert", peft.LoraConfig(r=2, task_type="SEQ_CLS"))
     theirs.save_pretrained(tmp_path / "theirs")
-    model, adapter = attach("bert", tmp_path / "theirs")
+    model, adapter = attach(tiny, "bert", tmp_path / "theirs")
     assert adapter.config.modules_to_save == ("classifier",)
     trained = theirs.base_model.model.classifier.modules_to_save.default.weight
     assert torch.equal(adapter.head("classifier").weight, trained)
-    assert not torch.equal(trained, base("bert").classifier.weight)
+    assert not torch.equal(trained, base(tiny, "bert").classifier.weight)
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prefix", "prompt"])
-def test_without_a_head_peft_gets_the_base_s(kind, tmp_path):
-    model = base("roberta")
+def test_without_a_head_peft_gets_the_base_s(tiny, kind, tmp_path):
+    model = base(tiny, "roberta")
     runtime = inject.runtime(model)
-    from compose.kind import get_kind, make_config
-
     cls = get_kind(kind)
     adapter = runtime.add("a", cls(make_config(cls, {}), runtime.sites, model, name="a"))
     randomize(adapter)
     inject.activate(model, "a")
-    back = export("roberta", model, adapter, tmp_path)
-    torch.testing.assert_close(logits(back, "roberta"), logits(model, "roberta"), atol=TOLERANCE, rtol=0)
+    back = export(tiny, "roberta", model, adapter, tmp_path)
+    torch.testing.assert_close(logits(tiny, back, "roberta"), logits(tiny, model, "roberta"), atol=TOLERANCE, rtol=0)
 
 
-def test_a_projected_prefix_reads_as_its_output(tmp_path):
+def test_a_projected_prefix_reads_as_its_output(tiny, tmp_path):
     config = peft.PrefixTuningConfig(
         num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16, task_type="CAUSAL_LM"
     )
-    theirs = peft_model("gpt2", config)
+    theirs = peft_model(tiny, "gpt2", config)
     theirs.save_pretrained(tmp_path)
-    model, _ = attach("gpt2", tmp_path)
-    torch.testing.assert_close(logits(model, "gpt2"), logits(theirs, "gpt2"), atol=TOLERANCE, rtol=0)
+    model, _ = attach(tiny, "gpt2", tmp_path)
+    torch.testing.assert_close(logits(tiny, model, "gpt2"), logits(tiny, theirs, "gpt2"), atol=TOLERANCE, rtol=0)

@@ -180,6 +180,25 @@ def test_unknown_methods_and_options_are_refused(notes, changes, said):
         prepare(lm(notes, **changes))
 
 
+@pytest.mark.parametrize("changes", [{"method": "loar"}, {"data": {"train": "nowhere.txt"}}, {"max_length": 900}])
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(notes, tmp_path, changes):
+    with pytest.raises(HubError):
+        run(lm(notes, **changes), folder=tmp_path / "a", ref="x")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(notes, tmp_path):
+    config = lm(notes, duration=2)
+    run(config, folder=tmp_path / "a", ref="x", publishing=False)
+    before = (tmp_path / "a" / "config.yaml").read_text()
+    with pytest.raises(HubError, match="nothing to resume"):
+        run(lm(notes, lr=1.0), folder=tmp_path / "a", ref="x", resume=True)
+    assert (tmp_path / "a" / "config.yaml").read_text() == before
+    with pytest.raises(HubError, match="nothing to resume"):
+        run(config, folder=tmp_path / "b", ref="x", resume=True)
+    assert not (tmp_path / "b").exists()
+
+
 def test_eval_labels_unseen_in_training_are_named(bert_base, reviews, tmp_path):
     other = tmp_path / "eval.jsonl"
     other.write_text('{"text": "a plot", "label": "pos"}\n{"text": "a plot", "label": "mixed"}\n')

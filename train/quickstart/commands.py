@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -48,9 +49,12 @@ def quickstart(
     What is trained already (same base, data and settings) is not trained again.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     started = time.perf_counter()
+    from train.quickstart.gather import gather
     from train.quickstart.userfiles import parse_domains
 
-    paths = parse_domains(domains) if domains else {}
+    if json_path and json_path != "-":
+        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
+    found = gather(parse_domains(domains) if domains else {}, seed=seed, say=partial(click.echo, err=True))
 
     from rich.console import Console
 
@@ -59,11 +63,8 @@ def quickstart(
     from train.quickstart.story import Options, run
     from train.quickstart.tables import show
 
-    if json_path and json_path != "-":
-        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
-    options = Options(out, base, quantize, kind, seed, steps, paths)
     chatter = Console(stderr=True)
-    story = run(options, chatter, started=started)
+    story = run(Options(out, base, quantize, kind, seed, steps), found, chatter, started=started)
     report = write_report(story, out / "report.html")
     facts = as_dict(story)
     text = json.dumps(facts, indent=2, ensure_ascii=False)
@@ -73,5 +74,5 @@ def quickstart(
         show(story, Console())
         if json_path:
             Path(json_path).write_text(text + "\n", encoding="utf-8")
-    chatter.print(f"report: {report}", highlight=False, soft_wrap=True)
-    chatter.print(f"{facts['seconds']:.0f} s, {facts['peak_rss_mb'] or 0:.0f} MB at most", highlight=False)
+    click.echo(f"report: {report}", err=True)
+    click.echo(f"{facts['seconds']:.0f} s, {facts['peak_rss_mb'] or 0:.0f} MB at most", err=True)

@@ -1,4 +1,4 @@
-"""The quickstart from top to bottom: gather, train, push, pull, compose, route, measure."""
+"""The quickstart from top to bottom: train, push, pull, compose, route, measure."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from compose.inject import runtime
 from hub.remotes.directory import DirectoryRemote
 from hub.store import Store
 from hub.transfer import pull
-from train.quickstart import builtin, userfiles
-from train.quickstart.corpus import Domain, split
+from train.quickstart.corpus import Domain
 from train.quickstart.experts import Expert, Trainer, configuration
 from train.quickstart.measure import (
     DomainResult,
@@ -49,7 +48,6 @@ class Options:
     kind: str = "lora"
     seed: int = 0
     steps: int = STEPS
-    domains: Mapping[str, Path] = field(default_factory=dict)  # empty: the four of every Python machine
     home: Path | None = None  # of the local store; None is the default one
 
 
@@ -73,13 +71,13 @@ class Story:
         return round(time.perf_counter() - self.started, 1)
 
 
-def run(options: Options, console: Console, *, started: float | None = None) -> Story:
+def run(options: Options, domains: Sequence[Domain], console: Console, *, started: float | None = None) -> Story:
     """Run the whole story; chatter and progress go to the console.
 
     Raises
     ------
     HubError
-        Bad domains, an unknown base or kind, a store or folder that cannot be written.
+        An unknown base or kind, a store or folder that cannot be written.
     """
     started = time.perf_counter() if started is None else started
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus(), MOST_THREADS))
@@ -87,7 +85,6 @@ def run(options: Options, console: Console, *, started: float | None = None) -> 
     local, second = Store(options.home), Store(options.out / "store")
     with local.lock(), second.lock():
         pass  # a store that cannot be written is an error now, not after the training
-    domains = gather(options, console)
     tokenizer = compose.tokenizer(options.base)
     with _progress(console) as progress:
         experts = train_all(options, domains, tokenizer, local, progress, console)
@@ -116,27 +113,8 @@ def run(options: Options, console: Console, *, started: float | None = None) -> 
     )
 
 
-def gather(options: Options, console: Console) -> list[Domain]:
-    """Read the text and split it."""
-    if options.domains:
-        found = {n: userfiles.read_domain(n, path, options.seed) for n, path in options.domains.items()}
-    else:
-        found = builtin.builtin(options.seed)
-    domains = split(found, seed=options.seed)
-    for domain in domains:
-        size = sum(len(document.text) for document in domain.train) / 1000
-        left = f"; left out: {', '.join(domain.left_out)}" if domain.left_out else ""
-        console.print(
-            f"{domain.name}: {len(domain.train)} documents to train on ({size:,.0f} thousand characters), "
-            f"{len(domain.heldout)} held out{left}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    return domains
-
-
 def train_all(
-    options: Options, domains: list[Domain], tokenizer: Any, local: Store, progress: Progress, console: Console
+    options: Options, domains: Sequence[Domain], tokenizer: Any, local: Store, progress: Progress, console: Console
 ) -> list[Expert]:
     """Train what is not in the local store yet, and publish it there."""
     width = AutoConfig.from_pretrained(locate(options.base).directory).get_text_config().hidden_size
@@ -160,7 +138,7 @@ def train_all(
     return experts
 
 
-def load(options: Options, experts: list[Expert] | None = None, store: Store | None = None) -> PreTrainedModel:
+def load(options: Options, experts: Sequence[Expert] | None = None, store: Store | None = None) -> PreTrainedModel:
     """Load the quantized base, with the experts of a store attached under the names of their domains."""
     attached = {expert.domain: store.get(expert.artifact.ref) for expert in experts} if experts and store else {}
     # Half precision has no fast kernels on most CPUs.

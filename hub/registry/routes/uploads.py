@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 
 from hub.registry import changes, lfs
 from hub.registry.bodies import in_thread
-from hub.registry.commits import read_commit
+from hub.registry.commits import ignored, read_commit
 from hub.registry.context import Access, context_of, writing
 from hub.registry.errors import ApiError, too_large
 from hub.registry.gitids import File
@@ -47,7 +47,7 @@ def _way(access: Access, tree: Any, wanted: object) -> dict[str, Any]:
     path, size = entry.get("path"), entry.get("size")
     if not isinstance(path, str) or not isinstance(size, int) or size < 0:
         raise ApiError(400, "each file has a path and a size")
-    if changes.ignored(path):
+    if ignored(path):
         return {"path": path, "uploadMode": "regular", "shouldIgnore": True}
     changes.check_path(path)
     limits = access.context.limits

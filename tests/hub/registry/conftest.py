@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
@@ -84,13 +84,13 @@ class Site:
 
     def raw(self, data: bytes) -> bytes:
         """Bytes as they are; what the server answers until it closes."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as stream:
+        found = b""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as stream, suppress(ConnectionError):
             stream.sendall(data)
             stream.shutdown(socket.SHUT_WR)
-            found = b""
             while part := stream.recv(65536):
                 found += part
-            return found
+        return found
 
     def stock(self, script: str, *, token: str | None = None, fails: bool = False, **env: str) -> Any:
         """Run a script with stock clients in a process of its own; returns what it printed as JSON.
@@ -171,10 +171,10 @@ def guarded(tmp_path: Path) -> Iterator[Site]:
         yield found
 
 
-@pytest.fixture
-def serve(tmp_path: Path) -> Callable[..., Any]:
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Serve a store of one's own: ``with serve(root) as site``."""
-    return lambda root, **options: running(root, tmp_path / "hf-own", **options)
+    return lambda root, **options: running(root, tmp_path_factory.mktemp("hf"), **options)
 
 
 def commit_body(files: dict[str, bytes], *, parent: str | None = None, deleted: tuple[str, ...] = ()) -> bytes:

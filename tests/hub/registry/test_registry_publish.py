@@ -109,7 +109,7 @@ def test_a_stale_manifest_is_dropped_when_the_weights_changed(site, packed, file
 
 
 def test_the_same_bytes_may_be_published_again_as_another_version(site, packed, send_directory, tag) -> None:
-    directory, old = packed("acme/tone@1.0.0", summary="kept")
+    directory, _ = packed("acme/tone@1.0.0", summary="kept")
     send_directory(site, "acme/tone", directory)
     tag(site, "acme/tone", "1.0.0")
     assert tag(site, "acme/tone", "1.0.1", revision="1.0.0").status == 200

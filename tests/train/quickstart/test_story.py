@@ -15,6 +15,7 @@ from rich.console import Console
 from hub.remotes.directory import DirectoryRemote
 from hub.store import Store
 from train.quickstart import findings, tables
+from train.quickstart.gather import gather
 from train.quickstart.measure import GAMMAS
 from train.quickstart.report import page, write_report
 from train.quickstart.story import Options, Story, run, usable_cpus
@@ -23,8 +24,11 @@ STEPS = 6
 
 
 def tell(root, domains, **changes) -> Story:
-    options = Options(**{"out": root / "out", "home": root / "home", "domains": domains, "steps": STEPS, **changes})
-    return run(options, Console(file=io.StringIO()))
+    options = Options(**{"out": root / "out", "home": root / "home", "steps": STEPS, **changes})
+    said = []
+    found = gather(domains, seed=options.seed, say=said.append)
+    assert len(said) == len(domains)
+    return run(options, found, Console(file=io.StringIO()))
 
 
 @pytest.fixture(scope="module")

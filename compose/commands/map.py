@@ -1,0 +1,70 @@
+"""``hub compose map``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from compose.commands._options import base_option, steps_bar
+from hub.output import columns, json_option, print_json, say
+
+if TYPE_CHECKING:
+    from compose.interference import Interference
+
+
+@click.command("map")
+@click.argument("adapters", nargs=-1, required=True, metavar="A B...")
+@base_option
+@click.option("--sites", "by_site", is_flag=True, help="The cosines at each site, too (with --json).")
+@click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Draw the heat map (.svg, .png or .pdf).")
+@json_option
+def map_(adapters: tuple[str, ...], base: str | None, by_site: bool, svg: Path | None, as_json: bool) -> None:
+    """Show how adapters interfere: the cosine of what they change, pair by pair.
+
+    \b
+    hub compose map acme/tone acme/law ./peft-dir
+    hub compose map $(hub list 'acme/*' --json | jq -r '.[].ref') --svg map.svg
+
+    1: adding both doubles the effect. 0: each leaves the other alone. -1: they cancel. Plain LoRAs are compared in
+    factor space without their base; other kinds need it.
+    """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    from compose.leaves import Shelf
+    from compose.pairs import interference_of
+
+    with steps_bar() as progress:
+        found = interference_of(adapters, Shelf(), base=base, progress=progress)
+    if svg is not None:
+        found.heatmap(svg)
+        say(f"heat map in {svg}")
+    if as_json:
+        print_json({**found.as_dict(), **_more(found, by_site)})
+        return
+    click.echo(_matrix(found))
+    click.echo("\n" + columns(("ADAPTER", "NORM", "NEAREST", "COSINE"), _nearest(found)))
+    for a, b, distance in found.duplicates():
+        say(f"{a} and {b} do the same (relative distance {distance:.1e})")
+
+
+def _matrix(found: Interference) -> str:
+    rows = [
+        (f"{i + 1}", name, *(f"{value:+.3f}" for value in row))
+        for i, (name, row) in enumerate(zip(found.names, found.cosine.tolist(), strict=True))
+    ]
+    return columns(("#", "COSINE", *(str(i + 1) for i in range(len(found.names)))), rows)
+
+
+def _nearest(found: Interference) -> list[tuple[str, str, str, str]]:
+    norms = found.norms.tolist()
+    near = [found.nearest(name, 1)[0] for name in found.names]
+    return [
+        (name, f"{norm:.4g}", other, f"{cosine:+.3f}")
+        for name, norm, (other, cosine) in zip(found.names, norms, near, strict=True)
+    ]
+
+
+def _more(found: Interference, by_site: bool) -> dict[str, object]:
+    nearest = {name: [{"name": other, "cosine": c} for other, c in found.nearest(name)] for name in found.names}
+    sites = {place: found.cosine_at(place).tolist() for place in found.by_place}
+    return {"nearest": nearest, **({"sites": sites} if by_site else {})}

@@ -1,0 +1,69 @@
+"""Twenty steps of our loop against peft and bitsandbytes: the same initial values, batches and losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import compose
+from compose.locate import locate
+from train.batches import epoch_order
+from train.config import TrainConfig
+from train.data import text_blocks
+from train.loop import fit
+
+peft = pytest.importorskip("peft", reason="parity is measured against peft")
+
+STEPS, ROWS = 20, 4
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def peer(initial, quantize):
+    """The built-in base in peft with our initial values."""
+    options = {"dtype": torch.float32}
+    if quantize == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    base = AutoModelForCausalLM.from_pretrained(locate("builtin:tiny-lm").directory, **options)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
+    peft.set_peft_model_state_dict(model, initial)
+    return model
+
+
+def losses_of_peer(model, data, config):
+    """What the transformers documentation would have one write: the model's own loss, AdamW, clipping."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=0.0)
+    order, losses = epoch_order(data, config.seed, 0, ROWS), []
+    model.train()
+    for step in range(STEPS):
+        batch = data.batch(order[step * ROWS : (step + 1) * ROWS])
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(("quantize", "within"), [("none", 1e-4), ("nf4", 1e-3)])
+def test_twenty_steps_equal_those_of_peft(tokenizer, quantize, within):
+    texts = [f"Line {i}: def function_{i}(x): return x + {i % 13}  # the sum of two numbers" for i in range(130)]
+    data = text_blocks(tokenizer, texts, 32)
+    assert len(data) >= STEPS * ROWS
+    config = TrainConfig(duration=STEPS, batch_size=ROWS, lr=3e-3, schedule="constant", warmup=0.0)
+    model = compose.load("builtin:tiny-lm", quantize=quantize, dtype="fp32")
+    options = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS}
+    adapter = compose.create(model, "lora", options, name="a", seed=5)
+    compose.activate(model, "a")
+    initial = {key: value.clone() for key, value in adapter.state().items()}
+    ours = [record["loss"] for record in fit(model, adapter, data, None, config).history]
+    theirs = losses_of_peer(peer(initial, quantize), data, config)
+    assert ours[-1] < 0.6 * ours[0]
+    assert ours == pytest.approx(theirs, abs=within)
