@@ -93,6 +93,8 @@ def takes_prefix(module: nn.Module) -> bool:
 def use_interface(model: PreTrainedModel, on: bool) -> None:
     """Switch every attention config of the model to our wrappers of sdpa and eager attention, or back."""
     back = {v: k for k, v in OURS.items()}
+    if not on and model.config._attn_implementation not in back:
+        return
     configs = {
         id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")
     }

@@ -265,6 +265,8 @@ def _outside(found: Diagnosis) -> list[str]:
             "A and B were merged apart, so their product holds cross terms B_i A_j of different adapters: "
             f"{100 * found.unexplained:.0f}% of it is no combination of its members"
         ]
+    if found.recipe and "neutral" in found.recipe:
+        return ["gains multiply, so the one that changes nothing is 1: of a sum, all but one 1 has to be taken off"]
     if found.recipe and "at rank" in found.recipe:
         return ["its rank cannot hold the merge; what it leaves out is the least that this rank allows"]
     if found.unexplained > _EXPLAINED:

@@ -125,20 +125,13 @@ def loop(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
 @backend
 def stacked(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     """Concatenate mixed ranks without padding and apply the weights in rank space: two GEMMs."""
-    single = len(pairs) == 1
-    a = pairs[0].A if single else torch.cat([p.A for p in pairs])  # (sum r, d_in)
-    b = pairs[0].B.T if single else torch.cat([p.B.T for p in pairs])  # (sum r, d_out)
-    scaled = [weights[..., e, None] * p.scale for e, p in enumerate(pairs)]  # each (R, [T,] 1)
-    ranked = [w if single else w.expand(*w.shape[:-1], p.rank) for w, p in zip(scaled, pairs, strict=True)]
-    in_rank = ranked[0] if single else torch.cat(ranked, dim=-1)  # (R, [T,] sum r or 1)
     rows = weights.shape[0]
     if rows == 1 and weights.dim() == 2:
-        b = (b * in_rank[0, :, None]).to(b.dtype)  # one mixture for all: into the factor
-
-        def run_one(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
-            return _add_product(y, F.linear(x, a), b, fresh)
-
-        return run_one
+        return for_all(pairs, list(weights[0].unbind()))
+    a = torch.cat([p.A for p in pairs])  # (sum r, d_in)
+    b = torch.cat([p.B.T for p in pairs])  # (sum r, d_out)
+    scaled = [(weights[..., e, None] * p.scale).expand(*weights.shape[:-1], p.rank) for e, p in enumerate(pairs)]
+    in_rank = torch.cat(scaled, dim=-1)  # (R, [T,] sum r)
 
     def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
         h = F.linear(x, a)  # (B, T, sum r)
@@ -147,6 +140,21 @@ def stacked(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
         else:
             h = _fold(h, rows) * in_rank[:, None].to(x.dtype)
         return _add_product(y, h, b, fresh)
+
+    return run
+
+
+def for_all(pairs: Sequence[Pair], weights: Sequence[Tensor] | None = None) -> Prepared:
+    """The same mixture for all rows: weights and scales go into the factors, two GEMMs remain."""
+    if weights is None:
+        scaled = [p.B if p.scale == 1.0 else p.B * p.scale for p in pairs]
+    else:
+        scaled = [(p.B * (w * p.scale)).to(p.B.dtype) for p, w in zip(pairs, weights, strict=True)]
+    a = pairs[0].A if len(pairs) == 1 else torch.cat([p.A for p in pairs])  # (sum r, d_in)
+    b = (scaled[0] if len(pairs) == 1 else torch.cat(scaled, dim=1)).T  # (sum r, d_out)
+
+    def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
+        return _add_product(y, F.linear(x, a), b, fresh)
 
     return run
 

@@ -197,9 +197,19 @@ def _execute(shop: Workshop, call: Call, name: str, text: str, progress: Progres
     job = _job(shop, call, name, text, progress)
     if not job.adapters:
         raise job.refuse("there is no adapter in it")
-    if _in_weights(shop, job):
-        return Merged(*deltas.merge(job))
-    return Merged(tensors.merge(job))
+    labels = _labels(job)
+    merged = Merged(*deltas.merge(job)) if _in_weights(shop, job) else Merged(tensors.merge(job))
+    merged.adapter.labels = labels
+    return merged
+
+
+def _labels(job: Job) -> tuple[str, ...]:
+    """Names of the classes of the merged head: the members' own, which must be the same ones."""
+    known = {a.labels: a.name for a in job.adapters if a.saved and a.labels}
+    if len(known) > 1:
+        one, other = list(known.values())[:2]
+        raise job.refuse(f"the heads of {one!r} and {other!r} are for different labels, so they cannot be merged")
+    return next(iter(known), ())
 
 
 def dense_merge(shop: Workshop, expr: Expr) -> Job | None:

@@ -8,8 +8,9 @@ here, and the matrix products of a forward are counted rather than guessed. A 7B
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,7 +65,7 @@ class Outline:
         with quiet():
             config = read_config(self.where.directory, self.request)
             self.task = self.request.task or task_of(config)
-            auto = getattr(transformers, TASKS[self.task])
+            auto = self._class(config)
             self._dense = stays_dense(auto, config, trust_remote_code=False)
             dtype = self.request.torch_dtype or getattr(config, "dtype", None) or torch.float32
             self._mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -73,9 +74,21 @@ class Outline:
                 self.model.tie_weights()
         self.sites = SiteMap(self.model)
         self.base_parameters = sum(p.numel() for p in self.model.parameters())
-        self._base_bytes = self._count_bytes()
-        self.base_flops = self._flops()
+        self.bytes = self._count_bytes()  # of the weights, held as the request says
         self.runtime = inject.runtime(self.model)
+
+    def _class(self, config: Any) -> Any:
+        """The class that loads this base, or for what no task fits (images, bare backbones) the checkpoint's own."""
+        auto = getattr(transformers, TASKS[self.task])
+        if type(config) in auto._model_mapping:
+            return auto
+        name = (config.architectures or [""])[0]
+        own = getattr(transformers, name, None)
+        if self.request.task is not None or own is None:
+            raise GateError(
+                f"{self.where.name} ({config.model_type}) has no model for {self.task}", path=self.where.directory
+            )
+        return _Own(own)
 
     @contextmanager
     def _building(self) -> Iterator[None]:
@@ -94,14 +107,15 @@ class Outline:
         """
         kind, config = interop.parse_config(held.config, self.sites)
         with self._building():
+            adapter = kind(config, self.sites, self.model, name=name)
             # Copies of the base's own weights are compared when they are read; here they have no values.
             shapes = {
-                name: torch.empty(info.shape, dtype=_DTYPES[info.dtype])
-                for name, info in held.tensors.items()
-                if ".base_layer." not in name
+                key: torch.empty(info.shape, dtype=_DTYPES[info.dtype])
+                for key, info in held.tensors.items()
+                if ".base_layer." not in key
             }
-            adapter = interop.build(kind, config, shapes, self.sites, self.model, name=name)
-        return self._keep(name, adapter)
+            adapter.load_state(interop._rename(adapter, shapes))
+        return self._keep(name, adapter.freeze())
 
     def _keep(self, name: str, adapter: Adapter) -> Adapter:
         adapter.name = name
@@ -116,17 +130,18 @@ class Outline:
         return self.where.name
 
     @property
-    def bytes(self) -> int:
-        """Memory of the base's weights, held as the request says."""
-        return self._base_bytes
-
-    @property
     def length(self) -> int:
         """Tokens of the text whose forward is counted; 1 for a model that reads no text."""
         if self.model.main_input_name != "input_ids":
             return 1
         most: int = getattr(self.sites.config, "max_position_embeddings", None) or 2 * TOKENS
         return min(TOKENS, most // 2)
+
+    @cached_property
+    def base_flops(self) -> int:
+        """Floating-point operations in matrix products of one forward of the bare base."""
+        inject.activate(self.model, None)
+        return self._flops()
 
     def activate(self, expr: Expr) -> None:
         """Make ``expr`` active, as far as shapes go; each part of an ensemble in turn.
@@ -151,11 +166,11 @@ class Outline:
         if isinstance(expr, Call) and get_function(expr.function).family == "ensemble":
             own = sum(self.added_flops(arg) for arg in expr.args)
             return own + (len(expr.args) - 1) * self.base_flops
+        base = self.base_flops
         self.activate(expr)
-        try:
-            return self._flops() - self.base_flops
-        finally:
-            inject.activate(self.model, None)
+        added = self._flops() - base
+        inject.activate(self.model, None)
+        return added
 
     def makes_adapter(self, call: Call) -> bool:
         """Whether a merge makes a new adapter when it is activated; else it is a weighted sum in the forward."""
@@ -191,7 +206,7 @@ class Outline:
         inputs = self._inputs()
         with torch.no_grad():
             self.model(**inputs)  # factors are gathered and kept in the first call
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
                 self.model(**inputs)
         return int(counter.get_total_flops())
 
@@ -234,6 +249,24 @@ class Outline:
         blocks = math.ceil(n / _BLOCK["nf4"])
         scales = blocks + 4 * math.ceil(blocks / _BLOCK["nested"]) + 4 if self.request.double_quant else 4 * blocks
         return math.ceil(n / 2) + scales
+
+
+def _product(_into: Sequence[int], a: Sequence[int], b: Sequence[int], **_: Any) -> int:
+    """Operations of a product (..., m, k) x (..., k, n) that is added to something."""
+    return 2 * math.prod(a) * b[-1]
+
+
+_IN_PLACE = {torch.ops.aten.addmm_: _product, torch.ops.aten.baddbmm_: _product}  # torch counts the others itself
+
+
+class _Own:
+    """A model class with the constructor of an auto class."""
+
+    def __init__(self, cls: Any) -> None:
+        self._cls = cls
+
+    def from_config(self, config: Any, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+        return cast("PreTrainedModel", self._cls._from_config(config, **options))
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -27,6 +27,11 @@ class Slot(nn.Module):
     """Stands in the module tree where a base layer stood; without a program it is that layer."""
 
     is_slot = True
+    program: Node | None
+    per_row: bool  # the program weighs rows or tokens apart
+    keep_input: bool  # another slot taps this one's input
+    seen: Tensor | None
+    taps: list[Slot]  # the slots whose inputs the program reads
 
     def __init__(self, base_layer: nn.Module, context: Context) -> None:
         super().__init__()
@@ -52,11 +57,8 @@ class Slot(nn.Module):
 
     def clear(self) -> None:
         """Forget the program."""
-        self.program: Node | None = None
-        self.per_row = False  # the program weighs rows or tokens apart
-        self.keep_input = False  # another slot taps this one's input
-        self.seen: Tensor | None = None
-        self.taps: list[Slot] = []  # the slots whose inputs the program reads
+        # Not one by one: a module's __setattr__ is slow, and while an adapter trains this runs at each call.
+        self.__dict__.update(program=None, per_row=False, keep_input=False, seen=None, taps=[])
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """The base layer's output with the active composition applied."""
@@ -128,7 +130,13 @@ class BelowView:
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:
-    """The dtype a layer computes in: its weight's, or a quantized layer's compute dtype."""
+    """The dtype a layer is called with: its bias's, else its weight's, or a quantized layer's compute dtype.
+
+    bitsandbytes casts a bias in place to whatever dtype comes in, so a call in another one would round the base's own.
+    """
+    bias = bias_of(layer)
+    if bias is not None:
+        return bias.dtype
     dtype = getattr(layer, "compute_dtype", None)
     if isinstance(dtype, torch.dtype):
         return dtype

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compose.atoms import Atoms, Function, Replace
-from compose.kernels import BACKENDS, Pair, Prepared, choose, expand
+from compose.kernels import BACKENDS, Pair, Prepared, choose, expand, for_all
 
 Coefficient = float | Tensor  # a number, or (R,) per row, or (R, T) per token
 
@@ -176,7 +176,10 @@ class Stage:
         return torch.inference_mode(False) if self._keeps else nullcontext()
 
     def _prepare(self, dtype: torch.dtype, like: Tensor) -> Prepared:
-        pairs = [_pair(e.atoms, dtype, folded=self._keeps) for e in self.low_rank]
+        numbers = [e.coefficient for e in self.low_rank if not isinstance(e.coefficient, Tensor)]
+        if len(numbers) == len(self.low_rank):
+            return for_all([_pair(e, c, dtype, fold=self._keeps) for e, c in zip(self.low_rank, numbers, strict=True)])
+        pairs = [_pair(e, 1.0, dtype, fold=self._keeps) for e in self.low_rank]
         w = weight_matrix(self.low_rank, like)
         if self._keeps and len(used := (w != 0).flatten(0, -2).any(0).nonzero().flatten()):
             pairs, w = [pairs[i] for i in used.tolist()], w[..., used]  # a weight of zero costs nothing
@@ -206,10 +209,13 @@ class Stage:
         return weigh(value, w)
 
 
-def _pair(atoms: Atoms, dtype: torch.dtype, *, folded: bool) -> Pair:
-    """The factors in ``dtype``; ``folded`` takes the scale into B first, while B has its own precision."""
-    a, b = cast("Tensor", atoms.A), cast("Tensor", atoms.B)
-    return Pair(a.to(dtype), (b * atoms.scale if folded else b).to(dtype), 1.0 if folded else atoms.scale)
+def _pair(entry: Entry, times: float, dtype: torch.dtype, *, fold: bool) -> Pair:
+    """Factors in ``dtype`` with a scale; ``fold`` puts it into B while B has its own precision, to round only once.
+
+    Live factors are left as they are.
+    """
+    a, b, scale = cast("Tensor", entry.atoms.A), cast("Tensor", entry.atoms.B), entry.atoms.scale * times
+    return Pair(a.to(dtype), (b * scale).to(dtype), 1.0) if fold else Pair(a.to(dtype), b.to(dtype), scale)
 
 
 def _on_rows(fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None, x: Tensor, y: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def _sections(found: Explanation) -> Iterator[str]:
 def _members(found: Explanation) -> str:
     rows = [
         (
-            m.text,
+            m.ref if "@sha256:" in m.text else m.text,
             m.kind if m.type == "adapter" else f"{m.kind} ({m.type})",
             str(m.sites),
             f"{m.parameters:,}",

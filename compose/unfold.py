@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from compose.expr import Expr, Ref, parse, substitute
 from compose.tokens import ExpressionError
-from hub.errors import HubError, RefError
+from hub.errors import HubError, NotFound, RefError
 from hub.manifest import Requirement
 from hub.ref import AdapterRef
 
@@ -19,6 +19,10 @@ MAX_NESTING = 32
 
 class CompositionCycle(HubError):
     """A composition that contains itself."""
+
+
+class MissingRequirement(NotFound):
+    """What a composition requires is not in the store."""
 
 
 def unfold(expr: Expr, resolve: Callable[[str], Resolved]) -> tuple[Expr, Mapping[str, Resolved]]:
@@ -33,6 +37,8 @@ def unfold(expr: Expr, resolve: Callable[[str], Resolved]) -> tuple[Expr, Mappin
         Naming the compositions in the circle.
     ExpressionError
         The expression inside a composition does not parse, or the whole grows too large.
+    MissingRequirement
+        What a composition requires is not here: both are named.
     """
     unfolder = _Unfolder(resolve)
     return unfolder.tree(expr, (), ()), unfolder.leaves
@@ -69,6 +75,21 @@ class _Unfolder:
             return self.tree(parse(found.expression or ""), path, getattr(found, "requires", ()))
         except ExpressionError as error:
             raise ExpressionError(f"in composition {text}: {error.message}", ref=text, hint=error.hint) from error
+        except MissingRequirement:
+            raise  # named by the composition inside this one
+        except NotFound as error:
+            needed = error.ref or "an adapter"
+            hint = f"bring it with its composition: hub pull {text} --from URL|PATH"
+            message = f"composition {text} requires {_named(needed, found)}, which is not here"
+            raise MissingRequirement(message, ref=needed, digest=error.digest, hint=hint) from error
+
+
+def _named(ref: str, composition: Resolved) -> str:
+    """A requirement by name and range, which say more than the digest it is pinned by."""
+    for need in getattr(composition, "requires", ()):
+        if need.digest is not None and ref == f"{need.name}@{need.digest}":
+            return f"{need.name}{need.range or ''} ({need.digest[:19]}...)"
+    return ref
 
 
 def _pinned(ref: Ref, requires: Sequence[Requirement]) -> Ref:

@@ -90,7 +90,8 @@ def _walk(directory: Path, prefix: str, ignore: frozenset[str]) -> Iterator[str]
 def read_capped(path: Path, limit: int) -> bytes:
     """All bytes of a small regular file; GateError when it has more than `limit`."""
     with open_regular(path) as file:
-        data = file.read(limit + 1)
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(min(size, limit) + 1)
     if len(data) > limit:
         raise GateError(f"{path.name} has more than {limit} bytes", path=path)
     return data

@@ -17,7 +17,7 @@ from hub.ledger import Event, Position
 from hub.ref import version_key
 from hub.resolve import Catalogue, Release
 
-SCHEMA = 1  # raise it with any change below: an index of another schema is made anew
+SCHEMA = 2  # raise it with any change below: an index of another schema is made anew
 BUSY = 30.0  # seconds to wait for another process
 
 _TABLES = """
@@ -47,7 +47,7 @@ CREATE INDEX metrics_by_name ON metrics (metric, artifact, value);
 CREATE TABLE edges (artifact INTEGER NOT NULL, relation TEXT NOT NULL, target TEXT NOT NULL, digest TEXT);
 CREATE INDEX edges_by_artifact ON edges (artifact);
 CREATE VIRTUAL TABLE search USING fts5 (
-    name, summary, kind, method, task, base, facets, tokenize = 'porter unicode61', prefix = '2 3'
+    name, summary, kind, method, task, base, facets, tokenize = 'porter unicode61'
 );
 """
 _NAMES = ("state", "artifacts", "aliases", "facets", "metrics", "edges", "search")

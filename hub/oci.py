@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from hub import canonical
+from hub.outline import outline
 
 LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 IMAGE_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -33,7 +34,7 @@ def image_manifest(module: bytes) -> bytes:
     bytes
         A function of `module` alone. Its keys and texts are plain, so this is RFC 8785 as well.
     """
-    document = json.loads(module)
+    document = outline(module)
     config = {"mediaType": MODULE, "digest": canonical.digest(module), "size": len(module)}
     layers = [_layer(entry) for entry in document.get("files", ())]
     image = {

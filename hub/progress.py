@@ -31,13 +31,15 @@ def bars() -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
+        DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as shown:
 
         def start(label: str, total: int) -> Callable[[int], None]:
+            if not total:  # all is there already
+                return quiet(label, total)
             task = shown.add_task(label, total=total)
             return lambda count: shown.advance(task, count)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sqlite3
@@ -17,6 +16,7 @@ from weakref import finalize
 from hub.artifact import Artifact
 from hub.index import Facts, Index
 from hub.ledger import Position
+from hub.outline import outline
 from hub.query import build
 from hub.ref import AdapterRef
 from hub.resolve import Catalogue
@@ -212,8 +212,7 @@ class Store(Vault):
 
     def _document(self, digest: str) -> Mapping[str, Any]:
         # Validated when it was admitted; the digest says that it has not changed since.
-        document: dict[str, Any] = json.loads(self.blobs.read(digest))
-        return document
+        return outline(self.blobs.read(digest))
 
     def list(
         self,

@@ -85,10 +85,15 @@ def search(
     Raises
     ------
     KindError
-        Adapters that cannot be summed, or a score that is not finite.
+        Adapters that cannot be summed, a score that is not finite, or the package ``cma`` is missing.
     """
-    import cma  # type: ignore[import-untyped]
-
+    try:
+        import cma
+    except ImportError:
+        raise KindError(
+            "the search for lorahub's weights runs on cma, which is not installed",
+            hint='pip install "moduloom[search]"',
+        ) from None
     bench = _Bench(model, names, score, penalty, variant)
     options = {"bounds": [-bound, bound], "seed": seed + 1, "verbose": -9}  # 0 would mean the clock
     strategy = cma.CMAEvolutionStrategy([0.0] * len(names), bound / 3, options)

@@ -22,10 +22,11 @@ def agreeing_mean(stack: Tensor, w: Tensor, variant: str = "paper") -> Tensor:
     total = stack.sum(0) if variant == "peft" else torch.tensordot(w, stack, dims=1)
     sign = total.sign() if variant == "paper" else torch.where(total < 0, -1.0, 1.0)
     agree: Tensor = (stack * sign).clamp_min_(0)  # |tau| where it agrees, else 0
-    merged = sign * torch.tensordot(w, agree, dims=1)
+    total = sign * torch.tensordot(w, agree, dims=1)
     votes = torch.ones_like(w) if variant == "peft" else w
-    share: Tensor = torch.tensordot(votes, agree.sign_(), dims=1)
-    return merged / share.clamp_min_(torch.finfo(stack.dtype).tiny)
+    share = torch.tensordot(votes, agree.sign_(), dims=1)
+    mean: Tensor = total / share.clamp_min_(torch.finfo(stack.dtype).tiny)
+    return mean
 
 
 @elementwise("ties", paper="arXiv:2306.01708", trim=largest, whole=lambda o: o.variant == "paper")

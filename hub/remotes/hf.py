@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _WORKERS = 8  # manifests read at a time
-_TRIES = 5  # commits that may come between ours and the head we saw
+_TRIES = 12  # commits that may come between ours and the head we saw
 _YANKED = "yanked/"  # name of a ref that our own registry keeps for a yanked version, among the converts
 _KEPT = frozenset({".gitattributes"})  # files that belong to the repository, not to the artifact
 
@@ -119,25 +121,27 @@ class HuggingFaceRemote:
         return Catalogue(name, tuple(sorted(releases, key=lambda release: version_key(release.version))), aliases)
 
     def _cached(self, name: str, reason: RemoteError) -> Catalogue:
-        from huggingface_hub import scan_cache_dir
+        """Versions whose manifest is in the client's cache, which does not tell endpoints apart."""
+        from huggingface_hub import constants, scan_cache_dir
         from huggingface_hub.errors import CacheNotFound
 
         repo = self._repo(name)
+        tags: list[_Tag] = []
+        digests: dict[_Tag, str | None] = {}
         try:
-            repos = [found for found in scan_cache_dir().repos if found.repo_id == repo]
+            repos = [found for found in scan_cache_dir(constants.HF_HUB_CACHE).repos if found.repo_id == repo]
         except CacheNotFound:
             repos = []
-        tags, digests = [], {}
         for revision in (revision for found in repos for revision in found.revisions):
             manifest = next((file for file in revision.files if file.file_name == MANIFEST_NAME), None)
-            for ref in revision.refs if manifest else ():
-                tag = _Tag(ref, revision.commit_hash)
-                tags.append(tag)
-                if manifest and _is_version(ref):
-                    digests[tag] = canonical.digest(self._manifest_at(repo, tag))
+            data = read_capped(manifest.blob_path, canonical.MAX_JSON) if manifest else b""
+            if manifest and _fits_name(data, manifest.blob_path.name):
+                here = [_Tag(ref, revision.commit_hash) for ref in revision.refs]
+                tags += here
+                digests |= {tag: canonical.digest(data) for tag in here if _is_version(tag.name)}
         if not digests:
             raise reason
-        return self._folded(name, tags, dict(digests))
+        return self._folded(name, tags, digests)
 
     def _digest(self, repo: str, tag: _Tag) -> str | None:
         """Digest of the manifest at a tag; None where there is no manifest, so that this is no version of ours."""
@@ -155,16 +159,10 @@ class HuggingFaceRemote:
         return self._manifest_at(self._repo(name), self._place(name, digest))
 
     def _manifest_at(self, repo: str, tag: _Tag) -> bytes:
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(repo, MANIFEST_NAME, revision=tag.commit)
         for anew in (False, True):
-            path = (
-                cached if isinstance(cached, str) and not anew else self._download(repo, MANIFEST_NAME, tag, anew=anew)
-            )
-            found = Path(path)
-            data = read_capped(found.resolve(), canonical.MAX_JSON)
-            if _fits_name(data, found.resolve().name):
+            path = self._download(repo, MANIFEST_NAME, tag, anew=anew)
+            data = read_capped(path, canonical.MAX_JSON)
+            if _fits_name(data, path.name):
                 return data
         raise IntegrityError(f"{self.url} sent a damaged {MANIFEST_NAME} for {repo} {tag.name}", path=MANIFEST_NAME)
 
@@ -177,11 +175,11 @@ class HuggingFaceRemote:
 
     def read(self, manifest: Manifest, entry: FileEntry, offset: int) -> Iterable[bytes]:
         """Bytes of a file, by way of the client's cache."""
-        tag = self._place(manifest.name, manifest.digest)
-        path = self._download(self._repo(manifest.name), entry.path, tag)
-        if sha256_file(Path(path).resolve()) != (entry.sha256, entry.size):
-            path = self._download(self._repo(manifest.name), entry.path, tag, anew=True)
-        with open_regular(Path(path).resolve()) as file:  # the cache keeps links to its blobs
+        repo, tag = self._repo(manifest.name), self._place(manifest.name, manifest.digest)
+        path = self._download(repo, entry.path, tag)
+        if sha256_file(path) != (entry.sha256, entry.size):
+            path = self._download(repo, entry.path, tag, anew=True)
+        with open_regular(path) as file:
             file.seek(offset)
             while chunk := file.read(CHUNK):
                 yield chunk
@@ -241,6 +239,7 @@ class HuggingFaceRemote:
             except Conflict:
                 if tried == _TRIES:
                     raise
+                time.sleep(tried * secrets.randbelow(100) / 1000)  # others push, too
         raise AssertionError
 
     def tag(self, name: str, alias: str, digest: str) -> None:
@@ -295,11 +294,20 @@ class HuggingFaceRemote:
             raise NotFound(f"{self.url} has no version of {name} with the digest {digest[:19]}...", digest=digest)
         return found
 
-    def _download(self, repo: str, path: str, tag: _Tag, *, anew: bool = False) -> str:
+    def _download(self, repo: str, path: str, tag: _Tag, *, anew: bool = False) -> Path:
+        """Where the client's cache has a file; the file itself, as the cache keeps links."""
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        cache = constants.HF_HUB_CACHE
+        if not anew:
+            found = try_to_load_from_cache(repo, path, cache_dir=cache, revision=tag.commit)
+            if isinstance(found, str):
+                return Path(found).resolve()
         # By the name of the tag, so that the cache knows it offline; a yanked version is no ref, but its commit is.
         revision = tag.commit if tag.yanked else tag.name
         with self._translated(repo):
-            return str(self._api.hf_hub_download(repo, path, revision=revision, force_download=anew))
+            place = self._api.hf_hub_download(repo, path, revision=revision, cache_dir=cache, force_download=anew)
+        return Path(place).resolve()
 
     @contextmanager
     def _translated(self, about: str) -> Iterator[None]:

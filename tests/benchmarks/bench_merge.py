@@ -202,10 +202,11 @@ def main() -> None:
         theirs = one("peft", method.split(" ")[0], args)
         sites = 1 if method == "svd" else 7 * max(1, args.sites // 7)
         rows.append({"method": method, "sites": sites, "dim": args.dim, "ours": mine, "peft": theirs})
+        ratio, cpu = (theirs[key] / mine[key] for key in ("seconds", "cpu_seconds"))
         print(
             f"{method:14} {sites:4} sites  ours {mine['seconds'] * 1e3:10.1f} ms {mine['peak_mb']:7.0f} MB   "
             f"peft {theirs['seconds'] * 1e3:10.1f} ms {theirs['peak_mb']:7.0f} MB   "
-            f"{theirs['seconds'] / mine['seconds']:7.1f} x ({theirs['cpu_seconds'] / mine['cpu_seconds']:.1f} x in CPU time)",
+            f"{ratio:7.1f} x ({cpu:.1f} x in CPU time)",
             file=sys.stderr if args.json == "-" else sys.stdout,
         )
     report = {"machine": platform.processor() or platform.machine(), "rows": rows}

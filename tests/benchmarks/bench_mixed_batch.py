@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_tools import interleave, machine, ratio
+from bench_tools import interleave, llama, machine, ratio, report, shape_options
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from compose import inject
 from compose.kind import get_kind, make_config
@@ -32,33 +29,18 @@ Call = Callable[[], Any]
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    options = _options(argv)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--adapters", default="1,4,8,16,32,64", help="how many adapters, one table row each")
+    shape_options(parser, rows=32, prompt=32, layers=8, width=512, vocabulary=1024, rank=8, rounds=25)
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.manual_seed(0)
     counts = sorted({int(n) for n in options.adapters.split(",")})
     bench = Bench(options, most=max(counts))
     with torch.inference_mode():
         rows = [row for count in counts for row in bench.measure(count)]
-    report = {"machine": machine(), "model": bench.shape(), "rows": rows, "largest_difference": bench.difference}
-    if options.json:
-        text = json.dumps(report, indent=2)
-        print(text) if options.json == "-" else Path(options.json).write_text(text + "\n", encoding="utf-8")
-    _print(report, sys.stderr if options.json == "-" else sys.stdout)
-
-
-def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--adapters", default="1,4,8,16,32,64", help="how many adapters, one table row each")
-    parser.add_argument("--json", metavar="FILE|-", help="write the report as JSON, - for stdout")
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=32, help="tokens in the cache, and tokens of a prefill")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's)")
-    return parser.parse_args(argv)
+    found = {"machine": machine(), "model": vars(options), "rows": rows, "largest_difference": bench.difference}
+    report(found, ("adapters", "phase", "base_ms", "ours", "peft"), options.json, sys.stdout)
 
 
 class Bench:
@@ -66,16 +48,11 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, most: int) -> None:
         self.options = options
-        self.bare = _base(options)
+        self.bare = llama(options)
         self.ours, self.theirs = _with_adapters(self.bare, options.rank, most)
         self.ids = torch.randint(options.vocabulary, (options.rows, options.prompt))
         self.token = torch.randint(options.vocabulary, (options.rows, 1))
         self.difference = 0.0
-
-    def shape(self) -> dict[str, Any]:
-        """What was measured."""
-        names = ("layers", "width", "vocabulary", "rank", "rows", "prompt", "rounds")
-        return {name: getattr(self.options, name) for name in names}
 
     def measure(self, count: int) -> list[dict[str, Any]]:
         """Both phases with ``count`` adapters, dealt out to the rows in turn."""
@@ -126,20 +103,6 @@ class Bench:
             self.difference = max(self.difference, worst)
 
 
-def _base(options: argparse.Namespace) -> PreTrainedModel:
-    heads = max(1, options.width // 64)
-    config = LlamaConfig(
-        vocab_size=options.vocabulary,
-        hidden_size=options.width,
-        intermediate_size=int(options.width * 2.6875),
-        num_hidden_layers=options.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=4 * options.prompt,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
 def _with_adapters(bare: PreTrainedModel, rank: int, count: int) -> tuple[Any, Any]:
     ours, theirs = copy.deepcopy(bare), copy.deepcopy(bare)
     runtime, kind = inject.runtime(ours), get_kind("lora")
@@ -167,14 +130,6 @@ def _copy(state: dict[str, Tensor], wrapped: PeftModel, name: str) -> None:
     for key, value in state.items():
         path, factor = key.removesuffix(".weight").rsplit(".", 1)
         getattr(wrapped.get_submodule(path), factor)[name].weight.data.copy_(value)
-
-
-def _print(report: dict[str, Any], stream: Any) -> None:
-    print(f"{report['machine']}\n{report['model']}", file=stream)
-    print(f"{'adapters':>8}  {'phase':8}  {'base ms':>8}  {'ours':>6}  {'peft':>6}", file=stream)
-    for row in report["rows"]:
-        line = f"{row['adapters']:8}  {row['phase']:8}  {row['base_ms']:8.2f}  {row['ours']:6.2f}  {row['peft']:6.2f}"
-        print(line, file=stream)
 
 
 if __name__ == "__main__":

@@ -90,9 +90,12 @@ def test_gradients_agree_with_the_loop(name):
     torch.testing.assert_close(found[name], found["loop"])
 
 
-@pytest.mark.parametrize("name", ["stacked", "loop"])
-def test_weights_have_gradients(name):
-    weights = torch.rand(2, 3, 2, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(n, s) for n in ("loop", "stacked", "gather") for s in ((2, 3, 2), (2, 2), (1, 2)) if n != "gather" or len(s) == 2],
+)
+def test_weights_have_gradients(name, shape):
+    weights = torch.ones(shape, dtype=torch.float64, requires_grad=True)
     x, y = torch.randn(2, 3, D_IN, dtype=torch.float64), torch.zeros(2, 3, D_OUT, dtype=torch.float64)
     pairs = pairs_of((2, 1))
     assert torch.autograd.gradcheck(lambda w: BACKENDS[name](pairs, w)(y, x), [weights])

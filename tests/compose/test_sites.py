@@ -148,7 +148,7 @@ class Flat(PreTrainedModel):
 def test_a_base_without_known_sites_is_refused():
     model = Flat(PretrainedConfig(hidden_size=4))
     flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(SiteError, match="Flat.*no linear layer in a numbered block"):
+    with pytest.raises(SiteError, match=r"Flat.*no linear layer in a numbered block"):
         compose.create(model, "lora", name="a")
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not hasattr(model, "moduloom_adapters")

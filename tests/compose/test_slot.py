@@ -335,3 +335,36 @@ def test_weights_per_token_fit_the_call(tiny):
             model(**batch)
         with pytest.raises(KindError, match="4 tokens"):
             model(input_ids=batch["input_ids"][:, :1])
+
+
+# -- 8-bit bases ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "bias", "bottleneck", "prefix", "prompt"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_on_an_int8_base(tiny, family, kind):
+    model = tiny.model(family, "int8")
+    rows = tiny.rows(5, 3, 4)
+    batch = tiny.batch(family, rows)
+    bare = tiny.logits(model, batch)
+    before = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    fresh = tiny.adapter(model, kind, "a", noise=0.0)
+    activate(model, "a")
+    if fresh.identity_at_init:
+        assert equal(tiny.logits(model, batch), bare)
+    adapter = tiny.adapter(model, kind, "a")
+    activate(model, "a")
+    model(**batch).logits.float().square().mean().backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+    adapter.freeze()
+    alone = []
+    for row, expr in zip(rows, ["a", None, "a"], strict=True):
+        activate(model, expr)
+        alone += tiny.logits(model, tiny.batch(family, [row]))
+    assert not near(alone[:1], bare[:1], 0.05)
+    activate(model, ["a", None, "a"])
+    assert near(tiny.logits(model, batch), alone, 5e-2)
+    eject(model)
+    assert equal(tiny.logits(model, batch), bare)
+    after = model.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from compose.inject import activate, runtime
@@ -47,3 +48,73 @@ def test_only_the_adapter_learns(tiny, close, kind, family, dtype):
     close(tiny.logits(model, batch), after_the_last_step, dtype)
     activate(model, "a")
     close(tiny.logits(model, batch), after_the_last_step, dtype)
+
+
+def test_rows_of_a_mixed_batch_learn_apart(tiny, kind):
+    """The gradient of a batch of rows with their own adapters is that of each row by itself."""
+    model = tiny.model("llama")
+    rows = tiny.rows(5, 3, 4)
+    adapters = [tiny.adapter(model, kind, name, seed=i, size=i) for i, name in enumerate("ab")]
+    exprs = ["a", None, "b"]
+
+    def gradients():
+        found = [[p.grad.clone() for p in a.parameters()] for a in adapters]
+        model.zero_grad()
+        return found
+
+    for row, expr in zip(rows, exprs, strict=True):
+        activate(model, expr)
+        if expr:
+            model(**tiny.batch("llama", [row])).logits.square().sum().backward()
+    apart = gradients()
+    activate(model, exprs)
+    batch = tiny.batch("llama", rows, "left")
+    kept = model(**batch).logits.square() * batch["attention_mask"][..., None]
+    kept.sum().backward()
+    for one, other in zip(gradients(), apart, strict=True):
+        for ours, theirs in zip(one, other, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-4 * max(1.0, theirs.abs().max())
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved-tensors", "reentrant"])
+@pytest.mark.parametrize("place", ["llama", "t5", "opt"])
+def test_checkpointing_gives_the_same_gradients(tiny, kind, place, reentrant):
+    options = {"t5": {"dropout_rate": 0.0}, "opt": {"dropout": 0.0}}.get(place, {})
+    model = tiny.model(place, **options)
+    options = {"style": "parallel"} if kind == "bottleneck" else {}  # which reads another site's input
+    adapter = tiny.adapter(model, kind, "a", **options)
+    tiny.adapter(model, "lora", "l", seed=4)
+    batch = tiny.batch(place, tiny.rows(5, 3))
+    activate(model, ["a", "l >> a"])
+
+    def gradients():
+        model.zero_grad()
+        model(**batch, use_cache=False).logits.square().mean().backward()
+        return [p.grad.clone() for p in adapter.parameters()]
+
+    plain = gradients()
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    for ours, theirs in zip(gradients(), plain, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max())
+
+
+def test_autocast(tiny, kind):
+    """Mixed precision: a float32 model and adapters, bfloat16 inside; live and frozen, apart and by row."""
+    model = tiny.model("llama")
+    batch = tiny.batch("llama", tiny.rows(5, 3, 4))
+    adapter, _ = tiny.adapter(model, kind, "a"), tiny.adapter(model, kind, "b", seed=2, size=1).freeze()
+    for composition in ("a", "a + b", ["a", None, "b"]):
+        adapter.unfreeze()
+        activate(model, composition)
+        exact = model(**batch).logits.detach()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            live = model(**batch).logits
+            live.float().square().mean().backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in adapter.parameters())
+        adapter.freeze()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            frozen = model(**batch).logits
+        for ours in (live.detach(), frozen):
+            assert (ours.float() - exact).abs().max() <= 0.1 * exact.abs().max()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hub import canonical
 from hub.errors import ManifestError
 from hub.manifest import BaseIdentity, Draft, FileEntry, Lineage, Manifest, Metric, Requirement, TensorEntry, TrainedOn
+from hub.outline import outline
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 json_values = st.recursive(
@@ -172,3 +173,29 @@ def test_draft_is_the_authors_part(packed, base_identity: BaseIdentity) -> None:
 
     assert pack(directory, draft).draft() == draft
     assert str(draft.ref) == "local/tone@1.0"
+
+
+@given(manifests)
+def test_outline_is_the_manifest_without_tensors(manifest: Manifest) -> None:
+    document = json.loads(manifest.canonical)
+    document.pop("tensors", None)
+    assert outline(manifest.canonical) == document
+
+
+@pytest.mark.parametrize(
+    "hyperparameters",
+    [
+        {"a": 0, "tensors": [1, 2]},
+        {"a": 0, "tensors": [1], "tensors_digest": "x"},
+        {"a": 0, "tensors": [{"tensors": []}], "tensors_digest": [{"a": 1, "tensors": [], "tensors_digest": 2}]},
+        {"a": '","tensors":[', "z": '],"tensors_digest":'},
+    ],
+)
+@pytest.mark.parametrize("tensors", [True, False])
+def test_outline_is_not_fooled(packed, hyperparameters: dict, tensors: bool) -> None:
+    manifest = packed("acme/tone@1.0")[1].replace(hyperparameters=hyperparameters)
+    manifest = manifest if tensors else manifest.replace(tensors=())
+    found = outline(manifest.canonical)
+    assert "tensors" not in found
+    for field in ("name", "version", "files", "created", "tensors_digest", "kind", "type"):
+        assert found[field] == json.loads(manifest.canonical)[field]
