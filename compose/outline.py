@@ -141,7 +141,7 @@ class Outline:
     def base_flops(self) -> int:
         """Floating-point operations in matrix products of one forward of the bare base."""
         inject.activate(self.model, None)
-        return self._flops()
+        return self._flops(self._inputs())
 
     def activate(self, expr: Expr) -> None:
         """Make ``expr`` active, as far as shapes go; each part of an ensemble in turn.
@@ -166,9 +166,11 @@ class Outline:
         if isinstance(expr, Call) and get_function(expr.function).family == "ensemble":
             own = sum(self.added_flops(arg) for arg in expr.args)
             return own + (len(expr.args) - 1) * self.base_flops
-        base = self.base_flops
+        base, inputs = self.base_flops, self._inputs()
         self.activate(expr)
-        added = self._flops() - base
+        with torch.no_grad():
+            self.model(**inputs)  # factors are gathered in the first call, and kept
+        added = self._flops(inputs) - base
         inject.activate(self.model, None)
         return added
 
@@ -202,12 +204,9 @@ class Outline:
             config = make_config(kind, {"r": rank, "lora_alpha": rank, "target_modules": paths})
             return kind(config, self.sites, self.model, name=str(call)).freeze()
 
-    def _flops(self) -> int:
-        inputs = self._inputs()
-        with torch.no_grad():
-            self.model(**inputs)  # factors are gathered and kept in the first call
-            with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
-                self.model(**inputs)
+    def _flops(self, inputs: Mapping[str, Tensor]) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+            self.model(**inputs)
         return int(counter.get_total_flops())
 
     def _inputs(self) -> dict[str, Tensor]:

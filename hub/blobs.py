@@ -38,9 +38,9 @@ class Blobs:
         fsync_directory(self.directory)
 
     def add(self, data: bytes, staging: Path) -> str:
-        """Store small bytes; returns their digest."""
+        """Store small bytes; returns their digest. A blob of that name with other bytes is damaged, and mended."""
         digest = canonical.digest(data)
-        if not self.has(digest, len(data)):
+        if self.check(digest, len(data)) is not None:
             staged = staging / digest.removeprefix("sha256:")
             staged.write_bytes(data)
             self.adopt(staged, digest)

@@ -13,6 +13,7 @@ from markdown_it.token import Token
 
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 MAX_YAML = 64 * 1024  # characters; the YAML reader is slow, and no card needs more
+MAX_DEPTH = 32  # levels of nesting
 MAX_RENDERED = 512 * 1024  # characters of Markdown that are rendered; a longer card is cut
 _TAGS = (
     "a abbr b blockquote br code dd del dl dt em h1 h2 h3 h4 h5 h6 hr i img li ol p pre s strong sub sup table tbody"
@@ -39,12 +40,29 @@ def parse_front_matter(text: str) -> dict[str, Any]:
     if len(found["yaml"]) > MAX_YAML:
         raise CardError(f"it has more than {MAX_YAML} characters")
     try:
+        _check_shape(found["yaml"])
         value = yaml.safe_load(found["yaml"])
+    except CardError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         raise CardError(" ".join(str(error).split())[:300]) from error
     if not isinstance(value, dict):
         raise CardError("it is not a mapping of names to values")
     return value
+
+
+def _check_shape(text: str) -> None:
+    """Refuse what makes the reader work for ever: deep nesting is quadratic, aliases can double with every line."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
+            depth += 1
+        elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise CardError(f"it is nested more than {MAX_DEPTH} levels deep")
+        if isinstance(event, yaml.AliasEvent):
+            raise CardError("it has aliases (*name), which are not read here")
 
 
 def front_matter(text: str) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from html import escape
+from typing import NamedTuple
 
+from hub.errors import NotFound
 from hub.ref import AdapterRef
+from hub.resolve import choose
 from hub.store import Store
 
 MAX_NODES = 40
@@ -16,6 +20,16 @@ _WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _PAD = 196, 46, 64, 16, 8
 _LETTERS = 25  # of a label that fit into a box
 
 Edge = tuple[str, str, str]  # from, to, relation ("parent" or "requires"): what it comes from or needs
+
+
+_NAME = re.compile(r"[^@<>=!~\s]*")  # of a ref
+
+
+class _Pointer(NamedTuple):
+    source: str
+    relation: str
+    target: str
+    digest: str | None
 
 
 @dataclass(frozen=True)
@@ -43,8 +57,8 @@ class Relations:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._size = -1
-        self._out: dict[str, list[Edge]] = {}
-        self._in: dict[str, list[Edge]] = {}
+        self._out: dict[str, list[_Pointer]] = {}  # digest -> what it points at
+        self._in: dict[str, list[_Pointer]] = {}  # digest or name -> what points at it
 
     def around(self, digest: str, describe: Callable[[str], Node | None]) -> Graph:
         """Neighbourhood of an artifact.
@@ -58,26 +72,39 @@ class Relations:
         """
         self._refresh()
         found = Graph()
-        for index, step in ((self._out, 1), (self._in, 0)):
+        if own := describe(digest):
+            found.nodes[digest] = own
+        for step in (self._above, self._below):
             frontier = [digest]
             for _ in range(MAX_STEPS):
-                edges = [edge for key in frontier for edge in index.get(key, ())]
+                edges = [edge for key in frontier for edge in step(key)]
+                found.edges += edges
                 frontier = []
-                for edge in edges:
-                    frontier += self._add(found, edge, edge[step], describe)
-        if digest not in found.nodes and (own := describe(digest)):
-            found.nodes[digest] = own
+                for key in (key for edge in edges for key in edge[:2]):
+                    if key not in found.nodes and len(found.nodes) < MAX_NODES and (node := describe(key)):
+                        found.nodes[key] = node
+                        frontier.append(key)
         found.edges = [edge for edge in dict.fromkeys(found.edges) if {edge[0], edge[1]} <= found.nodes.keys()]
         return found
 
-    def _add(self, found: Graph, edge: Edge, fresh: str, describe: Callable[[str], Node | None]) -> list[str]:
-        found.edges.append(edge)
-        added = []
-        for key in edge[:2]:
-            if key not in found.nodes and len(found.nodes) < MAX_NODES and (node := describe(key)):
-                found.nodes[key] = node
-                added.append(key)
-        return [fresh] if fresh in added else []
+    def _above(self, digest: str) -> list[Edge]:
+        return [(digest, self._resolve(pointer), pointer.relation) for pointer in self._out.get(digest, ())]
+
+    def _below(self, digest: str) -> list[Edge]:
+        here = self.store.list(digest=digest, yanked=True)
+        names = [digest, *(artifact.facts.name for artifact in here)]
+        pointers = [pointer for name in names for pointer in self._in.get(name, ())]
+        return [(each.source, digest, each.relation) for each in pointers if self._resolve(each) == digest]
+
+    def _resolve(self, pointer: _Pointer) -> str:
+        """Digest that is pointed at today; the ref itself where nothing here fits it."""
+        if pointer.digest is not None:
+            return pointer.digest
+        ref = AdapterRef.parse(pointer.target)
+        try:
+            return choose(ref, self.store.catalogue(ref.id)).digest
+        except NotFound:
+            return pointer.target
 
     def _refresh(self) -> None:
         size = self.store.ledger.size
@@ -85,16 +112,10 @@ class Relations:
             return
         out, into = defaultdict(list), defaultdict(list)
         for source, relation, target, digest in self.store.edges():
-            edge = (source, digest or _resolve(self.store, target), relation)
-            out[edge[0]].append(edge)
-            into[edge[1]].append(edge)
+            pointer = _Pointer(source, relation, target, digest)
+            out[source].append(pointer)
+            into[digest or _NAME.match(target)[0]].append(pointer)  # type: ignore[index]  (matches every text)
         self._out, self._in, self._size = dict(out), dict(into), size
-
-
-def _resolve(store: Store, target: str) -> str:
-    ref = AdapterRef.parse(target)
-    release = store.catalogue(ref.id).find(version=ref.version) if ref.version else None
-    return release.digest if release else target
 
 
 def svg(graph: Graph) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hub.errors import HubError, NotFound, RefError
+from hub.errors import HubError, RefError
 from hub.files import read_capped
 from hub.manifest import Manifest, Metric, TensorEntry
 from hub.ref import AdapterRef
@@ -172,17 +172,12 @@ def _lineage(access: Access, digest: str) -> str:
 
 
 def _unresolved(key: str, access: Access, recorded: Mapping[str, Any]) -> graph.Node | None:
-    """Box for a ref that names no digest here; what the caller may not see does not show that it exists."""
+    """Box for a ref that nothing here fits; it must not tell whether a private repository has that name."""
     try:
         ref = AdapterRef.parse(key)
-        if not visible(access.caller, ref.id, recorded):
-            return None
-        release = access.repos.store.resolve(ref)
-    except NotFound:
-        return graph.Node(key, key, "not in this registry")
     except RefError:
         return None
-    return graph.Node(key, f"{ref.id} {release.version}", "fits today", f"/{ref.id}/tree/{release.version}")
+    return graph.Node(key, key, "not in this registry") if visible(access.caller, ref.id, recorded) else None
 
 
 def _shown(manifest: Manifest) -> str:

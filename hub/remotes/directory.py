@@ -57,8 +57,8 @@ class DirectoryRemote:
         return self._vault.blobs.read(digest)
 
     def missing(self, manifest: Manifest) -> list[FileEntry]:
-        """Files whose blob is not here with the right size."""
-        return [entry for entry in manifest.files if not self._vault.blobs.has(entry.digest, entry.size)]
+        """Files whose blob is not here, or not whole: a damaged one is sent again, which mends it."""
+        return [entry for entry in manifest.files if self._vault.blobs.check(entry.digest, entry.size) is not None]
 
     def read(self, manifest: Manifest, entry: FileEntry, offset: int) -> Iterable[bytes]:
         """Bytes of the blob from the offset on."""

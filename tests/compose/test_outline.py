@@ -71,7 +71,7 @@ def test_memory_of_other_families(family: str, tiny: Any, tmp_path: Path) -> Non
 
 
 def test_every_kind_is_tried(tiny: Any, home: Any, tmp_path: Path) -> None:
-    for family in ("llama", "gpt2", "t5"):
+    for family in ("llama", "t5"):
         outline = Outline(home(family))
         for kind in kinds():
             directory = saved(tiny, family, kind, tmp_path / f"{family}-{kind}")

@@ -372,6 +372,23 @@ def test_a_directory_that_is_no_store(tmp_path: Path, store: Store, publish, pac
         from_url(str(tmp_path / "photos" / "cat.png"))
 
 
+@pytest.mark.parametrize("what", ["weights", "manifest"])
+def test_push_mends_a_damaged_directory(store: Store, second: Store, publish, tmp_path: Path, what: str) -> None:
+    artifact = publish()
+    remote = from_url(str(tmp_path / "remote"))
+    push(store, remote, "acme/tone")
+    digest = artifact.digest if what == "manifest" else artifact.manifest.file("adapter_model.safetensors").digest
+    path = Store(tmp_path / "remote").blobs.path(digest)
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 2
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError):
+        pull(second, remote, "acme/tone")
+    push(store, remote, "acme/tone")
+    assert pull(second, remote, "acme/tone") == artifact
+
+
 def test_any_store_is_a_remote(store: Store, second: Store, publish) -> None:
     artifact = publish()
     assert pull(second, from_url(str(store.root)), "acme/tone") == artifact

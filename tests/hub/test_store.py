@@ -242,6 +242,9 @@ def test_a_damaged_manifest_blob(store: Store, publish) -> None:
     with pytest.raises(IntegrityError):
         _ = store.get("acme/tone").manifest
     assert len(store.verify()) == 1
+    publish()  # the same bytes again
+    assert store.verify() == []
+    assert store.get("acme/tone").manifest == artifact.manifest
 
 
 def test_a_changed_log_is_found(store: Store, publish) -> None:
