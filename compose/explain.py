@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compose.expr import Call, Expr, parse
+from compose.expr import Call, Expr, Ref, parse
 from compose.function import bind
 from compose.ladder import BaseWarning, Rung, compare
 from compose.leaves import Held, Shelf
@@ -25,7 +25,7 @@ from hub.manifest import BaseIdentity, Requirement
 if TYPE_CHECKING:
     from compose.outline import Outline
 
-__all__ = ["BaseFacts", "Explanation", "Member", "explain"]
+__all__ = ["BaseFacts", "Checked", "Explanation", "Member", "base_of", "check", "explain"]
 
 
 @dataclass(frozen=True)
@@ -115,15 +115,29 @@ class Explanation:
         }
 
 
-def explain(
+@dataclass(frozen=True)
+class Checked:
+    """A composition that works on a base: its plan, the base's identity and outline, each member's rung."""
+
+    text: str
+    expr: Expr
+    plan: Plan
+    base: str | Path
+    known: BaseIdentity
+    outline: Outline
+    rungs: Mapping[str, Rung]
+    warnings: tuple[str, ...]
+
+
+def check(
     text: str,
     shelf: Shelf,
     *,
     base: str | Path | None = None,
     allow_base_drift: bool = False,
     **options: Any,
-) -> Explanation:
-    """Check a composition for a base and say what it costs.
+) -> Checked:
+    """Check a composition for a base: manifests, base ladder, every shape, what each site can carry.
 
     Parameters
     ----------
@@ -146,16 +160,45 @@ def explain(
 
     expr = parse(text)
     trial = _Trial(shelf, allow_base_drift)
-    _pointed(text, trial, expr)
-    base = base or base_of(trial.plan(expr), shelf)
+    made = _pointed(text, trial, expr)
+    base = base or base_of(made, shelf)
     trial.known = identity(base)
-    task, labels = _task(trial.plan(expr), options)
+    task, labels = _task(made, options)
     trial.outline = Outline(base, **{**options, "task": task, "labels": labels})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BaseWarning)
         made = _pointed(text, trial, expr)
-    said = tuple(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, BaseWarning)))
-    return _facts(text, expr, made, trial, said)
+    said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, BaseWarning))
+    return Checked(text, expr, made, base, trial.known, trial.outline, trial.rungs, tuple(said))
+
+
+def explain(text: str, shelf: Shelf, **options: Any) -> Explanation:
+    """Check a composition and say what it is and costs; parameters and errors as for :func:`check`."""
+    from compose.publishing import requirements
+
+    found = check(text, shelf, **options)
+    outline, made = found.outline, found.plan
+    per = outline.length
+    base = BaseFacts(
+        outline.name,
+        found.known.weights_fingerprint,
+        outline.request.quantize,
+        outline.base_parameters,
+        outline.bytes,
+        outline.base_flops / per,
+    )
+    published = [ref for ref in found.expr.refs if shelf.find(ref).digest is not None]
+    return Explanation(
+        text,
+        made,
+        base,
+        tuple(_member(leaf, shelf.find(leaf), found) for leaf in made.leaves),
+        requirements(published, shelf),
+        tuple(_where(step, made, outline, shelf) for step in made.steps),
+        _shared(made, outline),
+        outline.added_flops(made.expression) / per,
+        found.warnings,
+    )
 
 
 def _pointed(text: str, trial: _Trial, expr: Expr) -> Plan:
@@ -229,39 +272,8 @@ def _task(made: Plan, options: Mapping[str, Any]) -> tuple[str | None, Any]:
 # -- facts ---------------------------------------------------------------------------------------------------------
 
 
-def _facts(text: str, expr: Expr, made: Plan, trial: _Trial, said: tuple[str, ...]) -> Explanation:
-    from compose.publishing import requirements
-
-    outline, known = trial.outline, trial.known
-    assert outline is not None and known is not None  # noqa: S101 - set by the caller
-    per = outline.length
-    base = BaseFacts(
-        outline.name,
-        known.weights_fingerprint,
-        outline.request.quantize,
-        outline.base_parameters,
-        outline.bytes,
-        outline.base_flops / per,
-    )
-    members = tuple(_member(leaf, trial.shelf.find(leaf), outline, trial) for leaf in made.leaves)
-    published = [ref for ref in expr.refs if trial.shelf.find(ref).digest is not None]
-    return Explanation(
-        text,
-        made,
-        base,
-        members,
-        requirements(published, trial.shelf),
-        tuple(_where(step, made, outline, trial.shelf) for step in made.steps),
-        _shared(made, outline),
-        outline.added_flops(made.expression) / per,
-        said,
-    )
-
-
-def _member(text: str, held: Held, outline: Outline, trial: _Trial) -> Member:
-    from compose.expr import Ref
-
-    adapter = outline.runtime.adapters[text]
+def _member(text: str, held: Held, found: Checked) -> Member:
+    adapter = found.outline.runtime.adapters[text]
     return Member(
         text,
         held.ref,
@@ -271,8 +283,8 @@ def _member(text: str, held: Held, outline: Outline, trial: _Trial) -> Member:
         len(adapter.paths),
         held.parameters,
         held.size,
-        trial.rungs.get(text),
-        outline.added_flops(Ref(text)) / outline.length,
+        found.rungs.get(text),
+        found.outline.added_flops(Ref(text)) / found.outline.length,
     )
 
 

@@ -53,26 +53,28 @@ def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
 
 
 def core(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """Singular value decomposition of s B A = U diag(S) V^T without forming it.
+    """Singular value decomposition of D = s B A without forming it: (U diag(S), S, V^T).
 
-    QR(B) = Q_b R_b, QR(A^T) = Q_a R_a, SVD(s R_b R_a^T) = u S v^T, then U = Q_b u (d_out, k) and V^T = v^T Q_a^T
-    (k, d_in), with k = min(r, d_out, d_in).
+    QR(A^T) = Q_a R_a and QR(B) = Q_b R_b, of which only R_b is computed; SVD(s R_b R_a^T) = u S v^T; then
+    V^T = v^T Q_a^T (k, d_in) and U diag(S) = D V = s B (A V) (d_out, k), with k = min(r, d_out, d_in).
     """
-    qb, rb = torch.linalg.qr(pair.B.float())
-    qa, ra = torch.linalg.qr(pair.A.float().T)
-    u, s, vh = torch.linalg.svd(pair.scale * (rb @ ra.T), full_matrices=False)
-    return qb @ u, s, vh @ qa.T
+    a, b = pair.A.float(), pair.B.float()
+    qa, ra = torch.linalg.qr(a.T)
+    rb = torch.linalg.qr(b, mode="r").R
+    _, s, v = torch.linalg.svd(pair.scale * (rb @ ra.T), full_matrices=False)
+    vh = v @ qa.T
+    return b @ (pair.scale * (a @ vh.T)), s, vh
 
 
 def truncate(pair: Pair, rank: int) -> tuple[Pair, float]:
     """Best approximation of rank ``rank`` (Eckart-Young) and the energy it leaves out, ||D - D_k||^2.
 
-    A pair that has no higher rank is returned as it is.
+    A pair that has no higher rank is returned as it is; otherwise the rows of the new A are orthonormal.
     """
     if pair.rank <= rank:
         return pair, 0.0
-    u, s, vh = core(pair)
-    return Pair(vh[:rank], u[:, :rank] * s[:rank], 1.0), _left_out(s, rank)
+    left, s, vh = core(pair)
+    return Pair(vh[:rank], left[:, :rank].contiguous(), 1.0), _left_out(s, rank)
 
 
 def _left_out(singular: Tensor, rank: int) -> float:

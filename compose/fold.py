@@ -67,7 +67,7 @@ def fold(model: PreTrainedModel, expr: Expr | str, *, dtype: torch.dtype | None 
     tree = normalize(without_merges(shop, tree))
     member = Member.of(tree, shop)
     for adapter in member.adapters:
-        if adapter.prompt() is not None or any(adapter.prefix(path) is not None for path in adapter.paths):
+        if not adapter.averages_in_weight:
             raise KindError(
                 f"{adapter.kind} adapter {adapter.name!r} is no change of weights, so it cannot be folded into them"
             )

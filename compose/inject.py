@@ -46,7 +46,7 @@ class Runtime:
         self._slots: dict[str, Slot] = {}
         self._positions: dict[str, PositionSlot] = {}
         self._prefixed: list[nn.Module] = []
-        self._lowered: Any = None  # revisions of the adapters as they were lowered
+        self._lowered: Any = None  # what the slots were made of: see _revisions
         self._stamps: dict[str, Any] = {}  # of merged adapters: what their members were
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         model.requires_grad_(False)
@@ -60,14 +60,35 @@ class Runtime:
     # -- residents -------------------------------------------------------------------------------------------------
 
     def add(self, name: str, adapter: Adapter) -> Adapter:
-        """Make an adapter resident under ``name``; an earlier one of that name is replaced."""
+        """Make an adapter resident under ``name``; an earlier one of that name is replaced.
+
+        Raises
+        ------
+        KindError
+            It acts in modules that this model does not have, or cannot take the place of one that is active.
+        """
+        absent = sorted({*adapter.paths, *adapter.saved} - set(self.sites.modules))
+        if absent:
+            raise KindError(
+                f"adapter {name!r} acts at {absent[0]}, which this {self.sites.model_type} model does not have",
+                hint="it was made for another model",
+            )
+        before = self.adapters.get(name)
+        self._keep(name, adapter)
+        if any(name in row.refs for row in self.rows):
+            try:
+                self.refresh()
+            except Exception:
+                self._keep(name, cast("Adapter", before))
+                self.refresh()
+                raise
+        return adapter
+
+    def _keep(self, name: str, adapter: Adapter) -> None:
         adapter.name = name
         adapter.to(self.model.device).train(self.model.training)
         self.adapters[name] = adapter
         self._bank[_key(name)] = adapter
-        if any(name in row.refs for row in self.rows):
-            self.refresh()
-        return adapter
 
     def remove(self, name: str) -> None:
         """Let a resident adapter go. It must not be active."""
@@ -112,7 +133,6 @@ class Runtime:
         pairs = [self._row(i) for i in range(self._row_count())]
         # A weight of zero costs nothing: where no row has another, the adapter is not there.
         active = {n: self.adapters[n] for row in pairs for c, n in row if not _is_zero(c)}
-        self._lowered = self._revisions()
         self.context.tokens = max((w.shape[1] for w in self._tensors() if w.dim() == 2 and w.shape[1] > 1), default=0)
         for slot in self._slots.values():
             slot.clear()
@@ -127,6 +147,7 @@ class Runtime:
         self._calls.prompt = self._stack_prompts(active, pairs)
         if self._calls.prompt is not None:
             self._calls.embedding = self.slot(self.sites.embedding)
+        self._lowered = self._revisions()
 
     def _before_call(self) -> None:
         if self.live or self._lowered != self._revisions():  # live parameters have moved since the last lowering
@@ -134,7 +155,8 @@ class Runtime:
 
     def _revisions(self) -> tuple[Any, ...]:
         names = dict.fromkeys(n for row in self.rows for n in row.refs)
-        return self.model.device, *((name, self.adapters[name].revision) for name in names)
+        revisions = ((name, self.adapters[name].revision) for name in names)
+        return self.model.device, self.model.config._attn_implementation, *revisions
 
     def _is_site(self, path: str, adapter: Adapter) -> bool:
         return path in adapter.saved or not (adapter.prefix(path) or adapter.prompt())

@@ -240,7 +240,7 @@ def build(
     adapter = kind(config, sites, model, name=name)
     broken = next((key for key, value in tensors.items() if not bool(value.isfinite().all())), None)
     if broken is not None:
-        raise KindError(f"{broken} of adapter {name!r} holds NaN or infinite values", hint="train it again, or repair it")
+        raise KindError(f"{broken} of adapter {name!r} holds NaN or infinite values", hint="train it again")
     adapter.load_state(_rename(adapter, _without_base(tensors, model)))
     return adapter.freeze()
 

@@ -188,39 +188,25 @@ def gather_factors(pairs: Sequence[Pair], weights: Tensor) -> tuple[Tensor, Tens
 
 
 @backend
-def segment(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
-    """Run each expert on the rows that use it, in one segment. Only for weights per row; holds no copy of a factor."""
-    if weights.dim() != 2:
-        raise ValueError("segment takes weights per row, not per token")
-
-    def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:  # noqa: ARG001
-        w = expand(weights, x.shape[0])  # (B, E)
-        y = y.clone()
-        for e, pair in enumerate(pairs):
-            rows = w[:, e].nonzero().squeeze(1)
-            if len(rows):
-                scaled = (w[rows, e] * pair.scale)[:, None, None].to(x.dtype)
-                y = y.index_add(0, rows, F.linear(F.linear(x[rows], pair.A) * scaled, pair.B))
-        return y
-
-    return run
-
-
-@backend
 def grouped(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
-    """Run each expert on the tokens that use it: for many experts and few a token. Never holds (tokens, E, d_out)."""
+    """Sort the tokens by expert and run each expert on its own: for many experts and few a token.
+
+    Holds each token once for every expert it uses, never (tokens, E, d_out).
+    """
 
     def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:  # noqa: ARG001
         batch, length = x.shape[:2]
         w = expand(weights, batch)
         w = w[:, None].expand(batch, length, -1) if w.dim() == 2 else w
-        flat_w, flat_x = w.reshape(batch * length, -1), x.reshape(batch * length, -1)
-        out = y.reshape(batch * length, -1).clone()
-        for e, pair in enumerate(pairs):
-            tokens = flat_w[:, e].nonzero().squeeze(1)
-            if len(tokens):
-                scaled = (flat_w[tokens, e] * pair.scale)[:, None].to(x.dtype)
-                out = out.index_add(0, tokens, F.linear(F.linear(flat_x[tokens], pair.A) * scaled, pair.B))
-        return out.view_as(y)
+        flat = w.reshape(batch * length, -1)  # (N, E)
+        experts, tokens = flat.T.nonzero(as_tuple=True)  # sorted by expert
+        counts = torch.bincount(experts, minlength=len(pairs)).tolist()
+        parts = x.reshape(batch * length, -1)[tokens].split(counts)
+        shares = flat[tokens, experts].to(x.dtype)[:, None].split(counts)
+        terms = [
+            F.linear(F.linear(part, pair.A) * (share * pair.scale), pair.B)
+            for part, share, pair in zip(parts, shares, pairs, strict=True)
+        ]
+        return y.reshape(batch * length, -1).index_add(0, tokens, torch.cat(terms)).view(y.shape)
 
     return run

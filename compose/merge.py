@@ -122,7 +122,13 @@ def lower_to_lora(
     shop = Workshop(runtime(model))
     tree = parse(expr) if isinstance(expr, str) else expr
     call = Call("svd", [without_merges(shop, tree)], {} if rank is None else {"rank": rank})
-    return Merged(*deltas.merge_to_lora(_job(shop, call, name, f"lower_to_lora({tree})", progress)))
+    job = _job(shop, call, name, f"lower_to_lora({tree})", progress)
+    for adapter in job.adapters:
+        if not adapter.averages_in_weight:
+            raise job.refuse(f"{adapter.kind} {adapter.name!r} is no change of weights, so no LoRA does what it does")
+    merged = Merged(*deltas.merge_to_lora(job))
+    merged.adapter.labels = _labels(job)
+    return merged
 
 
 # -- inside expressions ------------------------------------------------------------------------------------------

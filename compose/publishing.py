@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from packaging.version import Version
 
 from compose.cards import composition_card, merge_card
-from compose.explain import base_of, explain
+from compose.explain import check
 from compose.expr import Call, Expr, Ref, parse, substitute
 from compose.function import get_function
 from compose.leaves import Held, Shelf
@@ -68,7 +68,7 @@ def publish_composition(
     name = _versioned(ref)
     expr = parse(text)
     if base is not None:
-        made = explain(text, shelf, base=base, allow_base_drift=allow_base_drift).plan
+        made = check(text, shelf, base=base, allow_base_drift=allow_base_drift).plan
     else:
         made = _checked(text, expr, shelf, allow_base_drift)
     for leaf in expr.refs:
@@ -179,21 +179,20 @@ def publish_merge(
         Anything ``hub compose check`` refuses, before a tensor is read; an expression that is no merge.
     """
     name = _versioned(ref)
-    found = explain(text, shelf, base=base, allow_base_drift=allow_base_drift)
-    _refuse_outputs(text, parse(text))
+    found = check(text, shelf, base=base, allow_base_drift=allow_base_drift)
+    _refuse_outputs(text, found.expr)
     members = [shelf.find(leaf) for leaf in found.plan.leaves]
     facts = _shared_facts(members)
-    model = _load(base or base_of(found.plan, shelf), members, facts, allow_base_drift)
+    model = _load(found.base, members, facts, allow_base_drift)
     merged = _merge(model, found.plan.expression, rank, name, progress)
     parents = [held.ref for held in members if held.digest is not None]
-    adapter, expression = merged.adapter, parse(text)
-    loss = merged.certificate
+    adapter, loss = merged.adapter, merged.certificate
     draft = Draft(
         name=name.id,
         version=str(name.version),
         type="merge",
         kind=adapter.kind,
-        method=expression.function if isinstance(expression, Call) else "sum",
+        method=found.expr.function if isinstance(found.expr, Call) else "sum",
         hyperparameters={
             "adapter": adapter.config.model_dump(mode="json", exclude_defaults=True),
             "certificate": {"exact": loss.exact, "discarded": loss.share},
@@ -220,10 +219,13 @@ def publish_merge(
 def _load(base: str | Path, members: Sequence[Held], facts: dict[str, Any], drift: bool) -> PreTrainedModel:
     from compose.api import attach
     from compose.base import load_base
+    from compose.kind import get_kind
 
     task = facts.get("task")
     labels = facts.get("labels") if task in ("classification", "token_classification") else None
-    model = load_base(base, task=task, labels=labels or None)
+    # Norms of a bfloat16 weight are exact in float32 only; where no kind asks for them the base stays as it is stored.
+    exact = any(get_kind(held.facts.kind).reads_below for held in members)
+    model = load_base(base, task=task, labels=labels or None, dtype="fp32" if exact else None)
     for held in members:
         attach(model, held.text, held.where, allow_base_drift=drift)
     return model

@@ -146,7 +146,7 @@ def checked(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | 
     UsageError
         Not a causal language model, or shapes that do not fit.
     """
-    if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+    if model.config.is_encoder_decoder or not model.can_generate():
         raise UsageError(
             f"{type(model).__name__} does not predict next tokens from left to right",
             hint="DEMix mixes causal language models: compose.load(base, task='causal_lm')",

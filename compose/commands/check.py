@@ -24,12 +24,12 @@ def check(ctx: click.Context, /, expr: str, adapters: tuple[str, ...], as_json: 
     Checked are the text, that all adapters are there and made for one base and for this one, that the functions fit
     the kinds, that every tensor has its place, and that each site can carry what acts there.
     """
-    from compose.explain import explain
+    from compose.explain import check as examine
     from compose.leaves import Shelf, assignments
     from hub.errors import HubError
 
     try:
-        found = explain(expr, Shelf(given=assignments(adapters)), **options)
+        found = examine(expr, Shelf(given=assignments(adapters)), **options)
     except HubError as error:
         if not as_json:
             raise
@@ -37,8 +37,11 @@ def check(ctx: click.Context, /, expr: str, adapters: tuple[str, ...], as_json: 
         ctx.exit(error.exit_code)
     if as_json:
         facts = {"expression": expr, "normal": str(found.plan.expression), "digest": found.plan.digest}
-        print_json({"ok": True, **facts, "base": found.base.name, "warnings": list(found.warnings)})
+        print_json({"ok": True, **facts, "base": found.outline.name, "warnings": list(found.warnings)})
         return
     for warning in found.warnings:
         warn(warning)
-    say(f"{found.plan.expression} works on {found.base.name}: {len(found.members)} adapters, every tensor fits")
+    count = len(found.plan.leaves)
+    say(
+        f"{found.plan.expression} works on {found.outline.name}: {count} adapter{'s' * (count != 1)}, every tensor fits"
+    )

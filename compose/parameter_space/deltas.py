@@ -123,10 +123,13 @@ def _gram(effects: Sequence[Effect]) -> Tensor:
 def shrink(site: Effect, pair: Pair, gain: Tensor | None, rank: int | None) -> Made:
     """A pair (and gain) within ``rank`` and the site's own dimensions; the latter costs nothing."""
     most = min(site.shape) if rank is None else min(rank, *site.shape)
-    exact = Effect(site.layer, site.shape, pair, gain)
     kept, left_out = factors.truncate(pair, most)
+    if gain is None and kept is not pair:  # the rows of its A are orthonormal
+        energy = factors.energy(kept.B) + left_out
+    else:
+        energy = Effect(site.layer, site.shape, pair, gain).energy
     lossless = rank is None or rank >= min(site.shape)
-    return Made(kept, gain, SiteLoss(kept.rank, exact.energy, 0.0 if lossless else left_out))
+    return Made(kept, gain, SiteLoss(kept.rank, energy, 0.0 if lossless else left_out))
 
 
 def _elementwise(job: Job, method: Elementwise, paths: Sequence[str]) -> Iterator[tuple[str, Sequence[Effect], Tensor]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -28,7 +27,6 @@ from hub.registry.tokens import Authority, Everyone
 from hub.store import Store
 
 logger = logging.getLogger("hub.registry")
-STATIC = Path(__file__).parent / "static"
 
 
 def create_app(store: Store, *, authority: Authority | None = None, limits: Limits | None = None) -> FastAPI:
@@ -61,7 +59,7 @@ def create_app(store: Store, *, authority: Authority | None = None, limits: Limi
     app = FastAPI(title="moduloom registry", openapi_url=None, redirect_slashes=False, lifespan=lifespan)
     app.state.registry = context
     app.add_middleware(Guard, hosts=LOOPBACK if open_house else None)
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.mount("/static", StaticFiles(directory=views.STATIC), name="static")
     for router in (account.router, uploads.router, files.router, repos.router, views.router):
         app.include_router(router)
     app.add_exception_handler(ApiError, _refused)

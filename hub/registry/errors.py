@@ -76,7 +76,7 @@ def repo_not_found(name: str, *, anonymous: bool) -> ApiError:
     """
     if anonymous:
         return ApiError(401, f"There is no repository {name}, or it is private: send a token", code="RepoNotFound")
-    return ApiError(404, f"There is no repository {name} that this token may see", code="RepoNotFound")
+    return ApiError(404, f"There is no repository {name} here, or it is not yours to see", code="RepoNotFound")
 
 
 def revision_not_found(name: str, revision: str, hint: str | None = None) -> ApiError:

@@ -16,13 +16,14 @@ from hub.store import Store
 
 MAX_NODES = 40
 MAX_STEPS = 4  # generations up and down
-_WIDTH, _HEIGHT, _GAP_X, _GAP_Y, _PAD = 196, 46, 64, 16, 8
-_LETTERS = 25  # of a label that fit into a box
+_WIDE, _NARROW = 196, 156  # widths of a box, from left to right and from top to bottom
+_HEIGHT, _REACH, _GAP, _PAD = 46, 56, 16, 8
+_LETTER = 7.1  # width of a letter of a label
 
 Edge = tuple[str, str, str]  # from, to, relation ("parent" or "requires"): what it comes from or needs
 
 
-_NAME = re.compile(r"[^@<>=!~\s]*")  # of a ref
+_NOT_NAME = re.compile(r"[@<>=!~\s]")  # ends the name in a ref
 
 
 class _Pointer(NamedTuple):
@@ -114,35 +115,39 @@ class Relations:
         for source, relation, target, digest in self.store.edges():
             pointer = _Pointer(source, relation, target, digest)
             out[source].append(pointer)
-            into[digest or _NAME.match(target)[0]].append(pointer)  # type: ignore[index]  (matches every text)
+            into[digest or _NOT_NAME.split(target, maxsplit=1)[0]].append(pointer)
         self._out, self._in, self._size = dict(out), dict(into), size
 
 
-def svg(graph: Graph) -> str:
-    """Draw a graph, what others come from at the left. The result is safe to put into a page.
+def svg(graph: Graph, *, tall: bool = False) -> str:
+    """Draw a graph, what others come from first. The result is safe to put into a page.
 
     Parameters
     ----------
     graph
         At least one node. Colours come from the classes ``node``, ``here``, ``edge``, ``requires``.
+    tall
+        From top to bottom, for narrow screens; otherwise from left to right.
     """
-    places = _places(graph)
-    width = max(x for x, _ in places.values()) + _WIDTH + _PAD
+    shape = "tall" if tall else "wide"
+    places = _places(graph, tall)
+    box = _NARROW if tall else _WIDE
+    width = max(x for x, _ in places.values()) + box + _PAD
     height = max(y for _, y in places.values()) + _HEIGHT + _PAD
     names = ", ".join(node.label for node in graph.nodes.values())
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{escape("Lineage: " + names)}">',
-        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path class="tip" d="M0 0 L8 4 L0 8 z"/></marker></defs>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="{shape}" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" aria-label="{escape("Lineage: " + names)}">',
+        f'<defs><marker id="tip-{shape}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
+        'orient="auto"><path class="tip" d="M0 0 L8 4 L0 8 z"/></marker></defs>',
     ]
-    parts += [_line(places[target], places[source], relation) for source, target, relation in graph.edges]
-    parts += [_box(node, places[key]) for key, node in graph.nodes.items()]
+    parts += [_line(places[target], places[source], relation, tall) for source, target, relation in graph.edges]
+    parts += [_box(node, places[key], box) for key, node in graph.nodes.items()]
     return "".join([*parts, "</svg>"])
 
 
-def _places(graph: Graph) -> dict[str, tuple[int, int]]:
-    """Top left corner of each box: column = the longest way from a root, rows ordered to keep lines short."""
+def _places(graph: Graph, tall: bool) -> dict[str, tuple[int, int]]:
+    """Top left corner of each box: its layer is the longest way from a root, its rank keeps lines short."""
     above = {key: [target for source, target, _ in graph.edges if source == key] for key in graph.nodes}
     depth = dict.fromkeys(graph.nodes, 0)
     for _ in graph.nodes:  # relaxes to the longest path; stops early, and a cycle cannot hold it up
@@ -153,21 +158,22 @@ def _places(graph: Graph) -> dict[str, tuple[int, int]]:
                 depth[key], changed = wanted, True
         if not changed:
             break
-    columns: dict[int, list[str]] = defaultdict(list)
+    layers: dict[int, list[str]] = defaultdict(list)
     for key in sorted(graph.nodes, key=lambda key: (depth[key], graph.nodes[key].label)):
-        columns[depth[key]].append(key)
-    rows: dict[str, float] = {}
-    for column in sorted(columns):
-        mean = {key: _mean([rows[target] for target in above[key] if target in rows]) for key in columns[column]}
-        for place, key in enumerate(sorted(columns[column], key=lambda key: mean[key])):
-            rows[key] = place
-    tallest = max(len(keys) for keys in columns.values())
+        layers[depth[key]].append(key)
+    rank: dict[str, float] = {}
+    for layer in sorted(layers):
+        mean = {key: _mean([rank[target] for target in above[key] if target in rank]) for key in layers[layer]}
+        for place, key in enumerate(sorted(layers[layer], key=lambda key: mean[key])):
+            rank[key] = place
+    widest = max(len(keys) for keys in layers.values())
     found = {}
-    for column, keys in columns.items():
-        shift = (tallest - len(keys)) / 2
+    for layer, keys in layers.items():
         for key in keys:
-            x = _PAD + column * (_WIDTH + _GAP_X)
-            found[key] = (x, round(_PAD + (rows[key] + shift) * (_HEIGHT + _GAP_Y)))
+            across = rank[key] + (widest - len(keys)) / 2
+            x, y = (across, layer) if tall else (layer, across)
+            step_x, step_y = (_NARROW + _GAP, _HEIGHT + _REACH) if tall else (_WIDE + _REACH, _HEIGHT + _GAP)
+            found[key] = (round(_PAD + x * step_x), round(_PAD + y * step_y))
     return found
 
 
@@ -176,21 +182,26 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / len(found) if found else 0.0
 
 
-def _line(start: tuple[int, int], end: tuple[int, int], relation: str) -> str:
-    x1, y1 = start[0] + _WIDTH, start[1] + _HEIGHT // 2
-    x2, y2 = end[0] - 3, end[1] + _HEIGHT // 2
-    middle = (x1 + x2) // 2
-    kind = "edge requires" if relation == "requires" else "edge"
-    return f'<path class="{kind}" d="M{x1} {y1} C{middle} {y1} {middle} {y2} {x2} {y2}" marker-end="url(#tip)"/>'
+def _line(start: tuple[int, int], end: tuple[int, int], relation: str, tall: bool) -> str:
+    kind, tip = "edge requires" if relation == "requires" else "edge", "tall" if tall else "wide"
+    if tall:
+        x1, y1, x2, y2 = start[0] + _NARROW // 2, start[1] + _HEIGHT, end[0] + _NARROW // 2, end[1] - 3
+        middle = (y1 + y2) // 2
+        curve = f"C{x1} {middle} {x2} {middle} {x2} {y2}"
+    else:
+        x1, y1, x2, y2 = start[0] + _WIDE, start[1] + _HEIGHT // 2, end[0] - 3, end[1] + _HEIGHT // 2
+        middle = (x1 + x2) // 2
+        curve = f"C{middle} {y1} {middle} {y2} {x2} {y2}"
+    return f'<path class="{kind}" d="M{x1} {y1} {curve}" marker-end="url(#tip-{tip})"/>'
 
 
-def _box(node: Node, place: tuple[int, int]) -> str:
-    x, y = place
-    label = node.label if len(node.label) <= _LETTERS else f"{node.label[: _LETTERS - 1]}…"
+def _box(node: Node, place: tuple[int, int], width: int) -> str:
+    (x, y), letters = place, int((width - 20) / _LETTER)
+    label = node.label if len(node.label) <= letters else f"{node.label[: letters - 1]}…"
     kind = "node here" if node.here else "node" if node.href else "node gone"
     box = (
         f'<g class="{kind}"><title>{escape(node.label)}</title>'
-        f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="8"/>'
+        f'<rect x="{x}" y="{y}" width="{width}" height="{_HEIGHT}" rx="8"/>'
         f'<text class="label" x="{x + 12}" y="{y + 19}">{escape(label)}</text>'
         f'<text class="note" x="{x + 12}" y="{y + 35}">{escape(node.note)}</text></g>'
     )

@@ -168,7 +168,7 @@ def _lineage(access: Access, digest: str) -> str:
         return graph.Node(key, f"{about.name} {about.version}", about.kind or about.type, href, key == digest)
 
     found = access.context.relations.around(digest, describe)
-    return graph.svg(found) if len(found.nodes) > 1 else ""
+    return graph.svg(found) + graph.svg(found, tall=True) if len(found.nodes) > 1 else ""
 
 
 def _unresolved(key: str, access: Access, recorded: Mapping[str, Any]) -> graph.Node | None:

@@ -47,9 +47,12 @@ def short(digest: str) -> str:
     return digest.removeprefix("sha256:")[:12]
 
 
+_WORDS = {"causal_lm": "causal LM", "masked_lm": "masked LM", "seq2seq": "sequence to sequence"}
+
+
 def words(name: str) -> str:
     """``token_classification`` as ``token classification``."""
-    return name.replace("_", " ")
+    return _WORDS.get(name, name.replace("_", " "))
 
 
 def counted(count: int, noun: str) -> str:

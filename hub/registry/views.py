@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlencode
@@ -12,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 
 from hub.errors import UsageError
+from hub.files import sha256_file
 from hub.registry.context import Access, caller_of, context_of, downloading, reading
 from hub.registry.errors import ApiError
 from hub.registry.guard import unslash
@@ -28,7 +30,17 @@ _pages = Environment(
     lstrip_blocks=True,
 )
 _pages.filters.update(FILTERS)
-_SORTS = {"created": "newest first", "name": "name", "size": "largest first"}
+STATIC = Path(__file__).parent / "static"
+_SORTS = {"created": "Newest first", "name": "Name", "size": "Largest first"}
+
+
+@cache
+def asset(name: str) -> str:
+    """Address of a static file; it changes with the file's bytes, so that no browser shows an old one."""
+    return f"/static/{name}?v={sha256_file(STATIC / name)[0][:12]}"
+
+
+_pages.globals["asset"] = asset
 
 
 def html(template: str, status: int = 200, headers: dict[str, str] | None = None, **values: Any) -> HTMLResponse:

@@ -194,6 +194,17 @@ def test_the_attention_is_the_bases_own_again(tiny):
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_another_implementation_chosen_while_active(tiny):
+    model = prefixed(tiny, "llama", ["p", "q"])
+    batch = tiny.batch("llama", tiny.rows(5, 3))
+    before = tiny.logits(model, batch)
+    model.set_attn_implementation("eager")
+    assert all(near(a, b) for a, b in zip(tiny.logits(model, batch), before, strict=True))
+    assert model.config._attn_implementation == "moduloom_eager"
+    eject(model)
+    assert model.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize(
     ("composition", "message"),
     [

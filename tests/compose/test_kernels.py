@@ -92,7 +92,12 @@ def test_gradients_agree_with_the_loop(name):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [(n, s) for n in ("loop", "stacked", "gather") for s in ((2, 3, 2), (2, 2), (1, 2)) if n != "gather" or len(s) == 2],
+    [
+        (n, s)
+        for n in ("loop", "stacked", "gather")
+        for s in ((2, 3, 2), (2, 2), (1, 2))
+        if n != "gather" or len(s) == 2
+    ],
 )
 def test_weights_have_gradients(name, shape):
     weights = torch.ones(shape, dtype=torch.float64, requires_grad=True)

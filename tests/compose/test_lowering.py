@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -254,3 +256,21 @@ def test_functions_chain_and_stand_side_by_side(tiny):
         for text, wanted in expected.items():
             activate(model, text)
             assert torch.allclose(model.get_submodule(path)(x), wanted, atol=1e-5), text
+
+
+@pytest.mark.parametrize("per", ["row", "token"])
+def test_rows_of_their_own_with_weights_by_name(populated, per):
+    model, path = populated
+    texts = ["lora1 + out1", "lora1 >> out1", None, "0.5 * lora1 + bias1"]
+    x = draw_input(model, path, 4, 3)
+    generator = torch.Generator().manual_seed(11)
+    shape = (4,) if per == "row" else (4, 3)
+    weights = {name: torch.rand(shape, generator=generator) for name in ("lora1", "out1")}
+    activate(model, texts, weights=weights)
+    with torch.no_grad():
+        ours = model.get_submodule(path)(x).double()
+    for i, t in itertools.product(range(4), range(3)):
+        here = {name: float(w[i] if per == "row" else w[i, t]) for name, w in weights.items()}
+        matrix, bias = Reference(model, path, here)(texts[i] or Add(()))
+        theirs = matrix @ x[i, t].double() + bias
+        assert (ours[i, t] - theirs).abs().max() <= 3e-5 * max(1.0, theirs.abs().max()), (i, t)

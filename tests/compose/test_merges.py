@@ -551,6 +551,18 @@ def test_a_sum_of_loras_lowers_exactly_without_a_rank(lab: Any) -> None:
     assert made.certificate.exact and home.apart("m", "a - 0.5 * b") < 1e-5
 
 
+@pytest.mark.parametrize("kind", TENSORS)
+def test_what_is_no_weight_is_not_lowered_or_folded(lab: Any, kind: str) -> None:
+    home = lab()
+    home.add("lora", "a")
+    home.add(kind, "p")
+    before = [name for name, _ in home.model.named_modules()]
+    for act in (lambda: lower_to_lora(home.model, "a + p", rank=4), lambda: list(fold(home.model, "a + p"))):
+        with pytest.raises(KindError, match=f"{kind} .*'p'"):
+            act()
+    assert [name for name, _ in home.model.named_modules()] == before
+
+
 def test_the_lowered_lora_loads_in_peft(lab: Any, tmp_path: Any) -> None:
     from peft import PeftModel
 

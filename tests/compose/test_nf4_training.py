@@ -67,7 +67,8 @@ def test_losses_equal_peft_s(kind):
     adapter = compose.create(ours, "dora" if kind == "dora" else "lora", options, name="a", seed=3)
     compose.activate(ours, "a")
     theirs = peft.get_peft_model(
-        quantized_by_transformers(), peft.LoraConfig(**LORA, target_modules="all-linear", task_type="CAUSAL_LM", **extra)
+        quantized_by_transformers(),
+        peft.LoraConfig(**LORA, target_modules="all-linear", task_type="CAUSAL_LM", **extra),
     )
     same_start(theirs, adapter)
     got = train(ours, list(adapter.parameters()))

@@ -150,6 +150,27 @@ def test_what_inference_mode_kept_does_not_meet_autograd(tiny, kind):
         assert near([out.detach()], [first])
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "bias", "bottleneck", "prefix", "prompt"])
+def test_training_goes_on_after_a_look_in_inference_mode(tiny, kind):
+    model = tiny.model("llama")
+    batch = tiny.batch("llama", tiny.rows(5, 3))
+    adapter = tiny.adapter(model, kind, "a")
+    activate(model, "a")
+    for _ in range(2):
+        with torch.inference_mode():
+            seen = model(**batch).logits
+            tokens = model.generate(**tiny.batch("llama", tiny.rows(3)), max_new_tokens=2, min_new_tokens=2)
+        assert tokens.shape == (1, 5)
+        model.zero_grad()
+        out = model(**batch).logits
+        assert near([out.detach()], [seen])
+        out.square().mean().backward()
+        assert all(p.grad is not None for p in adapter.parameters())
+        with torch.no_grad():
+            for p in adapter.parameters():
+                p -= 0.1 * p.grad
+
+
 def test_dropout_only_while_training(tiny):
     model = tiny.model("llama")
     batch = tiny.batch("llama", tiny.rows(6, 6))
@@ -207,6 +228,41 @@ def test_attach_while_active_takes_effect(tiny):
     assert not near(first, second, 0.05)
     activate(model, "a")
     assert equal(tiny.logits(model, batch), second)
+
+
+def test_what_cannot_take_an_active_place_leaves_it(tiny):
+    model = tiny.model("llama")
+    batch = tiny.batch("llama", tiny.rows(5, 3))
+    tiny.adapter(model, "lora", "a").freeze()
+    activate(model, "0.5 * a")
+    before = tiny.logits(model, batch)
+    with pytest.raises(KindError, match="half"):
+        tiny.adapter(model, "prompt", "a")
+    assert runtime(model).adapters["a"].kind == "lora"
+    assert equal(tiny.logits(model, batch), before)
+    foreign = tiny.adapter(tiny.model("gpt2"), "lora", "a")
+    with pytest.raises(KindError, match=r"acts at transformer\.h\.0\.attn\.c_attn, which this llama model"):
+        runtime(model).add("a", foreign)
+    assert equal(tiny.logits(model, batch), before)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "bottleneck", "prefix", "prompt"])
+def test_an_adapter_outlives_its_injection(tiny, kind):
+    model = tiny.model("t5")
+    batch = tiny.batch("t5", tiny.rows(5, 3))
+    adapter = tiny.adapter(model, kind, "a").freeze()
+    activate(model, "a")
+    outputs = tiny.logits(model, batch)
+    eject(model)
+    runtime(model).add("b", adapter)
+    activate(model, "b")
+    assert equal(tiny.logits(model, batch), outputs)
+    twin = tiny.model("t5")
+    runtime(twin).add("c", adapter)  # one adapter on two models at once
+    activate(twin, ["c", None])
+    activate(model, "b")
+    assert near(tiny.logits(twin, batch)[:1], outputs[:1])
+    assert equal(tiny.logits(model, batch), outputs)
 
 
 def test_freezing_and_loading_while_active_take_effect(tiny):

@@ -1,4 +1,4 @@
-"""The ensemble on other architectures and on a quantized base: positions, padding and caches differ, the law does not."""
+"""The ensemble on other architectures and quantized bases: positions and caches differ, the law does not."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ __all__ = ["quickstart"]
 @click.option("--base", default="builtin:tiny-lm", show_default=True, help="builtin:, a model directory, or an id.")
 @click.option("--quantize", type=click.Choice(["none", "int8", "nf4"]), default="nf4", show_default=True)
 @click.option("--kind", default="lora", show_default=True, help="Kind of the experts.")
-@click.option("--steps", type=click.IntRange(1), default=60, show_default=True, help="Training steps an expert.")
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Training steps an expert.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of split, training and streams.")
 @click.option(
     "--out",
@@ -58,12 +58,12 @@ def quickstart(
 
     from rich.console import Console
 
-    from train.quickstart.findings import as_dict
-    from train.quickstart.report import write_report
-    from train.quickstart.story import Options, run
-    from train.quickstart.tables import show
-
     chatter = Console(stderr=True)
+    with chatter.status("loading torch and transformers"):
+        from train.quickstart.findings import as_dict
+        from train.quickstart.report import write_report
+        from train.quickstart.story import Options, run
+        from train.quickstart.tables import show
     story = run(Options(out, base, quantize, kind, seed, steps), found, chatter, started=started)
     report = write_report(story, out / "report.html")
     facts = as_dict(story)

@@ -34,7 +34,6 @@ from train.quickstart.measure import (
     measure_streams,
 )
 
-STEPS = 60
 MOST_THREADS = 8  # a model of a few million parameters gains nothing from more
 
 
@@ -47,7 +46,7 @@ class Options:
     quantize: str = "nf4"
     kind: str = "lora"
     seed: int = 0
-    steps: int = STEPS
+    steps: int = 50  # training steps an expert
     home: Path | None = None  # of the local store; None is the default one
 
 

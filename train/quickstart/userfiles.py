@@ -15,7 +15,7 @@ from train.quickstart.corpus import DOMAIN_CHARS, Document, Gathered, within_lim
 
 FEW_DOCUMENTS = 8  # fewer are divided into passages, else there is nothing to split
 PASSAGE_CHARS = 4_000
-_DOMAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_DOMAIN_NAME = re.compile(r"[a-z](?:[a-z0-9._-]{0,62}[a-z0-9])?")  # a number is no adapter in an expression
 
 
 def parse_domains(options: Sequence[str]) -> dict[str, Path]:
@@ -34,7 +34,7 @@ def parse_domains(options: Sequence[str]) -> dict[str, Path]:
         if not _DOMAIN_NAME.fullmatch(name) or ".." in name:
             raise UsageError(
                 f"domain name {name!r} cannot name an adapter",
-                hint="use lower-case letters, digits, '.', '_' and '-'",
+                hint="a lower-case letter, then letters, digits, '.', '_' and '-'",
             )
         if name in domains:
             raise UsageError(f"domain {name!r} is given twice", hint="give one folder with all its text")

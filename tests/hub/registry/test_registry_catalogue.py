@@ -164,10 +164,8 @@ def test_an_adapters_page(shop) -> None:
 def test_the_lineage_leads_on(shop) -> None:
     text = page(shop, "/acme/tone")
     links = re.findall(r'<a href="(/[a-z]+/[a-z]+/tree/[0-9.]+)"><g class="node"', text)
-    assert sorted(links) == ["/acme/law/tree/1.0.0", "/bob/both/tree/1.0.0", "/bob/spam/tree/0.3.0"] or set(links) >= {
-        "/acme/law/tree/1.0.0",
-        "/bob/both/tree/1.0.0",
-    }
+    assert sorted(links) == ["/acme/law/tree/1.0.0", "/bob/both/tree/1.0.0"]
+    assert 'class="edge requires"' in text
     for link in links:
         page(shop, link)
     assert 'class="node here"' in text
@@ -275,7 +273,7 @@ def test_cards_keep_what_is_good() -> None:
         ("# no matter\n---\na: b\n---\n", {}),
         ("---\r\na: 1\r\n---\r\n", {"a": 1}),
         ("\ufeff---\na: 1\n---", {"a": 1}),
-        ("---\na: |\n  x --- y\n---\n", {"a": "x --- y"}),
+        ("---\na: |\n  x --- y\n---\n", {"a": "x --- y\n"}),
     ],
 )
 def test_front_matter(text: str, expected: dict) -> None:
@@ -284,7 +282,19 @@ def test_front_matter(text: str, expected: dict) -> None:
 
 @pytest.mark.parametrize(
     "yaml",
-    ["[a", "- a", "a: !!python/object:os.system x", "a: b: c", "&a [*a", "x" * 70_000, "a: 2026-99-99", "[" * 3000],
+    [
+        "a: &x [1]\nb: *x",
+        "a: &a {k: v}\nb: &b {<<: [*a, *a]}",
+        "- " * 3000 + "x",
+        "[a",
+        "- a",
+        "a: !!python/object:os.system x",
+        "a: b: c",
+        "&a [*a",
+        "x" * 70_000,
+        "a: 2026-99-99",
+        "[" * 3000,
+    ],
 )
 def test_front_matter_that_is_none(yaml: str) -> None:
     text = f"---\n{yaml}\n---\n"
@@ -304,6 +314,10 @@ def browse(
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def words(text: str) -> list[str]:
+    return html.unescape(re.sub("<[^>]*>", " ", text)).split()
+
+
 def test_in_a_real_browser(shop, chromium, tmp_path) -> None:
     """No error in its console, no policy violated; script or none, the page is all there; it fits a phone."""
     for path in ("/", "/acme/tone"):
@@ -312,13 +326,9 @@ def test_in_a_real_browser(shop, chromium, tmp_path) -> None:
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         assert console == []
         assert done.stdout.count('class="copy"') == done.stdout.count("data-copy")  # the script has run
-        plain = browse(chromium, shop.url + path, tmp_path, "--dump-dom", "--blink-settings=scriptEnabled=false")
-        assert 'class="copy"' not in plain.stdout
-        words = {
-            re.sub(r"\s+", " ", re.sub("<[^>]*>", " ", text.replace("Copy", "")))
-            for text in (done.stdout, plain.stdout)
-        }
-        assert len({word.strip() for word in words}) == 1
+        served = shop.ask(path).body.decode()  # what a browser without scripts shows
+        assert 'class="copy"' not in served
+        assert words(done.stdout.replace(">Copy<", "><")) == words(served)
     for name, size, options in (
         ("desktop", "1280,1000", ()),
         ("phone", "412,915", ("--force-device-scale-factor=2", "--blink-settings=preferredColorScheme=0")),
@@ -340,5 +350,3 @@ def test_an_attack_card_in_a_real_browser(site, chromium, tmp_path, files, send_
     assert "owned</title>" not in done.stdout
     violations = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "Content Security" in line]
     assert violations == []  # the policy had nothing to stop: the card was clean already
-    raw = browse(chromium, f"{site.url}/acme/tone/resolve/main/README.md", tmp_path, "--dump-dom")
-    assert "owned</title>" not in raw.stdout

@@ -263,6 +263,8 @@ def test_domains_of_the_command_line():
         (["law"], "is not NAME=PATH"),
         (["law=", "a=b"], "is not NAME=PATH"),
         (["Law=a", "b=c"], "cannot name an adapter"),
+        (["2024=a", "b=c"], "cannot name an adapter"),
+        (["a-=a", "b=c"], "cannot name an adapter"),
         (["../x=a", "b=c"], "cannot name an adapter"),
         (["a..b=a", "b=c"], "cannot name an adapter"),
         (["a=x", "a=y"], "given twice"),
