@@ -68,12 +68,13 @@ class Explanation:
     where: tuple[str, ...]
     shared: Mapping[tuple[str, str], int]  # two members -> at how many sites both act
     flops: float
+    merged_bytes: int = 0  # of the adapters that merges make
     warnings: tuple[str, ...] = ()
 
     @property
     def adapter_bytes(self) -> int:
-        """Memory of all members."""
-        return sum(member.bytes for member in self.members)
+        """Memory of all members, and of what is merged from them."""
+        return sum(member.bytes for member in self.members) + self.merged_bytes
 
     @property
     def relative_cost(self) -> float:
@@ -106,7 +107,8 @@ class Explanation:
             "conflicts": [{"members": list(pair), "sites": count} for pair, count in self.shared.items()],
             "memory": {
                 "base": self.base.bytes,
-                "adapters": self.adapter_bytes,
+                "adapters": self.adapter_bytes - self.merged_bytes,
+                "merged": self.merged_bytes,
                 "total": self.base.bytes + self.adapter_bytes,
             },
             "added_flops": self.flops,
@@ -155,13 +157,14 @@ def check(
     HubError
         Whatever is wrong with it; the message ends with the text and the place. No tensor was read.
     """
-    from compose.base import identity
-    from compose.outline import Outline
-
     expr = parse(text)
     trial = _Trial(shelf, allow_base_drift)
     made = _pointed(text, trial, expr)
     base = base or base_of(made, shelf)
+
+    from compose.base import identity  # torch comes with these, and most of what is refused is refused above
+    from compose.outline import Outline
+
     trial.known = identity(base)
     task, labels = _task(made, options)
     trial.outline = Outline(base, **{**options, "task": task, "labels": labels})
@@ -197,6 +200,7 @@ def explain(text: str, shelf: Shelf, **options: Any) -> Explanation:
         tuple(_where(step, made, outline, shelf) for step in made.steps),
         _shared(made, outline),
         outline.added_flops(made.expression) / per,
+        sum(p.numel() * p.element_size() for merged in outline.merged.values() for p in merged.parameters()),
         found.warnings,
     )
 

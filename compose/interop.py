@@ -103,7 +103,8 @@ def export_peft(
             f"PEFT has no kind {adapter.kind!r}", hint="keep the artifact directory, which compose.attach reads"
         )
     fields = config_fields(adapter, sites, base=base, task=task)
-    fields["task_type"] = fields["task_type"] or next((t for c, t in _CLASSES.items() if sites.architecture.endswith(c)), None)
+    by_class = next((t for c, t in _CLASSES.items() if sites.architecture.endswith(c)), None)
+    fields["task_type"] = fields["task_type"] or by_class
     prompting = adapter.peft_type in layout.PROMPT_LEARNING
     if prompting and fields["task_type"] is None:
         raise KindError(

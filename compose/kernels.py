@@ -3,7 +3,7 @@
 Every backend lays the factors out once for a set of weights and then applies them; they agree with each other (a law
 in the tests), so the choice is only about speed. See :func:`choose`.
 
-Shapes: x (B, T, d_in), y (B, T, d_out), weights (R, E) or (R, T, E) with B a multiple of R: row i of the batch uses
+Shapes: x (B, T, d_in), y (B, T, d_out), weights (R, E) or (R, T or 1, E) with B a multiple of R: row i of the batch uses
 row i // (B / R) of the weights, as beams and folded experts are laid out. R = 1 is one mixture for all rows.
 """
 
@@ -83,7 +83,7 @@ def choose(ranks: Sequence[int], weights: Tensor) -> str:
     """
     total = sum(ranks)
     if weights.dim() == 3:
-        return "stacked" if total <= 128 else "grouped"
+        return "stacked" if total <= 384 else "grouped"
     if len(weights) == 1:
         return "stacked"
     most = int(((weights != 0) * torch.tensor(ranks, device=weights.device)).sum(1).max())
@@ -197,8 +197,8 @@ def grouped(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:  # noqa: ARG001
         batch, length = x.shape[:2]
         w = expand(weights, batch)
-        w = w[:, None].expand(batch, length, -1) if w.dim() == 2 else w
-        flat = w.reshape(batch * length, -1)  # (N, E)
+        w = w[:, None] if w.dim() == 2 else w
+        flat = w.expand(batch, length, -1).reshape(batch * length, -1)  # (N, E)
         experts, tokens = flat.T.nonzero(as_tuple=True)  # sorted by expert
         counts = torch.bincount(experts, minlength=len(pairs)).tolist()
         parts = x.reshape(batch * length, -1)[tokens].split(counts)

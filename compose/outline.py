@@ -76,6 +76,7 @@ class Outline:
         self.base_parameters = sum(p.numel() for p in self.model.parameters())
         self.bytes = self._count_bytes()  # of the weights, held as the request says
         self.runtime = inject.runtime(self.model)
+        self.merged: dict[str, Adapter] = {}  # what merges make when they are activated, by their text
 
     def _class(self, config: Any) -> Any:
         """The class that loads this base, or for what no task fits (images, bare backbones) the checkpoint's own."""
@@ -182,14 +183,14 @@ class Outline:
 
     def _stand_in(self, call: Call, make: Callable[[], Merged]) -> None:
         """Shapes of the adapter that a merge will make: its own, or where it looks at values, those it must have."""
-        if str(call) in self.runtime.adapters:
+        if str(call) in self.merged:
             return
         try:
             with self._building():
                 made = make().adapter
         except RuntimeError:  # torch's: a fake tensor has no values. What is wrong with the merge is a HubError
             made = self._shaped_like(call)
-        self._keep(str(call), made)
+        self.merged[str(call)] = self._keep(str(call), made)
 
     def _shaped_like(self, call: Call) -> Adapter:
         members = [self.runtime.adapters[name] for name in call.refs]

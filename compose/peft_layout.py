@@ -26,9 +26,10 @@ _AUTOMATIC_HEADS: Mapping[str | None, tuple[str, ...]] = {
 }
 # Read by this module and by interop, or about provenance only.
 _COMMON = frozenset(
-    "peft_type task_type base_model_name_or_path revision inference_mode auto_mapping peft_version modules_to_save".split()
+    ["peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"]
+    + ["peft_version", "modules_to_save"]
 )
-_PLACEMENT = frozenset("target_modules exclude_modules layers_to_transform layers_pattern".split())
+_PLACEMENT = frozenset(["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"])
 _PATIENCE = 1.0  # seconds for one match of a pattern from outside: some take exponential time by design
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
@@ -64,7 +65,7 @@ def check_types(fields: Mapping[str, Any]) -> None:
         several = isinstance(value, list) and all(isinstance(v, int if "layers_to" in name else str) for v in value)
         single = isinstance(value, int if "layers_to" in name else str) and name != "modules_to_save"
         if value is not None and not several and not single:
-            raise KindError(f"this PEFT config has {name}={str(value)[:80]}, which is neither a name nor a list of names")
+            raise KindError(f"this PEFT config has {name}={str(value)[:80]}, neither a name nor a list of names")
 
 
 def check_shape_fields(kind: type[Adapter], wanted: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
@@ -157,7 +158,7 @@ def feedforward(fields: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
 
 
 def short_targets(paths: Iterable[str], sites: SiteMap, *, bare_end: bool = False) -> list[str]:
-    """Shortest ``target_modules`` that mean exactly ``paths``: ends of paths where they are unambiguous, else whole ones.
+    """Shortest ``target_modules`` that mean exactly ``paths``: ends of paths where unambiguous, else whole ones.
 
     With ``bare_end`` they also have to be exact where no dot is asked for before the end (``feedforward_modules``).
     """

@@ -76,6 +76,7 @@ def publish_composition(
     pinned = _unambiguous(expr, shelf)
     requires = requirements(expr.refs, shelf)
     facts = _shared_facts([shelf.find(leaf) for leaf in made.leaves])
+    facts.pop("trained_on", None)  # a composition was not trained
     draft = Draft(
         name=name.id,
         version=str(name.version),

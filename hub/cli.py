@@ -34,6 +34,7 @@ COMMANDS: dict[str, dict[str, Row]] = {
         "tag": Row("hub.commands.tag:tag", "Let an alias stand for a version, or list aliases."),
         "untag": Row("hub.commands.tag:untag", "Remove an alias."),
         "yank": Row("hub.commands.yank:yank", "Withdraw a version from ranges, or take that back."),
+        "registry": Row("hub.registry.commands:registry", "Serve the store: Hugging Face protocol and web catalogue."),
     },
     "Models": {
         "quickstart": Row("train.quickstart.commands:quickstart", "See the whole idea work on text of this machine."),

@@ -75,4 +75,5 @@ def compose() -> None:
 
     a + b adds both changes, c * a scales one, a >> b applies b after a; `hub compose functions` lists the rest.
     An adapter is a ref of the store, a directory in quotes ("./tone"), or a name given by --adapter NAME=DIR|REF.
+    EXPR may also be a recipe, a .json or .yaml file: {add: [{scale: 0.5, of: acme/tone}, acme/law]}.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -37,6 +38,29 @@ def adapter_option(function: FunctionT) -> FunctionT:
         "--adapter", "adapters", multiple=True, metavar="NAME=DIR|REF", help="What a name of EXPR stands for (repeat)."
     )
     return option(function)
+
+
+def expression(word: str) -> str:
+    """Text of an expression: the word itself, or what the recipe (.json, .yaml) of that name says.
+
+    Raises
+    ------
+    ExpressionError
+        The recipe is none, with the place in it.
+    """
+    path = Path(word)
+    if path.suffix not in (".json", ".yaml", ".yml") or not path.is_file():
+        return word
+    import yaml
+
+    from compose.recipe import from_json
+    from compose.tokens import ExpressionError
+
+    try:
+        value = yaml.safe_load(path.read_text("utf-8"))  # JSON is YAML
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ExpressionError(f"{path} is no recipe: {' '.join(str(error).split())[:200]}") from error
+    return str(from_json(value))
 
 
 Steps = Callable[[str, int, int], None]

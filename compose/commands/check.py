@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from compose.commands._options import adapter_option, base_options
+from compose.commands._options import adapter_option, base_options, expression
 from hub.output import json_option, print_json, say, warn
 
 
@@ -29,14 +29,14 @@ def check(ctx: click.Context, /, expr: str, adapters: tuple[str, ...], as_json: 
     from hub.errors import HubError
 
     try:
-        found = examine(expr, Shelf(given=assignments(adapters)), **options)
+        found = examine(expression(expr), Shelf(given=assignments(adapters)), **options)
     except HubError as error:
         if not as_json:
             raise
         print_json({"ok": False, **error.as_dict()})
         ctx.exit(error.exit_code)
     if as_json:
-        facts = {"expression": expr, "normal": str(found.plan.expression), "digest": found.plan.digest}
+        facts = {"expression": found.text, "normal": str(found.plan.expression), "digest": found.plan.digest}
         print_json({"ok": True, **facts, "base": found.outline.name, "warnings": list(found.warnings)})
         return
     for warning in found.warnings:

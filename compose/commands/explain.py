@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from compose.commands._options import adapter_option, base_options
+from compose.commands._options import adapter_option, base_options, expression
 from hub.output import print_json
 
 
@@ -32,7 +32,7 @@ def explain(expr: str, adapters: tuple[str, ...], form: str, as_json: bool, **op
     from compose.leaves import Shelf, assignments
     from compose.telling import as_dot, as_text
 
-    found = examine(expr, Shelf(given=assignments(adapters)), **options)
+    found = examine(expression(expr), Shelf(given=assignments(adapters)), **options)
     if as_json or form == "json":
         print_json(found.as_dict())
     else:

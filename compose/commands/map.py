@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def map_(adapters: tuple[str, ...], base: str | None, by_site: bool, svg: Path |
     with steps_bar() as progress:
         found = interference_of(adapters, Shelf(), base=base, progress=progress)
     if svg is not None:
-        found.heatmap(svg)
+        replace(found, names=_short(found.names)).heatmap(svg)
         say(f"heat map in {svg}")
     if as_json:
         print_json({**found.as_dict(), **_more(found, by_site)})
@@ -45,6 +46,12 @@ def map_(adapters: tuple[str, ...], base: str | None, by_site: bool, svg: Path |
     click.echo("\n" + columns(("ADAPTER", "NORM", "NEAREST", "COSINE"), _nearest(found)))
     for a, b, distance in found.duplicates():
         say(f"{a} and {b} do the same (relative distance {distance:.1e})")
+
+
+def _short(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that fit beside a plot: the last part of a path, where that is not ambiguous."""
+    ends = tuple(Path(name).name if Path(name).is_dir() else name for name in names)
+    return ends if len(set(ends)) == len(names) else names
 
 
 def _matrix(found: Interference) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compose.commands._options import adapter_option, base_option, steps_bar
+from compose.commands._options import adapter_option, base_option, expression, steps_bar
 from hub.output import bytes_text, json_option, print_json, say, warn
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def publish(
     from compose.leaves import Shelf, assignments
     from hub.errors import UsageError
 
-    text = _expression(words, ref)
+    text = expression(_one(words, ref))
     if rank is not None and not merging:
         raise UsageError("--rank is the rank of a merged adapter", hint="add --merge")
     shelf = Shelf(given=assignments(adapters))
@@ -62,7 +62,7 @@ def publish(
         _tell(artifact, as_json)
 
 
-def _expression(words: tuple[str, ...], ref: str | None) -> str:
+def _one(words: tuple[str, ...], ref: str | None) -> str:
     from compose.commands import VERBS
     from hub.errors import UsageError, suggest
 

@@ -35,7 +35,7 @@ class Committed:
 def create_repo(repos: Repos, name: str, *, visibility: str, gated: bool = False) -> Repo:
     """Make a repository. ApiError: 409 when it exists, 410 when it was deleted and had versions."""
     repo = Repo(name, visibility, gated, time.time())
-    released = bool(repos.store.catalogue(name).releases)
+    released = bool(repos.catalogue(name).releases)
     with repos.drafts.change() as db:
         present = find_repo(db, name)
         if present is not None and present.deleted:
@@ -61,7 +61,7 @@ def change_settings(repos: Repos, name: str, *, visibility: str | None, gated: b
 
 def delete_repo(repos: Repos, name: str, *, who: str) -> None:
     """Delete the drafts of a repository; yank its versions, and leave its name dead if there were any."""
-    catalogue = repos.store.catalogue(name)
+    catalogue = repos.catalogue(name)
     with repos.drafts.change() as db:
         forget(db, name)
         db.execute("DELETE FROM repos WHERE name = ?", (name,))
@@ -159,7 +159,7 @@ def check_free(repos: Repos, name: str, label: str) -> None:
     refs = repos.refs(name)
     if label in refs.branches or label in refs.tags or label == "latest":
         raise ApiError(409, f"{name} has {label!r} already: it stands for a commit, and stays there")
-    if ref.version is not None and repos.store.catalogue(name).find(version=ref.version):
+    if ref.version is not None and repos.catalogue(name).find(version=ref.version):
         raise ApiError(409, f"{name} has version {ref.version}; versions are immutable")
 
 
@@ -223,7 +223,7 @@ def known_size(repos: Repos, name: str, sha256: str) -> int | None:
 
     with repos.drafts.read() as db:
         trees = [load_tree(row[0]) for row in db.execute("SELECT tree FROM commits WHERE repo = ?", (name,))]
-    trees += [dict(repos.of_release(name, release).tree) for release in repos.store.catalogue(name).releases]
+    trees += [dict(repos.of_release(name, release).tree) for release in repos.catalogue(name).releases]
     return next((file.size for tree in trees for file in tree.values() if file.sha256 == sha256), None)
 
 

@@ -30,7 +30,7 @@ def registry(
     max_file: str,
     access_log: bool,
 ) -> None:
-    r"""Serve a store as a registry: the Hugging Face protocol, and a web catalogue.
+    """Serve a store as a registry: the Hugging Face protocol, and a web catalogue.
 
     \b
     hub registry --port 8000                                  (this machine only: everyone owns everything)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ class Drafts:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.path = root / "registry.sqlite"
+        self._local = threading.local()
         self.blobs = Blobs(root)
         self.staging = Staging(root)
         with disk_errors(root):
@@ -103,26 +105,36 @@ class Drafts:
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
-        """One connection, all of whose queries see one state."""
-        connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
-        try:
-            connection.execute("BEGIN")
+        """Connection of this thread, all of whose queries see one state."""
+        with self._transaction("BEGIN") as connection:
             yield connection
-        finally:
-            connection.close()
 
     @contextmanager
     def change(self) -> Iterator[sqlite3.Connection]:
         """One transaction that may write; whole or not at all, durable when it ends."""
-        connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
-        try:
+        with disk_errors(self.root), self._transaction("BEGIN IMMEDIATE") as connection:
+            yield connection
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        # A connection a thread, since opening one costs more than most questions. What reads inside of a change
+        # joins its transaction.
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("BEGIN IMMEDIATE")
+            self._local.connection = connection
+        if connection.in_transaction:
             yield connection
-            connection.execute("COMMIT")
-        finally:
-            connection.close()  # rolls back what was not committed
+            return
+        connection.execute(begin)
+        try:
+            yield connection
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
 
     def oid(self, file: File) -> str | None:
         """Git blob id of a content, where it is known."""
@@ -199,6 +211,12 @@ def save_commit(db: sqlite3.Connection, repo: str, commit: Commit, branch: str) 
     row = (commit.oid, commit.parent, dump_tree(commit.tree), commit.author, commit.time, commit.title, commit.message)
     db.execute("INSERT OR IGNORE INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (repo, *row))
     db.execute("INSERT OR REPLACE INTO branches VALUES (?, ?, ?)", (repo, branch, commit.oid))
+
+
+def find_name(db: sqlite3.Connection, table: str, repo: str, name: str) -> str | None:
+    """Commit id of one of the ``branches`` or ``tags`` of a repository."""
+    row = db.execute(f"SELECT oid FROM {table} WHERE repo = ? AND name = ?", (repo, name)).fetchone()  # noqa: S608
+    return row[0] if row else None
 
 
 def pairs(db: sqlite3.Connection, table: str, repo: str) -> dict[str, str]:

@@ -86,7 +86,7 @@ class Page:
 def build(access: Access, revision: Revision, downloadable: bool) -> Page:
     """Gather the page of a revision."""
     repos, release = access.repos, revision.release
-    catalogue = repos.store.catalogue(access.name)
+    catalogue = repos.catalogue(access.name)
     manifest = repos.store.manifest(release.digest) if release else None
     versions = _versions(access, catalogue.releases[-MAX_VERSIONS:], release)
     return Page(

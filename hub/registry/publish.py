@@ -60,7 +60,7 @@ def create_tag(repos: Repos, name: str, tag: str, revision: str, caller: Caller)
 
 def delete_tag(repos: Repos, name: str, tag: str, caller: Caller) -> None:
     """Take a tag away: an alias and a draft's tag are removed, a version is yanked (its bytes stay)."""
-    catalogue = repos.store.catalogue(name)
+    catalogue = repos.catalogue(name)
     version = _version(name, tag)
     release = catalogue.find(version=version) if version is not None else None
     if release is not None and release.yanked is None:
@@ -85,7 +85,7 @@ def _version(name: str, tag: str) -> str | None:
 
 def _publish(repos: Repos, target: Revision, version: str, caller: Caller) -> Revision:
     name = target.name
-    present = repos.store.catalogue(name).find(version=version)
+    present = repos.catalogue(name).find(version=version)
     if present is not None:
         return _again(repos, target, present)
     try:
@@ -161,7 +161,7 @@ def _manifest(repos: Repos, target: Revision, directory: Path, version: str) -> 
     if given.ref == AdapterRef.parse(target.name).at(version=version):
         _check_listed(target.tree, given)
         return given
-    stale = given.name == target.name and repos.store.catalogue(target.name).find(digest=given.digest) is not None
+    stale = given.name == target.name and repos.catalogue(target.name).find(digest=given.digest) is not None
     if not stale:
         raise GateError(
             f"{MANIFEST_NAME} is that of {given.ref}, which is not the version to publish nor one published here",

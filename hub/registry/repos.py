@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from hub.artifact import Artifact
 from hub.errors import IntegrityError, NotFound, RefError
@@ -17,7 +17,7 @@ from hub.files import CHUNK, open_regular
 from hub.manifest import MANIFEST_NAME, Manifest
 from hub.ref import AdapterRef
 from hub.registry import gitids
-from hub.registry.drafts import Commit, Drafts, Repo, find_commit, find_repo, pairs
+from hub.registry.drafts import Commit, Drafts, Repo, find_commit, find_name, find_repo, pairs
 from hub.registry.errors import ApiError, entry_not_found, revision_not_found
 from hub.registry.gitids import File
 from hub.resolve import Catalogue, Release, choose
@@ -27,6 +27,31 @@ MAIN = "main"
 SYSTEM = "moduloom"  # author of the commits that releases are
 _HEX = re.compile(r"[0-9a-f]{7,40}\Z")
 _CACHED = 2048  # releases whose trees are kept in memory
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Recent(Generic[K, V]):
+    """A dictionary of bounded size that forgets what was put first; threads share it."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._found: dict[K, V] = {}
+        self._guard = threading.Lock()
+
+    def get(self, key: K) -> V | None:
+        """Value of a key, or None."""
+        return self._found.get(key)
+
+    def put(self, key: K, value: V) -> V:
+        """Keep a value; returns it."""
+        with self._guard:
+            self._found[key] = value
+            if len(self._found) > self._size:
+                del self._found[next(iter(self._found))]
+        return value
 
 
 @dataclass(frozen=True)
@@ -65,8 +90,10 @@ class Repos:
     def __init__(self, store: Store, drafts: Drafts) -> None:
         self.store = store
         self.drafts = drafts
-        self._releases: OrderedDict[str, Revision] = OrderedDict()
-        self._guard = threading.Lock()
+        self._releases = Recent[str, Revision](_CACHED)  # by digest
+        self._digests = Recent[str, str](_CACHED)  # by commit id
+        self._blobs = Recent[str, str](_CACHED * 4)  # git ids by sha256
+        self._catalogues = Recent[str, tuple[int, Catalogue]](_CACHED)  # by name, with the size of the log
 
     def find(self, name: str) -> Repo | None:
         """Return a repository, None where there is none (or it was deleted); one with only releases is public."""
@@ -74,7 +101,15 @@ class Repos:
             repo = find_repo(db, name)
         if repo is not None:
             return None if repo.deleted else repo
-        return Repo(name) if self.store.catalogue(name).releases else None
+        return Repo(name) if self.catalogue(name).releases else None
+
+    def catalogue(self, name: str) -> Catalogue:
+        """Releases and aliases of a name; kept until the store's log grows."""
+        size = self.store.ledger.size
+        found = self._catalogues.get(name)
+        if found is None or found[0] != size:
+            found = self._catalogues.put(name, (size, self.store.catalogue(name)))
+        return found[1]
 
     def recorded(self) -> dict[str, Repo]:
         """All repositories with a row of their own, deleted ones too, by name."""
@@ -89,12 +124,11 @@ class Repos:
     def resolve(self, name: str, revision: str) -> Revision:
         """Return the revision that a branch, tag, version, alias, digest or commit id stands for."""
         with self.drafts.read() as db:
-            branches, tags = pairs(db, "branches", name), pairs(db, "tags", name)
-            oid = branches.get(revision) or tags.get(revision)
+            oid = find_name(db, "branches", name, revision) or find_name(db, "tags", name, revision)
             commit = find_commit(db, name, oid) if oid else None
         if commit is not None:
             return draft_revision(name, commit)
-        catalogue = self.store.catalogue(name)
+        catalogue = self.catalogue(name)
         if revision == MAIN:
             return self._newest(catalogue)
         if _HEX.match(revision) and (found := self._by_oid(catalogue, revision)):
@@ -111,7 +145,7 @@ class Repos:
 
     def refs(self, name: str) -> Refs:
         """All names of commits."""
-        catalogue = self.store.catalogue(name)
+        catalogue = self.catalogue(name)
         with self.drafts.read() as db:
             branches, tags = pairs(db, "branches", name), pairs(db, "tags", name)
         branches.setdefault(MAIN, self._newest(catalogue).oid)
@@ -132,20 +166,16 @@ class Repos:
                 at = self.resolve(name, at.parent)
             except ApiError:  # superseded long ago, and swept
                 return
-        older = [self.of_release(name, release) for release in reversed(self.store.catalogue(name).releases)]
+        older = [self.of_release(name, release) for release in reversed(self.catalogue(name).releases)]
         start = next((place for place, found in enumerate(older) if found.oid == at.oid), None)
         yield from older[start:]
 
     def of_release(self, name: str, release: Release) -> Revision:
         """Return the revision that a published version is."""
-        with self._guard:
-            found = self._releases.get(release.digest)
+        found = self._releases.get(release.digest)
         if found is None:
-            found = self._build(name, release)
-            with self._guard:
-                self._releases[release.digest] = found
-                while len(self._releases) > _CACHED:
-                    self._releases.popitem(last=False)
+            found = self._releases.put(release.digest, self._build(name, release))
+            self._digests.put(found.oid, release.digest)
         return replace(found, release=release)  # whether it is yanked is not in the cache
 
     def artifact(self, name: str, release: Release) -> Artifact:
@@ -161,9 +191,9 @@ class Repos:
 
     def blob_oid(self, file: File) -> str:
         """Git id of a file's content; computed once, while the sha256 is checked."""
-        known = self.drafts.oid(file)
+        known = self._blobs.get(file.sha256) or self.drafts.oid(file)
         if known is not None:
-            return known
+            return self._blobs.put(file.sha256, known)
         git, plain = gitids.blob_hasher(file.size), hashlib.sha256()
         with open_regular(self.path(file)) as source:
             while chunk := source.read(CHUNK):
@@ -204,6 +234,9 @@ class Repos:
     def _by_oid(self, catalogue: Catalogue, prefix: str) -> Revision | None:
         """Revision whose commit id starts so; None where there is none, or more than one."""
         name = catalogue.name
+        release = catalogue.find(digest=self._digests.get(prefix) or "")
+        if release is not None:  # a whole id of a release that was asked for before
+            return self.of_release(name, release)
         with self.drafts.read() as db:
             rows = db.execute(
                 "SELECT oid FROM commits WHERE repo = ? AND oid >= ? AND oid < ? || 'g' LIMIT 2", (name, prefix, prefix)

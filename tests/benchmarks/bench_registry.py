@@ -1,6 +1,7 @@
 """A registry under load: concurrent clients that push and pull over loopback, and every byte they get is checked.
 
-    python tests/benchmarks/bench_registry.py [--clients 64] [--seconds 60] [--kilobytes 256] [--writes 0.2] [--json FILE|-]
+    python tests/benchmarks/bench_registry.py [--clients 64] [--seconds 60] [--kilobytes 256] [--writes 0.2]
+        [--json -]
 
 A pull is what a stock client does: the revision's info, its tree, HEAD and GET of each file; a push is preupload,
 one commit and a version tag, which runs the gates. Prints the median and the 99th percentile of each, failures, and
@@ -53,12 +54,13 @@ class Client:
             raise HTTPException(f"{answer.status} {method} {path}: {found[:200]!r}")
         return {name.lower(): value for name, value in answer.getheaders()}, found
 
-    def push(self, name: str) -> None:
+    def make(self) -> dict[str, bytes]:
+        """Files of a new adapter."""
         tensor = self.numbers.normal(size=(8, self.kilobytes * 32)).astype(np.float32)
-        files = {
-            "adapter_config.json": CONFIG,
-            "adapter_model.safetensors": save({"base_model.model.x.lora_A.weight": tensor}, metadata={"format": "pt"}),
-        }
+        weights = save({"base_model.model.x.lora_A.weight": tensor}, metadata={"format": "pt"})
+        return {"adapter_config.json": CONFIG, "adapter_model.safetensors": weights}
+
+    def push(self, name: str, files: dict[str, bytes]) -> None:
         asked = {"files": [{"path": path, "size": len(data), "sample": ""} for path, data in files.items()]}
         self.ask("POST", f"/api/models/{name}/preupload/main", asked)
         lines = [{"key": "header", "value": {"summary": "load"}}]
@@ -69,7 +71,7 @@ class Client:
         version = f"1.{self.random.randrange(10**9)}.{self.random.randrange(10**9)}"
         self.ask("POST", f"/api/models/{name}/tag/{oid}", {"tag": version})
 
-    def pull(self, name: str) -> None:
+    def pull(self, name: str, _files: dict[str, bytes]) -> None:
         tags = json.loads(self.ask("GET", f"/api/models/{name}/refs")[1])["tags"]
         version = self.random.choice(tags)["name"]
         oid = json.loads(self.ask("GET", f"/api/models/{name}/revision/{version}")[1])["sha"]
@@ -90,9 +92,10 @@ def run_client(host: str, seed: int, options: argparse.Namespace, until: float, 
     while time.monotonic() < until:
         name = f"bench/a{client.random.randrange(16)}"
         verb = "push" if client.random.random() < options.writes else "pull"
+        files = client.make() if verb == "push" else {}
         start, before = time.perf_counter(), client.requests
         try:
-            getattr(client, verb)(name)
+            getattr(client, verb)(name, files)
             failure = None
         except (OSError, HTTPException, ValueError) as error:
             failure = f"{type(error).__name__}: {error}"
@@ -115,7 +118,7 @@ def load(host: str, server: psutil.Process, options: argparse.Namespace) -> dict
     first = Client(host, 10**6, options.kilobytes)
     for index in range(16):
         first.ask("POST", "/api/repos/create", {"name": f"a{index}", "organization": "bench"})
-        first.push(f"bench/a{index}")
+        first.push(f"bench/a{index}", first.make())
     first.connection.close()
     queue: multiprocessing.Queue = multiprocessing.Queue()
     until = time.monotonic() + options.seconds
@@ -161,8 +164,9 @@ def download(url: str, rounds: int = 5) -> float:
 def large(host: str, place: Path, megabytes: int) -> dict:
     client = Client(host, 7, megabytes * 1024)
     client.ask("POST", "/api/repos/create", {"name": "large", "organization": "bench"})
+    files = client.make()
     start = time.perf_counter()
-    client.push("bench/large")
+    client.push("bench/large", files)
     pushed = time.perf_counter() - start
     version = json.loads(client.ask("GET", "/api/models/bench/large/refs")[1])["tags"][0]["name"]
     path = f"/bench/large/resolve/{version}/adapter_model.safetensors"

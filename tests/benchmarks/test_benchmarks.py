@@ -1,0 +1,67 @@
+"""The benchmarks of compose run and report what they promise. Nothing here is timed."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SMALL = {"rows": 4, "prompt": 6, "layers": 1, "width": 64, "vocabulary": 50, "rounds": 1}
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Run a benchmark as a script and return its JSON report and the table it printed."""
+
+    def run(name, *options, **shape):
+        given = [f"--{key}={value}" for key, value in shape.items()]
+        monkeypatch.syspath_prepend(HERE)
+        monkeypatch.setattr(sys, "argv", [name, *options, *given, "--threads=1", "--json=-"])
+        runpy.run_path(str(HERE / f"{name}.py"), run_name="__main__")
+        printed = capsys.readouterr()
+        return json.loads(printed.out), printed.err
+
+    return run
+
+
+def test_mixed_batch(bench):
+    report, table = bench("bench_mixed_batch", "--adapters=1,3", **SMALL, rank=2)
+    assert [(row["adapters"], row["phase"]) for row in report["rows"]] == [
+        (1, "decode"),
+        (1, "prefill"),
+        (3, "decode"),
+        (3, "prefill"),
+    ]
+    assert all(row["ours"] > 0 and row["peft"] > 0 for row in report["rows"])
+    assert 0 < report["largest_difference"] < 1e-4
+    assert "threads" in report["machine"] and report["machine"] in table
+    assert len(table.splitlines()) == 3 + 4
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_single(bench, quantize):
+    report, _ = bench("bench_single", f"--quantize={quantize}", "--kinds=dora,prompt", **SMALL, tokens=2)
+    assert [(row["kind"], row["phase"]) for row in report["rows"]] == [
+        ("dora", "forward"),
+        ("dora", "generate"),
+        ("prompt", "forward"),
+        ("prompt", "generate"),
+    ]
+    assert all(row[side] > 0 for row in report["rows"] for side in ("ours", "peft", "ours_to_peft"))
+
+
+def test_kernels(bench):
+    report, _ = bench("bench_kernels", width=16, rank=2, layers=1, rounds=1)
+    rows = report["rows"]
+    assert {row["chosen"] for row in rows} == {"stacked", "gather"}
+    for row in rows:
+        assert row[row["chosen"]] != "-", "the chosen backend must be among those measured"
+    assert all(row["gather"] == "-" for row in rows if row["routed"])
+
+
+def test_a_wrong_option_ends_with_usage(bench):
+    with pytest.raises(SystemExit) as ended:
+        bench("bench_mixed_batch", "--adaptors=3")
+    assert ended.value.code == 2
