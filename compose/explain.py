@@ -30,14 +30,17 @@ __all__ = ["BaseFacts", "Checked", "Explanation", "Member", "base_of", "check", 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """The base: its identity, how it is held, and what one forward costs. Bytes; flops are per token (or image)."""
+    """The base: its identity, how it is held, and what one forward costs.
+
+    Bytes; flops are per token (or image), None where the model's forward cannot be counted without its weights.
+    """
 
     name: str
     weights_fingerprint: str
     quantize: str
     parameters: int
     bytes: int
-    flops: float
+    flops: float | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Member:
     parameters: int
     bytes: int
     rung: Rung | None
-    flops: float
+    flops: float | None
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Explanation:
     requires: tuple[Requirement, ...]
     where: tuple[str, ...]
     shared: Mapping[tuple[str, str], int]  # two members -> at how many sites both act
-    flops: float
+    flops: float | None
     merged_bytes: int = 0  # of the adapters that merges make
     warnings: tuple[str, ...] = ()
 
@@ -77,9 +80,9 @@ class Explanation:
         return sum(member.bytes for member in self.members) + self.merged_bytes
 
     @property
-    def relative_cost(self) -> float:
+    def relative_cost(self) -> float | None:
         """Added operations over those of the base."""
-        return self.flops / self.base.flops
+        return None if self.flops is None or not self.base.flops else self.flops / self.base.flops
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -172,6 +175,8 @@ def check(
         warnings.simplefilter("always", BaseWarning)
         made = _pointed(text, trial, expr)
     said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, BaseWarning))
+    if not trial.tried:
+        said[f"{made.expression} looks at values when it is activated, so only loading tells whether it works"] = None
     return Checked(text, expr, made, base, trial.known, trial.outline, trial.rungs, tuple(said))
 
 
@@ -181,14 +186,13 @@ def explain(text: str, shelf: Shelf, **options: Any) -> Explanation:
 
     found = check(text, shelf, **options)
     outline, made = found.outline, found.plan
-    per = outline.length
     base = BaseFacts(
         outline.name,
         found.known.weights_fingerprint,
         outline.request.quantize,
         outline.base_parameters,
         outline.bytes,
-        outline.base_flops / per,
+        _each(outline.base_flops, outline),
     )
     published = [ref for ref in found.expr.refs if shelf.find(ref).digest is not None]
     return Explanation(
@@ -199,7 +203,7 @@ def explain(text: str, shelf: Shelf, **options: Any) -> Explanation:
         requirements(published, shelf),
         tuple(_where(step, made, outline, shelf) for step in made.steps),
         _shared(made, outline),
-        outline.added_flops(made.expression) / per,
+        _each(outline.added_flops(made.expression), outline),
         sum(p.numel() * p.element_size() for merged in outline.merged.values() for p in merged.parameters()),
         found.warnings,
     )
@@ -221,6 +225,7 @@ class _Trial:
     known: BaseIdentity | None = None
     outline: Outline | None = None
     rungs: dict[str, Rung] = field(default_factory=dict)
+    tried: bool = True
 
     def __call__(self, expr: Expr) -> Plan:
         made = self.plan(expr)
@@ -228,7 +233,7 @@ class _Trial:
             for text in made.leaves:
                 if text not in self.outline.runtime.adapters:
                     self.outline.put(text, self.shelf.find(text))
-            self.outline.activate(made.expression)
+            self.tried = self.outline.activate(made.expression)
         return made
 
     def plan(self, expr: Expr) -> Plan:
@@ -276,6 +281,11 @@ def _task(made: Plan, options: Mapping[str, Any]) -> tuple[str | None, Any]:
 # -- facts ---------------------------------------------------------------------------------------------------------
 
 
+def _each(flops: int | None, outline: Outline) -> float | None:
+    """Per token, of a count for the outline's whole text."""
+    return None if flops is None else flops / outline.length
+
+
 def _member(text: str, held: Held, found: Checked) -> Member:
     adapter = found.outline.runtime.adapters[text]
     return Member(
@@ -288,7 +298,7 @@ def _member(text: str, held: Held, found: Checked) -> Member:
         held.parameters,
         held.size,
         found.rungs.get(text),
-        found.outline.added_flops(Ref(text)) / found.outline.length,
+        _each(found.outline.added_flops(Ref(text)), found.outline),
     )
 
 

@@ -143,7 +143,6 @@ class Runtime:
             slot.per_row = slot.program is not None and weighs_rows(slot.program)
         self._set_positions(self._set_prefixes(active, pairs))
         self._calls.rows = len(pairs)
-        self._calls.measures_past = any(module.moduloom_prefix.bias_owner is not None for module in self._prefixed)
         self._calls.prompt = self._stack_prompts(active, pairs)
         if self._calls.prompt is not None:
             self._calls.embedding = self.slot(self.sites.embedding)
@@ -196,6 +195,7 @@ class Runtime:
                 if adapter.prefix(path):
                     holders.setdefault(path, []).append(name)
         use_interface(self.model, on=bool(holders))
+        self._calls.measures_past = False
         state: PrefixState | None = None
         for path, names in holders.items():
             module = self.model.get_submodule(path)
@@ -204,6 +204,7 @@ class Runtime:
                 for row in pairs
             ]
             owner = bias_owner(self.model, path)
+            self._calls.measures_past |= owner is not None
             state = stack_prefixes(rows, past=lambda: self.context.past, bias_owner=owner)
             module.moduloom_prefix = state
             self._prefixed.append(module)

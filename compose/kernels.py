@@ -3,8 +3,8 @@
 Every backend lays the factors out once for a set of weights and then applies them; they agree with each other (a law
 in the tests), so the choice is only about speed. See :func:`choose`.
 
-Shapes: x (B, T, d_in), y (B, T, d_out), weights (R, E) or (R, T or 1, E) with B a multiple of R: row i of the batch uses
-row i // (B / R) of the weights, as beams and folded experts are laid out. R = 1 is one mixture for all rows.
+Shapes: x (B, T, d_in), y (B, T, d_out), weights (R, E) or (R, T or 1, E) with B a multiple of R: row i of the batch
+uses row i // (B / R) of the weights, as beams and folded experts are laid out. R = 1 is one mixture for all rows.
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ def grouped(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
         flat = w.expand(batch, length, -1).reshape(batch * length, -1)  # (N, E)
         experts, tokens = flat.T.nonzero(as_tuple=True)  # sorted by expert
         counts = torch.bincount(experts, minlength=len(pairs)).tolist()
-        parts = x.reshape(batch * length, -1)[tokens].split(counts)
-        shares = flat[tokens, experts].to(x.dtype)[:, None].split(counts)
+        parts = torch.split(x.reshape(batch * length, -1)[tokens], counts)
+        shares = torch.split(flat[tokens, experts].to(x.dtype)[:, None], counts)
         terms = [
             F.linear(F.linear(part, pair.A) * (share * pair.scale), pair.B)
             for part, share, pair in zip(parts, shares, pairs, strict=True)

@@ -40,8 +40,20 @@ class LowRank(Adapter):
     config: LowRankConfig
     peft_type = "LORA"
     peft_fields = frozenset(
-        ["r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "fan_in_fan_out", "init_lora_weights"]
-        + ["megatron_core", "qalora_group_size", "runtime_config", "eva_config"]
+        [
+            "r",
+            "lora_alpha",
+            "lora_dropout",
+            "use_rslora",
+            "use_dora",
+            "bias",
+            "fan_in_fan_out",
+            "init_lora_weights",
+            "megatron_core",
+            "qalora_group_size",
+            "runtime_config",
+            "eva_config",
+        ]
     )
     suffixes = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 

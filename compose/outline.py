@@ -7,6 +7,7 @@ here, and the matrix products of a forward are counted rather than guessed. A 7B
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -139,13 +140,20 @@ class Outline:
         return min(TOKENS, most // 2)
 
     @cached_property
-    def base_flops(self) -> int:
-        """Floating-point operations in matrix products of one forward of the bare base."""
-        inject.activate(self.model, None)
-        return self._flops(self._inputs())
+    def base_flops(self) -> int | None:
+        """Floating-point operations in matrix products of one forward of the bare base; None: it cannot be counted.
 
-    def activate(self, expr: Expr) -> None:
+        A forward that looks at values (experts chosen by a router inside the model) does not run on shapes.
+        """
+        inject.activate(self.model, None)
+        return self._flops()
+
+    def activate(self, expr: Expr) -> bool:
         """Make ``expr`` active, as far as shapes go; each part of an ensemble in turn.
+
+        Returns
+        -------
+        False where some kind looks at values when it is activated: then only loading can tell.
 
         Raises
         ------
@@ -153,27 +161,34 @@ class Outline:
             Whatever activation refuses: a combination that no site can carry.
         """
         if isinstance(expr, Call) and get_function(expr.function).family == "ensemble":
-            for arg in expr.args:
-                self.activate(arg)
-            return
-        inject.activate(self.model, normalize(resolve(self.runtime, normalize(_weighed(expr)), {}, self._stand_in)))
+            return all([self.activate(arg) for arg in expr.args])
+        lowered = normalize(resolve(self.runtime, normalize(_weighed(expr)), {}, self._stand_in))
+        try:
+            inject.activate(self.model, lowered)
+        except RuntimeError:  # torch's, as in _stand_in
+            inject.activate(self.model, None)
+            return False
+        return True
 
-    def added_flops(self, expr: Expr) -> int:
-        """Floating-point operations in matrix products that ``expr`` adds to one forward, in all.
+    def added_flops(self, expr: Expr) -> int | None:
+        """Floating-point operations in matrix products that ``expr`` adds to one forward, in all; None as above.
 
         An ensemble runs the model once for each of its members, folded into the batch; a merge that makes a new
         adapter counts as that adapter. Raises as :meth:`activate`.
         """
+        base = self.base_flops
+        if base is None:
+            return None
         if isinstance(expr, Call) and get_function(expr.function).family == "ensemble":
-            own = sum(self.added_flops(arg) for arg in expr.args)
-            return own + (len(expr.args) - 1) * self.base_flops
-        base, inputs = self.base_flops, self._inputs()
-        self.activate(expr)
-        with torch.no_grad():
-            self.model(**inputs)  # factors are gathered in the first call, and kept
-        added = self._flops(inputs) - base
+            parts = [self.added_flops(arg) for arg in expr.args]
+            known = [part for part in parts if part is not None]
+            return sum(known) + (len(parts) - 1) * base if len(known) == len(parts) else None
+        if not self.activate(expr):
+            return None
+        self._flops()  # factors are gathered in the first call, and kept
+        total = self._flops()
         inject.activate(self.model, None)
-        return added
+        return None if total is None else total - base
 
     def makes_adapter(self, call: Call) -> bool:
         """Whether a merge makes a new adapter when it is activated; else it is a weighted sum in the forward."""
@@ -205,12 +220,23 @@ class Outline:
             config = make_config(kind, {"r": rank, "lora_alpha": rank, "target_modules": paths})
             return kind(config, self.sites, self.model, name=str(call)).freeze()
 
-    def _flops(self, inputs: Mapping[str, Tensor]) -> int:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
-            self.model(**inputs)
+    def _flops(self) -> int | None:
+        inputs = self._inputs()
+        if inputs is None:
+            return None
+        log = logging.getLogger(FakeTensorMode.__module__)
+        log.disabled, before = True, log.disabled
+        try:
+            with quiet(), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+                self.model(**inputs)
+        except RuntimeError:  # torch's: some operation needs values. What is wrong with adapters is a HubError
+            return None
+        finally:
+            log.disabled = before
         return int(counter.get_total_flops())
 
-    def _inputs(self) -> dict[str, Tensor]:
+    def _inputs(self) -> dict[str, Tensor] | None:
+        """A text, an image or a sound of zeros; None where it is not known what the model reads."""
         name, config = self.model.main_input_name, self.model.config
         shapes: Mapping[str, Callable[[], tuple[int, ...]]] = {
             "input_ids": lambda: (1, self.length),
@@ -218,7 +244,7 @@ class Outline:
             "input_features": lambda: (1, config.num_mel_bins, 2 * config.max_source_positions),
         }
         if name not in shapes:
-            raise GateError(f"{type(self.model).__name__} reads {name}, and the cost of that cannot be counted")
+            return None
         dtype = torch.long if name == "input_ids" else self.model.dtype
         inputs = {name: torch.zeros(shapes[name](), dtype=dtype)}
         if self.sites.is_encoder_decoder:

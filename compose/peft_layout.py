@@ -26,8 +26,16 @@ _AUTOMATIC_HEADS: Mapping[str | None, tuple[str, ...]] = {
 }
 # Read by this module and by interop, or about provenance only.
 _COMMON = frozenset(
-    ["peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"]
-    + ["peft_version", "modules_to_save"]
+    [
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+        "modules_to_save",
+    ]
 )
 _PLACEMENT = frozenset(["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"])
 _PATIENCE = 1.0  # seconds for one match of a pattern from outside: some take exponential time by design

@@ -53,7 +53,7 @@ def _members(found: Explanation) -> str:
             f"{m.parameters:,}",
             bytes_text(m.bytes),
             m.rung or "not said",
-            f"{100 * m.flops / found.base.flops:+.2f}%",
+            _share(m.flops, found.base.flops),
         )
         for m in found.members
     ]
@@ -71,10 +71,16 @@ def _conflicts(found: Explanation) -> str:
 def _costs(found: Explanation) -> str:
     base, adapters = found.base.bytes, found.adapter_bytes
     memory = f"base {bytes_text(base)} + adapters {bytes_text(adapters)} = {bytes_text(base + adapters)}"
-    share = f"{100 * found.relative_cost:+.2f}%"
-    flops = f"{_flops(found.flops)} a token on top of the base's {_flops(found.base.flops)}: {share}"
+    flops = "not counted: this model's forward looks at values, so it does not run on shapes"
+    if found.flops is not None and found.base.flops is not None:
+        flops = f"{_flops(found.flops)} a token on top of the base's {_flops(found.base.flops)}: "
+        flops += _share(found.flops, found.base.flops)
     peak = f"without activations and cache; the plan holds {found.plan.peak} results at once"
     return f"memory: {memory}, {peak}\ncost: {flops}"
+
+
+def _share(flops: float | None, base: float | None) -> str:
+    return "-" if flops is None or not base else f"{100 * flops / base:+.2f}%"
 
 
 def _flops(count: float) -> str:

@@ -54,6 +54,11 @@ def parse_front_matter(text: str) -> dict[str, Any]:
 def _check_shape(text: str) -> None:
     """Refuse what makes the reader work for ever: deep nesting is quadratic, aliases can double with every line."""
     depth = 0
+    for mark in re.findall(r"[\[\]{}]", text):  # before the scanner, which looks ahead at a thousand brackets
+        depth += 1 if mark in "[{" else -1
+        if depth > 2 * MAX_DEPTH:
+            raise CardError(f"it is nested more than {MAX_DEPTH} levels deep")
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
             depth += 1

@@ -79,7 +79,7 @@ def described(access: Access, revision: Revision, *, blobs: bool) -> dict[str, A
     """All about one revision of a repository; sizes and ids of its files where `blobs` says so."""
     repos, repo = access.repos, access.repo
     if revision.release is not None:
-        about = listed(repos.artifact(access.name, revision.release).facts, repo)
+        about = listed(repos.facts(access.name, revision.release), repo)
     else:
         about = {**listed_draft(repo), "library_name": "peft" if "adapter_config.json" in revision.tree else None}
     siblings = [_sibling(repos, path, file) if blobs else {"rfilename": path} for path, file in revision.tree.items()]

@@ -17,7 +17,7 @@ from hub.registry.context import Access
 from hub.registry.gitids import File
 from hub.registry.repos import Revision
 from hub.registry.search import visible
-from hub.resolve import Release
+from hub.resolve import Catalogue, Release
 
 MAX_CARD = 2**20  # bytes
 MAX_ROWS = 400  # tensors shown; the manifest has them all
@@ -88,7 +88,7 @@ def build(access: Access, revision: Revision, downloadable: bool) -> Page:
     repos, release = access.repos, revision.release
     catalogue = repos.catalogue(access.name)
     manifest = repos.store.manifest(release.digest) if release else None
-    versions = _versions(access, catalogue.releases[-MAX_VERSIONS:], release)
+    versions = _versions(access, catalogue, release)
     return Page(
         access=access,
         revision=revision,
@@ -117,14 +117,14 @@ def _card(access: Access, revision: Revision) -> str:
     return card.render(text, f"/{access.name}/resolve/{revision.oid}")
 
 
-def _versions(access: Access, releases: tuple[Release, ...], here: Release | None) -> list[VersionRow]:
+def _versions(access: Access, catalogue: Catalogue, here: Release | None) -> list[VersionRow]:
     found = []
-    for release in reversed(releases):
-        facts = access.repos.artifact(access.name, release).facts
+    for release in reversed(catalogue.releases[-MAX_VERSIONS:]):
+        facts = access.repos.facts(access.name, release)
         row = VersionRow(
             release.version,
             release.digest,
-            list(facts.aliases),
+            catalogue.aliases_of(release.digest),
             release.yanked,
             facts.created,
             facts.size,

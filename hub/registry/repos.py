@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Generic, TypeVar
 
-from hub.artifact import Artifact
 from hub.errors import IntegrityError, NotFound, RefError
 from hub.files import CHUNK, open_regular
+from hub.index import Facts
 from hub.manifest import MANIFEST_NAME, Manifest
 from hub.ref import AdapterRef
 from hub.registry import gitids
 from hub.registry.drafts import Commit, Drafts, Repo, find_commit, find_name, find_repo, pairs
 from hub.registry.errors import ApiError, entry_not_found, revision_not_found
 from hub.registry.gitids import File
+from hub.registry.recent import Catalogues, Recent
 from hub.resolve import Catalogue, Release, choose
 from hub.store import Store
 
@@ -27,31 +26,6 @@ MAIN = "main"
 SYSTEM = "moduloom"  # author of the commits that releases are
 _HEX = re.compile(r"[0-9a-f]{7,40}\Z")
 _CACHED = 2048  # releases whose trees are kept in memory
-
-
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-class Recent(Generic[K, V]):
-    """A dictionary of bounded size that forgets what was put first; threads share it."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._found: dict[K, V] = {}
-        self._guard = threading.Lock()
-
-    def get(self, key: K) -> V | None:
-        """Value of a key, or None."""
-        return self._found.get(key)
-
-    def put(self, key: K, value: V) -> V:
-        """Keep a value; returns it."""
-        with self._guard:
-            self._found[key] = value
-            if len(self._found) > self._size:
-                del self._found[next(iter(self._found))]
-        return value
 
 
 @dataclass(frozen=True)
@@ -93,7 +67,8 @@ class Repos:
         self._releases = Recent[str, Revision](_CACHED)  # by digest
         self._digests = Recent[str, str](_CACHED)  # by commit id
         self._blobs = Recent[str, str](_CACHED * 4)  # git ids by sha256
-        self._catalogues = Recent[str, tuple[int, Catalogue]](_CACHED)  # by name, with the size of the log
+        self._facts = Recent[str, Facts](_CACHED)  # by digest
+        self._catalogues = Catalogues(store, _CACHED)
 
     def find(self, name: str) -> Repo | None:
         """Return a repository, None where there is none (or it was deleted); one with only releases is public."""
@@ -104,12 +79,8 @@ class Repos:
         return Repo(name) if self.catalogue(name).releases else None
 
     def catalogue(self, name: str) -> Catalogue:
-        """Releases and aliases of a name; kept until the store's log grows."""
-        size = self.store.ledger.size
-        found = self._catalogues.get(name)
-        if found is None or found[0] != size:
-            found = self._catalogues.put(name, (size, self.store.catalogue(name)))
-        return found[1]
+        """Releases and aliases of a name."""
+        return self._catalogues.get(name)
 
     def recorded(self) -> dict[str, Repo]:
         """All repositories with a row of their own, deleted ones too, by name."""
@@ -178,9 +149,13 @@ class Repos:
             self._digests.put(found.oid, release.digest)
         return replace(found, release=release)  # whether it is yanked is not in the cache
 
-    def artifact(self, name: str, release: Release) -> Artifact:
-        """Return the artifact of a release."""
-        return self.store.get(AdapterRef.parse(name).at(digest=release.digest))
+    def facts(self, name: str, release: Release) -> Facts:
+        """What the index knows of a release; of aliases and yanks, the catalogue knows more."""
+        found = self._facts.get(release.digest)
+        if found is None:
+            artifact = self.store.get(AdapterRef.parse(name).at(digest=release.digest))
+            found = self._facts.put(release.digest, artifact.facts)
+        return found
 
     def path(self, file: File) -> Path:
         """Where the bytes of a file are: in the store, or among the drafts."""

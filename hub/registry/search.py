@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from hub.artifact import Artifact
-from hub.index import Index
+from hub.index import Facts, Index
+from hub.query import build
 from hub.registry.drafts import Repo
 from hub.registry.tokens import Caller
 from hub.store import Store
@@ -64,7 +64,7 @@ class Facets:
 class Results:
     """One page of what was found; `more` says whether there is another."""
 
-    artifacts: list[Artifact]
+    facts: list[Facts]
     total: int
     more: bool
 
@@ -80,23 +80,47 @@ class Shelf:
 
     def find(self, query: Query, caller: Caller, recorded: Mapping[str, Repo]) -> Results:
         """Newest release of each adapter that fits; by a metric where one is asked for, the best first."""
-        found = self.store.list(
-            newest=True,
-            text=query.text or None,
-            base=query.base or None,
-            kind=query.kind or None,
-            task=query.task or None,
-            namespace=query.namespace or None,
-            sort=query.metric or query.sort,
-        )
-        seen = [artifact for artifact in found if visible(caller, artifact.facts.name, recorded)]
+        filters = {
+            "text": query.text or None,
+            "base": query.base or None,
+            "kind": query.kind or None,
+            "task": query.task or None,
+            "namespace": query.namespace or None,
+        }
         start = (query.page - 1) * PAGE
-        return Results(seen[start : start + PAGE], len(seen), len(seen) > start + PAGE)
+        found, total = self.select(filters, query.metric or query.sort, caller, recorded, start + PAGE)
+        return Results(found[start:], total, total > start + PAGE)
+
+    def select(
+        self,
+        filters: dict[str, str | None],
+        sort: str | None,
+        caller: Caller,
+        recorded: Mapping[str, Repo],
+        count: int,
+    ) -> tuple[list[Facts], int]:
+        """Newest releases of what the caller may see: the first `count` (-1: all), and how many there are."""
+        where, arguments, order = build(filters, yanked=False, newest=True, sort=sort, ascending=None)
+        where = f"a.name NOT IN (SELECT value FROM json_each(?)) AND ({where})"  # noqa: S608  (our own text)
+        arguments = [self._hidden(caller, recorded), *arguments]
+        self.store.list(limit=0)  # lets the store bring its index up to date
+        if not self._index.path.exists():  # nothing was ever published
+            return [], 0
+        found = self._index.select(where, arguments, order, count)
+        if 0 <= count <= len(found):
+            query = f"SELECT count(*) FROM artifacts a WHERE {where}"  # noqa: S608  (our own text)
+            with self._index.connect() as db:
+                return found, int(db.execute(query, arguments[: where.count("?")]).fetchone()[0])
+        return found, len(found)
+
+    def _hidden(self, caller: Caller, recorded: Mapping[str, Repo]) -> str:
+        """Names that the caller may not see, as a JSON list."""
+        names = recorded if caller.public else {*recorded, *self.store.names()}
+        return json.dumps(sorted(name for name in names if not visible(caller, name, recorded)))
 
     def facets(self, caller: Caller, recorded: Mapping[str, Repo]) -> Facets:
         """Values of all that the caller may see; kept until the store's log grows."""
-        names = recorded if caller.public else {*recorded, *self.store.names()}
-        hidden = json.dumps(sorted(name for name in names if not visible(caller, name, recorded)))
+        hidden = self._hidden(caller, recorded)
         key = (self.store.ledger.size, hidden)
         with self._guard:
             if key in self._facets:

@@ -71,15 +71,15 @@ def catalogue(
         results = context.shelf.find(wanted, caller, recorded)
     except UsageError as error:  # a query of marks alone
         problem = error.message
-    artifacts = results.artifacts if results else []
+    found = results.facts if results else []
     return html(
         "catalogue.html",
         caller=caller,
         wanted=wanted,
         problem=problem,
         facets=context.shelf.facets(caller, recorded),
-        artifacts=artifacts,
-        scores=context.shelf.scores(artifact.digest for artifact in artifacts),
+        found=found,
+        scores=context.shelf.scores(facts.digest for facts in found),
         private={name for name, repo in recorded.items() if repo.private},
         total=results.total if results else 0,
         sorts=_SORTS,

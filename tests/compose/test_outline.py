@@ -133,3 +133,26 @@ def test_models_without_a_task_of_ours_are_outlined_as_what_they_were_saved(tmp_
     assert outline.base_flops > 2 * 5 * sum(site.in_features * site.out_features for site in outline.sites)
     with pytest.raises(GateError, match="has no model for seq2seq"):
         Outline(tmp_path, task="seq2seq")
+
+
+def test_what_looks_at_values_is_not_counted_and_not_called_wrong(
+    tiny: Any, home: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = hf.MixtralConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, architectures=["MixtralForCausalLM"]
+    )
+    config.save_pretrained(tmp_path)
+    assert Outline(tmp_path).base_flops is None
+    outline = Outline(home("llama"))
+    adapter = outline.put("a", Shelf().find(str(saved(tiny, "llama", "lora", tmp_path / "a"))))
+    assert outline.activate(Ref("a"))
+    lower = type(adapter).lower
+
+    def curious(self: Any, path: str, below: Any) -> Any:
+        return lower(self, path, below) if float(self.at(path, "A").sum()) > -1e9 else None
+
+    monkeypatch.setattr(type(adapter), "lower", curious)
+    assert not outline.activate(Ref("a"))
+    assert outline.added_flops(Ref("a")) is None
+    assert outline.added_flops(parse("ensemble.mean(a, identity)")) is None

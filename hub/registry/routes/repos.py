@@ -41,12 +41,11 @@ def list_models(
     base = next(
         (tag.split(":", 1)[1].removeprefix("adapter:") for tag in wanted if tag.startswith("base_model:")), None
     )
-    found = context.repos.store.list(
-        newest=True, sort="created" if sort in ("lastModified", "createdAt") else None, namespace=author, base=base
-    )
-    facts = [artifact.facts for artifact in found if visible(caller, artifact.facts.name, recorded)]
+    order = "created" if sort in ("lastModified", "createdAt") else None
+    enough = -1 if wanted or search else skip + limit + 1  # what only Python can decide needs all of them
+    facts, total = context.shelf.select({"namespace": author, "base": base}, order, caller, recorded, enough)
     items = [infos.listed(each, recorded.get(each.name)) for each in facts if _fits(each, search, wanted)]
-    if not wanted:
+    if not wanted and len(facts) == total:
         items += _drafts(request, {each.name for each in facts}, search, author)
     headers = {}
     if len(items) > skip + limit:

@@ -121,7 +121,7 @@ def test_search_and_filters(shop) -> None:
     assert "Nothing fits" in page(shop, "/?q=zebra")
     assert "holds no word" in page(shop, "/?q=%3F%3F")
     found = page(shop, "/?kind=lora&task=causal_lm")
-    assert 'value="lora" selected' in found and "causal lm" in found
+    assert 'value="lora" selected' in found and "causal LM" in found
     assert shop.ask("/?page=0").status == 400
     assert shop.ask("/bob").status == 303
 
