@@ -161,7 +161,7 @@ class Outline:
             Whatever activation refuses: a combination that no site can carry.
         """
         if isinstance(expr, Call) and get_function(expr.function).family == "ensemble":
-            return all([self.activate(arg) for arg in expr.args])
+            return all(self.activate(arg) for arg in expr.args)
         lowered = normalize(resolve(self.runtime, normalize(_weighed(expr)), {}, self._stand_in))
         try:
             inject.activate(self.model, lowered)

@@ -1,54 +1,112 @@
-"""Shared by the tests of compose: a tiny model, adapters on it, and how far two compositions are apart."""
+"""A store with small real adapters of the built-in base, made once and copied for each test that asks for it."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-import compose
-from compose.expr import parse
-from compose.inject import runtime
-from compose.merge import merge
-from compose.parameter_space.effect import effect_of
+TINY = "builtin:tiny-lm"
+_STOCK: dict[str, tuple[str, dict[str, Any]]] = {
+    "a": ("lora", {"r": 4, "layers": (0, 1)}),
+    "b": ("lora", {"r": 3, "layers": (0, 1, 2)}),
+    "d": ("dora", {"r": 2, "layers": (0,)}),
+    "i": ("ia3", {"layers": (0, 1)}),
+    "n": ("bottleneck", {"bottleneck_size": 4, "layers": (1,)}),
+    "p": ("prefix", {"num_virtual_tokens": 3}),
+    "q": ("prompt", {"num_virtual_tokens": 2}),
+}
 
 
-class Lab:
-    """A tiny model, adapters on it, and how far two compositions are apart."""
+class Stock:
+    """The frozen built-in base in float32, and adapters to publish."""
 
-    def __init__(self, tiny: Any, family: str = "llama", dtype: str = "fp32", **options: Any) -> None:
-        self.tiny, self.family = tiny, family
-        self.model = tiny.model(family, dtype, **options)
-        self.batch = tiny.batch(family, tiny.rows(7, 5))
+    def __init__(self) -> None:
+        import compose
 
-    def add(self, kind: str, *names: str, size: int = 0, **options: Any) -> None:
-        for name in names:
-            seed = sum(map(ord, name))
-            self.tiny.adapter(self.model, kind, name, seed=seed, size=size, **options).freeze()
+        self.model = compose.load(TINY, dtype="fp32")
+        self.base = compose.identity(self.model)
 
-    def logits(self, expr: Any) -> Tensor:
-        compose.activate(self.model, expr)
-        return torch.cat(self.tiny.logits(self.model, self.batch))
+    def adapter(self, name: str, seed: int = 0) -> Any:
+        """A trained-looking adapter of the stock: every parameter has moved."""
+        import torch
 
-    def apart(self, one: Any, other: Any) -> float:
-        """Distance of the outputs relative to what ``other`` changes."""
-        a, b, base = self.logits(one), self.logits(other), self.logits(None)
-        return float((a - b).norm() / (b - base).norm())
+        import compose
 
-    def merge(self, expr: str, name: str = "merged") -> Any:
-        made = merge(self.model, expr, name=name)
-        compose.attach(self.model, name, made.adapter)
-        return made
+        kind, options = _STOCK[name]
+        adapter = compose.create(self.model, kind, options, name=name, seed=seed)
+        generator = torch.Generator().manual_seed(ord(name) + 1000 * seed)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        return adapter.freeze()
 
-    def delta(self, expr: str, path: str = "model.layers.0.self_attn.q_proj") -> Tensor:
-        """D of an expression over resident adapters at one site, dense."""
-        return effect_of(runtime(self.model), path, parse(expr)).dense()
+    def publish(self, store: Any, ref: str, out: Path, seed: int = 0, **facts: Any) -> Any:
+        """Publish the adapter that the last letter of the name says."""
+        import compose
+        from hub.manifest import Draft
+        from hub.pack import pack
+
+        name, _, version = ref.partition("@")
+        adapter = self.adapter(name[-1], seed)
+        compose.save(adapter, out, model=self.model, task="causal_lm")
+        facts = {"base": self.base, "task": "causal_lm", "license": "apache-2.0", **facts}
+        paths = tuple(adapter.paths)
+        pack(out, Draft(name=name, version=version, kind=adapter.kind, placement=paths, **facts))
+        return store.put(out)
 
 
 @pytest.fixture(scope="session")
-def lab(tiny: Any) -> Callable[..., Lab]:
-    """``lab(family, dtype, **config)`` makes one."""
-    return lambda *args, **options: Lab(tiny, *args, **options)
+def stock() -> Stock:
+    return Stock()
+
+
+@pytest.fixture(scope="session")
+def _stocked(stock: Stock, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from hub.store import Store
+
+    root = tmp_path_factory.mktemp("stocked")
+    store = Store(root / "store")
+    for name in _STOCK:
+        stock.publish(store, f"ns/{name}@1.0.0", root / name)
+    return root / "store"
+
+
+@pytest.fixture
+def store(_stocked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The user's store, holding ns/a ... at 1.0.0."""
+    from hub.store import Store
+
+    shutil.copytree(_stocked, tmp_path / "home")
+    monkeypatch.setenv("HUB_HOME", str(tmp_path / "home"))
+    return Store()
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run ``hub`` in this process; the result has exit_code, stdout and stderr."""
+    from click.testing import CliRunner
+
+    from hub.cli import main
+
+    def run(*words: str) -> Any:
+        return CliRunner().invoke(main, list(words), catch_exceptions=False)
+
+    return run
+
+
+@pytest.fixture
+def logits(stock: Stock) -> Callable[[Any], Any]:
+    """What a model says of one fixed text."""
+    import torch
+
+    ids = torch.arange(40, 56).reshape(1, -1)
+
+    def run(model: Any) -> Any:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,9 @@ def quickstart(
 
     from rich.console import Console
 
+    # OpenMP's threads spin while they wait; where others use the cores too, that makes every step many times slower.
+    # It is read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     chatter = Console(stderr=True)
     with chatter.status("loading torch and transformers"):
         from train.quickstart.findings import as_dict
