@@ -124,6 +124,8 @@ def _with_prefix(
         return inner(module, query, key, value, attention_mask, **options)
     batch = query.shape[0]
     bias = options.get("position_bias")
+    if inner is sdpa_attention_forward and bias is None and _is_decoding(query, attention_mask, state, options):
+        return _decode(state, query, key, value, cast("Tensor", attention_mask), options.get("scaling")), None
     if isinstance(bias, Tensor):
         options["position_bias"] = torch.cat([_virtual_bias(state, bias), bias], dim=-1)
     mask = _extend_mask(_filled(attention_mask, module, query, key, options), state, batch, query)
@@ -131,6 +133,28 @@ def _with_prefix(
     value = torch.cat([repeat(state.value, batch).to(value.dtype), value], dim=2)
     options["is_causal"] = False
     return inner(module, query, key, value, mask, **options)
+
+
+def _is_decoding(query: Tensor, mask: Tensor | None, state: PrefixState, options: dict[str, Any]) -> bool:
+    """Whether :func:`_decode` can do this call. In half precision a fused kernel is better than its parts."""
+    one_query = query.shape[2] == 1 and mask is not None and mask.shape[1] == 1 and state.log_weight.shape[1] == 1
+    return one_query and query.dtype == torch.float32 and not options.get("dropout")
+
+
+def _decode(
+    state: PrefixState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None
+) -> Tensor:
+    """Attention of one query a row, (B, 1, H, head_dim), to prefix and cache apart: the cache is not copied each step."""
+    batch, heads, _, width = query.shape
+    scaled = query * (width**-0.5 if scaling is None else scaling)
+    scaled = scaled.reshape(batch, key.shape[1], -1, width)  # (B, K, G, d): the queries that share a key
+    own_key, own_value = repeat(state.key, batch).to(key.dtype), repeat(state.value, batch).to(value.dtype)
+    own = scaled @ own_key.transpose(2, 3) + repeat(state.log_weight, batch)[:, None]  # (B, K, G, n)
+    text = scaled @ key.transpose(2, 3)  # (B, K, G, T)
+    text = text.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else text + mask
+    shares = torch.cat([own, text], dim=-1).softmax(-1)
+    out = shares[..., : state.length] @ own_value + shares[..., state.length :] @ value
+    return out.reshape(batch, heads, 1, width).transpose(1, 2)
 
 
 def _filled(mask: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, options: dict[str, Any]) -> Tensor:

@@ -77,6 +77,7 @@ class Outline:
         self.base_parameters = sum(p.numel() for p in self.model.parameters())
         self.bytes = self._count_bytes()  # of the weights, held as the request says
         self.runtime = inject.runtime(self.model)
+        self._counted: dict[Expr, int | None] = {}
         self.merged: dict[str, Adapter] = {}  # what merges make when they are activated, by their text
 
     def _class(self, config: Any) -> Any:
@@ -120,6 +121,7 @@ class Outline:
         return self._keep(name, adapter.freeze())
 
     def _keep(self, name: str, adapter: Adapter) -> Adapter:
+        self._counted.clear()
         adapter.name = name
         self.runtime.adapters[name] = adapter
         return adapter
@@ -176,6 +178,11 @@ class Outline:
         An ensemble runs the model once for each of its members, folded into the batch; a merge that makes a new
         adapter counts as that adapter. Raises as :meth:`activate`.
         """
+        if expr not in self._counted:
+            self._counted[expr] = self._count(expr)
+        return self._counted[expr]
+
+    def _count(self, expr: Expr) -> int | None:
         base = self.base_flops
         if base is None:
             return None

@@ -83,6 +83,7 @@ class Drafts:
         self.root = root
         self.path = root / "registry.sqlite"
         self._local = threading.local()
+        self._swept = time.monotonic()
         self.blobs = Blobs(root)
         self.staging = Staging(root)
         with disk_errors(root):
@@ -147,9 +148,14 @@ class Drafts:
         with self.change() as db:
             db.executemany("INSERT OR REPLACE INTO oids VALUES (?, ?)", list(oids.items()))
 
+    def tidy(self) -> None:
+        """Sweep, where that was not done for a while."""
+        if time.monotonic() - self._swept > GRACE:
+            self.sweep()
+
     def sweep(self, now: float | None = None) -> int:
         """Forget superseded drafts and stray uploads that are old, and blobs that nothing names; counts the blobs."""
-        now = time.time() if now is None else now
+        now, self._swept = time.time() if now is None else now, time.monotonic()
         with self.change() as db:
             db.execute(
                 """DELETE FROM commits WHERE time < ?

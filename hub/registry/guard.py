@@ -44,7 +44,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        path = _decode(scope["raw_path"])
+        path = _decode(scope.get("raw_path") or scope["path"].encode())
         refusal = self._refusal(scope, headers, path)
         if refusal is not None:
             status, reason = refusal

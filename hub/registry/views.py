@@ -45,7 +45,8 @@ _pages.globals["asset"] = asset
 
 def html(template: str, status: int = 200, headers: dict[str, str] | None = None, **values: Any) -> HTMLResponse:
     """Fill a template."""
-    return HTMLResponse(_pages.get_template(template).render(**values), status, headers)
+    found = {"Cache-Control": "private, no-cache", **(headers or {})}
+    return HTMLResponse(_pages.get_template(template).render(**values), status, found)
 
 
 @router.get("/")

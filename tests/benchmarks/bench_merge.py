@@ -7,8 +7,8 @@ svd
 ties, dare, dare_ties
     16 LoRAs of rank 16 over square sites, merged entry by entry and written with rank 16. peft's comparable path is
     ``*_svd``, which merges dense deltas; its plain ``ties`` and ``dare_linear`` merge A and B apart, which is fast and
-    computes something else (see tests/compose/merging/test_merge_peers.py). Time grows linearly with the sites and memory does not,
-    so a few sites stand for 224; ``--sites 224`` runs them all.
+    computes something else (see tests/compose/merging/test_merge_peers.py). Time grows linearly with the sites and
+    memory does not, so a few sites stand for 224; ``--sites 224`` runs them all.
 
 Times are of the whole public call, the best of ten (peft: two) for svd and one run otherwise; the ratio in CPU time is
 the one to trust on a machine that others use. Memory is the highest resident set above what was there before the call.

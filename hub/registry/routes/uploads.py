@@ -76,7 +76,9 @@ async def commit(request: Request, ns: str, name: str, revision: str) -> JSONRes
         repos.head(access.name, branch)  # before gigabytes travel
         with disk_errors(repos.drafts.root), repos.drafts.staging.room() as room:
             wanted = read_commit(blocks, room, access.context.limits)
-            return changes.commit(repos, access.name, branch, wanted, access.caller)
+            done = changes.commit(repos, access.name, branch, wanted, access.caller)
+        repos.drafts.tidy()
+        return done
 
     done = await in_thread(request, access.context.limits, access.context.uploads, work)
     oid = done.revision.oid

@@ -326,10 +326,12 @@ FILES = st.dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(files=FILES, sizes=st.lists(st.integers(0, 40), max_size=60), slashes=st.booleans(), spaces=st.booleans())
-def test_commits_read_back_however_they_are_cut(tmp_path_factory, files, sizes, slashes, spaces) -> None:
-    room = tmp_path_factory.mktemp("room")
+def test_commits_read_back_however_they_are_cut(tmp_path, files, sizes, slashes, spaces) -> None:
+    room = tmp_path
+    for left in room.iterdir():
+        left.unlink()
     text = []
     for path, data in files.items():
         line = json.dumps(one(path, base64.b64encode(data).decode()), separators=None if spaces else (",", ":"))
@@ -364,17 +366,32 @@ KEYS = st.sampled_from(["header", "file", "lfsFile", "deletedFile", "deletedFold
 ENTRIES = st.lists(st.fixed_dictionaries({"key": KEYS, "value": VALUES | ANYTHING}), max_size=5)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    entries=ENTRIES,
-    junk=st.binary(max_size=60),
-    at=st.integers(0, 10**6),
-    sizes=st.lists(st.integers(0, 30), max_size=20),
-)
-def test_any_other_body_is_refused_in_a_sentence(tmp_path_factory, entries, junk, at, sizes) -> None:
+BODIES = {
+    "entries": ENTRIES,
+    "junk": st.binary(max_size=60),
+    "at": st.integers(0, 10**6),
+    "sizes": st.lists(st.integers(0, 30), max_size=20),
+}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(**BODIES)
+def test_any_other_body_is_refused_in_a_sentence(tmp_path, entries, junk, at, sizes) -> None:
+    refuse_or_read(tmp_path, entries, junk, at, sizes)
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**BODIES)
+def test_twenty_thousand_other_bodies(tmp_path, entries, junk, at, sizes) -> None:
+    refuse_or_read(tmp_path, entries, junk, at, sizes)
+
+
+def refuse_or_read(room: Path, entries, junk, at, sizes) -> None:
     body = lines(HEADER, *entries)
     body = body[: at % len(body)] + junk + body[at % len(body) :]
-    room = tmp_path_factory.mktemp("room")
+    for left in room.iterdir():
+        left.unlink()
     try:
         found = read_commit(chunked(body, sizes), room, Limits(json=5000, inline=1000))
     except ApiError as error:

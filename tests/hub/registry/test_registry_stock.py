@@ -348,3 +348,34 @@ print(json.dumps(target.getvalue().hex()))
 """
     )
     assert bytes.fromhex(found) == data
+
+
+def test_the_file_system_and_the_command_line_of_the_client(site, files, tmp_path: Path) -> None:
+    directory = files("tone")
+    found = site.stock(
+        f"""
+import subprocess
+from pathlib import Path
+hf = str(Path(sys.executable).with_name("hf"))
+def run(*words):
+    return subprocess.run([hf, *words], capture_output=True, text=True).returncode
+codes = [
+    run("repos", "create", "acme/tone"),
+    run("upload", "acme/tone", {str(directory)!r}),
+    run("repos", "tag", "create", "acme/tone", "1.0.0"),
+    run("download", "acme/tone", "--revision", "1.0.0", "--local-dir", {str(tmp_path / "here")!r}),
+    run("download", "acme/nope"),
+]
+fs = HfFileSystem()
+print(json.dumps([codes, fs.ls("acme/tone", detail=False), fs.read_text("acme/tone@1.0.0/README.md"),
+    fs.glob("acme/tone/*.json"), fs.info("acme/tone/adapter_model.safetensors")["size"], fs.exists("acme/tone/nope")]))
+"""
+    )
+    codes, listed, card, globbed, size, exists = found
+    assert codes[:4] == [0, 0, 0, 0] and codes[4] != 0
+    assert listed[:2] == ["acme/tone/README.md", "acme/tone/adapter_config.json"]
+    assert card == "# tone\n"
+    assert globbed == ["acme/tone/adapter_config.json", "acme/tone/module.json"]
+    assert size == (directory / "adapter_model.safetensors").stat().st_size
+    assert exists is False
+    assert (tmp_path / "here" / "README.md").read_text() == "# tone\n"
