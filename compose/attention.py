@@ -144,7 +144,7 @@ def _is_decoding(query: Tensor, mask: Tensor | None, state: PrefixState, options
 def _decode(
     state: PrefixState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None
 ) -> Tensor:
-    """Attention of one query a row, (B, 1, H, head_dim), to prefix and cache apart: the cache is not copied each step."""
+    """Attention of one query a row, (B, 1, H, head_dim), to prefix and cache apart: neither is copied."""
     batch, heads, _, width = query.shape
     scaled = query * (width**-0.5 if scaling is None else scaling)
     scaled = scaled.reshape(batch, key.shape[1], -1, width)  # (B, K, G, d): the queries that share a key

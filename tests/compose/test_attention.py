@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from compose.atoms import Prefix
+from compose.attention import _with_prefix, stack_prefixes
 from compose.inject import activate, eject, runtime
 from compose.kind import KindError
 
@@ -237,3 +240,23 @@ def test_options_that_mean_nothing_are_refused(tiny):
     for options in ({"target_modules": ("q_proj",)}, {"layers": (0,)}):
         with pytest.raises(KindError, match="takes no target_modules"):
             tiny.adapter(model, "prefix", "p", **options)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("mask", ["bool", "float"])
+def test_one_query_reads_prefix_and_cache_apart_or_together(mask, rows):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(4, heads, n, 8, generator=generator) for heads, n in ((6, 1), (2, 9), (2, 9)))
+    prefixes = [(0.3 + i, Prefix(*torch.randn(2, 3 + i % 2, 2, 8, generator=generator))) for i in range(rows)]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    module.moduloom_prefix = stack_prefixes([[p] for p in prefixes])
+    seen = torch.rand(4, 1, 1, 9, generator=generator) > 0.3
+    seen = seen if mask == "bool" else torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+
+    def together(*args, **options):
+        return sdpa_attention_forward(*args, **options)
+
+    apart, expected = (_with_prefix(f, module, query, key, value, seen)[0] for f in (sdpa_attention_forward, together))
+    assert expected.shape == (4, 1, 6, 8)
+    torch.testing.assert_close(apart, expected)

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from train.quickstart.experts import Expert
@@ -116,7 +116,7 @@ def certainty(results: Sequence[DomainResult]) -> str:
             mean = [_mean_at(paths, t) for t in range(length)]
             axes.plot(range(1, length + 1), mean, color=colour(index), label=result.name, linewidth=1.5)
         axes.set(xscale="log", ylim=(0, 1.02), xlabel="tokens read", ylabel="weight of the own expert")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.legend(fontsize=8, loc="lower right")
 
     return svg(draw, 2.6, "Mean weight of a document's own expert after t tokens")
