@@ -18,7 +18,7 @@ def test_they_follow_another_writer(store, packed) -> None:
     other = Store(store.root)
     found = Catalogues(Store(store.root), 16)
     chance = random.Random(0)
-    for step in range(60):
+    for step in range(40):
         name = chance.choice(NAMES)
         versions = [release.version for release in other.catalogue(name).releases]
         verb = chance.choice(("put", "yank", "unyank", "tag", "untag"))
