@@ -27,6 +27,7 @@ Read = Callable[[int], Iterable[bytes]]
 Advance = Callable[[int], None]
 
 _GRACE = 60.0  # seconds that a directory without a lock may be just about to get one
+_PAUSE = 5.0  # seconds between two sweeps of one process; a sweep tries the lock of every room
 _KEEP = 7 * 86400.0  # seconds that a partial blob waits to be resumed
 
 
@@ -36,6 +37,7 @@ class Staging:
     def __init__(self, root: Path) -> None:
         self.directory = root / "tmp"
         self.partial = root / "partial"
+        self._swept = -_PAUSE
 
     @contextmanager
     def room(self) -> Iterator[Path]:
@@ -44,7 +46,9 @@ class Staging:
 
         self.directory.mkdir(parents=True, exist_ok=True)
         self.partial.mkdir(exist_ok=True)
-        self.sweep()
+        if time.monotonic() - self._swept >= _PAUSE:
+            self._swept = time.monotonic()
+            self.sweep()
         name = uuid.uuid4().hex[:16]
         young = self.directory / f".{name}"
         young.mkdir()

@@ -80,6 +80,7 @@ class Vault:
         self.staging = Staging(self.root)
         self.ledger = Ledger(self.root / "log.jsonl")
         self._lock: FileLock | None = None
+        self._turn = threading.RLock()
 
     @property
     def exists(self) -> bool:
@@ -110,18 +111,25 @@ class Vault:
         with _one_lock_each:
             if self._lock is None:
                 self._lock = FileLock(self.root / ".lock", timeout=LOCK_TIMEOUT, poll_interval=0.01)
-        self.create()
-        with disk_errors(self.root):
-            try:
-                self._lock.acquire()
-            except Timeout as error:
-                raise StoreError(
-                    f"{self.root} is locked by another process", path=self.root, hint="wait for it, then try again"
-                ) from error
-            try:
-                yield
-            finally:
-                self._lock.release()
+        locked = StoreError(
+            f"{self.root} is locked by another process", path=self.root, hint="wait for it, then try again"
+        )
+        # Threads queue for their turn, so that only one of them polls the file: forty that poll leave no time to work.
+        if not self._turn.acquire(timeout=LOCK_TIMEOUT):
+            raise locked
+        try:
+            self.create()
+            with disk_errors(self.root):
+                try:
+                    self._lock.acquire()
+                except Timeout as error:
+                    raise locked from error
+                try:
+                    yield
+                finally:
+                    self._lock.release()
+        finally:
+            self._turn.release()
 
     def catalogue(self, name: str) -> Catalogue:
         """Releases and aliases of ``ns/name``."""

@@ -42,7 +42,6 @@ CREATE TABLE origins (repo TEXT NOT NULL, digest TEXT NOT NULL, oid TEXT NOT NUL
     PRIMARY KEY (repo, digest)) WITHOUT ROWID;
 CREATE TABLE uploads (repo TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL, time REAL NOT NULL,
     PRIMARY KEY (repo, sha256)) WITHOUT ROWID;
-CREATE TABLE oids (sha256 TEXT PRIMARY KEY, oid TEXT NOT NULL) WITHOUT ROWID;
 """
 _OF_REPO = ("commits", "branches", "tags", "uploads")
 
@@ -83,6 +82,7 @@ class Drafts:
         self.root = root
         self.path = root / "registry.sqlite"
         self._local = threading.local()
+        self._turn = threading.RLock()  # writers of this process queue here; SQLite would have them poll
         self._swept = time.monotonic()
         self.blobs = Blobs(root)
         self.staging = Staging(root)
@@ -113,7 +113,7 @@ class Drafts:
     @contextmanager
     def change(self) -> Iterator[sqlite3.Connection]:
         """One transaction that may write; whole or not at all, durable when it ends."""
-        with disk_errors(self.root), self._transaction("BEGIN IMMEDIATE") as connection:
+        with disk_errors(self.root), self._turn, self._transaction("BEGIN IMMEDIATE") as connection:
             yield connection
 
     @contextmanager
@@ -136,17 +136,6 @@ class Drafts:
             connection.execute("ROLLBACK")
             raise
         connection.execute("COMMIT")
-
-    def oid(self, file: File) -> str | None:
-        """Git blob id of a content, where it is known."""
-        with self.read() as db:
-            row = db.execute("SELECT oid FROM oids WHERE sha256 = ?", (file.sha256,)).fetchone()
-        return row[0] if row else None
-
-    def remember_oids(self, oids: Mapping[str, str]) -> None:
-        """Note sha256 -> git blob id."""
-        with self.change() as db:
-            db.executemany("INSERT OR REPLACE INTO oids VALUES (?, ?)", list(oids.items()))
 
     def tidy(self) -> None:
         """Sweep, where that was not done for a while."""

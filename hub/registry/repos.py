@@ -165,10 +165,10 @@ class Repos:
         raise IntegrityError(f"blob {file.digest} is missing", digest=file.digest, hint="`hub verify` lists all damage")
 
     def blob_oid(self, file: File) -> str:
-        """Git id of a file's content; computed once, while the sha256 is checked."""
-        known = self._blobs.get(file.sha256) or self.drafts.oid(file)
+        """Git id of a file's content; computed once a process, while the sha256 is checked."""
+        known = self._blobs.get(file.sha256)
         if known is not None:
-            return self._blobs.put(file.sha256, known)
+            return known
         git, plain = gitids.blob_hasher(file.size), hashlib.sha256()
         with open_regular(self.path(file)) as source:
             while chunk := source.read(CHUNK):
@@ -176,8 +176,7 @@ class Repos:
                 plain.update(chunk)
         if plain.hexdigest() != file.sha256:
             raise IntegrityError(f"blob {file.digest} is damaged", digest=file.digest, path=self.path(file))
-        self.drafts.remember_oids({file.sha256: git.hexdigest()})
-        return git.hexdigest()
+        return self._blobs.put(file.sha256, git.hexdigest())
 
     def entry_oids(self, tree: Mapping[str, File]) -> dict[str, str]:
         """Path -> git id of what git would keep there: the content, or the pointer of a large file."""
