@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compose.fingerprint import base_tensors, directory_identity, model_identity, tensor_hex16
 from compose.ladder import BaseWarning, Rung, compare
-from compose.loading import Request, held_as, load_files
+from compose.loading import Request, held_as, keep_differentiable, load_files
 from compose.locate import BUILTIN, Location, builtins, locate
 from hub.errors import GateError, HubError, UsageError
 from hub.manifest import BaseIdentity, TrainedOn
@@ -94,6 +94,7 @@ def load_base(
     where = locate(base)
     model = load_files(where.directory, request)
     model.requires_grad_(False).eval()
+    keep_differentiable(model)
     _remember(model, Source(where.name, where))
     return model
 
@@ -115,6 +116,7 @@ def _adopt(model: PreTrainedModel, request: Request) -> PreTrainedModel:
         if held != "none":
             raise UsageError(f"a model held as {held} keeps its dtype and device", hint="pass them where it is loaded")
         model.to(dtype=request.torch_dtype, device=request.device)
+    keep_differentiable(model)
     if _HOME not in model.__dict__:
         _remember(model, Source(str(getattr(model.config, "_name_or_path", "") or type(model).__name__), None))
     return cast("PreTrainedModel", model.eval())

@@ -230,6 +230,32 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: m for path, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)}
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for its bf16 inference kernel on CPUs with AVX512-BF16.
+
+    The kernel has no backward pass, so a gradient through a repacked layer is silently lost; and what reads the codes
+    (norms, merges, fingerprints) does not know the packed order.
+
+    Raises
+    ------
+    GateError
+        A model that was run in eval mode before it came here is repacked already; that rounds scales for good.
+    """
+    if held_as(model) == "none":
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for path, layer in quantized_layers(model).items():
+        if not isinstance(layer, Linear4bit):
+            continue
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise GateError(
+                f"bitsandbytes has repacked {path} of this {type(model).__name__} for bf16 inference, and rounded it",
+                hint="give the directory or the id of the model, or the model before its first forward",
+            )
+        layer.support_avx512bf16_for_cpu = False
+
+
 def bits_per_parameter(model: nn.Module) -> float:
     """Stored bits per parameter of the quantized layers: codes, absmax and, with double quantization, its own."""
     bits = parameters = 0

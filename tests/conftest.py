@@ -95,6 +95,8 @@ class Tiny:
         import torch
         from transformers import BitsAndBytesConfig
 
+        from compose.loading import keep_differentiable
+
         options = {
             "nf4": {
                 "load_in_4bit": True,
@@ -106,7 +108,9 @@ class Tiny:
         }
         place = self._directory / f"{len(self._made)}"
         model.save_pretrained(place)
-        return type(model).from_pretrained(place, quantization_config=BitsAndBytesConfig(**options[dtype])).eval()
+        held = type(model).from_pretrained(place, quantization_config=BitsAndBytesConfig(**options[dtype])).eval()
+        keep_differentiable(held)  # as compose.load does
+        return held
 
     # -- batches ---------------------------------------------------------------------------------------------------
 

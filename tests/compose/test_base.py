@@ -190,10 +190,30 @@ def test_gradients_flow_through_a_quantized_base(quantize: str) -> None:
     model = load_base(TINY, quantize=quantize, dtype="fp32")
     ids = torch.arange(4, 20)[None]
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-    model(inputs_embeds=embedded, labels=ids).loss.backward()
-    assert embedded.grad is not None
-    assert torch.isfinite(embedded.grad).all()
-    assert embedded.grad.abs().sum() > 0
+
+    def gradient() -> torch.Tensor:
+        embedded.grad = None
+        model(inputs_embeds=embedded, labels=ids).loss.backward()
+        assert embedded.grad is not None
+        return embedded.grad.clone()
+
+    fresh = gradient()
+    assert torch.isfinite(fresh).all()
+    assert fresh.abs().sum() > 0
+    with torch.no_grad():
+        model(ids)  # where a CPU has AVX512-BF16, bitsandbytes would repack its weights here and lose the gradient
+    assert torch.equal(gradient(), fresh)
+
+
+def test_a_model_that_bitsandbytes_has_repacked_is_refused() -> None:
+    options = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    held = hf.AutoModelForCausalLM.from_pretrained(
+        locate(TINY).directory, dtype=torch.float32, quantization_config=options
+    )
+    layer = next(iter(quantized_layers(held).values()))
+    layer.weight.quant_state.packing_format_for_cpu = True  # as a forward in eval mode does with AVX512-BF16
+    with pytest.raises(GateError, match=r"has repacked model\.layers\.0\.self_attn\.q_proj"):
+        load_base(held)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"t5"}))
