@@ -22,6 +22,7 @@ from bench_tools import interleave, llama, machine, ratio, report, shape_options
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from compose import inject, interop
+from compose.loading import keep_differentiable
 
 CONFIGS = {
     "lora": lambda: peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -91,12 +92,14 @@ def measure(kind: str, quantize: str, base: Path, options: argparse.Namespace) -
 
 
 def load(base: Path, quantize: str) -> Any:
-    """The base, dense or in nf4."""
+    """The base, dense or in nf4; for both sides without bitsandbytes' rounded bf16 repacking, where a CPU has it."""
     options = {}
     if quantize == "nf4":
         nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["quantization_config"] = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.float32)
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options).eval().requires_grad_(False)
+    keep_differentiable(model)
+    return model
 
 
 def peft_model(base: Any, kind: str) -> Any:

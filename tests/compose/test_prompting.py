@@ -148,8 +148,10 @@ def test_every_output_of_the_text_is_trimmed(tiny):
         as_tuple = model(**batch, return_dict=False)
         assert isinstance(as_tuple, tuple)
         assert torch.equal(as_tuple[0], out.logits)
-        assert torch.equal(model(**batch, logits_to_keep=2).logits, out.logits[:, -2:])
-        assert torch.equal(model(**batch, logits_to_keep=torch.tensor([0, 3])).logits, out.logits[:, [0, 3]])
+        # a head that multiplies fewer positions may add up in another order
+        torch.testing.assert_close(model(**batch, logits_to_keep=2).logits, out.logits[:, -2:])
+        chosen = model(**batch, logits_to_keep=torch.tensor([0, 3])).logits
+        torch.testing.assert_close(chosen, out.logits[:, [0, 3]])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

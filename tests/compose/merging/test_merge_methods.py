@@ -108,7 +108,7 @@ def test_random_masks_do_not_depend_on_how_the_rows_are_cut(lab: Any, monkeypatc
     home.merge("dare_ties(a, b, rank=32)", "whole")
     monkeypatch.setattr(blocks, "_BLOCK", 100)
     home.merge("dare_ties(a, b, rank=32)", "cut")
-    assert off(home.delta("cut"), home.delta("whole")) < 1e-6
+    assert off(home.delta("cut"), home.delta("whole")) < 1e-5
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
