@@ -78,7 +78,8 @@ def _made(draft: Draft, trainable: int) -> str:
     rows |= {name: draft.hyperparameters[name] for name in ("steps", "items") if name in draft.hyperparameters}
     if draft.lineage:
         rows |= {f"data: {name}": f"`{digest}`" for name, digest in draft.lineage.data.items()}
-    return "\n".join(["| fact | value |", "|---|---|", *(f"| {name} | {_cell(v)} |" for name, v in rows.items())])
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| fact | value |", "|---|---|", *lines])
 
 
 def _cell(value: object) -> str:
