@@ -185,6 +185,7 @@ def _check_missing(directory: Path, config: Any, model: nn.Module, missing: Any)
 
 
 def _bitsandbytes(auto: Any, config: Any, request: Request) -> Any:
+    _never_say("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit")  # a kernel we keep it from using
     compute = request.torch_dtype or getattr(config, "dtype", None) or torch.float32
     skip = stays_dense(auto, config, request.trust_remote_code)
     if request.quantize == "int8":
@@ -305,6 +306,10 @@ def _say_once(name: str) -> None:
     logger = logging.getLogger(name)
     if not any(isinstance(known, _Once) for known in logger.filters):
         logger.addFilter(_Once())
+
+
+def _never_say(name: str, start: str) -> None:
+    logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith(start))
 
 
 # -- surroundings --------------------------------------------------------------------------------------------------

@@ -1,0 +1,54 @@
+"""Write docs/cli.md from the commands themselves: ``python docs/generate.py`` (``--check`` only compares)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from hub.cli import COMMANDS, main
+
+HOME = Path(__file__).parent
+
+
+def cli() -> str:
+    """Help of every command and subcommand, in the order of ``hub --help``."""
+    parts = ["# The `hub` command", "Generated from the commands' own help by `python docs/generate.py`."]
+    context = click.Context(main, info_name="hub", **main.context_settings)
+    for section, rows in COMMANDS.items():
+        parts.append(f"## {section}")
+        for name in rows:
+            command = main.get_command(context, name)
+            if command is None:
+                raise SystemExit(f"no command {name}")
+            parts += list(_help(command, name, context))
+    return "\n\n".join(parts) + "\n"
+
+
+def _help(command: click.Command, name: str, parent: click.Context) -> Iterator[str]:
+    context = click.Context(command, info_name=name, parent=parent, terminal_width=100, max_content_width=100)
+    yield f"### {context.command_path}"
+    text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+    yield f"```text\n{text}\n```"
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(context):
+            if (found := command.get_command(context, inner)) is not None:
+                yield from _help(found, inner, context)
+
+
+def run(check: bool) -> int:
+    """Write the page, or say whether it is what the commands say."""
+    path, text = HOME / "cli.md", cli()
+    if not check:
+        path.write_text(text, encoding="utf-8")
+        return 0
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return 0
+    sys.stderr.write("docs/cli.md is not what the commands say: run `python docs/generate.py`\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run("--check" in sys.argv[1:]))
