@@ -10,18 +10,20 @@ if TYPE_CHECKING:
     from compose.api import eject as eject
     from compose.api import identity as identity
     from compose.api import load as load
+    from compose.api import route as route
     from compose.api import save as save
     from compose.api import tokenizer as tokenizer
     from compose.expr import parse as parse
 
 _HOMES = {
     **dict.fromkeys(
-        ("activate", "attach", "create", "detach", "eject", "identity", "load", "save", "tokenizer"), "compose.api"
+        ("activate", "attach", "create", "detach", "eject", "identity", "load", "route", "save", "tokenizer"),
+        "compose.api",
     ),
     "parse": "compose.expr",
 }
 
-__all__ = ["activate", "attach", "create", "detach", "eject", "identity", "load", "parse", "save", "tokenizer"]
+__all__ = ["activate", "attach", "create", "detach", "eject", "identity", "load", "parse", "route", "save", "tokenizer"]
 
 
 def __getattr__(name: str) -> Any:

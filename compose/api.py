@@ -22,6 +22,7 @@ from compose.inject import ExprLike
 from compose.kind import Adapter, KindConfig, get_kind, make_config
 from compose.ladder import compare
 from compose.plan import Leaf, Resolved, plan
+from compose.switch import Gate, Mixer
 from hub.manifest import BaseIdentity, Manifest
 from hub.store import Artifact, Store
 
@@ -214,6 +215,21 @@ def activate(
     token (B, T). What is active stays so if this raises.
     """
     inject.activate(model, expr, weights=weights)
+
+
+def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixer) -> None:
+    """Make experts active whose weights ``gate`` computes at each site from what enters it, for each token.
+
+    y = y0 + sum_e w_e(x) (f_e(x) - y0) with w = gate(path, x): (B, T, E) in the order of ``experts``, or 1 in place of
+    B or T. An expert is the name of a resident adapter or an expression; None does nothing. Undone by the next
+    ``activate``. What is active stays so if this raises.
+
+    Raises
+    ------
+    KindError
+        An expert with a prompt, a prefix or a head of its own: no weight at a site reaches those.
+    """
+    inject.route(model, experts, gate)
 
 
 def detach(model: PreTrainedModel, name: str) -> None:

@@ -11,12 +11,14 @@ and an input gain l_e replaces x in y0 by x * (1 + sum_e w_e (l_e - 1)). A kind 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from compose.maps import LinearMap
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,33 @@ class Replace:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Other values of the base module's own parameters: F(x) = M(p + delta)(x) - M(p)(x), where M is affine in p.
+
+    ``deltas`` gives the deltas by the name of the parameter.
+    """
+
+    fn: Callable[[Tensor], Tensor]
+    deltas: Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A network beside the model, at the pseudo-site of the final states h: it adds F(h, trace) to them.
+
+    ``fn`` reads the hidden states of the call under way from the trace (see :mod:`compose.side`), which the runtime
+    sets.
+    """
+
+    fn: Callable[[Tensor, Any], Tensor]
+    trace: Any = None
+
+
+@dataclass(frozen=True)
 class Atoms:
     """What one adapter does at one site.
 
-    Shapes: A (r, d_in), B (d_out, r), gain and bias (d_out,), input_gain (d_in,), delta (d_out, d_in) dense or sparse.
+    Shapes: A (r, d_in), B (d_out, r), gain and bias (d_out,), input_gain (d_in,), delta (d_out, d_in).
     """
 
     A: Tensor | None = None
@@ -53,8 +78,8 @@ class Atoms:
     gain_scales_bias: bool = False
     input_gain: Tensor | None = None
     bias: Tensor | None = None
-    delta: Tensor | None = None
-    function: Function | Replace | None = None
+    delta: LinearMap | None = None
+    function: Function | Replace | Moved | Side | None = None
     dropout: float = 0.0
 
     @property
@@ -91,6 +116,10 @@ class Below(Protocol):
 
     def row_norm_squared(self) -> Tensor:
         """||W'||^2 of each output row, (d_out,), float32."""
+
+    @property
+    def layer(self) -> nn.Module:
+        """The frozen base layer."""
 
     @property
     def device(self) -> torch.device:

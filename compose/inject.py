@@ -17,15 +17,18 @@ from transformers import PreTrainedModel
 from compose.atoms import Prefix
 from compose.attention import PrefixState, bias_owner, stack_prefixes, use_interface
 from compose.calls import Calls
-from compose.expr import IDENTITY, Call, Expr, normalize, parse
+from compose.expr import IDENTITY, Call, Expr, add, normalize, parse
 from compose.kind import Adapter, KindError
-from compose.lowering import flatten, site_program
+from compose.loading import keep_differentiable
+from compose.lowering import flatten, site_program, switch_program
 from compose.merge import Merged, resolve
 from compose.plan import Leaf, plan
 from compose.prompting import PromptState, stack_prompts
-from compose.sites import SiteMap
+from compose.side import SideSlot
+from compose.sites import FINAL, SiteMap
 from compose.slot import Context, PositionSlot, Slot
 from compose.stage import Coefficient, weighs_rows
+from compose.switch import Gate, Mixer, Routing, refuse_outside
 from hub.errors import NotFound, did_you_mean
 
 ExprLike = Expr | str | None
@@ -37,13 +40,16 @@ class Runtime:
     """Adapters and slots of one model, and the composition that is active."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        keep_differentiable(model)
         self.model = model
         self.sites = SiteMap(model)
         self.context = Context()
         self.adapters: dict[str, Adapter] = {}
         self.rows: tuple[Expr, ...] = (IDENTITY,)
         self.weights: Mapping[str, Coefficient] = {}
+        self.routing: Routing | None = None
         self._slots: dict[str, Slot] = {}
+        self._side = SideSlot(model, self.sites, self._only_sides_learn)
         self._positions: dict[str, PositionSlot] = {}
         self._prefixed: list[nn.Module] = []
         self._lowered: Any = None  # what the slots were made of: see _revisions
@@ -67,7 +73,7 @@ class Runtime:
         KindError
             It acts in modules that this model does not have, or cannot take the place of one that is active.
         """
-        absent = sorted({*adapter.paths, *adapter.saved} - set(self.sites.modules))
+        absent = sorted({*adapter.paths, *adapter.saved} - {FINAL, *self.sites.modules})
         if absent:
             raise KindError(
                 f"adapter {name!r} acts at {absent[0]}, which this {self.sites.model_type} model does not have",
@@ -110,21 +116,36 @@ class Runtime:
 
     # -- activation ------------------------------------------------------------------------------------------------
 
-    def activate(self, rows: Sequence[Expr], weights: Mapping[str, Coefficient]) -> None:
+    def activate(
+        self, rows: Sequence[Expr], weights: Mapping[str, Coefficient], routing: Routing | None = None
+    ) -> None:
         """Make these rows active (one: for all rows of any batch). On an error what was active stays active."""
         for name in weights:
             self.adapter(name)
         _check_weights(len(rows), weights)
+        self._set(self._lower(rows, weights), weights, routing)
+
+    def route(self, experts: Sequence[Expr], gate: Gate | Mixer) -> None:
+        """Make these experts active, weighed by a gate at each site. On an error what was active stays active."""
+        lowered = self._lower(experts, {})
+        for name in dict.fromkeys(name for expert in lowered for name in expert.refs):
+            refuse_outside(self.adapters[name])
+        self._set((add(*lowered),), {}, Routing(lowered, gate))
+
+    def _lower(self, rows: Sequence[Expr], weights: Mapping[str, Coefficient]) -> tuple[Expr, ...]:
         lowered = tuple(normalize(resolve(self, normalize(row), weights, self._keep_merged)) for row in rows)
         for row in lowered:
             for name in row.refs:
                 self.adapter(name)
-        before = self.rows, self.weights
-        self.rows, self.weights = lowered, weights
+        return lowered
+
+    def _set(self, rows: tuple[Expr, ...], weights: Mapping[str, Coefficient], routing: Routing | None) -> None:
+        before = self.rows, self.weights, self.routing
+        self.rows, self.weights, self.routing = rows, weights, routing
         try:
             self.refresh()
         except Exception:
-            self.rows, self.weights = before
+            self.rows, self.weights, self.routing = before
             self.refresh()
             raise
 
@@ -134,13 +155,18 @@ class Runtime:
         # A weight of zero costs nothing: where no row has another, the adapter is not there.
         active = {n: self.adapters[n] for row in pairs for c, n in row if not _is_zero(c)}
         self.context.tokens = max((w.shape[1] for w in self._tensors() if w.dim() == 2 and w.shape[1] > 1), default=0)
-        for slot in self._slots.values():
+        for slot in (*self._slots.values(), self._side):
             slot.clear()
         paths = dict.fromkeys(p for a in active.values() for p in (*a.paths, *a.saved) if self._is_site(p, a))
         for path in paths:
             slot = self.slot(path)
+            if self.routing is not None:
+                slot.program = switch_program(self, path, self.routing.experts, self.routing.gate)
+                slot.per_row = slot.program is not None
+                continue
             slot.program = site_program(self, path, self.rows)
             slot.per_row = slot.program is not None and weighs_rows(slot.program)
+        self._side.attend()
         self._set_positions(self._set_prefixes(active, pairs))
         self._calls.rows = len(pairs)
         self._calls.prompt = self._stack_prompts(active, pairs)
@@ -165,8 +191,19 @@ class Runtime:
         """Whether an active adapter is training."""
         return any(self.adapters[n].trainable for row in self.rows for n in row.refs)
 
+    def _only_sides_learn(self) -> bool:
+        """Whether no gradient is asked for inside the backbone: side networks and heads stand outside it."""
+        active = (self.adapters[n] for row in self.rows for n in row.refs)
+        learning = [a for a in active if a.trainable]
+        return bool(learning) and all(
+            set(a.paths) <= {FINAL} and not any(self._side.holds(self.model.get_submodule(p)) for p in a.saved)
+            for a in learning
+        )
+
     def slot(self, path: str) -> Slot:
         """The slot at ``path``, put in place on first use."""
+        if path == FINAL:
+            return cast("Slot", self._side)
         if path not in self._slots:
             slot = Slot(self.model.get_submodule(path), self.context)
             slot.train(slot.base_layer.training)
@@ -256,7 +293,7 @@ class Runtime:
 
     def close(self) -> None:
         """Put everything back."""
-        self.rows, self.weights = (IDENTITY,), {}
+        self.rows, self.weights, self.routing = (IDENTITY,), {}, None
         self.refresh()
         for path, slot in self._slots.items():
             _replace(self.model, path, slot.base_layer)
@@ -325,6 +362,14 @@ def activate(
     found = runtime(model)
     plans = {row: plan(row, lambda name: leaf(found.adapter(name))) for row in dict.fromkeys(rows)}
     found.activate([plans[row].expression for row in rows], dict(weights or {}))
+
+
+def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixer) -> None:
+    """Let a gate weigh experts at each site; see :func:`compose.route`."""
+    found = runtime(model)
+    trees = as_rows(list(experts))
+    plans = {tree: plan(tree, lambda name: leaf(found.adapter(name))) for tree in dict.fromkeys(trees)}
+    found.route([plans[tree].expression for tree in trees], gate)
 
 
 def leaf(adapter: Adapter) -> Leaf:

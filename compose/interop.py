@@ -62,7 +62,7 @@ def config_fields(adapter: Adapter, sites: SiteMap, *, base: str | None, task: s
     elif adapter.peft_type not in layout.PROMPT_LEARNING:
         fields["target_modules"] = layout.short_targets(adapter.paths, sites)
     if config.modules_to_save:
-        fields["modules_to_save"] = list(config.modules_to_save)
+        fields["modules_to_save"] = layout.heads_named(config.modules_to_save, adapter.saved, sites)
     return fields
 
 
@@ -72,9 +72,10 @@ def save(
     """Write the adapter as a directory; see :func:`compose.save`."""
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
-    _write_tensors(out / WEIGHTS, adapter.state(heads=False))
-    if adapter.saved:
-        _write_tensors(out / EXTRA, adapter.head_state())
+    own = adapter.state(heads=False)
+    _write_tensors(out / WEIGHTS, own)
+    if extra := {key: value for key, value in adapter.head_state().items() if key not in own}:
+        _write_tensors(out / EXTRA, extra)
     _write_config(out / CONFIG, config_fields(adapter, sites, base=base, task=task))
     return out
 
@@ -113,7 +114,7 @@ def export_peft(
         )
     prefix = layout.PROMPT_PREFIX if prompting else PREFIX
     tensors = dict(adapter.state(heads=False))
-    for path in layout.heads_to_write(adapter.config.modules_to_save, fields["task_type"], sites):
+    for path in layout.heads_to_write(fields.get("modules_to_save", ()), fields["task_type"], sites):
         head = adapter.head(path) or original_module(model, path)
         tensors.update({f"{prefix}{path}.{key}": value for key, value in head.state_dict().items()})
     out = Path(directory)
@@ -139,8 +140,14 @@ def _canonical(value: Any) -> Any:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}  # safetensors refuses tensors that share memory, as a head's tied biases do
+    for key, value in sorted(tensors.items()):
+        held = value.detach().cpu().contiguous()
+        apart[key] = held.clone() if held.data_ptr() in seen else held
+        seen.add(held.data_ptr())
     # One metadata key only: with more, safetensors' bytes are not deterministic.
-    save_file({k: v.detach().cpu().contiguous() for k, v in sorted(tensors.items())}, path, metadata={"format": "pt"})
+    save_file(apart, path, metadata={"format": "pt"})
 
 
 def read_config(directory: str | Path, sites: SiteMap) -> tuple[type[Adapter], KindConfig]:

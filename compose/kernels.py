@@ -40,6 +40,9 @@ class Prepared(Protocol):
 
 
 Backend = Callable[[Sequence[Pair], Tensor], Prepared]
+_CHUNK = 256  # tokens whose products with all A are held at once
+_SPARE = 4  # times the ranks a token uses that may as well be computed: sorting tokens by expert costs as much
+_TINY = 2**22  # multiplications of a first factor below which sorting costs more than all of them
 BACKENDS: dict[str, Backend] = {}
 
 
@@ -78,12 +81,13 @@ def choose(ranks: Sequence[int], weights: Tensor) -> str:
     """Name of the backend for these ranks and weights (thresholds from tests/benchmarks/bench_kernels.py).
 
     Per row: ``stacked`` computes every rank for every row, ``gather`` reads the ranks of each row's own experts from
-    memory, which costs about as much as computing three times as many. Per token: ``stacked`` while the total rank is
-    small, else ``grouped``, which computes only the experts a token uses.
+    memory, which costs about as much as computing three times as many. Per token: ``stacked`` while all ranks are at
+    most four times what a token uses, else ``grouped``, which computes only the experts a token uses.
     """
     total = sum(ranks)
     if weights.dim() == 3:
-        return "stacked" if total <= 384 else "grouped"
+        active = float((weights != 0).sum(-1).float().mean()) * total / len(ranks)
+        return "stacked" if total <= _SPARE * active else "grouped"
     if len(weights) == 1:
         return "stacked"
     most = int(((weights != 0) * torch.tensor(ranks, device=weights.device)).sum(1).max())
@@ -194,19 +198,76 @@ def grouped(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     Holds each token once for every expert it uses, never (tokens, E, d_out).
     """
 
-    def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:  # noqa: ARG001
-        batch, length = x.shape[:2]
-        w = expand(weights, batch)
-        w = w[:, None] if w.dim() == 2 else w
-        flat = w.expand(batch, length, -1).reshape(batch * length, -1)  # (N, E)
-        experts, tokens = flat.T.nonzero(as_tuple=True)  # sorted by expert
-        counts = torch.bincount(experts, minlength=len(pairs)).tolist()
-        parts = torch.split(x.reshape(batch * length, -1)[tokens], counts)
-        shares = torch.split(flat[tokens, experts].to(x.dtype)[:, None], counts)
-        terms = [
-            F.linear(F.linear(part, pair.A) * (share * pair.scale), pair.B)
-            for part, share, pair in zip(parts, shares, pairs, strict=True)
-        ]
-        return y.reshape(batch * length, -1).index_add(0, tokens, torch.cat(terms)).view(y.shape)
+    def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
+        w = _by_token(weights, x)  # (N, E)
+        experts, tokens = w.T.nonzero(as_tuple=True)  # sorted by expert
+        used, counts = experts.unique_consecutive(return_counts=True)
+        shares = w[tokens, experts].to(x.dtype)[:, None]
+        flat = x.reshape(-1, x.shape[-1])
+
+        def term(e: int, at: Tensor, share: Tensor) -> Tensor:
+            pair = pairs[e]
+            return F.linear(F.linear(flat.index_select(0, at), pair.A) * (share * pair.scale), pair.B)
+
+        ats = tokens.split(counts.tolist())
+        parts = zip(used.tolist(), ats, shares.split(counts.tolist()), strict=True)
+        if torch.is_grad_enabled() and (
+            x.requires_grad or w.requires_grad or y.requires_grad or pairs[0].A.requires_grad
+        ):
+            terms = [term(*part) for part in parts]
+            return y.reshape(-1, y.shape[-1]).index_add(0, tokens, torch.cat(terms)).view(y.shape) if terms else y
+        out = y if fresh and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
+        for part in parts:
+            out.view(-1, out.shape[-1]).index_add_(0, part[1], term(*part))
+        return out
 
     return run
+
+
+def _by_token(weights: Tensor, x: Tensor) -> Tensor:
+    """Weights (R, E) or (R, T or 1, E) for the tokens of x (B, T, d): (B T, E)."""
+    batch, length = x.shape[:2]
+    w = expand(weights, batch)
+    w = w[:, None] if w.dim() == 2 else w
+    return w.expand(batch, length, -1).reshape(batch * length, -1)
+
+
+class Routed:
+    """Factors laid out once for weights (R, T or 1, E) that are new in each call, as a gate at the site makes them.
+
+    Experts that no token of the call uses are left out: they cost nothing and change no bit.
+    """
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.pairs = tuple(pairs)
+        self._ranks = [p.rank for p in pairs]
+        self._laid_out: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, y: Tensor, x: Tensor, weights: Tensor, *, fresh: bool = False) -> Tensor:
+        """Y plus the mixture, by the backend that `choose` takes; all of the experts for a few tokens."""
+        tiny = x.numel() * sum(self._ranks) <= _TINY
+        if not tiny and choose(self._ranks, weights) == "grouped":
+            return grouped(self.pairs, weights)(y, x, fresh=fresh)
+        w = _by_token(weights, x).to(x.dtype)  # (N, E)
+        used = (w != 0).any(0)
+        owner, a, b = self._factors()
+        if not bool(used.all()):
+            kept = used[owner].nonzero().flatten()
+            owner, a, b = owner[kept], a[kept], b[kept]
+        if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or y.requires_grad):
+            h = F.linear(x.reshape(-1, x.shape[-1]), a) * w[:, owner]  # (N, sum r)
+            return _add_product(y, h, b, fresh=False)
+        out = y if fresh and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
+        parts = (out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), w)
+        for out_, x_, w_ in zip(*(t.split(_CHUNK) for t in parts), strict=True):
+            out_.addmm_(F.linear(x_, a).mul_(w_[:, owner]), b)
+        return out
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The expert of each rank (sum r,), all A (sum r, d_in) and all s B^T (sum r, d_out)."""
+        if self._laid_out is None:
+            with torch.inference_mode(False):
+                owners = [torch.full((rank,), e) for e, rank in enumerate(self._ranks)]
+                a, b = torch.cat([p.A for p in self.pairs]), torch.cat([p.B.T * p.scale for p in self.pairs])
+                self._laid_out = torch.cat(owners).to(a.device), a, b
+        return self._laid_out

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compose import heads
 from compose.atoms import Atoms, Below, Prefix, Prompt
 from compose.sites import Site, SiteError, SiteMap
 from compose.weights import floating_copy
@@ -63,6 +64,7 @@ class Adapter(nn.Module):
     paper: ClassVar[str] = ""
     averages_in_weight: ClassVar[bool] = True  # an average of parameters is a weighted sum of effects
     reads_below: ClassVar[bool] = False  # lowering looks at the weight underneath (DoRA's norm)
+    adapts_tables: ClassVar[bool] = False  # the input embeddings can be a target
     default_targets: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v", "attn.qkv")
     suffixes: ClassVar[Mapping[str, str]] = {}  # parameter name -> end of its key on disk
     peft_fields: ClassVar[frozenset[str]] = frozenset()  # of PEFT's config: read here, or without effect on outputs
@@ -80,8 +82,8 @@ class Adapter(nn.Module):
         self._keys: dict[str, str] = {}  # attribute -> key on disk
         self._generator = torch.Generator().manual_seed(0 if seed is None else seed)
         self.paths: tuple[str, ...] = ()
-        self.build(sites, model)
         self.saved: dict[str, str] = {}  # path of a whole module we carry -> attribute
+        self.build(sites, model)
         for path in _modules_to_save(model, config.modules_to_save):
             self._carry(path, original_module(model, path))
 
@@ -147,6 +149,8 @@ class Adapter(nn.Module):
         wanted = self.config.target_modules
         if wanted is not None:
             chosen = sites.select(wanted, layers=self.config.layers)
+            if not self.adapts_tables and any(s.role == "embed" for s in chosen):
+                raise KindError(f"kind {self.kind!r} acts on linear layers, not on the embeddings {sites.embedding}")
             # A module that is carried whole is not adapted as well (PEFT's rule too).
             carried = tuple(f".{name}." for name in self.config.modules_to_save)
             return [s for s in chosen if not any(name in f".{s.path}." for name in carried)]
@@ -159,20 +163,31 @@ class Adapter(nn.Module):
             )
         return sites.select(present, layers=self.config.layers)
 
-    def add(self, path: str, name: str, value: Tensor) -> None:
-        """Register a parameter that belongs to the site ``path`` ("" for none)."""
-        attribute = f"{path}:{name}".replace(".", "/")
+    def add(self, path: str, name: str, value: Tensor, *, trained: bool = True) -> None:
+        """Register a parameter (or, not ``trained``, a stored tensor) of the site ``path`` ("" for none)."""
+        attribute = _attribute(path, name)
         suffix = self.suffixes.get(name, name)
         self._keys[attribute] = f"{PREFIX}{path}.{suffix}" if path else suffix
-        self.register_parameter(attribute, nn.Parameter(value))
+        if trained:
+            self.register_parameter(attribute, nn.Parameter(value))
+        else:
+            self.register_buffer(attribute, value)
+
+    def set_fixed(self, path: str, name: str, value: Tensor) -> None:
+        """Another value for a tensor that was added as not ``trained``; its shape may change."""
+        setattr(self, _attribute(path, name), value)
 
     def at(self, path: str, name: str) -> Tensor:
         """The parameter added under ``path`` and ``name``."""
-        return cast("Tensor", getattr(self, f"{path}:{name}".replace(".", "/")))
+        return cast("Tensor", getattr(self, _attribute(path, name)))
 
     def has(self, path: str, name: str) -> bool:
         """Whether such a parameter was added."""
-        return f"{path}:{name}".replace(".", "/") in self._parameters
+        return _attribute(path, name) in self._keys
+
+    def key(self, path: str, name: str) -> str:
+        """Its key on disk."""
+        return self._keys[_attribute(path, name)]
 
     def head(self, path: str) -> nn.Module | None:
         """The whole module carried for ``path`` (see ``modules_to_save``), or None."""
@@ -180,7 +195,7 @@ class Adapter(nn.Module):
 
     def state(self, *, heads: bool = True) -> dict[str, Tensor]:
         """Tensors by their key on disk, detached, in a fixed order. Shares memory with the parameters."""
-        own = {self._keys[a]: p.detach() for a, p in self._parameters.items() if p is not None}
+        own = {key: cast("Tensor", getattr(self, attribute)).detach() for attribute, key in self._keys.items()}
         return {**own, **self.head_state()} if heads else own
 
     def head_state(self) -> dict[str, Tensor]:
@@ -207,29 +222,53 @@ class Adapter(nn.Module):
                 f"the tensors do not fit {self.kind} adapter {self.name!r} on this base: " + "; ".join(told),
                 hint="hub show REF prints the base and the placement it was made for",
             )
-        for key, value in tensors.items():
-            if have[key].shape != value.shape:
-                got, wanted = tuple(value.shape), tuple(have[key].shape)
-                raise KindError(
-                    f"{key} of adapter {self.name!r} has shape {got}, this base wants {wanted}",
-                    hint="hub show REF prints the base it was made for",
-                )
+        self.check_tensors(tensors)
         self.revision += 1
         with torch.no_grad():
             for attribute, key in self._keys.items():
-                parameter = cast("nn.Parameter", getattr(self, attribute))
-                parameter.data = tensors[key].to(device=parameter.device, copy=True)
-            for path, attribute in self.saved.items():
-                stem = f"{PREFIX}{path}."
-                own = {k.removeprefix(stem): v for k, v in tensors.items() if k.startswith(stem)}
-                head = cast("nn.Module", getattr(self, attribute))
+                own = cast("Tensor", getattr(self, attribute))
+                value = tensors[key].to(device=own.device, copy=True)
+                if isinstance(own, nn.Parameter):
+                    own.data = value
+                else:
+                    setattr(self, attribute, value)
+            for path, state in self._head_parts(tensors).items():
+                head = cast("nn.Module", self.head(path))
                 here = next((t.device for t in head.state_dict().values()), None)
-                head.load_state_dict({k: v.to(device=here, copy=True) for k, v in own.items()}, assign=True)
+                if (output := heads.output_layer(head)) is not None:
+                    heads.widen(head, len(state[f"{output[0]}weight"]))
+                head.load_state_dict({k: v.to(device=here, copy=True) for k, v in state.items()}, assign=True)
+
+    def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse tensors of other shapes than this base wants; a carried head may have other classes.
+
+        A kind whose files decide their own shapes overrides this for them.
+        """
+        have = self.state(heads=False)
+        odd = [key for key, own in have.items() if key in tensors and own.shape != tensors[key].shape]
+        wanted = {**have, **self.head_state()}
+        for path, state in self._head_parts(tensors).items():
+            if (key := heads.fits(cast("nn.Module", self.head(path)), state)) is not None:
+                odd.append(f"{PREFIX}{path}.{key}")
+        if odd:
+            got, right = tuple(tensors[odd[0]].shape), tuple(wanted[odd[0]].shape)
+            raise KindError(
+                f"{odd[0]} of adapter {self.name!r} has shape {got}, this base wants {right}",
+                hint="hub show REF prints the base it was made for",
+            )
+
+    def _head_parts(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        stems = {path: f"{PREFIX}{path}." for path in self.saved}
+        return {p: {k.removeprefix(s): v for k, v in tensors.items() if k.startswith(s)} for p, s in stems.items()}
 
     def _carry(self, path: str, module: nn.Module) -> None:
-        attribute = f"saved:{path}".replace(".", "/")
+        attribute = _attribute("saved", path)
         self.saved[path] = attribute
         self.add_module(attribute, floating_copy(module))
+
+
+def _attribute(path: str, name: str) -> str:
+    return f"{path}:{name}".replace(".", "/")  # the name of a parameter holds no dot
 
 
 def _few(keys: Sequence[str], n: int = 4) -> str:

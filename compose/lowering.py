@@ -9,11 +9,13 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from compose.atoms import Atoms, Function, Replace
+from compose.atoms import Atoms, Function, Replace, Side
 from compose.expr import Add, Call, Expr, Ref, Scale, Seq
 from compose.kind import Adapter, KindError
+from compose.side import SideSlot
 from compose.slot import BelowView, Slot
 from compose.stage import Chain, Coefficient, Entry, Mix, Node, Stage, multiply, weighs_rows
+from compose.switch import Gate, Mixer, Switch
 
 Rows = Sequence[Expr]
 
@@ -62,6 +64,13 @@ def site_program(scene: Scene, path: str, rows: Rows) -> Node | None:
         rows_of.setdefault(expr, torch.zeros(len(rows), device=device))[i] = 1.0
     branches = {expr: node for expr, node in zip(rows, nodes, strict=True) if node is not None}
     return Mix([(rows_of[expr], node) for expr, node in branches.items()])
+
+
+def switch_program(scene: Scene, path: str, experts: Rows, gate: Gate | Mixer) -> Node | None:
+    """What the slot at ``path`` computes where a gate weighs the experts, or None if none of them acts there."""
+    builder = _Site(scene, path)
+    nodes = [builder.node(expr, _BARE) for expr in experts]
+    return None if all(n is None for n in nodes) else Switch(path, gate, nodes)
 
 
 def _stack_rows(rows: Sequence[Sequence[Entry]]) -> Stage:
@@ -159,6 +168,8 @@ class _Site:
             tapped.keep_input = True
             self.slot.taps.append(tapped)
             atoms = replace(atoms, function=replace(atoms.function, source=tapped.input))
+        if atoms is not None and isinstance(atoms.function, Side):
+            atoms = replace(atoms, function=replace(atoms.function, trace=cast("SideSlot", self.slot).trace))
         return atoms
 
     def _side_by_side(self, nodes: Sequence[Node | None]) -> Node | None:

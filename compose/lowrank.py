@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compose.kind import Adapter, KindConfig, KindError
-from compose.sites import SiteMap
+from compose.patterns import Patterns, as_dict, value_at, whole
+from compose.sites import Site, SiteMap
 
 # Initializations that leave the base alone. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) move part of its weight
 # into A and B, so the pair means nothing on the plain base.
@@ -26,11 +27,27 @@ class LowRankConfig(KindConfig):
     lora_alpha: float = Field(8, description="numerator of the scale")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A while training")
     use_rslora: bool = Field(False, description="scale by 1 / sqrt(r) instead of 1 / r (arXiv:2312.03732)")
+    rank_pattern: Patterns = Field((), description="other ranks, by the end of a module's path")
+    alpha_pattern: Patterns = Field((), description="other alphas, by the end of a module's path")
 
     @property
     def scale(self) -> float:
-        """S in s B A."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        """S in s B A where no pattern says otherwise."""
+        return self._scale(self.r, self.lora_alpha)
+
+    def rank_at(self, path: str) -> int:
+        """Rank at a module."""
+        rank = value_at(self.rank_pattern, path, self.r)
+        if rank != int(rank) or rank < 1:
+            raise KindError(f"rank_pattern gives {path} the rank {rank:g}")
+        return int(rank)
+
+    def scale_at(self, path: str) -> float:
+        """S at a module."""
+        return self._scale(self.rank_at(path), value_at(self.alpha_pattern, path, self.lora_alpha))
+
+    def _scale(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 class LowRank(Adapter):
@@ -45,6 +62,8 @@ class LowRank(Adapter):
             "lora_alpha",
             "lora_dropout",
             "use_rslora",
+            "rank_pattern",
+            "alpha_pattern",
             "use_dora",
             "bias",
             "fan_in_fan_out",
@@ -61,17 +80,22 @@ class LowRank(Adapter):
         """Create A and B at each target."""
         chosen = self.targets(sites)
         self.paths = tuple(s.path for s in chosen)
+        self.scales = {path: self.config.scale_at(path) for path in self.paths}
         for site in chosen:
-            most = min(site.in_features, site.out_features)
-            if self.config.r > most:
+            rank, most = self.config.rank_at(site.path), min(site.in_features, site.out_features)
+            if rank > most:
                 raise KindError(
-                    f"r = {self.config.r} is above the smaller dimension of {site.path}, {most}",
-                    hint=f"choose r <= {most}",
+                    f"r = {rank} is above the smaller dimension of {site.path}, {most}",
+                    hint=f"choose r <= {most}, or rank_pattern for this module",
                 )
-            a = torch.empty(self.config.r, site.in_features)
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=self.generator)
-            self.add(site.path, "A", a)
-            self.add(site.path, "B", torch.zeros(site.out_features, self.config.r))
+            self.add_pair(site, rank)
+
+    def add_pair(self, site: Site, rank: int) -> None:
+        """A and B of one site."""
+        a = torch.empty(rank, site.in_features)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=self.generator)
+        self.add(site.path, "A", a)
+        self.add(site.path, "B", torch.zeros(site.out_features, rank))
 
     @property
     def dropout(self) -> float:
@@ -81,11 +105,12 @@ class LowRank(Adapter):
     @classmethod
     def peft_config(cls, config: KindConfig, sites: SiteMap) -> dict[str, Any]:
         """Fields of PEFT's LoraConfig."""
-        own = config.model_dump(include={"r", "lora_alpha", "lora_dropout", "use_rslora"})
-        alpha = own["lora_alpha"]
+        assert isinstance(config, LowRankConfig)  # noqa: S101 - narrows the type
         return {
-            **own,
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,  # an integer to PEFT and to engines
+            **config.model_dump(include={"r", "lora_dropout", "use_rslora"}),
+            "lora_alpha": whole(config.lora_alpha),
+            "rank_pattern": as_dict(config.rank_pattern, sites.paths),
+            "alpha_pattern": as_dict(config.alpha_pattern, sites.paths),
             "use_dora": cls.kind == "dora",
             "bias": "none",
             "fan_in_fan_out": sites.model_type == "gpt2",
@@ -102,10 +127,15 @@ class LowRank(Adapter):
                 hint="save it with PEFT's path_initial_model_for_weight_conversion to get a plain LoRA",
             )
         if bias != "none":
-            raise KindError(f"this PEFT LoRA trains biases too (bias={bias!r}), which kind {cls.kind!r} cannot express")
+            raise KindError(
+                f"this PEFT LoRA trains biases too (bias={bias!r}), which kind {cls.kind!r} cannot express",
+                hint="train it with bias='none', or merge it with PEFT's merge_and_unload",
+            )
         return {
             "r": fields.get("r", 8),  # PEFT's defaults
             "lora_alpha": fields.get("lora_alpha", 8),
             "lora_dropout": fields.get("lora_dropout", 0.0),
             "use_rslora": fields.get("use_rslora", False),
+            "rank_pattern": fields.get("rank_pattern") or (),
+            "alpha_pattern": fields.get("alpha_pattern") or (),
         }

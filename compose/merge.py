@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from compose.expr import Call, Expr, Ref, Scale, Seq, add, parse, seq
@@ -243,5 +242,5 @@ def _moves_weights(home: Home, adapter: Adapter) -> bool:
     for path in adapter.paths:
         atoms = adapter.lower(path, BelowView(home.slot(path), ()))
         if atoms is not None:
-            return isinstance(atoms.A, Tensor) or isinstance(atoms.delta, Tensor)
+            return atoms.A is not None or atoms.delta is not None
     return False

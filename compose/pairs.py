@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import regex
 import torch
 from torch import Tensor
 
@@ -17,13 +16,13 @@ from compose.kernels import Pair
 from compose.kind import KindError, get_kind
 from compose.leaves import Held, Shelf
 from compose.parameter_space.job import Progress
+from compose.patterns import value_at
 from compose.peft_layout import check_types
 from hub.errors import UsageError
 from hub.gates import EXTRA, WEIGHTS
 
 _ENDS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 _STEMS = ("base_model.model.", "base_model.")
-_PATIENCE = 1.0  # seconds for one match of a pattern from outside
 
 
 @dataclass(frozen=True)
@@ -84,16 +83,8 @@ def _pair(held: Held, path: str, ab: Mapping[str, Tensor]) -> Pair:
 def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
     """Scale s = alpha / r, or / sqrt(r) with use_rslora; alpha_pattern may change alpha at some modules."""
     patterns = config.get("alpha_pattern") or {}
-    alpha = next((value for pattern, value in patterns.items() if _matches(pattern, path)), config.get("lora_alpha", 8))
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _matches(pattern: str, path: str) -> bool:
-    """Whether a key of alpha_pattern means a module: a regular expression for the end of its path, as PEFT has it."""
-    try:
-        return regex.fullmatch(rf"(?:.*\.)?(?:{pattern})", path, timeout=_PATIENCE) is not None
-    except (regex.error, TimeoutError) as error:
-        raise KindError(f"alpha_pattern {pattern[:80]!r} cannot be matched with {path}: {error}") from None
+    alpha = value_at(patterns.items(), path, float(config.get("lora_alpha", 8)))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def interference_of(

@@ -104,8 +104,11 @@ def placement(fields: Mapping[str, Any], sites: SiteMap) -> list[str]:
             f"this PEFT config has target_modules={targets!r}: it does not say where it acts",
             hint="save it again with PEFT, which then writes the names",
         )
-    linear = {**sites.sites, **sites.outside}
-    found = [path for path in sites.modules if path in linear and _is_target(path, targets, fields)]
+    linear = set(sites.paths) if fields.get("peft_type") == "LORA" else {*sites.sites, *sites.outside}
+    hit = [path for path in sites.modules if _is_target(path, targets, fields)]
+    found = [path for path in hit if path in linear]
+    if odd := [path for path in hit if path in sites.tables and path not in linear]:
+        raise KindError(f"this PEFT config adapts the embeddings {odd[0]}, which no kind here does")
     if not found:
         raise KindError(
             f"target_modules={targets!r} matches no linear layer of this {sites.model_type} model",
@@ -187,6 +190,16 @@ def _selects(end: str, sites: SiteMap, bare_end: bool) -> set[str]:
 def head_paths(names: Sequence[str], sites: SiteMap) -> dict[str, list[str]]:
     """Modules that PEFT stores whole for each of ``names``: all whose path ends in it, dot or not."""
     return {name: [p for p in sites.modules if p.endswith(name)] for name in names}
+
+
+def heads_named(names: Sequence[str], carried: Iterable[str], sites: SiteMap) -> list[str]:
+    """``modules_to_save`` that PEFT reads as these modules: whole paths where the end of a name means others too."""
+    wanted = set(carried)
+    kept: list[str] = []
+    for name, found in head_paths(names, sites).items():
+        exact = [p for p in found if p == name or p.endswith("." + name)]
+        kept.extend([name] if set(found) <= wanted else exact)
+    return sorted(kept)
 
 
 def heads_to_read(fields: Mapping[str, Any], sites: SiteMap) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from compose.leaves import Held, Shelf
 from compose.places import point
 from compose.plan import Plan, PlanError, plan
 from hub.errors import HubError, UsageError
-from hub.manifest import BaseIdentity, Draft, Lineage, Manifest, Requirement
+from hub.manifest import BaseIdentity, Draft, Lineage, Manifest, Metric, Requirement
 from hub.pack import pack
 from hub.ref import AdapterRef
 from hub.store import Artifact
@@ -48,6 +48,8 @@ def publish_composition(
     allow_base_drift: bool = False,
     license: str | None = None,
     summary: str = "",
+    method: str | None = None,
+    metrics: Sequence[Metric] = (),
 ) -> Artifact:
     """Publish an expression as a composition artifact into the shelf's store.
 
@@ -59,6 +61,8 @@ def publish_composition(
         ``ns/name@version`` of the new artifact.
     base
         Check it on this base, shapes and all, and record that base; default: the one its members were made for.
+    method, metrics
+        How its members were learned together, and what the whole was measured at.
 
     Raises
     ------
@@ -87,7 +91,8 @@ def publish_composition(
         placement=tuple(made.sites),
         lineage=Lineage(parents=tuple(dict.fromkeys(shelf.find(leaf).ref for leaf in expr.refs))),
         summary=summary,
-        **{**facts, **({"license": license} if license else {})},
+        metrics=tuple(metrics),
+        **{**facts, **({"license": license} if license else {}), **({"method": method} if method else {})},
     )
     held = {(h.manifest.name, h.digest): h.ref for h in map(shelf.find, expr.refs) if h.manifest is not None}
     members = [held[need.name, need.digest] for need in requires]

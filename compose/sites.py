@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from compose.families import FAMILIES, POSITIONS, guess_role
 from hub.errors import HubError
 
+FINAL = "@final"  # the pseudo-site of the backbone's final states
 _BLOCK = re.compile(r"^(?P<stem>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<inside>.+)$")
 
 
@@ -88,6 +90,12 @@ class SiteMap:
         self.reads_causally = not self.is_encoder_decoder and bool(getattr(first, "is_causal", model.can_generate()))
         self.norms = tuple(p for p, m in modules.items() if type(m).__name__.endswith(("Norm", "NormWrapper")))
         self.hidden_size = int(self.config.hidden_size)
+        # Tables of embeddings: the input's can be adapted by kinds that say so, the others (positions) by none.
+        self.tables = tuple(p for p, m in modules.items() if isinstance(m, nn.Embedding))
+        self.input_table: Site | None = None
+        if self.embedding in self.tables:
+            rows, width = cast("nn.Embedding", modules[self.embedding]).weight.shape
+            self.input_table = Site(self.embedding, "embed", None, "", int(rows), int(width))
 
     def _find(self, modules: dict[str, nn.Module]) -> Iterator[Site]:
         table = FAMILIES.get(self.model_type, {})
@@ -113,11 +121,30 @@ class SiteMap:
             if shape is not None and not _BLOCK.match(path):
                 yield Site(path, "outside." + path, None, "", *shape)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of all sites, those outside the blocks and the input embeddings too."""
+        return (*self.sites, *self.outside, *([self.input_table.path] if self.input_table else []))
+
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites.values())
 
     def __getitem__(self, path: str) -> Site:
+        if self.input_table is not None and path == self.input_table.path:
+            return self.input_table
         return self.sites[path] if path in self.sites else self.outside[path]
+
+    @staticmethod
+    def layer_of(path: str) -> int | None:
+        """Number of the block that a module lies in, None outside the blocks."""
+        block = _BLOCK.match(path)
+        return None if block is None else int(block["layer"])
+
+    @staticmethod
+    def block_of(path: str) -> str:
+        """Path of the block that a module lies in, "" outside the blocks."""
+        block = _BLOCK.match(path)
+        return "" if block is None else path[: -len(block["inside"]) - 1]
 
     def with_role(self, *roles: str) -> list[Site]:
         """Sites whose role is one of ``roles``, in model order."""
@@ -150,7 +177,7 @@ class SiteMap:
                 if not found:
                     raise self._nothing_for(name)
             wanted = {s.path for found in hits.values() for s in found}
-            chosen = [s for s in (*self, *self.outside.values()) if s.path in wanted]
+            chosen = [s for s in self._everywhere() if s.path in wanted]
         if layers is not None:
             absent = sorted(set(layers) - {s.layer for s in chosen})
             if absent or not layers:
@@ -170,8 +197,10 @@ class SiteMap:
         return ", ".join(f"{k or 'blocks'} 0-{max(v)}" for k, v in stacks.items())
 
     def _matching(self, name: str) -> list[Site]:
-        everywhere = (*self, *self.outside.values())
-        return [s for s in everywhere if name in (s.role, s.path, s.name) or s.path.endswith("." + name)]
+        return [s for s in self._everywhere() if name in (s.role, s.path, s.name) or s.path.endswith("." + name)]
+
+    def _everywhere(self) -> Iterator[Site]:
+        return (self[path] for path in self.paths)
 
     def _nothing_for(self, name: str) -> SiteError:
         known = sorted({s.role for s in self} | {s.path.rsplit(".", 1)[-1] for s in self})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compose.kernels import expand
 from compose.kind import KindError
 from compose.stage import Chain, Node, Stage, State
+from compose.switch import Switch
 from compose.weights import bias_of, row_norm_squared
 
 
@@ -85,7 +86,7 @@ class Slot(nn.Module):
                 f"weights were given for {tokens} tokens a row, and {x.shape[1]} come here",
                 hint="activate again with weights for the tokens of this call",
             )
-        if isinstance(program, Stage) and program.simple:
+        if isinstance(program, Stage | Switch) and program.simple:
             y = self._modules["base_layer"](x)  # type: ignore[misc]  # not by attribute: modules look theirs up slowly
             return program.add(y, x, fresh=not y.requires_grad and y.dtype == x.dtype)
         return program.run(self._below, x).y
@@ -122,6 +123,11 @@ class BelowView:
         for units in torch.split(torch.eye(width, device=self.device), 256):
             total = total + self.apply(units).float().square().sum(0)
         return cast("Tensor", total)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The frozen base layer."""
+        return self._slot.base_layer
 
     @property
     def device(self) -> torch.device:

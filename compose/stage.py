@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compose.atoms import Atoms, Function, Replace
+from compose.atoms import Atoms, Function, Moved, Replace, Side
+from compose.heads import level
 from compose.kernels import BACKENDS, Pair, Prepared, choose, expand, for_all
+from compose.maps import LinearMap
 
 Coefficient = float | Tensor  # a number, or (R,) per row, or (R, T) per token
 
@@ -88,7 +90,8 @@ class Stage:
         self.inputs = [e for e, a in atoms if a.input_gain is not None]
         self.biases = [e for e, a in atoms if a.bias is not None]
         self.deltas = [e for e, a in atoms if a.delta is not None]
-        self.functions = [e for e, a in atoms if a.function is not None]
+        self.heads = [e for e, a in atoms if isinstance(a.function, Replace)]
+        self.functions = [e for e, a in atoms if a.function is not None and not isinstance(a.function, Replace)]
         self.live = any(e.live for e in self.entries)
         # What is kept from call to call must hold no graph: of live factors, or of weights that a router learns.
         self._keeps = not self.live and not any(
@@ -98,6 +101,7 @@ class Stage:
         self.simple = self._keeps and all(e.atoms.is_pair and not e.atoms.dropout for e in self.entries)
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
         self._prepared: dict[torch.dtype, Prepared] = {}
+        self._maps: dict[tuple[str, torch.dtype], LinearMap] = {}
 
     @property
     def additive(self) -> bool:
@@ -119,21 +123,47 @@ class Stage:
         if self.low_rank:
             y = self._add_low_rank(y, x)
         for e in self.deltas:
-            assert e.atoms.delta is not None  # noqa: S101 - narrows the type
-            y = y + weigh(F.linear(x, e.atoms.delta.to(x.dtype)), e.coefficient)
+            y = y + self._apply_map(e, x, y0)
         added: Tensor | None = self._mixed("biases", self.biases, y0) if self.biases else None
         for e in self.functions:
             term = self._call(e, x, y0)
             added = term if added is None else added + term
-        if added is None:
-            return State(y, c)
-        return State(y + added, added if c is None else c + added)
+        if added is not None:
+            y, c = y + added, added if c is None else c + added
+        return self._with_heads(State(y, c), x, y0) if self.heads else State(y, c)
+
+    def _with_heads(self, state: State, x: Tensor, y0: Tensor) -> State:
+        """Y + sum_e w_e (M_e(x) - y0), in an order of operations in which w_e = 1 leaves M_e(x) as it is.
+
+        Heads may differ in width, see :func:`compose.heads.level`.
+        """
+        y, c = state
+        for e in self.heads:
+            w, rows = _used_rows(e.coefficient, x.shape[0])
+            whole = cast("Replace", e.atoms.function).fn(x if rows is None else x[rows]).to(y.dtype)
+            y, whole = level(y, whole)
+            before, _ = level(y0, whole)
+            value = whole if rows is None else torch.zeros_like(before).index_copy(0, rows, whole)
+            moved = y - weigh(before, w) + weigh(value, w)
+            if y.shape == y0.shape:
+                c = moved - y if c is None else c + (moved - y)
+            y = moved
+        return State(y, c)
+
+    def _apply_map(self, entry: Entry, x: Tensor, like: Tensor) -> Tensor:
+        """W D x, computed only for the rows whose weight is not zero."""
+        tag = (entry.key, x.dtype)
+        delta = cast("LinearMap", entry.atoms.delta) if entry.live else self._maps.get(tag)
+        if delta is None:
+            with self._to_keep():
+                delta = self._maps[tag] = cast("LinearMap", entry.atoms.delta).to(x.dtype)
+        w, rows = _used_rows(entry.coefficient, x.shape[0])
+        return weigh(_on_rows(lambda x_, y_: delta(x_).to(y_.dtype), rows, x, like), w)
 
     def _replacement(self) -> Replace | None:
-        if len(self.functions) == len(self.entries) == 1 and not isinstance(self.entries[0].coefficient, Tensor):
-            function = self.functions[0].atoms.function
-            return function if isinstance(function, Replace) and self.entries[0].coefficient == 1.0 else None
-        return None
+        if len(self.heads) != 1 or len(self.entries) != 1 or isinstance(self.entries[0].coefficient, Tensor):
+            return None
+        return cast("Replace", self.heads[0].atoms.function) if self.entries[0].coefficient == 1.0 else None
 
     def _mixed(self, label: str, entries: Sequence[Entry], like: Tensor, *, plus_one: bool = False) -> Tensor:
         """Sum_e w_e t_e over vectors t (gains enter as g - 1): (d,) for numbers, else (B, 1 or T, d)."""
@@ -178,8 +208,10 @@ class Stage:
     def _prepare(self, dtype: torch.dtype, like: Tensor) -> Prepared:
         numbers = [e.coefficient for e in self.low_rank if not isinstance(e.coefficient, Tensor)]
         if len(numbers) == len(self.low_rank):
-            return for_all([_pair(e, c, dtype, fold=self._keeps) for e, c in zip(self.low_rank, numbers, strict=True)])
-        pairs = [_pair(e, 1.0, dtype, fold=self._keeps) for e in self.low_rank]
+            return for_all(
+                [pair_of(e, c, dtype, fold=self._keeps) for e, c in zip(self.low_rank, numbers, strict=True)]
+            )
+        pairs = [pair_of(e, 1.0, dtype, fold=self._keeps) for e in self.low_rank]
         w = weight_matrix(self.low_rank, like)
         if self._keeps and len(used := (w != 0).flatten(0, -2).any(0).nonzero().flatten()):
             pairs, w = [pairs[i] for i in used.tolist()], w[..., used]  # a weight of zero costs nothing
@@ -195,13 +227,12 @@ class Stage:
 
     def _call(self, entry: Entry, x: Tensor, y0: Tensor) -> Tensor:
         """W F, computed only for the rows whose weight is not zero."""
-        function, w = entry.atoms.function, entry.coefficient
-        rows: Tensor | None = None
-        if isinstance(w, Tensor) and w.dim() == 1 and not entry.live and not w.requires_grad:
-            w = expand(w, x.shape[0])
-            rows = w.nonzero().squeeze(1)
-        if isinstance(function, Replace):
-            value = _on_rows(lambda x_, y_: function.fn(x_).to(y_.dtype) - y_, rows, x, y0)
+        function = entry.atoms.function
+        w, rows = _used_rows(entry.coefficient, x.shape[0])
+        if isinstance(function, Side):  # for all rows: what it keeps for later tokens lies side by side in one cache
+            return weigh(function.fn(y0, function.trace).to(y0.dtype), entry.coefficient)
+        if isinstance(function, Moved):
+            value = _on_rows(lambda x_, y_: function.fn(x_).to(y_.dtype), rows, x, y0)
         else:
             assert isinstance(function, Function)  # noqa: S101 - narrows the type
             z = y0 if function.source is None else function.source().reshape(*y0.shape[:-1], -1)
@@ -209,13 +240,24 @@ class Stage:
         return weigh(value, w)
 
 
-def _pair(entry: Entry, times: float, dtype: torch.dtype, *, fold: bool) -> Pair:
+def pair_of(entry: Entry, times: float, dtype: torch.dtype, *, fold: bool) -> Pair:
     """Factors in ``dtype`` with a scale; ``fold`` puts it into B while B has its own precision, to round only once.
 
     Live factors are left as they are.
     """
     a, b, scale = cast("Tensor", entry.atoms.A), cast("Tensor", entry.atoms.B), entry.atoms.scale * times
     return Pair(a.to(dtype), (b * scale).to(dtype), 1.0) if fold else Pair(a.to(dtype), b.to(dtype), scale)
+
+
+def _used_rows(w: Coefficient, batch: int) -> tuple[Coefficient, Tensor | None]:
+    """A weight per row of the batch, and the rows where it is not zero (None: all, as for weights that are learned).
+
+    What is not computed for a row cannot reach it: 0 * NaN would.
+    """
+    if not isinstance(w, Tensor) or w.dim() != 1 or w.requires_grad:
+        return w, None
+    w = expand(w, batch)
+    return w, w.nonzero().squeeze(1)
 
 
 def _on_rows(fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
@@ -250,8 +292,8 @@ class Chain:
     def run(self, below: Below, x: Tensor) -> State:
         """Evaluate the last stage on all the others."""
         for part in self.parts[:-1]:
-            below = partial(part.run, _once(below))
-        return self.parts[-1].run(_once(below), x)
+            below = partial(part.run, once(below))
+        return self.parts[-1].run(once(below), x)
 
 
 class Mix:
@@ -262,13 +304,18 @@ class Mix:
 
     def run(self, below: Below, x: Tensor) -> State:
         """Evaluate every branch; what is below is evaluated once."""
-        below = _once(below)
+        below = once(below)
         y0, c0 = below(x)
         y, c = y0, c0
         for weight, node in self.terms:
             yi, ci = node.run(below, x)
-            y = y + weigh(yi - y0, weight)
-            if ci is not None:
+            if yi.shape == y.shape:
+                y = y + weigh(yi - y0, weight)
+            else:  # heads of different widths: an order in which a weight of one leaves yi as it is
+                y, yi = level(y, yi)
+                before, _ = level(y0, yi)
+                y = y - weigh(before, weight) + weigh(yi, weight)
+            if ci is not None and ci.shape[-1] == y0.shape[-1]:
                 delta = weigh(torch.broadcast_to(ci if c0 is None else ci - c0, y0.shape), weight)
                 c = delta if c is None else c + delta
         return State(y, c)
@@ -283,7 +330,7 @@ def weighs_rows(node: Node) -> bool:
     return isinstance(node, Mix) and any(isinstance(c, Tensor) or weighs_rows(n) for c, n in node.terms)
 
 
-def _once(below: Below) -> Below:
+def once(below: Below) -> Below:
     """Remember the last evaluation: branches ask for the same x."""
     last: list[tuple[Tensor, State]] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from hub import canonical
@@ -40,11 +41,18 @@ class Blobs:
     def add(self, data: bytes, staging: Path) -> str:
         """Store small bytes; returns their digest. A blob of that name with other bytes is damaged, and mended."""
         digest = canonical.digest(data)
-        if self.check(digest, len(data)) is not None:
+        if self.check(digest, len(data)) is None:
+            self.keep(digest)
+        else:
             staged = staging / digest.removeprefix("sha256:")
             staged.write_bytes(data)
             self.adopt(staged, digest)
         return digest
+
+    def keep(self, digest: str) -> None:
+        """Make a blob young again, so that a collector leaves it to whoever is about to publish it."""
+        with suppress(FileNotFoundError, PermissionError):  # gone, or another user's: publishing looks again
+            os.utime(self.path(digest))
 
     def read(self, digest: str, limit: int = canonical.MAX_JSON) -> bytes:
         """All bytes of a small blob, checked against the digest."""

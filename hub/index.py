@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hub.errors import NotFound
 from hub.ledger import Event, Position
 from hub.ref import version_key
-from hub.resolve import Catalogue, Release
+from hub.resolve import Catalogue, Release, Tombstone
 
-SCHEMA = 2  # raise it with any change below: an index of another schema is made anew
+SCHEMA = 3  # raise it with any change below: an index of another schema is made anew
 BUSY = 30.0  # seconds to wait for another process
 
 _TABLES = """
@@ -38,6 +39,10 @@ CREATE TABLE aliases (
     name TEXT NOT NULL, alias TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (name, alias)
 ) WITHOUT ROWID;
 CREATE INDEX aliases_by_digest ON aliases (digest);
+CREATE TABLE tombstones (
+    name TEXT NOT NULL, version_key TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL, reason TEXT,
+    final INTEGER NOT NULL, PRIMARY KEY (name, version_key)
+) WITHOUT ROWID;
 CREATE TABLE facets (artifact INTEGER NOT NULL, facet TEXT NOT NULL, value TEXT NOT NULL);
 CREATE INDEX facets_by_value ON facets (facet, value, artifact);
 CREATE TABLE metrics (
@@ -50,7 +55,21 @@ CREATE VIRTUAL TABLE search USING fts5 (
     name, summary, kind, method, task, base, facets, tokenize = 'porter unicode61'
 );
 """
-_NAMES = ("state", "artifacts", "aliases", "facets", "metrics", "edges", "search")
+_NAMES = ("state", "artifacts", "aliases", "tombstones", "facets", "metrics", "edges", "search")
+_GONE = ("delete", "evict")
+_BATCH = 500  # publications whose rows are written at once
+# What a publication writes; what was evicted is not gone any more when it comes back.
+_INSERTS = {
+    "artifacts": """INSERT INTO artifacts (id, digest, name, version, version_key, type, kind, method, task, base_repo,
+        base_weights, base_arch, license, summary, tensors_digest, size, created)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+    "facets": "INSERT INTO facets VALUES (?, ?, ?)",
+    "metrics": "INSERT INTO metrics VALUES (?, ?, ?, ?, ?)",
+    "edges": "INSERT INTO edges VALUES (?, ?, ?, ?)",
+    "search": """INSERT INTO search (rowid, name, summary, kind, method, task, base, facets)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
+    "tombstones": "DELETE FROM tombstones WHERE digest = ?",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +173,7 @@ class Index:
                 db.execute(f"PRAGMA user_version = {SCHEMA}")
                 start = Position()
                 db.execute("INSERT INTO state VALUES (?, ?, ?)", (start.offset, start.seq, start.head))
-            at = None
-            for event, behind in events:
-                _apply(db, event, load)
-                at = behind
+            at = _Writer(db, load).take(events)
             if at is not None:
                 db.execute("UPDATE state SET offset = ?, seq = ?, head = ?", (at.offset, at.seq, at.head))
 
@@ -169,7 +185,16 @@ class Index:
                 "SELECT version, digest, yanked FROM artifacts WHERE name = ? ORDER BY version_key", (name,)
             ).fetchall()
             aliases = db.execute("SELECT alias, digest FROM aliases WHERE name = ?", (name,)).fetchall()
-        return Catalogue(name, tuple(Release(*row) for row in releases), dict(aliases))
+            gone = db.execute(
+                "SELECT version, digest, reason, final FROM tombstones WHERE name = ? ORDER BY version_key", (name,)
+            ).fetchall()
+        tombstones = tuple(Tombstone(version, digest, reason, bool(final)) for version, digest, reason, final in gone)
+        return Catalogue(name, tuple(Release(*row) for row in releases), dict(aliases), tombstones)
+
+    def count(self) -> int:
+        """Number of artifacts."""
+        with self.connect() as db:
+            return int(db.execute("SELECT count(*) FROM artifacts").fetchone()[0])
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -179,11 +204,15 @@ class Index:
     def select(
         self, where: str = "1", arguments: Iterable[object] = (), order: str = "", limit: int = -1
     ) -> list[Facts]:
-        """Facts of the artifacts ``a`` for which an SQL condition holds."""
+        """Facts of the artifacts ``a`` for which an SQL condition holds; `arguments` are those of it, then of `order`."""
         order = order or "a.name, a.version_key"
-        query = f"SELECT {_COLUMNS} FROM artifacts a WHERE {where} ORDER BY {order} LIMIT ?"  # noqa: S608  (our own text)
+        given = tuple(arguments)
+        if limit >= 0:  # sort the ids alone, then fetch what is shown
+            where = f"a.id IN (SELECT a.id FROM artifacts a WHERE {where} ORDER BY {order} LIMIT ?)"  # noqa: S608
+            given = (*given, limit, *given[len(given) - order.count("?") :])
+        query = f"SELECT {_COLUMNS} FROM artifacts a WHERE {where} ORDER BY {order}"  # noqa: S608  (our own text)
         with self.connect() as db:
-            rows = db.execute(query, (*arguments, limit)).fetchall()
+            rows = db.execute(query, given).fetchall()
         return [Facts(*_split(row)) for row in rows]
 
     def edges(self) -> list[tuple[str, str, str, str | None]]:
@@ -202,9 +231,80 @@ def _split(row: tuple[Any, ...]) -> list[Any]:
     return [*row[:-1], tuple(sorted((row[-1] or "").split()))]
 
 
-def _apply(db: sqlite3.Connection, event: Event, load: Callable[[str], Mapping[str, Any]]) -> None:
-    if event.op == "publish":
-        _insert(db, str(event.digest), load(str(event.digest)))
+class _Writer:
+    """Events on their way into the tables; rows of what is published gather, since one statement for many is cheap."""
+
+    def __init__(self, db: sqlite3.Connection, load: Callable[[str], Mapping[str, Any]]) -> None:
+        self._db, self._load = db, load
+        self._rows: dict[str, list[tuple[Any, ...]]] = {table: [] for table in _INSERTS}
+
+    def take(self, events: Iterable[tuple[Event, Position]]) -> Position | None:
+        """Apply events; returns the position behind the last one, None where there was none."""
+        at, lost = None, dict[str, NotFound]()
+        for event, behind in events:
+            at, digest = behind, str(event.digest)
+            if event.op == "publish":
+                try:
+                    document = self._load(digest)
+                except NotFound as error:  # no harm where it was deleted later
+                    lost[digest] = error
+                else:
+                    self._publish(behind.seq, digest, document)
+                continue
+            self._flush()
+            if event.op in _GONE:
+                lost.pop(digest, None)
+            _change(self._db, event)
+        if lost:
+            raise next(iter(lost.values()))
+        self._flush()
+        return at
+
+    def _publish(self, row: int, digest: str, doc: Mapping[str, Any]) -> None:
+        rows, base = self._rows, doc.get("base") or {}
+        name, version, summary = doc["name"], doc["version"], doc.get("summary", "")
+        kind, method, task = doc.get("kind", ""), doc.get("method", ""), doc.get("task")
+        weights, arch = base.get("weights_fingerprint"), base.get("arch_digest")
+        size = sum(entry["size"] for entry in doc.get("files", ()))
+        rows["artifacts"].append(
+            (
+                row,
+                digest,
+                name,
+                version,
+                version_key(version),
+                doc["type"],
+                kind,
+                method,
+                task,
+                base.get("repo"),
+                weights,
+            )
+            + (arch, doc.get("license"), summary, doc["tensors_digest"], size, doc["created"])
+        )
+        facets = [(facet[:-1], value) for facet in ("labels", "languages", "domains") for value in doc.get(facet, ())]
+        rows["facets"] += [(row, *facet) for facet in facets]
+        rows["metrics"] += [
+            (row, found["dataset"], found.get("split", "test"), found["metric"], found["value"])
+            for found in doc.get("metrics", ())
+        ]
+        rows["edges"] += [(row, *edge) for edge in _edges(doc)]
+        words = " ".join(value for _, value in facets)
+        rows["search"].append((row, name.replace("/", " "), summary, kind, method, task, base.get("repo"), words))
+        rows["tombstones"].append((digest,))
+        if len(rows["artifacts"]) >= _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        for table, statement in _INSERTS.items():
+            if rows := self._rows[table]:
+                self._db.executemany(statement, rows)
+                rows.clear()
+
+
+def _change(db: sqlite3.Connection, event: Event) -> None:
+    if event.op in _GONE:
+        _remove(db, event)
     elif event.op == "alias" and event.digest is None:
         db.execute("DELETE FROM aliases WHERE name = ? AND alias = ?", (event.name, event.alias))
     elif event.op == "alias":
@@ -214,41 +314,16 @@ def _apply(db: sqlite3.Connection, event: Event, load: Callable[[str], Mapping[s
         db.execute("UPDATE artifacts SET yanked = ? WHERE digest = ?", (reason, event.digest))
 
 
-def _insert(db: sqlite3.Connection, digest: str, doc: Mapping[str, Any]) -> None:
-    base = doc.get("base") or {}
-    facts = {
-        "digest": digest,
-        "name": doc["name"],
-        "version": doc["version"],
-        "version_key": version_key(doc["version"]),
-        "type": doc["type"],
-        "kind": doc.get("kind", ""),
-        "method": doc.get("method", ""),
-        "task": doc.get("task"),
-        "base_repo": base.get("repo"),
-        "base_weights": base.get("weights_fingerprint"),
-        "base_arch": base.get("arch_digest"),
-        "license": doc.get("license"),
-        "summary": doc.get("summary", ""),
-        "tensors_digest": doc["tensors_digest"],
-        "size": sum(entry["size"] for entry in doc.get("files", ())),
-        "created": doc["created"],
-    }
-    marks = ", ".join(f":{name}" for name in facts)
-    row = db.execute(f"INSERT INTO artifacts ({', '.join(facts)}) VALUES ({marks})", facts).lastrowid  # noqa: S608
-    facets = [(facet[:-1], value) for facet in ("labels", "languages", "domains") for value in doc.get(facet, ())]
-    db.executemany("INSERT INTO facets VALUES (?, ?, ?)", [(row, *facet) for facet in facets])
-    db.executemany(
-        "INSERT INTO metrics VALUES (?, ?, ?, ?, ?)",
-        [(row, m["dataset"], m.get("split", "test"), m["metric"], m["value"]) for m in doc.get("metrics", ())],
-    )
-    db.executemany("INSERT INTO edges VALUES (?, ?, ?, ?)", [(row, *edge) for edge in _edges(doc)])
-    words = " ".join(value for _, value in facets)
-    text = [doc["name"].replace("/", " "), facts["summary"], facts["kind"], facts["method"], facts["task"]]
-    db.execute(
-        "INSERT INTO search (rowid, name, summary, kind, method, task, base, facets) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (row, *text, facts["base_repo"], words),
-    )
+def _remove(db: sqlite3.Connection, event: Event) -> None:
+    row = db.execute("SELECT id FROM artifacts WHERE digest = ?", (event.digest,)).fetchone()
+    for table in ("facets", "metrics", "edges") if row else ():
+        db.execute(f"DELETE FROM {table} WHERE artifact = ?", row)  # noqa: S608  (our own names)
+    if row:
+        db.execute("DELETE FROM search WHERE rowid = ?", row)
+        db.execute("DELETE FROM artifacts WHERE id = ?", row)
+    version, final = str(event.version), int(event.op == "delete")
+    values = (event.name, version_key(version), version, event.digest, event.reason, final)
+    db.execute("INSERT OR REPLACE INTO tombstones VALUES (?, ?, ?, ?, ?, ?)", values)
 
 
 def _edges(doc: Mapping[str, Any]) -> Iterator[tuple[str, str, str | None]]:

@@ -18,7 +18,7 @@ from hub import canonical
 from hub.errors import IntegrityError
 
 GENESIS = "sha256:" + "0" * 64
-Op = Literal["publish", "alias", "yank", "unyank"]
+Op = Literal["publish", "alias", "yank", "unyank", "delete", "evict"]
 _OPS = frozenset(get_args(Op))
 
 
@@ -29,7 +29,8 @@ class Event:
     Attributes
     ----------
     op
-        ``publish``, ``alias`` (moved, or removed where `digest` is None), ``yank`` or ``unyank``.
+        ``publish``, ``alias`` (moved, or removed where `digest` is None), ``yank``, ``unyank``, ``delete`` (dead for
+        good) or ``evict`` (its bytes made room; the same digest may come back).
     name
         ``ns/name``.
     digest
@@ -56,6 +57,51 @@ class Position:
     offset: int = 0
     seq: int = 0
     head: str = GENESIS
+
+
+def line_of(event: Event, at: Position) -> bytes:
+    """Canonical JSON of an event that stands behind a position, without its newline; timed now where it has no time."""
+    now = datetime.now(timezone.utc).replace(microsecond=0).isoformat().replace("+00:00", "Z")
+    fields = {
+        "seq": at.seq + 1,
+        "prev": at.head,
+        "time": event.time or now,
+        "op": event.op,
+        "name": event.name,
+        "digest": event.digest,
+        "version": event.version,
+        "alias": event.alias,
+        "reason": event.reason,
+    }
+    return canonical.dumps({key: value for key, value in fields.items() if value is not None})
+
+
+def load_line(line: bytes, *, what: str) -> dict[str, Any]:
+    """Read a line as JSON. Raises IntegrityError where it is none, or holds no event that this version knows."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise IntegrityError(f"{what} holds a line that is not JSON: {error}", path=what) from error
+    if not isinstance(value, dict) or value.get("op") not in _OPS or "name" not in value:
+        raise IntegrityError(
+            f"{what} holds an entry that this version does not know: {line[:80]!r}",
+            path=what,
+            hint="upgrade moduloom, or restore the file",
+        )
+    return value
+
+
+def event_of(value: dict[str, Any]) -> Event:
+    """Event of a line that was read."""
+    return Event(
+        op=value["op"],
+        name=value["name"],
+        digest=value.get("digest"),
+        version=value.get("version"),
+        alias=value.get("alias"),
+        reason=value.get("reason"),
+        time=value.get("time", ""),
+    )
 
 
 class Ledger:
@@ -122,7 +168,7 @@ class Ledger:
         with self.path.open("rb") as file:
             for line in file:
                 if needle in line and line.endswith(b"\n"):
-                    yield self._event(self._load(line))
+                    yield event_of(self._load(line))
 
     def _step(self, line: bytes, at: Position) -> tuple[Position, Event]:
         value = self._load(line)
@@ -133,51 +179,17 @@ class Ledger:
                 hint="restore the file from a mirror; the artifacts themselves can be checked with `hub verify`",
             )
         behind = Position(at.offset + len(line), at.seq + 1, canonical.digest(line[:-1]))
-        return behind, self._event(value)
+        return behind, event_of(value)
 
     def _load(self, line: bytes) -> dict[str, Any]:
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise IntegrityError(f"{self.path.name} holds a line that is not JSON: {error}", path=self.path) from error
-        if not isinstance(value, dict) or value.get("op") not in _OPS or "name" not in value:
-            raise IntegrityError(
-                f"{self.path.name} holds an entry that this version does not know: {line[:80]!r}",
-                path=self.path,
-                hint="upgrade moduloom, or restore the file",
-            )
-        return value
-
-    @staticmethod
-    def _event(value: dict[str, Any]) -> Event:
-        return Event(
-            op=value["op"],
-            name=value["name"],
-            digest=value.get("digest"),
-            version=value.get("version"),
-            alias=value.get("alias"),
-            reason=value.get("reason"),
-            time=value.get("time", ""),
-        )
+        return load_line(line, what=self.path.name)
 
     def append(self, event: Event, at: Position) -> Position:
         """Add one event behind a position, which must be the end; durable when it returns.
 
         A torn line behind the position is cut off first. When the disk is full, the file is as before.
         """
-        now = datetime.now(timezone.utc).replace(microsecond=0).isoformat().replace("+00:00", "Z")
-        fields = {
-            "seq": at.seq + 1,
-            "prev": at.head,
-            "time": event.time or now,
-            "op": event.op,
-            "name": event.name,
-            "digest": event.digest,
-            "version": event.version,
-            "alias": event.alias,
-            "reason": event.reason,
-        }
-        line = canonical.dumps({key: value for key, value in fields.items() if value is not None})
+        line = line_of(event, at)
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         with os.fdopen(os.open(self.path, flags, 0o644), "r+b", buffering=0) as file:
             file.truncate(at.offset)

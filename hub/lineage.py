@@ -12,6 +12,7 @@ from hub.ref import AdapterRef
 from hub.resolve import choose
 
 if TYPE_CHECKING:
+    from hub.artifact import Artifact
     from hub.store import Store
 
 REQUIRES = "requires"
@@ -47,6 +48,52 @@ def _node(store: Store, target: str, digest: str | None) -> str:
         return choose(ref, store.catalogue(ref.id)).digest
     except NotFound:
         return target
+
+
+def above(store: Store, root: Artifact) -> nx.DiGraph[str]:
+    """What one artifact requires and comes from, directly or not: a part of `graph`, read from manifests alone.
+
+    Nodes that are in the store carry ``kind`` and ``yanked`` as well.
+    """
+    found: nx.DiGraph[str] = nx.DiGraph()
+    waiting = [root]
+    while waiting:
+        artifact = waiting.pop()
+        _describe(found, artifact)
+        for relation, target, digest in _pointers(artifact):
+            node = _node(store, target, digest)
+            if node not in found:
+                held = next(iter(store.list(digest=node, yanked=True)), None)
+                if held is None:
+                    found.add_node(node, ref=target, missing=True)
+                else:
+                    waiting.append(held)
+                    _describe(found, held)
+            found.add_edge(artifact.digest, node, relation=relation)
+    return found
+
+
+def below(store: Store, root: Artifact) -> nx.DiGraph[str]:
+    """What requires an artifact or comes from it, directly or not; edges point as in `graph`, nodes as in `above`."""
+    whole = graph(store)
+    found: nx.DiGraph[str] = nx.DiGraph(whole.subgraph({root.digest, *nx.ancestors(whole, root.digest)}))
+    for digest in found:
+        _describe(found, next(iter(store.list(digest=digest, yanked=True))))
+    return found
+
+
+def _describe(found: nx.DiGraph[str], artifact: Artifact) -> None:
+    facts = artifact.facts
+    what = {"kind": facts.kind or facts.type, "yanked": facts.yanked}
+    found.add_node(artifact.digest, ref=str(artifact.ref), missing=False, **what)
+
+
+def _pointers(artifact: Artifact) -> list[tuple[str, str, str | None]]:
+    """Relation, ref text and digest of what an artifact points at; requirements first."""
+    manifest = artifact.manifest
+    needs = [(REQUIRES, need.name + (need.range or ""), need.digest) for need in manifest.requires]
+    parents = manifest.lineage.parents if manifest.lineage else ()
+    return needs + [(PARENT, parent, AdapterRef.parse(parent).digest) for parent in parents]
 
 
 def order(found: nx.DiGraph[str], roots: Iterable[str]) -> list[str]:

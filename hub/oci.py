@@ -34,8 +34,12 @@ def image_manifest(module: bytes) -> bytes:
     bytes
         A function of `module` alone. Its keys and texts are plain, so this is RFC 8785 as well.
     """
-    document = outline(module)
-    config = {"mediaType": MODULE, "digest": canonical.digest(module), "size": len(module)}
+    return image_of(outline(module), canonical.digest(module), len(module))
+
+
+def image_of(document: Mapping[str, Any], digest: str, size: int) -> bytes:
+    """`image_manifest` of a manifest that was read already (`hub.outline`), with its digest and size."""
+    config = {"mediaType": MODULE, "digest": digest, "size": size}
     layers = [_layer(entry) for entry in document.get("files", ())]
     image = {
         "schemaVersion": 2,
@@ -67,13 +71,13 @@ def _dumps(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def descriptor(name: str, tag: str, image: bytes) -> dict[str, Any]:
-    """Entry of ``index.json`` for an image manifest under the name ``ns/name:tag``."""
+def descriptor(name: str, tag: str, digest: str, size: int) -> dict[str, Any]:
+    """Entry of ``index.json`` for an image manifest, by digest and size, under the name ``ns/name:tag``."""
     return {
         "mediaType": IMAGE_MANIFEST,
         "artifactType": ARTIFACT_TYPE,
-        "digest": canonical.digest(image),
-        "size": len(image),
+        "digest": digest,
+        "size": size,
         "annotations": {"org.opencontainers.image.ref.name": f"{name}:{tag}"},
     }
 

@@ -10,7 +10,7 @@ from hub.errors import GateError
 from hub.files import read_capped
 from hub.gates import CONFIG
 
-_KINDS = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+_KINDS = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "LOKR": "krona"}
 _TASKS = {
     "CAUSAL_LM": "causal_lm",
     "SEQ_CLS": "classification",

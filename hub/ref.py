@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from packaging.version import InvalidVersion, Version
 
@@ -182,6 +183,7 @@ class AdapterRef:
         return self.id if self.pin is None else f"{self.id}@{self.pin}"
 
 
+@lru_cache(maxsize=4096)
 def version_key(text: str) -> str:
     """Text whose plain string order is the PEP 440 order of versions, equal for equal versions (1.0 and 1.0.0).
 

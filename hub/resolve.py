@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from hub.errors import Conflict, NotFound, suggest
 from hub.ledger import Event
@@ -24,12 +25,23 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Tombstone:
+    """A version that was here; `final` means it never comes back, else its very digest may."""
+
+    version: str
+    digest: str
+    reason: str | None = None
+    final: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Catalogue:
-    """All that is known of one name: its releases in version order, and alias -> digest."""
+    """All that is known of one name: releases in version order, alias -> digest, and what is gone."""
 
     name: str
     releases: tuple[Release, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    tombstones: tuple[Tombstone, ...] = ()
 
     def find(self, *, version: str | None = None, digest: str | None = None) -> Release | None:
         """Release of that version (1.0 equals 1.0.0) or digest, or None."""
@@ -38,6 +50,23 @@ class Catalogue:
             if digest == release.digest or (key is not None and key == version_key(release.version)):
                 return release
         return None
+
+    def release(self, digest: str, *, where: str) -> Release:
+        """Release of a digest. Raises NotFound."""
+        found = self.find(digest=digest)
+        if found is None:
+            raise NotFound(
+                f"{where} has no version of {self.name} with the digest {digest[:19]}...",
+                ref=self.name,
+                digest=digest,
+                hint=_versions_hint(self) if self.releases else "push it there first",
+            )
+        return found
+
+    def tombstone(self, version: str | None) -> Tombstone | None:
+        """Tombstone of that version, or None."""
+        key = None if version is None else version_key(version)
+        return next((gone for gone in self.tombstones if version_key(gone.version) == key), None)
 
     def aliases_of(self, digest: str) -> list[str]:
         """Aliases that point at a digest, sorted."""
@@ -48,19 +77,30 @@ class Catalogue:
         """Replay a name's events."""
         releases: dict[str, Release] = {}
         aliases: dict[str, str] = {}
+        gone: dict[str, Tombstone] = {}
         for event in events:
+            digest, version = str(event.digest), str(event.version)
             if event.op == "publish":
-                releases[str(event.digest)] = Release(str(event.version), str(event.digest))
+                releases[digest] = Release(version, digest)
+                gone.pop(digest, None)
+            elif event.op in ("delete", "evict"):
+                releases.pop(digest, None)
+                gone[digest] = Tombstone(version, digest, event.reason, final=event.op == "delete")
             elif event.op == "alias" and event.alias:
                 aliases.pop(event.alias, None)
                 if event.digest is not None:
                     aliases[event.alias] = event.digest
-            elif event.digest in releases:
-                version = releases[event.digest].version
+            elif digest in releases:
                 yanked = (event.reason or "no reason given") if event.op == "yank" else None
-                releases[event.digest] = Release(version, event.digest, yanked)
-        ordered = sorted(releases.values(), key=lambda release: version_key(release.version))
-        return cls(name, tuple(ordered), aliases)
+                releases[digest] = Release(releases[digest].version, digest, yanked)
+        return cls(name, _ordered(releases.values()), aliases, _ordered(gone.values()))
+
+
+EntryT = TypeVar("EntryT", Release, Tombstone)
+
+
+def _ordered(entries: Iterable[EntryT]) -> tuple[EntryT, ...]:
+    return tuple(sorted(entries, key=lambda entry: version_key(entry.version)))
 
 
 def choose(ref: AdapterRef, catalogue: Catalogue, *, where: str = "the store") -> Release:
@@ -82,14 +122,24 @@ def choose(ref: AdapterRef, catalogue: Catalogue, *, where: str = "the store") -
     if ref.version is not None or ref.digest is not None:
         release = catalogue.find(version=ref.version, digest=ref.digest)
         if release is None:
-            raise NotFound(f"{ref} is not in {where}", ref=ref, digest=ref.digest, hint=_versions_hint(catalogue))
+            gone = catalogue.tombstone(ref.version)
+            why = f": it was {_buried(gone)}" if gone is not None else ""
+            raise NotFound(f"{ref} is not in {where}{why}", ref=ref, digest=ref.digest, hint=_versions_hint(catalogue))
         return release
     return _highest(ref, catalogue, where)
 
 
 def refuse_conflict(ref: AdapterRef, digest: str, catalogue: Catalogue, *, where: str) -> bool:
-    """Whether this very artifact is in a catalogue; Conflict when another one has its name and version."""
+    """Whether this very artifact is in a catalogue; Conflict when another one has, or had, its name and version."""
     present = catalogue.find(version=ref.version)
+    gone = catalogue.tombstone(ref.version)
+    if gone is not None and (gone.final or gone.digest != digest):
+        raise Conflict(
+            f"{ref} was {_buried(gone)} in {where}; a version is never used again",
+            ref=ref,
+            digest=gone.digest,
+            hint="give it a new version",
+        )
     if present is None:
         return False
     if present.digest == digest:
@@ -101,6 +151,11 @@ def refuse_conflict(ref: AdapterRef, digest: str, catalogue: Catalogue, *, where
         digest=present.digest,
         hint="give it a new version",
     )
+
+
+def _buried(gone: Tombstone) -> str:
+    how = "deleted" if gone.final else f"evicted ({gone.digest[:19]}... may come back)"
+    return f"{how} ({gone.reason})" if gone.reason else how
 
 
 def _highest(ref: AdapterRef, catalogue: Catalogue, where: str) -> Release:

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import finalize
 
+from hub import canonical, layout, oci
 from hub.artifact import Artifact
+from hub.disk import disk_errors
+from hub.errors import Conflict, NotFound
 from hub.index import Facts, Index
 from hub.ledger import Position
 from hub.outline import outline
 from hub.query import build
 from hub.ref import AdapterRef
-from hub.resolve import Catalogue
-from hub.vault import ABSENT, Vault, disk_errors
+from hub.resolve import Catalogue, Release
+from hub.vault import ABSENT, Vault
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry
@@ -120,6 +123,37 @@ class Store(Vault):
         """Remove an alias; returns the digest it stood for."""
         return self.set_alias(AdapterRef.parse(name), alias, expect=expect, remove=True)
 
+    def delete(self, ref: str | AdapterRef, reason: str, *, force: bool = False) -> Release:
+        """Delete one version for good: no other content, and not this one either, is published under it again.
+
+        Raises
+        ------
+        Conflict
+            An alias stands on it; or, unless `force` is given, another artifact requires it.
+        """
+        release = self.resolve(ref)
+        needed = sorted(self._requiring(release.digest))
+        if needed and not force:
+            raise Conflict(
+                f"{ref} is required by {', '.join(needed[:5])}",
+                ref=ref,
+                digest=release.digest,
+                hint="yank it instead: what requires it goes on working; --force deletes it all the same",
+            )
+        return self.bury(ref, reason)
+
+    def _requiring(self, digest: str) -> set[str]:
+        """Refs of the artifacts whose requirements lead to a digest."""
+
+        def target_of(ref: str) -> str | None:
+            with suppress(NotFound):
+                return self.resolve(ref).digest
+            return None
+
+        needs = [(source, ref, wanted) for source, relation, ref, wanted in self.edges() if relation == "requires"]
+        sources = {source for source, ref, wanted in needs if (wanted or target_of(ref)) == digest}
+        return {str(artifact.ref) for artifact in self.list(yanked=True) if artifact.digest in sources}
+
     def verify(self, ref: str | AdapterRef | None = None) -> list[Problem]:
         """Read every byte of one artifact, or of the whole store with its log and index; list what is wrong."""
         from hub.verify import verify_release, verify_store
@@ -131,10 +165,19 @@ class Store(Vault):
 
     def rebuild_index(self) -> int:
         """Make the SQLite index and ``index.json`` anew from log and blobs; returns the number of artifacts."""
+        images: dict[str, tuple[str, int]] = {}
+
+        def load(digest: str) -> Mapping[str, Any]:  # each manifest is read once, for both
+            module = self.blobs.read(digest)
+            document = outline(module)
+            image = oci.image_of(document, digest, len(module))
+            images[digest] = canonical.digest(image), len(image)
+            return document
+
         with self.lock():
-            self._follow(anew=True)
-            self.refresh_oci_index(None, self.ledger.end())
-        return len(self._index.select())
+            self._index.apply(self.ledger.read(), load, anew=True)
+            layout.refresh(self, None, self.ledger.end(), images)
+        return self._index.count()
 
     def edges(self) -> list[tuple[str, str, str, str | None]]:
         """All (digest, relation, target ref, target digest) of the artifacts here."""
@@ -202,9 +245,9 @@ class Store(Vault):
             self._borrowed.apply(self.ledger.read(), self._document, anew=True)
         return self._borrowed
 
-    def _follow(self, *, anew: bool = False) -> None:
+    def _follow(self) -> None:
         """Bring the index up to the log; called under the lock."""
-        at = None if anew else self._index.position()
+        at = self._index.position()
         if at is not None and at.offset > self.ledger.end().offset:
             at = None  # the log is another one now
         events = self.ledger.read(at)

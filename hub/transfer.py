@@ -6,13 +6,14 @@ that are there already are kept. The receiving side checks every byte before it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hub import canonical
 from hub.errors import GateError, IntegrityError, NotFound, suggest
 from hub.progress import Progress, quiet
-from hub.ref import LATEST, AdapterRef
+from hub.ref import LATEST, AdapterRef, version_key
 from hub.resolve import Catalogue, Release, choose, refuse_conflict
 
 if TYPE_CHECKING:
@@ -146,6 +147,20 @@ def fetch_manifest(remote: Remote, ref: AdapterRef, release: Release) -> Manifes
             f"{remote.url} has {manifest.ref} under the name {expected}", ref=ref, digest=release.digest
         )
     return manifest
+
+
+def last_manifest(store: Store, remote: Remote | None, name: str, catalogues: Sequence[Catalogue]) -> Manifest | None:
+    """Manifest of the highest version of a name, in the store or at the remote; None where there is none.
+
+    `catalogues` are those of the store and, where there is one, of the remote.
+    """
+    releases = [release for catalogue in catalogues for release in catalogue.releases]
+    if not releases:
+        return None
+    last = max(releases, key=lambda release: version_key(release.version))
+    if remote is None or catalogues[0].find(digest=last.digest) is not None:
+        return store.manifest(last.digest)
+    return fetch_manifest(remote, AdapterRef.parse(name), last)
 
 
 def requirement_ref(need: Requirement) -> AdapterRef:

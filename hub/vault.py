@@ -6,17 +6,17 @@ state and perhaps some unreferenced blobs, or the new state.
 
 from __future__ import annotations
 
-import errno
-import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hub import canonical, layout
 from hub.blobs import Blobs
+from hub.disk import disk_errors
 from hub.errors import Conflict, HubError, IntegrityError, NotFound, StoreError, UsageError, suggest
-from hub.ledger import Event, Ledger, Position
+from hub.ledger import Event, Ledger, Op
 from hub.ref import LATEST, AdapterRef, check_alias
 from hub.resolve import Catalogue, Release, choose, refuse_conflict
 from hub.staging import AGAIN, Staging
@@ -29,40 +29,16 @@ if TYPE_CHECKING:
 
 ABSENT = "absent"  # the expectation that an alias does not exist yet
 LOCK_TIMEOUT = 120.0  # seconds
-EAGER_OCI_INDEX = 2000  # descriptors; beyond, index.json is rewritten only by `rebuild_index`, as that is O(n)
+
+_TRIES = 3  # a collector may remove what an ingestion relies on; then it fetches again
 
 _one_lock_each = threading.Lock()  # a FileLock is reentrant only as one object
 
 Fetch = Callable[["FileEntry", Path], None]
 
-_DISK = {
-    errno.ENOSPC: ("the disk is full", "free some space, or move the store with HUB_HOME"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space, or move the store with HUB_HOME"),
-    errno.EFBIG: ("a file grew over the size limit", "raise the limit (ulimit -f)"),
-    errno.EROFS: ("the file system is read-only", "move the store with HUB_HOME"),
-    errno.EACCES: ("there is no permission", "check the owner, or move the store with HUB_HOME"),
-    errno.EPERM: ("there is no permission", "check the owner, or move the store with HUB_HOME"),
-    errno.ENOTDIR: ("a part of the path is not a directory", "move the store with HUB_HOME"),
-}
 
-
-@contextmanager
-def disk_errors(root: Path) -> Iterator[None]:
-    """Turn what the operating system says about the disk into a StoreError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        known = _DISK.get(error.errno or 0)
-        if known is None:
-            raise
-        where = error.filename or root
-        raise StoreError(f"cannot use {where}: {known[0]}", path=str(where), hint=known[1]) from error
-    except sqlite3.OperationalError as error:
-        raise StoreError(
-            f"the index of {root} cannot be used: {error}",
-            path=root,
-            hint="look at the free space and the permissions there, or move the store with HUB_HOME",
-        ) from error
+class Collected(IntegrityError):
+    """A blob that a publication needs is not here: never sent, or removed by a collector meanwhile."""
 
 
 class Vault:
@@ -195,20 +171,27 @@ class Vault:
         self.refuse_conflict(manifest)
         check_file_set((entry.path for entry in manifest.files), manifest)
         self.create()
-        scans = {}
         with disk_errors(self.root), self.staging.room() as room:
-            for entry in manifest.files:
-                scan = self._admit(manifest, entry, fetch, room, reuse)
-                if scan is not None:
-                    scans[entry.path] = scan
-            check_agreement(manifest, scans)
-            return self.publish(manifest, room)
+            for tried in range(_TRIES):
+                scans = {}
+                for entry in manifest.files:
+                    scan = self._admit(manifest, entry, fetch, room, reuse)
+                    if scan is not None:
+                        scans[entry.path] = scan
+                check_agreement(manifest, scans)
+                try:
+                    return self.publish(manifest, room)
+                except Collected:
+                    if tried + 1 == _TRIES:
+                        raise
+        raise AssertionError
 
     def _admit(self, manifest: Manifest, entry: FileEntry, fetch: Fetch, room: Path, reuse: bool) -> FileScan | None:
         from hub.gates import REPACK, inspect_as
 
         if reuse and self.blobs.has(entry.digest, entry.size):
             # A blob that is damaged here is fetched again, which mends it.
+            self.blobs.keep(entry.digest)
             with suppress(IntegrityError):
                 return inspect_as(manifest, entry, self.blobs.path(entry.digest))
         staged = self.staging.claim(entry.digest, room) if reuse else room / entry.sha256
@@ -229,18 +212,23 @@ class Vault:
         from hub.oci import image_manifest
 
         self.refuse_conflict(manifest)
-        for entry in manifest.files:
-            if not self.blobs.has(entry.digest, entry.size):
-                raise IntegrityError(
-                    f"{manifest.ref}: the blob of {entry.path} is not in {self.where}", ref=manifest.ref
-                )
+        self._refuse_gaps(manifest)
         self.blobs.add(manifest.canonical, room)
         self.blobs.add(image_manifest(manifest.canonical), room)
         with self.lock():
             if self.refuse_conflict(manifest):
                 return False
+            self._refuse_gaps(manifest)  # a collector may have been here, but under this lock none is
+            for digest in (manifest.digest, canonical.digest(image_manifest(manifest.canonical))):
+                if not self.blobs.has(digest):
+                    raise _collected(manifest, f"the blob {digest[:19]}...")
             self._commit(Event("publish", manifest.name, manifest.digest, version=manifest.version))
         return True
+
+    def _refuse_gaps(self, manifest: Manifest) -> None:
+        for entry in manifest.files:
+            if not self.blobs.has(entry.digest, entry.size):
+                raise _collected(manifest, f"the blob of {entry.path}")
 
     def set_alias(self, ref: AdapterRef, alias: str, *, expect: str | None = None, remove: bool = False) -> str | None:
         """Move or remove an alias, by compare-and-swap where `expect` is given.
@@ -282,57 +270,54 @@ class Vault:
                 self._commit(Event("alias", ref.id, target, alias=alias))
         return before
 
-    def yank(self, ref: AdapterRef, reason: str | None) -> Release:
+    def yank(self, ref: str | AdapterRef, reason: str | None) -> Release:
         """Yank a release with a reason, or take that back (None). It stays readable by an exact pin."""
+        ref = AdapterRef.parse(ref)
         with self.lock():
             release = self.resolve(ref)
             if release.yanked != reason:
-                op, text = ("yank", reason) if reason is not None else ("unyank", None)
-                self._commit(Event(op, ref.id, release.digest, version=release.version, reason=text))  # type: ignore[arg-type]
+                op: Op = "unyank" if reason is None else "yank"
+                self._commit(Event(op, ref.id, release.digest, version=release.version, reason=reason))
         return Release(release.version, release.digest, reason)
+
+    def bury(self, ref: str | AdapterRef, reason: str | None, *, final: bool = True) -> Release:
+        """Take a release out of the log's view; its blobs go with the next collection.
+
+        Parameters
+        ----------
+        ref
+            One version, alias or digest.
+        reason
+            Why; shown to whoever asks for it later.
+        final
+            The version never comes back. Else it only made room, and the very same digest may.
+
+        Raises
+        ------
+        Conflict
+            An alias stands on it.
+        """
+        ref = AdapterRef.parse(ref)
+        with self.lock():
+            release = self.resolve(ref)
+            if aliases := self.catalogue(ref.id).aliases_of(release.digest):
+                raise Conflict(
+                    f"{ref.id}@{release.version} is what {', '.join('@' + alias for alias in aliases)} stands for",
+                    ref=ref,
+                    digest=release.digest,
+                    hint=f"move it first: hub tag {ref.id}@OTHER {aliases[0]}, or hub untag {ref.id}@{aliases[0]}",
+                )
+            op: Op = "delete" if final else "evict"
+            self._commit(Event(op, ref.id, release.digest, version=release.version, reason=reason))
+        return release
 
     def _commit(self, event: Event) -> None:
         at = self.ledger.append(event, self.ledger.end())
         self._appended()
-        self.refresh_oci_index(event.name, at)
+        layout.refresh(self, event.name, at)
 
     def _appended(self) -> None:
         """Called under the lock when the log has grown; a store brings its index up to it."""
-
-    def refresh_oci_index(self, name: str | None, at: Position) -> None:
-        """Bring ``index.json`` up to the log: one name's entries when it is current but for them, else all."""
-        from hub import oci
-        from hub.files import atomic_write, read_capped
-
-        path = self.root / "index.json"
-        entries = None
-        if name is not None and path.exists():
-            if path.stat().st_size > EAGER_OCI_INDEX * 400:
-                return
-            entries = oci.read_index(read_capped(path, 2**30), seq=at.seq - 1)
-        if entries is None or name is None:
-            entries = [entry for catalogue in self._catalogues() for entry in self._descriptors(catalogue)]
-        else:
-            entries = [entry for entry in entries if not oci.of_name(entry, name)]
-            entries += self._descriptors(self.catalogue(name))
-        atomic_write(path, oci.write_index(entries, seq=at.seq))
-
-    def _catalogues(self) -> Iterator[Catalogue]:
-        """All names, from one pass over the log."""
-        events: dict[str, list[Event]] = {}
-        for event, _ in self.ledger.read():
-            events.setdefault(event.name, []).append(event)
-        return (Catalogue.fold(name, found) for name, found in events.items())
-
-    def _descriptors(self, catalogue: Catalogue) -> list[dict[str, object]]:
-        from hub import oci
-
-        found = []
-        for release in catalogue.releases:
-            image = oci.image_manifest(self.blobs.read(release.digest))
-            tags = (release.version, *catalogue.aliases_of(release.digest))
-            found += [oci.descriptor(catalogue.name, tag, image) for tag in tags]
-        return found
 
 
 def _compare(catalogue: Catalogue, alias: str, before: str | None, expect: str | None) -> None:
@@ -351,3 +336,7 @@ def _compare(catalogue: Catalogue, alias: str, before: str | None, expect: str |
             digest=before,
             hint="someone moved it; look again, then decide",
         )
+
+
+def _collected(manifest: Manifest, what: str) -> Collected:
+    return Collected(f"{manifest.ref}: {what} is not here", ref=manifest.ref, hint="push or pull it again")

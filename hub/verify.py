@@ -71,23 +71,26 @@ def verify_store(store: Store) -> list[Problem]:
     """Check the log's chain, every published artifact, and that index and log agree."""
     from hub.store import Problem
 
-    problems, published = list[Problem](), set[str]()
+    problems, published, live = list[Problem](), set[str](), dict[str, AdapterRef]()
     seen: Seen = {}
     try:
         for event, _ in store.ledger.read():
             if event.op == "publish":
                 published.add(str(event.digest))
-                ref = AdapterRef.parse(event.name).at(version=event.version)
-                problems += verify_release(store, ref, str(event.digest), seen=seen)
+                live[str(event.digest)] = AdapterRef.parse(event.name).at(version=event.version)
+            elif event.op in ("delete", "evict"):
+                live.pop(str(event.digest), None)
             elif event.digest is not None and event.digest not in published:
                 problems.append(Problem(event.name, f"the log has {event.op} of {event.digest}, never published"))
     except HubError as error:
         problems.append(Problem("log.jsonl", error.message))
         return problems
+    for digest, ref in live.items():
+        problems += verify_release(store, ref, digest, seen=seen)
     try:
         indexed = {artifact.digest for artifact in store.list(yanked=True)}
     except HubError as error:
         return [*problems, Problem("index", error.message)]
-    if indexed != published:
-        problems.append(Problem("index", f"lists {len(indexed)} artifacts, the log {len(published)}"))
+    if indexed != live.keys():
+        problems.append(Problem("index", f"lists {len(indexed)} artifacts, the log {len(live)}"))
     return problems

@@ -30,7 +30,7 @@ def active(model: PreTrainedModel, members: Sequence[Member]) -> Iterator[None]:
     import compose
 
     found = runtime(model)
-    before, training = (found.rows, found.weights), model.training
+    before, training = (found.rows, found.weights, found.routing), model.training
     compose.activate(model, list(members))
     model.eval()
     try:

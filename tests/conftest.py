@@ -155,6 +155,7 @@ class Tiny:
         from compose.kind import get_kind
 
         wanted = {"r": 4 - size, "lora_alpha": 6.0, "num_virtual_tokens": 3 - size, "bottleneck_size": 8 - 2 * size}
+        wanted |= {"density": 0.2 - 0.1 * size, "intrinsic_dimension": 40 - 8 * size}
         return {name: value for name, value in wanted.items() if name in get_kind(kind).Config.model_fields}
 
     def adapter(

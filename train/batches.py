@@ -92,6 +92,8 @@ class Dataset:
         """(N,) how many terms each row adds to the loss: predicted tokens, or 1 for a row with one label."""
         labels = self.columns.get("labels")
         if isinstance(labels, Tensor):
+            if self.task == "regression":  # every number is one
+                return torch.ones(len(self), dtype=torch.int64)
             return (labels != IGNORE).long() if labels.dim() == 1 else torch.ones(len(self), dtype=torch.int64)
         if labels is None:
             return (self.lengths - 1).clamp_(min=0)
@@ -128,7 +130,9 @@ class Dataset:
     def batch(self, rows: Tensor) -> dict[str, Tensor]:
         """The model's arguments: `input_ids` and `attention_mask` (B, T), `labels` (B, T) or (B,), ..."""
         ids, real = self.tokens.pad(rows, self.pad_id)
-        batch = {"input_ids": ids, "attention_mask": real.long()}
+        batch = {"input_ids": ids}
+        if "position_ids" not in self.columns:  # which tell packed rows apart, where there is no mask
+            batch["attention_mask"] = real.long()
         for name, column in self.columns.items():
             if isinstance(column, Tensor):
                 batch[name] = column[rows]

@@ -19,9 +19,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hub import errors
 from train.errors import ConfigError
 
-__all__ = ["Task", "TrainConfig", "load_config", "span_in_steps"]
+__all__ = ["ROLES", "Task", "TrainConfig", "load_config", "parse_pairs", "span_in_steps"]
 
-Task = Literal["causal_lm", "classification"]
+Task = Literal["causal_lm", "seq2seq", "classification", "token_classification", "regression"]
+ROLES = ("text", "text_pair", "label", "prompt", "completion", "messages", "tokens", "tags")
+_METRICS = {
+    "causal_lm": ("loss",),
+    "seq2seq": ("loss",),
+    "classification": ("accuracy", "f1", "loss"),
+    "token_classification": ("accuracy", "f1", "loss"),
+    "regression": ("loss", "pearson", "spearman"),
+}  # the first is the default
 _SPAN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?)\s*$")
 
 
@@ -33,17 +41,22 @@ class TrainConfig(BaseModel):
     base: str = Field("builtin:tiny-lm", description="frozen model: builtin:tiny-lm, a directory or a Hugging Face id")
     quantize: Literal["none", "int8", "nf4"] = Field("none", description="how the base's linear weights are held")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward and backward pass")
-    method: str = Field("lora", description="what is trained: a kind of adapter (hub train --kinds lists them)")
-    options: dict[str, Any] = Field(default_factory=dict, description="the method's own options, such as {r: 16}")
-    task: Task = Field("causal_lm", description="causal_lm (text, or prompt and completion) or classification")
-    data: dict[str, str | float] = Field(
+    method: str = Field("lora", description="how it is learned: hub methods lists them")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the method and of its kind, such as {r: 16}")
+    task: Task = Field(
+        "causal_lm",
+        description="causal_lm (text; prompt and completion; chat messages), seq2seq (prompt, completion), "
+        "classification of texts or pairs (text, text_pair, label), token_classification (tokens, tags), "
+        "regression (text, text_pair, label)",
+    )
+    data: dict[str, str | float | bool] = Field(
         default_factory=dict,
-        description="train: a jsonl, csv, parquet or text file, or a folder of texts; eval: another one, "
-        "or the fraction of the training rows to hold out (0.1), or absent",
+        description="train: a jsonl, csv, parquet or text file, a folder of texts, or hf:NAME[/CONFIG][:SPLIT]; eval: "
+        "another one, or the fraction of the training rows to hold out (0.1), or absent; packing: true puts several "
+        "rows of completions or messages into one of max_length, apart from each other",
     )
     columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="the file's names for: text, text_pair, label, prompt, completion (default: these names)",
+        default_factory=dict, description=f"the file's names for: {', '.join(ROLES)} (default: these names)"
     )
     max_length: int = Field(256, ge=2, description="tokens per row; longer documents are cut into blocks")
     batch_size: int = Field(16, ge=1, description="rows per optimizer step, over all processes")
@@ -65,9 +78,9 @@ class TrainConfig(BaseModel):
     group_by_length: bool = Field(False, description="batch rows of similar length together")
     eval_every: int | str = Field("1 epochs", description="span between evaluations; 0 evaluates at the end only")
     patience: int = Field(0, ge=0, description="stop after this many evaluations without a better one; 0 never stops")
-    metric: Literal["loss", "accuracy", "f1"] | None = Field(
+    metric: Literal["loss", "accuracy", "f1", "pearson", "spearman"] | None = Field(
         None,
-        description="what makes an evaluation the best (default: accuracy for classification, else loss)",
+        description="what makes an evaluation the best (default: accuracy where there are classes, else loss)",
     )
     seed: int = Field(0, ge=0, description="root of the separate streams for init, data, dropout and masks")
 
@@ -95,27 +108,30 @@ class TrainConfig(BaseModel):
 
     @field_validator("data")
     @classmethod
-    def _data_keys(cls, value: dict[str, str | float]) -> dict[str, str | float]:
+    def _data_keys(cls, value: dict[str, str | float | bool]) -> dict[str, str | float | bool]:
+        parts = ("train", "eval", "packing")
         for key, source in value.items():
-            if key not in ("train", "eval"):
-                raise ValueError(f"unknown part {key!r}{did_you_mean(key, ('train', 'eval'))}; parts are train, eval")
-            if isinstance(source, float) and not (key == "eval" and 0 < source < 1):
+            if key not in parts:
+                raise ValueError(f"unknown part {key!r}{did_you_mean(key, parts)}; parts are {', '.join(parts)}")
+            if key == "packing":
+                if not isinstance(source, bool):
+                    raise ValueError(f"packing: {source!r} is neither true nor false")
+            elif not isinstance(source, str) and not (key == "eval" and not isinstance(source, bool) and 0 < source < 1):
                 raise ValueError(f"{key}: {source} is neither a path nor, for eval, a fraction between 0 and 1")
         return value
 
     @field_validator("columns")
     @classmethod
     def _column_roles(cls, value: dict[str, str]) -> dict[str, str]:
-        roles = ("text", "text_pair", "label", "prompt", "completion")
         for key in value:
-            if key not in roles:
-                raise ValueError(f"unknown role {key!r}{did_you_mean(key, roles)}; roles are {', '.join(roles)}")
+            if key not in ROLES:
+                raise ValueError(f"unknown role {key!r}{did_you_mean(key, ROLES)}; roles are {', '.join(ROLES)}")
         return value
 
     @model_validator(mode="after")
     def _metric_fits_task(self) -> TrainConfig:
-        if self.task == "causal_lm" and self.metric in ("accuracy", "f1"):
-            raise ValueError(f"metric {self.metric!r} needs task classification; language modelling has loss")
+        if self.metric is not None and self.metric not in _METRICS[self.task]:
+            raise ValueError(f"metric {self.metric!r} is not one of task {self.task}: {', '.join(_METRICS[self.task])}")
         if span_in_steps(self.duration, 1_000_000) == 0:
             raise ValueError("duration is zero: nothing would be trained")
         return self
@@ -123,7 +139,7 @@ class TrainConfig(BaseModel):
     @property
     def best_metric(self) -> str:
         """The metric that decides which evaluation is the best one."""
-        return self.metric or ("accuracy" if self.task == "classification" else "loss")
+        return self.metric or _METRICS[self.task][0]
 
     @property
     def digest(self) -> str:
@@ -171,6 +187,23 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig
         return TrainConfig(**values)
     except ValidationError as error:
         raise ConfigError(_explain(error), path=path, hint="hub train --fields lists every key") from error
+
+
+def parse_pairs(words: Iterable[str]) -> dict[str, str]:
+    """`role=name` words as a dictionary.
+
+    Raises
+    ------
+    ConfigError
+        A word without `=`.
+    """
+    found = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key or not value:
+            raise ConfigError(f"{word!r} is not ROLE=NAME", hint=f"roles are {', '.join(ROLES)}")
+        found[key] = value
+    return found
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

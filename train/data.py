@@ -1,17 +1,19 @@
-"""Rows to datasets: language-modelling blocks, completions, and labelled texts or pairs."""
+"""Rows to datasets: language-modelling blocks, completions, labelled texts or pairs, and what train.encoders makes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from train import encoders
 from train.batches import IGNORE, Dataset, Ragged
-from train.config import TrainConfig
+from train.config import ROLES, TrainConfig
 from train.errors import DataError
 from train.files import file_digests, read_rows
 from train.seeds import generator
@@ -107,18 +109,23 @@ def labelled(
     if unseen:
         first = names.index(unseen[0]) + 1
         raise DataError(f"{source}: labels unseen in training: {', '.join(unseen)} (first at row {first})")
+    index = {name: i for i, name in enumerate(labels)}
+    columns = _texts_or_pairs(tokenizer, texts, pairs, max_length, source)
+    columns["labels"] = torch.tensor([index[name] for name in names])
+    return Dataset(columns, "classification", _pad_id(tokenizer), tuple(labels), source)
+
+
+def _texts_or_pairs(
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, source: str
+) -> dict[str, Ragged | Tensor]:
+    """Token columns of texts, or of pairs as the tokenizer joins them (the longer side is cut)."""
     second = None if pairs is None else list(pairs)
     encoded = tokenizer(list(texts), second, verbose=False)
     cut = sum(len(ids) > max_length for ids in encoded["input_ids"])
     if cut:
         encoded = tokenizer(list(texts), second, truncation=True, max_length=max_length)
-    _say_cut(cut, len(names), max_length, source)
-    index = {name: i for i, name in enumerate(labels)}
-    columns: dict[str, Ragged | Tensor] = {"labels": torch.tensor([index[name] for name in names])}
-    for name in ("input_ids", "token_type_ids"):
-        if name in encoded:
-            columns[name] = Ragged.of(encoded[name])
-    return Dataset(columns, "classification", _pad_id(tokenizer), tuple(labels), source)
+    _say_cut(cut, len(encoded["input_ids"]), max_length, source)
+    return {name: Ragged.of(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
 
 
 def load_splits(config: TrainConfig, tokenizer: Any) -> Splits:
@@ -138,7 +145,7 @@ def load_splits(config: TrainConfig, tokenizer: Any) -> Splits:
     if isinstance(held, float):
         return Splits(*_hold_out(rows, config, tokenizer, fraction=held, source=source), digests)
     train = encode(rows, config, tokenizer, source=source)
-    if held is None:
+    if not isinstance(held, str):
         return Splits(train, None, digests)
     test = encode(read_rows(held), config, tokenizer, labels=train.labels, source=held)
     return Splits(train, test, {**digests, **{f"eval/{n}": d for n, d in file_digests(held).items()}})
@@ -148,17 +155,35 @@ def encode(
     rows: Rows, config: TrainConfig, tokenizer: Any, *, labels: Sequence[str] | None = None, source: str
 ) -> Dataset:
     """Rows to the dataset of the config's task."""
-    named = {role: config.columns.get(role, role) for role in ("text", "text_pair", "label", "prompt", "completion")}
-    length = config.max_length
-    if config.task == "classification":
-        texts, answers = _column(rows, named["text"], source), _column(rows, named["label"], source)
+    take = partial(_named, rows, config, source)
+    length, told = config.max_length, {"source": source}
+    if config.task in ("classification", "regression"):
+        texts, answers = _texts(take("text")), take("label")
         paired = "text_pair" in config.columns or "text_pair" in rows[0]
-        pairs = _texts(_column(rows, named["text_pair"], source)) if paired else None
-        return labelled(tokenizer, _texts(texts), pairs, answers, length, labels=labels or None, source=source)
-    if {"prompt", "completion"} & set(config.columns) or {"prompt", "completion"} <= set(rows[0]):
-        prompts, answers = (_texts(_column(rows, named[role], source)) for role in ("prompt", "completion"))
-        return completions(tokenizer, prompts, answers, length, source=source)
-    return text_blocks(tokenizer, _texts(_column(rows, named["text"], source)), length, source=source)
+        pairs = _texts(take("text_pair")) if paired else None
+        if config.task == "regression":
+            columns = _texts_or_pairs(tokenizer, texts, pairs, length, source)
+            return encoders.numbers(columns, answers, _pad_id(tokenizer), source=source)
+        return labelled(tokenizer, texts, pairs, answers, length, labels=labels or None, source=source)
+    if config.task == "token_classification":
+        data, cut = encoders.tagged(tokenizer, take("tokens"), take("tags"), length, labels=labels or None, **told)
+    elif config.task == "seq2seq":
+        data, cut = encoders.sequences(tokenizer, _texts(take("prompt")), _texts(take("completion")), length, **told)
+    elif "messages" in config.columns or "messages" in rows[0]:
+        data, cut = encoders.chats(tokenizer, take("messages"), length, **told)
+    elif {"prompt", "completion"} & set(config.columns) or {"prompt", "completion"} <= set(rows[0]):
+        data, cut = completions(tokenizer, _texts(take("prompt")), _texts(take("completion")), length, **told), 0
+    else:
+        return text_blocks(tokenizer, _texts(take("text")), length, source=source)
+    _say_cut(cut, len(data), length, source)
+    if config.data.get("packing") and config.task == "causal_lm":
+        check(data)  # while rows are those of the file
+        return encoders.packed(data, length)
+    return data
+
+
+def _named(rows: Rows, config: TrainConfig, source: str, role: str) -> list[Any]:
+    return _column(rows, config.columns.get(role, role), source)
 
 
 def check(data: Dataset, *, hint: str | None = None) -> None:
@@ -207,8 +232,8 @@ def _hold_out(
 
 
 def _numbered(data: Dataset, numbers: Sequence[int]) -> Dataset:
-    """Remember row numbers of the file; blocks of text are no rows of a file."""
-    return replace(data, origin=torch.tensor(numbers)) if "labels" in data.columns else data
+    """Remember row numbers of the file; blocks of text and packed rows are no rows of a file."""
+    return replace(data, origin=torch.tensor(numbers)) if len(data) == len(numbers) else data
 
 
 def _column(rows: Rows, name: str, source: str) -> list[Any]:
@@ -226,7 +251,7 @@ def _column(rows: Rows, name: str, source: str) -> list[Any]:
 
 
 def _role(name: str) -> str:
-    return name if name in ("text", "text_pair", "label", "prompt", "completion") else "text"
+    return name if name in ROLES else "text"
 
 
 def _texts(values: Iterable[Any]) -> list[str]:

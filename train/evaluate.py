@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from train.batches import IGNORE, Dataset
 from train.data import check
-from train.objective import loss_sum
+from train.objective import forward, loss_sum
 
 __all__ = ["calibration_error", "evaluate", "f1_macro", "higher_is_better", "perplexity"]
 
 
 def higher_is_better(metric: str) -> bool:
     """Whether a larger value is a better one."""
-    return metric in ("accuracy", "f1")
+    return metric in ("accuracy", "f1", "pearson", "spearman")
 
 
 def evaluate(
@@ -30,12 +30,15 @@ def evaluate(
     batch_size: int = 32,
     precision: str = "fp32",
     accelerator: Accelerator | None = None,
+    logits: Callable[[nn.Module, dict[str, Tensor], str], Tensor] = forward,
 ) -> dict[str, float]:
     """Measures of a model on held-out rows, in evaluation mode and without gradients.
 
-    Language modelling: `loss` (nats per predicted token), `perplexity` = exp(loss), `tokens`. Classification:
-    `loss` (nats per row), `accuracy`, `f1` (macro), `ece` (15 bins), `rows`. With an accelerator of several
-    processes each takes a share of the batches, and all return the same values.
+    Language modelling and sequence to sequence: `loss` (nats per predicted token), `perplexity` = exp(loss),
+    `tokens`. Classification, of rows or of tokens: `loss` (nats per item), `accuracy`, `f1` (macro), `ece` (15 bins),
+    `rows`. Regression: `loss` (mean squared error), `pearson`, `spearman`, `rows`. With an accelerator of several
+    processes each takes a share of the batches, and all return the same values. `logits` computes the model's outputs
+    for a batch, where a method does so in its own way.
 
     Raises
     ------
@@ -47,32 +50,54 @@ def evaluate(
     part, parts = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     total = 0.0
     found: list[tuple[Tensor, Tensor]] = []
-    cache = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
     with _evaluation_mode(model), torch.no_grad(), amp(device, precision):
         for _, batch in data.batches(batch_size, part=part, parts=parts):
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            labels = inputs.pop("labels")
-            logits = model(**inputs, **cache).logits
-            total += float(loss_sum(data.task, logits, labels))
-            if data.task == "classification":
-                found.append((logits.float().softmax(-1).cpu(), labels.cpu()))
+            here = {name: value.to(device) for name, value in batch.items()}
+            labels, out = here["labels"], logits(model, here, data.task)
+            total += float(loss_sum(data.task, out, labels))
+            if data.task not in _OF_TEXT:
+                learned = labels != IGNORE if data.task != "regression" else torch.ones_like(labels, dtype=torch.bool)
+                found.append((out.float()[learned].cpu(), labels[learned].cpu()))
     if accelerator and parts > 1:
         total = float(accelerator.reduce(torch.tensor(total, dtype=torch.float64, device=device)))
         found = gather_object(found)
     loss = total / int(data.items.sum())
-    if data.task != "classification":
+    if data.task in _OF_TEXT:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(data.items.sum())}
-    probabilities = torch.cat([p for p, _ in found])
-    labels = torch.cat([y for _, y in found])
-    probabilities, labels = probabilities[labels != IGNORE], labels[labels != IGNORE]
+    outputs, labels = (torch.cat(parts_) for parts_ in zip(*found, strict=True))
+    return {"loss": loss, **_MEASURES[data.task](outputs, labels), "rows": float(len(labels))}
+
+
+def _of_classes(outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Of logits (N, C) and classes (N,)."""
+    probabilities = outputs.softmax(-1)
     guess = probabilities.argmax(-1)
-    return {
-        "loss": loss,
-        "accuracy": float((guess == labels).double().mean()),
-        "f1": f1_macro(guess, labels),
-        "ece": calibration_error(probabilities, labels),
-        "rows": float(len(labels)),
-    }
+    accuracy = float((guess == labels).double().mean())
+    return {"accuracy": accuracy, "f1": f1_macro(guess, labels), "ece": calibration_error(probabilities, labels)}
+
+
+def _of_numbers(outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Of predictions (N, 1) and numbers (N,)."""
+    guess, truth = outputs[:, 0].double(), labels.double()
+    return {"pearson": _correlation(guess, truth), "spearman": _correlation(_ranks(guess), _ranks(truth))}
+
+
+_OF_TEXT = ("causal_lm", "seq2seq")
+_MEASURES = {"classification": _of_classes, "token_classification": _of_classes, "regression": _of_numbers}
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's r; 0 where one side does not vary."""
+    a, b = a - a.mean(), b - b.mean()
+    size = float(a.norm() * b.norm())
+    return float(a @ b) / size if size > 0 else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """(N,) the rank of each value, equal values sharing their mean rank."""
+    _, group, count = values.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count - 1) / 2)[group]
 
 
 def perplexity(model: nn.Module, data: Dataset, *, batch_size: int = 32, precision: str = "fp32") -> float:

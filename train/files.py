@@ -16,19 +16,23 @@ __all__ = ["file_digests", "read_rows"]
 
 Row = dict[str, Any]
 _CHUNK = 1 << 20
+_HUB = "hf:"
 
 
 def read_rows(path: str | Path) -> list[Row]:
     """Rows of a file, or of every file of a folder in the order of their paths.
 
     `.jsonl`/`.json` (objects), `.csv`/`.tsv` (a header line), `.parquet`; any other file must be UTF-8 text and
-    is one row `{"text": ...}`, so a folder of documents needs no preparation.
+    is one row `{"text": ...}`, so a folder of documents needs no preparation. `hf:NAME[@CONFIG][:SPLIT]` is a data set
+    of the Hugging Face Hub, or of a folder, as the `datasets` library reads it (split train unless named).
 
     Raises
     ------
     DataError
         The path does not exist, is empty or binary, or a line cannot be read (file and line number).
     """
+    if str(path).startswith(_HUB):
+        return _hub_rows(str(path))
     path = Path(path)
     rows: list[Row] = []
     for file in _files(path):
@@ -39,9 +43,37 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def file_digests(path: str | Path) -> dict[str, str]:
-    """File name (below the folder) -> `sha256:...` of its bytes, for every file that `read_rows` reads."""
+    """File name (below the folder) -> `sha256:...` of its bytes, for every file that `read_rows` reads.
+
+    Of a data set of the Hub: its name -> the digest of its rows as JSON lines.
+    """
+    if str(path).startswith(_HUB):
+        digest = hashlib.sha256()
+        for row in _hub_rows(str(path)):
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        return {str(path).rsplit("/", 1)[-1]: "sha256:" + digest.hexdigest()}
     path = Path(path)
     return {(file.relative_to(path).as_posix() if file != path else file.name): _sha256(file) for file in _files(path)}
+
+
+def _hub_rows(text: str) -> list[Row]:
+    """Rows of a data set by the `datasets` library."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise DataError(f"{text} needs the datasets library", hint="pip install datasets") from error
+    name, colon, split = text.removeprefix(_HUB).rpartition(":")
+    name, split = (name, split) if colon else (split, "train")
+    name, _, config = name.partition("@")
+    try:
+        found = datasets.load_dataset(name, config or None, split=split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{text} cannot be read: {first}", hint="hf:NAME[@CONFIG][:SPLIT], such as hf:imdb:train") from error
+    rows: list[Row] = [dict(row) for row in found]
+    if not rows:
+        raise DataError(f"{text} holds no rows")
+    return rows
 
 
 def _files(path: Path) -> list[Path]:

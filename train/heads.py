@@ -17,7 +17,7 @@ def modules_to_save(model: PreTrainedModel, task: str) -> tuple[str, ...]:
 
     Language modelling trains no head: the base has one.
     """
-    if task == "causal_lm":
+    if task in ("causal_lm", "seq2seq"):
         return ()
     prefix = model.base_model_prefix
     children = {name: list(child.parameters()) for name, child in model.named_children()}

@@ -52,7 +52,7 @@ class FitResult:
     total_steps: int = 0
     items: int = 0  # predicted tokens or labelled rows that were learned from
     seconds: float = 0.0
-    stopped: str = "finished"  # or "patience", "non-finite"
+    stopped: str = "finished"  # or "patience", "time", "non-finite"
     waited: int = 0  # evaluations since the best one
 
 
@@ -68,6 +68,7 @@ def fit(
     progress: Progress | None = None,
     save_every: int = 0,
     resume: bool = False,
+    seconds: float | None = None,
 ) -> FitResult:
     """Train the adapter in place; it ends in its best state (without `eval_data`, in its last one).
 
@@ -85,6 +86,8 @@ def fit(
         Steps between checkpoints, 0 for none; evaluations and patience do not depend on it.
     resume
         Go on from the checkpoint in `out`, bit for bit as if never interrupted.
+    seconds
+        Stop, evaluate and (with `out`) leave a checkpoint once training has taken this long, interruptions left out.
 
     Raises
     ------
@@ -109,11 +112,13 @@ def fit(
         advance(result.steps, result.total_steps, "")
         while result.steps < result.total_steps and result.stopped == "finished":
             record = loop.step()
+            if seconds is not None and result.seconds >= seconds and result.steps < result.total_steps:
+                result.stopped = "time"
             if result.steps % loop.log_every == 0 or result.steps == result.total_steps:
                 metrics.add(record)
             if eval_data is not None and loop.evaluation_is_due():
                 metrics.add(loop.evaluate(eval_data))
-            if save_every and result.steps % save_every == 0:
+            if (save_every and result.steps % save_every == 0) or (result.stopped == "time" and out is not None):
                 metrics.flush()
                 loop.save(checkpoint)
             advance(result.steps, result.total_steps, f"loss {record['loss']:.3f}")
@@ -148,6 +153,7 @@ class _Loop:
         self.eval_every = span_in_steps(config.eval_every, self.epoch_steps) or self.result.total_steps
         self.log_every = math.ceil(self.result.total_steps / _LOGGED)
         self.best_state: dict[str, Tensor] | None = None
+        method.start(adapter, self.optimizer, self.result.total_steps)
         self.order: tuple[int, Tensor] = (-1, torch.empty(0))  # epoch, its rows
 
     def step(self) -> dict[str, Any]:
@@ -171,7 +177,7 @@ class _Loop:
             self._stop(explain_non_finite(loss_value, norm_value, self.train_data.where(rows), self.named))
         rate = learning_rate(self.config, step, result.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.optimizer.step()
         self.method.after_step(self.adapter, step)
         result.steps, result.items = step + 1, result.items + items
@@ -182,20 +188,23 @@ class _Loop:
 
     def evaluation_is_due(self) -> bool:
         """Every `eval_every` steps, and after the last one."""
-        return self.result.steps == self.result.total_steps or self.result.steps % self.eval_every == 0
+        ended = self.result.steps == self.result.total_steps or self.result.stopped == "time"
+        return ended or self.result.steps % self.eval_every == 0
 
     def evaluate(self, data: Dataset) -> dict[str, Any]:
         """Measure, remember the state if it is the best one, count patience; returns the record."""
         result, started = self.result, time.perf_counter()
         size = 2 * (self.config.micro_batch or self.config.batch_size)  # there are no gradients to hold
         precision, accelerator = self.config.precision, self.accelerator
-        measured = evaluate(self.model, data, batch_size=size, precision=precision, accelerator=accelerator)
+        options: dict[str, Any] = {"precision": precision, "accelerator": accelerator, "logits": self.method.logits}
+        measured = evaluate(self.model, data, batch_size=size, **options)
         result.seconds += time.perf_counter() - started
-        better = math.isfinite(measured["loss"]) and (result.best is None or self._beats(measured, result.best))
+        counts = math.isfinite(measured["loss"]) and self.method.keeps(result.steps)
+        better = counts and (result.best is None or self._beats(measured, result.best))
         if better:
             result.best, result.waited = {"step": result.steps, **measured}, 0
             self.best_state = {name: value.detach().clone() for name, value in self.adapter.state_dict().items()}
-        else:
+        elif self.method.keeps(result.steps):
             result.waited += 1
         shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
         log.info("step %d: held-out %s%s", result.steps, shown, " (best)" if better else "")
@@ -226,6 +235,8 @@ class _Loop:
         self.best_state = state["best_state"]
         for name, value in state["result"].items():
             setattr(self.result, name, value)
+        if self.result.stopped == "time":  # there is more of it now
+            self.result.stopped = "finished"
         log.info("resumed at step %d of %d", self.result.steps, self.result.total_steps)
 
     def _rows(self, step: int) -> Tensor:

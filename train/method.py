@@ -1,30 +1,145 @@
-"""How an adapter is learned: the parts of the loop that a method may do in its own way."""
+"""How an adapter is learned: the parts of a run that a method may do in its own way, and the registry of methods.
+
+A method is one file under ``train/methods/`` (or any package's ``hub.methods`` entry point)::
+
+    @register("rslora")
+    class RsLora(Method):
+        kind = "lora"
+        defaults = {"use_rslora": True}
+
+A kind for which no method of its name is registered is a method itself: gradient descent on the kind's tensors.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+import compose
+from compose.kind import Adapter, get_kind, kinds
+from hub.errors import did_you_mean
 from train.config import TrainConfig
-from train.objective import loss_sum
+from train.errors import ConfigError
+from train.objective import forward, loss_sum
 
-__all__ = ["Method"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from train.batches import Dataset
+
+__all__ = ["NAME", "Composite", "Method", "MethodOptions", "get_method", "make_method", "methods", "register"]
+
+NAME = "trained"  # the adapter's name inside the model while it trains
+
+
+class MethodOptions(BaseModel):
+    """Values of a method itself; the other keys of a run's `options` go to its kind."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Composite(nn.Module):
+    """Adapters that are learned together and stored as one composition.
+
+    `expression` joins them by their names here; each is published as an artifact of its own, and the whole as an
+    expression over these.
+    """
+
+    def __init__(self, members: Mapping[str, Adapter], expression: str) -> None:
+        super().__init__()
+        self.members: dict[str, Adapter] = dict(members)
+        self.expression = expression
+        for name, member in members.items():
+            self.add_module(name, member)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Where the members act."""
+        return tuple(dict.fromkeys(path for member in self.members.values() for path in member.paths))
 
 
 class Method:
     """Gradient descent on the kind's own tensors. Other methods override what they do differently."""
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
-        """Sum of the loss over the batch's items (the loop divides by the items of the whole step)."""
-        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
-        if getattr(getattr(model, "config", None), "use_cache", False):
-            inputs["use_cache"] = False  # training has no use for keys and values
-        return loss_sum(task, model(**inputs).logits, batch["labels"])
+    name: ClassVar[str] = ""
+    kind: ClassVar[str] = ""  # what is stored: a kind, or such as "prefix >> bottleneck" for a composition
+    paper: ClassVar[str] = ""
+    defaults: ClassVar[Mapping[str, Any]] = {}  # the kind's options, where the method's differ from the kind's own
+    recipe: ClassVar[Mapping[str, Any]] = {}  # fields of the run's configuration that the method sets unless given
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
 
-    def groups(self, adapter: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-        """Parameter groups of the optimizer; weight decay shrinks matrices, not gains, biases or magnitudes."""
-        trained = [p for p in adapter.parameters() if p.requires_grad]
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        given = dict(options or {})
+        own = {key: given.pop(key) for key in list(given) if key in self.Options.model_fields}
+        try:
+            self.own = self.Options(**own)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"method {self.name!r}, option {where}: {first['msg']} (given {first['input']!r})") from None
+        self.kind_options = {**self.defaults, **given}
+
+    # -- the life of a run, in its order ---------------------------------------------------------------------------
+
+    def build(
+        self, model: PreTrainedModel, *, seed: int = 0, heads: Sequence[str] = (), tokenizer: Any = None
+    ) -> Adapter | Composite:
+        """What trains, active in the model.
+
+        `heads` are base modules that the task needs trained and stored whole.
+        """
+        adapter = self.create(model, NAME, self.kind, self.kind_options, seed=seed, heads=heads)
+        self.prepare(model, adapter, tokenizer)
+        compose.activate(model, NAME)
+        return adapter
+
+    def prepare(self, model: PreTrainedModel, adapter: Adapter, tokenizer: Any) -> None:
+        """Change a fresh adapter: where its tensors start, or what they are made of (see train.reparametrize)."""
+
+    def create(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        kind: str,
+        options: Mapping[str, Any],
+        *,
+        seed: int = 0,
+        heads: Sequence[str] = (),
+    ) -> Adapter:
+        """A new adapter on the model; an option that neither the method nor the kind has is refused by name."""
+        fields = get_kind(kind).Config.model_fields
+        for key in options:
+            if key not in fields and self.Options.model_fields:
+                near = did_you_mean(key, (*self.Options.model_fields, *fields), count=1)
+                raise ConfigError(
+                    f"method {self.name!r} has no option {key!r}" + (f", did you mean {near[0]!r}?" if near else ""),
+                    hint=f"its own: {', '.join(self.Options.model_fields)}; of kind {kind!r}: {', '.join(fields)}",
+                )
+        values = dict(options)
+        if heads:
+            values.setdefault("modules_to_save", tuple(heads))
+        return compose.create(model, kind, values, name=name, seed=seed)
+
+    def warm(self, model: PreTrainedModel, learner: Any, data: Dataset) -> None:
+        """Look at the training rows before a fresh run starts: to choose a start, or what is to train."""
+
+    def start(self, learner: Any, optimizer: Optimizer, total_steps: int) -> None:
+        """Called before the first step, and again when a run resumes (before the state is read)."""
+
+    def groups(self, learner: Any, config: TrainConfig) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer; weight decay shrinks matrices, not gains, biases or magnitudes.
+
+        A group's `lr_scale` multiplies the run's learning rate.
+        """
+        trained = [p for p in learner.parameters() if p.requires_grad]
         matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
         groups = (
             {"params": matrices, "weight_decay": config.weight_decay},
@@ -32,5 +147,93 @@ class Method:
         )
         return [group for group in groups if group["params"]]
 
-    def after_step(self, adapter: nn.Module, step: int) -> None:
+    def logits(self, model: nn.Module, inputs: dict[str, Tensor], task: str) -> Tensor:
+        """The model's outputs, in training and in evaluation; `inputs` are a batch without its labels."""
+        return forward(model, inputs, task)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
+        """Sum of the loss over the batch's items (the loop divides by the items of the whole step)."""
+        return loss_sum(task, self.logits(model, dict(batch), task), batch["labels"])
+
+    def after_step(self, learner: Any, step: int) -> None:
         """Called after each optimizer step (proximal steps, masks, rewinding)."""
+
+    def keeps(self, step: int) -> bool:
+        """Whether the state after `step` steps is of the form that is stored, so that it may be the best one."""
+        return True
+
+    def finish(self, model: PreTrainedModel, learner: Any) -> Adapter | Composite:
+        """What is stored: the learner, or what it folds into; active in the model, with the same outputs."""
+        stored: Adapter | Composite = learner
+        return stored
+
+
+# -- the registry --------------------------------------------------------------------------------------------------
+
+_METHODS: dict[str, type[Method]] = {}
+_M = TypeVar("_M", bound=type[Method])
+
+
+def register(name: str) -> Callable[[_M], _M]:
+    """Class decorator that makes a method known under `name`."""
+
+    def add(cls: _M) -> _M:
+        if name in _METHODS and _METHODS[name].__qualname__ != cls.__qualname__:
+            raise ConfigError(f"method {name!r} is registered twice: {_METHODS[name].__module__} and {cls.__module__}")
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+@cache
+def _discover() -> None:
+    package = importlib.import_module("train.methods")
+    for info in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"train.methods.{info.name}")
+    for point in entry_points(group="hub.methods"):
+        point.load()
+
+
+def _plain(kind: type[Adapter]) -> type[Method]:
+    doc = f"Gradient descent on the tensors of kind `{kind.kind}`."
+    return type(f"Plain_{kind.kind}", (Method,), {"name": kind.kind, "kind": kind.kind, "paper": kind.paper, "__doc__": doc})
+
+
+def methods() -> dict[str, type[Method]]:
+    """All methods by name: the files of `train.methods`, the entry points `hub.methods`, and every other kind."""
+    _discover()
+    known = {name: _plain(kind) for name, kind in kinds().items() if name not in _METHODS}
+    return dict(sorted({**known, **_METHODS}.items()))
+
+
+def get_method(name: str) -> type[Method]:
+    """The method called `name`; ConfigError with a suggestion otherwise."""
+    known = methods()
+    if name not in known:
+        near = did_you_mean(name, known, count=1)
+        guess = f", did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown method {name!r}{guess}", hint="hub methods lists them")
+    return known[name]
+
+
+def make_method(config: TrainConfig) -> tuple[Method, TrainConfig]:
+    """The method of a run, and the run's configuration with the method's recipe for what was not given.
+
+    Raises
+    ------
+    ConfigError
+        An unknown method, or a value that one of its own options cannot take.
+    """
+    cls = get_method(config.method)
+    unset = {key: value for key, value in cls.recipe.items() if key not in config.model_fields_set}
+    given = {key: getattr(config, key) for key in config.model_fields_set}
+    return cls(config.options), TrainConfig(**{**unset, **given}) if unset else config
+
+
+def trained(learner: nn.Module) -> int:
+    """How many numbers train."""
+    return sum(p.numel() for p in learner.parameters() if p.requires_grad)
+
+

@@ -52,15 +52,15 @@ class Preview:
         return {**vars(self), "sites": list(self.sites), "memory_total": sum(self.memory.values())}
 
 
-def preview(config: TrainConfig, ready: Prepared, method: Method | None = None) -> Preview:
+def preview(ready: Prepared) -> Preview:
     """Measure one micro-batch and count the rest; the adapter is left as it was."""
-    data, adapter = ready.splits.train, ready.adapter
+    config, data, adapter, method = ready.config, ready.splits.train, ready.adapter, ready.method
     size = min(config.micro_batch or config.batch_size, len(data))
     trained = [p for p in adapter.parameters() if p.requires_grad]
     longest = torch.argsort(data.lengths, descending=True)[:size]
-    kept, _ = _measure(config, ready, longest, method or Method())
+    kept, _ = _measure(config, ready, longest, method)
     typical = torch.argsort(data.lengths)[len(data) // 2 - size // 2 :][:size]
-    _, seconds = _measure(config, ready, typical, method or Method())
+    _, seconds = _measure(config, ready, typical, method)
     steps = span_in_steps(config.duration, math.ceil(len(data) / config.batch_size))
     weights = sum(p.numel() for p in trained)
     bases = [(name, p) for name, p in ready.model.named_parameters() if not name.startswith("moduloom_adapters.")]
@@ -72,7 +72,7 @@ def preview(config: TrainConfig, ready: Prepared, method: Method | None = None) 
         trainable=weights,
         changed=sum(_count(p) for layer in sites.values() for p in layer.parameters()),
         total=sum(_count(p) for _, p in bases),
-        rank=getattr(adapter.config, "r", None),
+        rank=getattr(getattr(adapter, "config", None), "r", None),
         rows=len(data),
         items=int(data.items.sum()),
         held_out_rows=len(ready.splits.eval) if ready.splits.eval is not None else 0,

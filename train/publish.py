@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import compose
+from compose import probes
+from compose.expr import Ref, parse, substitute
+from compose.leaves import Shelf
 from compose.loading import held_as
+from compose.publishing import publish_composition
 from hub.manifest import Draft, Lineage, Metric, TrainedOn
 from hub.pack import pack
 from hub.ref import AdapterRef
@@ -18,13 +22,14 @@ from train.batches import Dataset
 from train.card import write_card
 from train.config import TrainConfig
 from train.loop import FitResult
+from train.method import Composite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compose.kind import Adapter
 
-__all__ = ["next_version", "publish", "write_artifact"]
+__all__ = ["next_version", "publish", "publish_learned", "write_artifact"]
 
 _LIBRARIES = ("moduloom", "torch", "transformers", "accelerate", "safetensors", "bitsandbytes")
 _NF4_BLOCK = 64  # values that share one absmax in bitsandbytes' nf4
@@ -46,6 +51,45 @@ def publish(
     """
     write_artifact(directory, adapter, model, config, result, **facts)
     return (store or Store()).put(directory)
+
+
+def publish_learned(
+    directory: Path,
+    learned: Adapter | Composite,
+    model: PreTrainedModel,
+    config: TrainConfig,
+    result: FitResult,
+    *,
+    ref: AdapterRef,
+    store: Store | None,
+    **facts: Any,
+) -> Artifact | None:
+    """Write what a method stores and, with a store, publish it.
+
+    An adapter lies in `directory`. Of a composite each member lies in a folder below and is published as
+    `ns/name-member`, and the whole is a composition of these under `ref`.
+    """
+    if not isinstance(learned, Composite):
+        write_artifact(directory, learned, model, config, result, ref=ref, **facts)
+        return store.put(directory) if store is not None else None
+    refs = {name: AdapterRef.parse(f"{ref.id}-{name}@{ref.version}") for name in learned.members}
+    for name, member in learned.members.items():
+        told = {**facts, "summary": f"Part of `{ref}`, which is `{learned.expression}`.", "evaluated_on": None}
+        write_artifact(directory / name, member, model, config, result, ref=refs[name], **told)
+        if store is not None:
+            store.put(directory / name)
+    expression = str(substitute(parse(learned.expression), lambda leaf: Ref(str(refs[leaf.text]))))
+    (directory / "expression.txt").write_text(expression + "\n", encoding="utf-8")
+    if store is None:
+        return None
+    return publish_composition(
+        expression,
+        ref,
+        Shelf(store),
+        license=facts.get("license"),
+        method=config.method,
+        metrics=_metrics(config, result, facts.get("evaluated_on")),
+    )
 
 
 def write_artifact(
@@ -98,6 +142,7 @@ def write_artifact(
         license=license,
         summary=summary,
     )
+    probes.write(directory, probes.record(model, adapter))
     write_card(directory / "README.md", draft, trainable=sum(p.numel() for p in adapter.parameters()))
     pack(directory, draft)
     return draft
@@ -146,6 +191,6 @@ def _metrics(config: TrainConfig, result: FitResult, data: Dataset | None) -> tu
         return ()
     counts = {"step", "tokens", "rows"}
     measured = {name: value for name, value in result.best.items() if name not in counts and math.isfinite(value)}
-    facts = {"dataset": Path(data.source).name or "held out", "dataset_digest": data.digest, "split": "held-out"}
+    facts = {"dataset": Path(data.source).name.removesuffix(" (held out)") or "held out", "dataset_digest": data.digest, "split": "held-out"}
     n = int(data.items.sum())
     return tuple(Metric(**facts, metric=m, value=v, n=n, seeds=(config.seed,)) for m, v in measured.items())

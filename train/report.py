@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from html import escape
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-__all__ = ["Metrics", "new_progress", "plot_curves", "progress_bar"]
+__all__ = ["Metrics", "new_progress", "plot_curves", "progress_bar", "write_page"]
 
 
 class Metrics:
@@ -109,6 +110,27 @@ def plot_curves(history: Sequence[dict[str, Any]], path: Path, *, title: str = "
         axes.patch.set_visible(False)
         axes.legend(frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def write_page(folder: Path, history: Sequence[dict[str, Any]], *, title: str) -> None:
+    """curves.html: the curves and a table of the evaluations, in one file that needs no other."""
+    evals = [r for r in history if "eval" in r]
+    names = list(dict.fromkeys(name for r in evals for name in r["eval"]))
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("step", *names, "best so far"))
+    rows = "".join(
+        f"<tr><td>{r['step']}</td>"
+        + "".join(f"<td>{r['eval'].get(name, math.nan):.4g}</td>" for name in names)
+        + f"<td>{'yes' if r['best'] else ''}</td></tr>"
+        for r in evals
+    )
+    svg = (folder / "curves.svg").read_text(encoding="utf-8")
+    page = (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title>"
+        "<style>body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem}"
+        "td,th{padding:.15rem .8rem;text-align:right}svg{width:100%;height:auto}</style>"
+        f"<h1>{escape(title)}</h1>{svg[svg.index('<svg') :]}<table><tr>{head}</tr>{rows}</table></html>\n"
+    )
+    (folder / "curves.html").write_text(page, encoding="utf-8")
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

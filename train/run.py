@@ -2,7 +2,7 @@
 
 config.yaml          what was run
 metrics.jsonl        a line for each step and evaluation
-curves.svg           the same, to look at
+curves.svg, .html    the same, to look at
 run.log              what was said
 checkpoint.safetensors   while it runs, with `save_every`
 adapter/             the artifact: weights, config, README.md (the card), module.json
@@ -33,9 +33,10 @@ from train.data import Splits, load_splits
 from train.errors import DataError, NonFiniteLoss
 from train.guards import is_finite
 from train.heads import modules_to_save
+from train.method import Composite, Method, make_method
 from train.loop import CHECKPOINT, FitResult, fit
-from train.publish import next_version, write_artifact
-from train.report import new_progress, plot_curves
+from train.publish import next_version, publish_learned
+from train.report import new_progress, plot_curves, write_page
 from train.seeds import derive
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 __all__ = ["Outcome", "Prepared", "prepare", "run"]
 
 log = logging.getLogger(__name__)
-NAME = "trained"  # the adapter's name inside the model while it trains
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ class Prepared:
     """Everything a run needs before its first step."""
 
     model: PreTrainedModel
-    adapter: Adapter
+    adapter: Adapter | Composite  # what trains
     tokenizer: Any
     splits: Splits
+    method: Method
+    config: TrainConfig  # with the method's recipe
 
 
 @dataclass(frozen=True)
@@ -101,22 +103,24 @@ def run(
         Bad data, an unknown method or option, a base that cannot be loaded.
     """
     accelerator, store, ref = Accelerator(), store or Store(), AdapterRef.parse(ref)
+    _, config = make_method(config)
     ref = _version(store, ref) if publishing else ref.at(version=ref.version or "0.1.0")
     console = console or Console(stderr=True)
     with _folder(folder, config, accelerator, console, resume=resume), new_progress(console, accelerator) as progress:
         ready = prepare(config)
         options: dict[str, Any] = {"out": folder, "progress": progress, "save_every": save_every, "resume": resume}
+        data = ready.splits
         try:
-            result = fit(ready.model, ready.adapter, ready.splits.train, ready.splits.eval, config, **options)
+            result = fit(ready.model, ready.adapter, data.train, data.eval, config, method=ready.method, **options)
         except NonFiniteLoss as error:
             if accelerator.is_main_process and is_finite(ready.adapter):
-                _leave(folder, ready, config, error.result, ref=ref, license=license)
+                _leave(folder, ready, config, error.result, ref=ref, store=None, license=license)
                 error.hint = f"{error.hint}; what was kept is in {folder / 'adapter'}, unpublished"
             raise
         artifact = None
         if accelerator.is_main_process:
-            _leave(folder, ready, config, result, ref=ref, license=license)
-            artifact = store.put(folder / "adapter") if publishing else None
+            into = store if publishing else None
+            artifact = _leave(folder, ready, config, result, ref=ref, store=into, license=license)
             (folder / CHECKPOINT).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
     return Outcome(result, folder, artifact)
@@ -132,6 +136,7 @@ def prepare(config: TrainConfig) -> Prepared:
     HubError
         The base, method or an option of it is unknown or does not fit.
     """
+    method, config = make_method(config)
     tokenizer = compose.tokenizer(config.base)
     splits = load_splits(config, tokenizer)
     model = compose.load(
@@ -147,12 +152,10 @@ def prepare(config: TrainConfig) -> Prepared:
     for data in (splits.train, splits.eval):
         if data is not None:
             _check_fits(model, tokenizer, data)
-    options = dict(config.options)
-    if heads := modules_to_save(model, config.task):
-        options.setdefault("modules_to_save", heads)
-    adapter = compose.create(model, config.method, options, name=NAME, seed=derive(config.seed, "init"))
-    compose.activate(model, NAME)
-    return Prepared(model, adapter, tokenizer, splits)
+    heads = modules_to_save(model, config.task)
+    learner = method.build(model, seed=derive(config.seed, "init"), heads=heads, tokenizer=tokenizer)
+    method.warm(model, learner, splits.train)
+    return Prepared(model, learner, tokenizer, splits, method, config)
 
 
 def _check_fits(model: PreTrainedModel, tokenizer: Any, data: Dataset) -> None:
@@ -181,16 +184,26 @@ def _version(store: Store, ref: AdapterRef) -> AdapterRef:
 
 
 def _leave(
-    folder: Path, ready: Prepared, config: TrainConfig, result: FitResult, *, ref: AdapterRef, license: str | None
-) -> None:
+    folder: Path,
+    ready: Prepared,
+    config: TrainConfig,
+    result: FitResult,
+    *,
+    ref: AdapterRef,
+    store: Store | None,
+    license: str | None,
+) -> Artifact | None:
+    """Curves and artifact of what was learned; published where there is a store."""
     plot_curves(result.history, folder / "curves.svg", title=ref.id)
-    write_artifact(
+    write_page(folder, result.history, title=ref.id)
+    return publish_learned(
         folder / "adapter",
-        ready.adapter,
+        ready.method.finish(ready.model, ready.adapter),
         ready.model,
         config,
         result,
         ref=ref,
+        store=store,
         data=ready.splits.digests,
         evaluated_on=ready.splits.eval,
         labels=ready.splits.train.labels,

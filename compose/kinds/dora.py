@@ -36,12 +36,12 @@ class Dora(LowRank):
         if path not in self.paths:
             return None
         a, b, m = self.at(path, "A"), self.at(path, "B"), self.at(path, "magnitude")
-        gain = m / self._norm(below, a, b).to(m.dtype)  # (d_out,)
-        return Atoms(A=a, B=gain[:, None] * b, scale=self.config.scale, gain=gain, dropout=self.dropout)
+        gain = m / self._norm(below, a, b, self.scales[path]).to(m.dtype)  # (d_out,)
+        return Atoms(A=a, B=gain[:, None] * b, scale=self.scales[path], gain=gain, dropout=self.dropout)
 
     @torch.no_grad()
-    def _norm(self, below: Below, a: Tensor, b: Tensor) -> Tensor:
-        s, a, b = self.config.scale, a.float(), b.float()
+    def _norm(self, below: Below, a: Tensor, b: Tensor, s: float) -> Tensor:
+        a, b = a.float(), b.float()
         wa = below.apply(a).float().T  # (d_out, r)
         cross = 2 * s * (wa * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)
         return (below.row_norm_squared() + cross).clamp_min(0).sqrt()

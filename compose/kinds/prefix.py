@@ -59,10 +59,13 @@ class PrefixTuning(Adapter):
 
     def build(self, sites: SiteMap, model: PreTrainedModel) -> None:
         """One matrix for all layers."""
-        if self.config.target_modules is not None or self.config.layers is not None:
-            raise KindError("a prefix acts in every self-attention: it takes no target_modules and no layers")
-        stack = "decoder" if sites.is_encoder_decoder else None
+        if self.config.target_modules is not None:
+            raise KindError("a prefix acts in self-attention: it takes layers, but no target_modules")
+        stack, layers = "decoder" if sites.is_encoder_decoder else None, self.config.layers
         chosen = [(s, p) for s, p in sites.attention_modules() if stack is None or s.stack == stack]
+        if layers is not None:
+            chosen = [(s, p) for s, p in chosen if s.layer in layers]
+            self.peft_type = None  # type: ignore[misc]  # PEFT has no prefix for some layers only
         if not chosen:
             raise KindError(f"kind 'prefix' finds no self-attention in this {sites.model_type} model")
         _check_family(sites, model, [p for _, p in chosen])

@@ -17,6 +17,7 @@ from compose.expr import Expr
 from compose.kernels import Pair
 from compose.kind import Adapter, KindError
 from compose.lowering import Scene, site_program
+from compose.maps import LinearMap
 from compose.sites import linear_shape
 from compose.stage import Chain, Coefficient, Entry, Mix, Node, Stage
 from compose.weights import bias_of, dense_weight, row_norm_squared
@@ -250,8 +251,7 @@ def weight_after(node: Node, weight: Tensor) -> Tensor:
     for e in stage.low_rank:
         new = new + (float(e.coefficient) * e.atoms.scale) * (_f(e.atoms.B) @ _f(e.atoms.A))
     for e in stage.deltas:
-        delta = cast("Tensor", e.atoms.delta).detach()
-        new = new + float(e.coefficient) * (delta if delta.layout == torch.strided else delta.to_dense()).float()
+        new = new + float(e.coefficient) * cast("LinearMap", e.atoms.delta).dense().detach().float()
     return new
 
 

@@ -11,7 +11,12 @@ from hub.commands._output import json_option, print_json, say, summary, warn
 
 @click.command()
 @click.argument("ref")
-@click.option("--from", "source", metavar="URL|PATH", help="The remote; without it, the store itself (with --out).")
+@click.option(
+    "--from",
+    "source",
+    metavar="REMOTE",
+    help="A name (`hub remote`), a URL or a path; without it, the store itself (with --out).",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the artifact as a plain directory, too.")
 @click.option("--requires/--no-requires", default=True, help="Pull what it requires as well (the default).")
 @json_option
@@ -19,8 +24,8 @@ def pull(ref: str, source: str | None, out: Path | None, requires: bool, as_json
     """Bring an artifact from a remote into the store; every byte is checked.
 
     \b
-    hub pull acme/tone --from /mnt/share/adapters
-    hub pull 'acme/tone>=1,<2' --from /mnt/share/adapters --out ./tone
+    hub pull acme/tone --from team
+    hub pull 'acme/tone>=1,<2' --from s3://bucket/adapters --out ./tone
     hub pull acme/tone@prod --out ./tone          (from the store)
 
     An alias in REF is set here too. An interrupted pull goes on where it stopped.
@@ -30,16 +35,17 @@ def pull(ref: str, source: str | None, out: Path | None, requires: bool, as_json
 
     store = Store()
     if source is None and out is None:
-        raise UsageError("from where?", hint=f"write hub pull {ref} --from URL|PATH, or --out DIR to copy it out")
+        raise UsageError("from where?", hint=f"write hub pull {ref} --from REMOTE, or --out DIR to copy it out")
     if source is None:
         artifact = store.get(ref)
     else:
+        from hub.named import Remotes
         from hub.progress import bars
-        from hub.remotes import from_url
         from hub.transfer import pull as transfer
 
+        remote = Remotes().open(source)
         with bars() as progress:
-            artifact = transfer(store, from_url(source), ref, progress=progress, requires=requires)
+            artifact = transfer(store, remote, ref, progress=progress, requires=requires)
     for warning in artifact.manifest.warnings:
         warn(f"{artifact.ref}: {warning}")
     if artifact.facts.yanked is not None:

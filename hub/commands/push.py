@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -11,13 +11,15 @@ from hub.commands._output import json_option, print_json, say, summary, warn
 
 if TYPE_CHECKING:
     from hub.artifact import Artifact
-    from hub.manifest import Draft
+    from hub.bump import Level
+    from hub.manifest import Draft, Manifest
+    from hub.remotes import Remote
     from hub.store import Store
 
 
 @click.command()
 @click.argument("target", metavar="DIR|REF")
-@click.option("--to", "remote", metavar="URL|PATH", help="Send it to this remote.")
+@click.option("--to", "place", metavar="REMOTE", help="Send it there: a name (`hub remote`), a URL or a path.")
 @click.option("--name", metavar="NS/NAME", help="Fact: the name.")
 @click.option("--version", help="Fact: the version (PEP 440).")
 @click.option("--type", "type_", help="Fact: adapter (the default), composition, router or merge.")
@@ -31,16 +33,22 @@ if TYPE_CHECKING:
 @click.option("--license", "license_", help="Fact: the licence (SPDX).")
 @click.option("--summary", "summary_", help="Fact: one sentence.")
 @click.option("--repack", is_flag=True, help="Measure the files again, keeping the facts of module.json.")
+@click.option(
+    "--bump",
+    type=click.Choice(["auto", "major", "minor", "patch"]),
+    help="The next version: computed from what changed (auto), or raised by this much. Implies --repack.",
+)
 @click.option("--tag", "alias", help="Let this alias stand for it.")
 @click.option("--requires/--no-requires", default=True, help="Send what it requires as well (the default).")
 @json_option
 def push(
     target: str,
-    remote: str | None,
+    place: str | None,
     type_: str | None,
     license_: str | None,
     summary_: str | None,
     repack: bool,
+    bump: str | None,
     alias: str | None,
     requires: bool,
     as_json: bool,
@@ -51,7 +59,8 @@ def push(
     \b
     hub push ./tone                                     (module.json is there)
     hub push ./peft --name acme/tone --version 1.0.0 --base builtin:tiny-lm
-    hub push acme/tone@1.0.0 --to /mnt/share/adapters   (from the store to a remote)
+    hub push ./tone --bump auto --to team               (the next version, to a named remote)
+    hub push acme/tone@1.0.0 --to s3://bucket/adapters  (from the store to a remote)
 
     A directory is checked first: no pickles, no links, no NaN, all tensors as its manifest says. Versions are
     immutable: the same content again is a no-op, other content under a published version is refused.
@@ -61,11 +70,12 @@ def push(
     facts |= {"type": type_, "license": license_, "summary": summary_}
     given = {name: value for name, value in facts.items() if value}
     store = Store()
+    remote = _open(place)
     directory = Path(target).expanduser()
     if directory.is_dir():
-        artifact = _publish(store, directory, given, repack)
+        artifact = _bumped(store, remote, directory, given, bump) if bump else _publish(store, directory, given, repack)
     else:
-        artifact = _published(store, target, remote, alias, bool(given) or repack)
+        artifact = _published(store, target, remote is not None or alias is not None, bool(given or repack or bump))
     for warning in artifact.manifest.warnings:
         warn(f"{artifact.ref}: {warning}")
     ref = str(artifact.ref) if directory.is_dir() else target
@@ -74,49 +84,97 @@ def push(
         artifact = store.tag(artifact.ref, alias)
     if remote is not None:
         from hub.progress import bars
-        from hub.remotes import from_url
         from hub.transfer import push as transfer
 
         with bars() as progress:
-            transfer(store, from_url(remote), ref, progress=progress, requires=requires)
+            transfer(store, remote, ref, progress=progress, requires=requires)
     if as_json:
-        print_json({**summary(artifact), "to": remote})
+        print_json({**summary(artifact), "to": place})
     else:
-        say(f"{artifact.ref} ({artifact.digest[:19]}...) is in {remote or store.where}")
+        say(f"{artifact.ref} ({artifact.digest[:19]}...) is in {remote.url if remote else store.where}")
 
 
-def _published(store: Store, target: str, remote: str | None, alias: str | None, facts: bool) -> Artifact:
+def _open(place: str | None) -> Remote | None:
+    if place is None:
+        return None
+    from hub.named import Remotes
+
+    return Remotes().open(place)
+
+
+def _published(store: Store, target: str, something_to_do: bool, facts: bool) -> Artifact:
     from hub.errors import NotFound, UsageError
 
     looks_like_path = target.startswith((".", "/", "~")) or target.endswith("/")
     if looks_like_path:
         raise NotFound(f"{target} is not a directory", path=target, hint="check the path")
     if facts:
-        raise UsageError("facts and --repack belong to a directory; a published artifact is immutable")
-    if remote is None and alias is None:
+        raise UsageError("facts, --repack and --bump belong to a directory; a published artifact is immutable")
+    if not something_to_do:
         artifact = store.get(target)
-        raise UsageError(f"{artifact.ref} is published already", hint=f"write hub push {target} --to URL|PATH")
+        raise UsageError(f"{artifact.ref} is published already", hint=f"write hub push {target} --to REMOTE")
     return store.get(target)
 
 
 def _publish(store: Store, directory: Path, given: dict[str, Any], repack: bool) -> Artifact:
     from hub.errors import UsageError
-    from hub.manifest import MANIFEST_NAME, read_manifest
+    from hub.manifest import MANIFEST_NAME
     from hub.pack import pack
 
     if not (directory / MANIFEST_NAME).exists():
         pack(directory, _draft(directory, given))
     elif repack:
-        from hub.manifest import Draft, validate
-
-        before = read_manifest(directory).draft().model_dump()
-        pack(directory, validate(Draft, {**before, **_facts(given)}, what="the facts"))
+        pack(directory, _draft_again(directory, given))
     elif given:
         raise UsageError(
             f"{directory} has a {MANIFEST_NAME}, which states its facts",
             hint="add --repack to change them",
         )
     return store.put(directory)
+
+
+def _bumped(store: Store, remote: Remote | None, directory: Path, given: dict[str, Any], bump: str) -> Artifact:
+    """Publish a directory under the version that follows from what changed since the last one, here or there."""
+    from hub.bump import FIRST, Change, compare, highest, raised
+    from hub.errors import UsageError
+    from hub.manifest import MANIFEST_NAME
+    from hub.pack import measure, pack
+    from hub.transfer import last_manifest
+
+    if "version" in given:
+        raise UsageError("give either --version or --bump")
+    given = {**given, "version": FIRST}
+    draft = (_draft_again if (directory / MANIFEST_NAME).exists() else _draft)(directory, given)
+    catalogues = [store.catalogue(draft.name)] + ([remote.catalogue(draft.name)] if remote else [])
+    before = last_manifest(store, remote, draft.name, catalogues)
+    top = highest(catalogues)
+    if before is not None and top is not None:
+        change = compare(before, measure(directory, draft)) if bump == "auto" else Change(cast("Level", bump))
+        if change.level is None:
+            say(f"nothing changed since {before.ref}")
+            return _again(store, remote, before)
+        version = raised(top, change.level)
+        why = f" ({', '.join(change.reasons)})" if change.reasons else ""
+        say(f"{before.ref} -> {version}: {change.level}{why}")
+        draft = draft.model_copy(update={"version": version})
+    pack(directory, draft)
+    return store.put(directory)
+
+
+def _again(store: Store, remote: Remote | None, manifest: Manifest) -> Artifact:
+    from hub.transfer import pull
+
+    if remote is not None and store.catalogue(manifest.name).find(digest=manifest.digest) is None:
+        return pull(store, remote, manifest.ref)
+    return store.get(manifest.ref)
+
+
+def _draft_again(directory: Path, given: dict[str, Any]) -> Draft:
+    """Facts of the module.json that is there, those given changed."""
+    from hub.manifest import Draft, read_manifest, validate
+
+    before = read_manifest(directory).draft().model_dump()
+    return validate(Draft, {**before, **_facts(given)}, what="the facts")
 
 
 def _draft(directory: Path, given: dict[str, Any]) -> Draft:

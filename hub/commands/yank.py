@@ -1,18 +1,25 @@
-"""``hub yank``."""
+"""``hub yank`` and ``hub delete``."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import click
 
 from hub.commands._output import json_option, print_json, say
+
+if TYPE_CHECKING:
+    from hub.ref import AdapterRef
+    from hub.resolve import Release
 
 
 @click.command()
 @click.argument("ref")
 @click.option("--reason", help="Why; shown to whoever asks for it.")
 @click.option("--undo", is_flag=True, help="Take the yank back.")
+@click.option("--at", "place", metavar="REMOTE", help="There, instead of in the store: a name, a URL or a path.")
 @json_option
-def yank(ref: str, reason: str | None, undo: bool, as_json: bool) -> None:
+def yank(ref: str, reason: str | None, undo: bool, place: str | None, as_json: bool) -> None:
     """Withdraw a version: ranges and bare names skip it, an exact pin still finds it.
 
     REF names one version, alias or digest.
@@ -26,9 +33,45 @@ def yank(ref: str, reason: str | None, undo: bool, as_json: bool) -> None:
         raise UsageError(f"{ref} does not name one version", hint=f"write {parsed.id}@VERSION")
     if undo == (reason is not None):
         raise UsageError("give either --reason TEXT or --undo")
-    release = Store().yank(parsed, None if undo else reason)
+    why = None if undo else reason
+    release = Store().yank(parsed, why) if place is None else _there(place, parsed, why)
     exact = parsed.at(version=release.version)
     if as_json:
-        print_json({"ref": str(exact), "digest": release.digest, "yanked": release.yanked})
+        print_json({"ref": str(exact), "digest": release.digest, "yanked": why, "at": place})
     else:
-        say(f"{exact} is {'back' if undo else 'yanked: ' + str(reason)}")
+        say(f"{exact} is {'back' if undo else 'yanked: ' + str(reason)}{f' in {place}' if place else ''}")
+
+
+def _there(place: str, ref: AdapterRef, reason: str | None) -> Release:
+    from hub.named import Remotes
+    from hub.transfer import find
+
+    remote = Remotes().open(place)
+    release = find(remote, ref)
+    remote.yank(ref.id, release.digest, reason)
+    return release
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--reason", required=True, help="Why; shown to whoever asks for it.")
+@click.option("--force", is_flag=True, help="Even where another artifact requires it.")
+@json_option
+def delete(ref: str, reason: str, force: bool, as_json: bool) -> None:
+    """Delete one version of the store for good: nothing is ever published under it again.
+
+    Its bytes go with the next `hub gc`. To withdraw a version from new users only, yank it.
+    """
+    from hub.errors import UsageError
+    from hub.ref import AdapterRef
+    from hub.store import Store
+
+    parsed = AdapterRef.parse(ref)
+    if parsed.pin is None:
+        raise UsageError(f"{ref} does not name one version", hint=f"write {parsed.id}@VERSION")
+    release = Store().delete(parsed, reason, force=force)
+    exact = parsed.at(version=release.version)
+    if as_json:
+        print_json({"ref": str(exact), "digest": release.digest, "reason": reason})
+    else:
+        say(f"{exact} is deleted: {reason}; `hub gc` frees its space")

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hub.blobs import Blobs
+from hub.disk import disk_errors
 from hub.errors import StoreError
 from hub.registry.gitids import File
 from hub.staging import Staging
-from hub.vault import disk_errors
 
 SCHEMA = 1
 BUSY = 30.0  # seconds to wait for another writer

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlencode
 
+from hub.disk import disk_errors
 from hub.registry.changes import known_size
 from hub.registry.context import Access, Context
 from hub.registry.errors import ApiError, too_large
 from hub.registry.gitids import File
-from hub.vault import disk_errors
 
 LIFETIME = 6 * 3600  # seconds that a link is good for
 MAX_OBJECTS = 1000

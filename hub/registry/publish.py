@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hub.disk import disk_errors
 from hub.errors import GateError, HubError, IntegrityError, ManifestError
 from hub.files import read_capped
 from hub.gates import CONFIG, role_of
@@ -23,7 +24,6 @@ from hub.registry.gitids import File
 from hub.registry.repos import MAIN, Repos, Revision
 from hub.registry.tokens import Caller
 from hub.resolve import Release
-from hub.vault import disk_errors
 
 _BOUND = ("config", "weights", "extra")  # files that the facts of a manifest are about
 MAX_CARD = 2**20  # bytes of a card that are searched for facts

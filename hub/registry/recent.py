@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from hub.ledger import Event, Position
+from hub.ledger import Event, Op, Position
 from hub.resolve import Catalogue
 from hub.store import Store
 
@@ -89,3 +89,6 @@ def _events(catalogue: Catalogue) -> Iterator[Event]:
             yield Event("yank", catalogue.name, release.digest, version=release.version, reason=release.yanked)
     for alias, digest in catalogue.aliases.items():
         yield Event("alias", catalogue.name, digest, alias=alias)
+    for gone in catalogue.tombstones:
+        op: Op = "delete" if gone.final else "evict"
+        yield Event(op, catalogue.name, gone.digest, version=gone.version, reason=gone.reason)

@@ -65,6 +65,10 @@ class Remote(Protocol):
         """Let an alias stand for a published digest."""
         ...
 
+    def yank(self, name: str, digest: str, reason: str | None) -> None:
+        """Yank a published digest with a reason, or take that back (None)."""
+        ...
+
 
 Opener = Callable[[str], Remote]
 OpenerT = TypeVar("OpenerT", bound=Opener)
@@ -95,8 +99,9 @@ def from_url(url: str) -> Remote:
     Raises
     ------
     UsageError
-        An unknown scheme, with did-you-mean.
+        An unknown scheme, with did-you-mean; or a URL that carries a user, a password or a query.
     """
+    refuse_secrets(url)
     known = schemes()
     found = _SCHEME.match(url)
     scheme = found["scheme"].lower() if found else "file"
@@ -104,3 +109,25 @@ def from_url(url: str) -> Remote:
         hint = suggest(scheme, known) or f"known are {', '.join(sorted(known))}, and plain paths"
         raise UsageError(f"there is no remote for {scheme}:// ({url})", hint=hint)
     return known[scheme](url)
+
+
+def refuse_secrets(url: str) -> None:
+    """Refuse a URL that carries credentials: they would end up in files, in messages and in the shell's history.
+
+    Raises
+    ------
+    UsageError
+        It shows the URL without them.
+    """
+    found = _SCHEME.match(url)
+    if found is None:
+        return
+    rest = url[found.end() :]
+    place, query, _ = rest.partition("?")
+    host = place.partition("/")[0]
+    if "@" in host or query:
+        bare = f"{found['scheme']}://{host.rpartition('@')[2]}{place[len(host) :]}"
+        raise UsageError(
+            f"the URL of {bare} carries a user, a password or a query, which do not belong there",
+            hint=f"write {bare}; credentials come from the environment, or from the login of the service's own client",
+        )

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from hub.disk import disk_errors
 from hub.errors import NotFound, UsageError
 from hub.files import CHUNK, open_regular
 from hub.ref import AdapterRef
 from hub.remotes.base import register
 from hub.resolve import Catalogue
 from hub.staging import Advance
-from hub.vault import Vault, disk_errors
+from hub.vault import Vault
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest
@@ -58,7 +59,12 @@ class DirectoryRemote:
 
     def missing(self, manifest: Manifest) -> list[FileEntry]:
         """Files whose blob is not here, or not whole: a damaged one is sent again, which mends it."""
-        return [entry for entry in manifest.files if self._vault.blobs.check(entry.digest, entry.size) is not None]
+        blobs = self._vault.blobs
+        lacks = [entry for entry in manifest.files if blobs.check(entry.digest, entry.size) is not None]
+        for entry in manifest.files:
+            if entry not in lacks:
+                blobs.keep(entry.digest)
+        return lacks
 
     def read(self, manifest: Manifest, entry: FileEntry, offset: int) -> Iterable[bytes]:
         """Bytes of the blob from the offset on."""
@@ -101,6 +107,10 @@ class DirectoryRemote:
     def tag(self, name: str, alias: str, digest: str) -> None:
         """Move the alias here."""
         self._vault.set_alias(AdapterRef.parse(name).at(digest=digest), alias)
+
+    def yank(self, name: str, digest: str, reason: str | None) -> None:
+        """Yank here, or take that back."""
+        self._vault.yank(AdapterRef.parse(name).at(digest=digest), reason)
 
 
 def _path(url: str) -> Path:

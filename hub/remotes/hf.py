@@ -253,6 +253,13 @@ class HuggingFaceRemote:
                 self._api.delete_tag(repo, tag=alias)
             self._api.create_tag(repo, tag=alias, revision=place.commit)
 
+    def yank(self, name: str, digest: str, reason: str | None) -> None:
+        """Refuse: the protocol knows no yank."""
+        raise UsageError(
+            f"{self.url} cannot be told to yank: the Hugging Face protocol has no word for it",
+            hint="run `hub yank` on the machine of the registry, with HUB_HOME at its store",
+        )
+
     def _main(self, name: str) -> tuple[str | None, dict[str, str | None]]:
         """Head of main (None without a repository), and its files: path -> sha256 where that is known.
 

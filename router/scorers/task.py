@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from hub.errors import NotFound, did_you_mean
+from hub.errors import NotFound, UsageError, did_you_mean
+from router.bench import Batch, Experts
+from router.scorer import RowScorer, Statistics, register
 
 
 class TaskScorer:
@@ -35,3 +38,20 @@ class TaskScorer:
                 raise NotFound(f"row {row} asks for {task!r}, which is not an expert", hint=f"did you mean {near[0]}?")
             scores[row, self.index[task]] = 0.0
         return scores
+
+
+@register("task")
+class Task(RowScorer):
+    """score_e = 0 for the expert that the row names, -inf for the others: the oracle, and multi-tenant serving."""
+
+    needs_data = False
+
+    def score(
+        self, model: PreTrainedModel, batch: Batch, experts: Experts, statistics: Mapping[str, Statistics]
+    ) -> Tensor:
+        """Scores (B, E) by the names the rows give."""
+        if len(batch.tasks) != len(batch):
+            raise UsageError(
+                "these rows do not say which expert they ask for", hint="give a name a row, or another method"
+            )
+        return TaskScorer(list(experts))(batch.tasks).to(batch.input_ids.device)

@@ -55,10 +55,19 @@ def test_single(bench, quantize):
 def test_kernels(bench):
     report, _ = bench("bench_kernels", width=16, rank=2, layers=1, rounds=1)
     rows = report["rows"]
-    assert {row["chosen"] for row in rows} == {"stacked", "gather"}
+    assert {row["chosen"] for row in rows} == {"stacked", "gather", "grouped"}
     for row in rows:
         assert row[row["chosen"]] != "-", "the chosen backend must be among those measured"
     assert all(row["gather"] == "-" for row in rows if row["routed"])
+
+
+def test_route_token(bench):
+    shape = {**SMALL, "rows": 2, "width": 64, "rank": 2}
+    report, table = bench("bench_route_token", "--experts=3,5", **shape)
+    assert [row["experts"] for row in report["rows"]] == [3, 5]
+    assert all(row[side] > 0 for row in report["rows"] for side in ("ours", "peft", "memory"))
+    assert all(row["largest_difference"] < 1e-4 for row in report["rows"])
+    assert len(table.splitlines()) == 2 + 1 + 2
 
 
 def test_a_wrong_option_ends_with_usage(bench):

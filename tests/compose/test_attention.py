@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import compose
 from compose.atoms import Prefix
 from compose.attention import _with_prefix, stack_prefixes
 from compose.inject import activate, eject, runtime
@@ -237,9 +238,23 @@ def test_other_attention_is_refused(tiny):
 
 def test_options_that_mean_nothing_are_refused(tiny):
     model = tiny.model("llama")
-    for options in ({"target_modules": ("q_proj",)}, {"layers": (0,)}):
-        with pytest.raises(KindError, match="takes no target_modules"):
-            tiny.adapter(model, "prefix", "p", **options)
+    with pytest.raises(KindError, match="no target_modules"):
+        tiny.adapter(model, "prefix", "p", target_modules=("q_proj",))
+
+
+def test_a_prefix_may_act_in_some_layers_only(tiny, tmp_path):
+    model = tiny.model("llama")
+    adapter = tiny.adapter(model, "prefix", "p", layers=(1,))
+    activate(model, "p")
+    assert adapter.paths == ("model.layers.1.self_attn",)
+    assert adapter.at("", "P").shape == (3, 2 * 2 * 8)
+    batch = tiny.batch("llama", tiny.rows(5, 3))
+    compose.save(adapter, tmp_path, model=model)
+    other = tiny.model("llama")
+    compose.attach(other, "q", tmp_path)
+    activate(other, "q")
+    for ours, theirs in zip(tiny.logits(other, batch), tiny.logits(model, batch), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])

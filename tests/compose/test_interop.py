@@ -127,16 +127,13 @@ def test_targets_are_as_short_as_unambiguous(wanted, expected):
 
 
 @pytest.mark.parametrize("peft_type", [t.value for t in PeftType if t.value not in
-                                       ("LORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING")])  # fmt: skip
+                                       {kind.peft_type for kind in kinds().values()}])  # fmt: skip
 def test_a_peft_type_without_a_kind_is_refused_by_name(peft_type):
     with pytest.raises(KindError, match=peft_type):
         interop.parse_config({"peft_type": peft_type}, inject.runtime(llama()).sites)
 
 
 MEANINGFUL = {
-    "rank_pattern": {"q_proj": 4},
-    "alpha_pattern": {"q_proj": 4},
-    "lora_bias": True,
     "bias": "all",
     "init_lora_weights": "pissa",
     "layer_replication": [[0, 1]],

@@ -148,7 +148,9 @@ def test_half_precision(name):
         ([64, 8], torch.tensor([[1.0, 0.0], [0.0, 1.0]]), "stacked"),
         ([8] * 4, torch.ones(32, 4), "stacked"),  # every row uses every expert anyway
         ([8] * 8, torch.ones(2, 5, 8), "stacked"),
-        ([16] * 32, torch.ones(2, 5, 32), "grouped"),
+        ([16] * 32, torch.ones(2, 5, 32), "stacked"),  # every token uses every expert anyway
+        ([16] * 4, torch.eye(4)[None], "stacked"),
+        ([16] * 32, torch.eye(32)[None], "grouped"),
     ],
 )
 def test_choice(ranks, weights, expected):

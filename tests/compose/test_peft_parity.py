@@ -1,5 +1,6 @@
 """The same weights give the same outputs in PEFT and here, in both directions, and generate the same tokens."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -147,6 +148,49 @@ def test_same_placement(tiny, name, kind, tmp_path):
     torch.testing.assert_close(logits(tiny, model, family), logits(tiny, theirs, family), atol=TOLERANCE, rtol=0)
     back = export(tiny, family, model, adapter, tmp_path / "ours")
     assert set(back.base_model.targeted_module_names) == set(adapter.paths)
+    torch.testing.assert_close(logits(tiny, back, family), logits(tiny, theirs, family), atol=TOLERANCE, rtol=0)
+
+
+FIELDS: dict[str, tuple[str, Any]] = {
+    "rank-and-alpha-patterns": (
+        "llama",
+        peft.LoraConfig(
+            r=4,
+            lora_alpha=10,
+            target_modules=ALL,
+            rank_pattern={"1.self_attn.q_proj": 2, "q_proj": 6, r"layers\.\d+\.mlp\.down_proj": 3},
+            alpha_pattern={"0.self_attn.q_proj": 5, "mlp.up_proj": 2.5, "layers.0.mlp.down_proj": 7},
+            use_rslora=True,
+        ),
+    ),
+    "dora-rank-pattern": (
+        "bert",
+        peft.LoraConfig(r=4, use_dora=True, target_modules=["query", "dense"], rank_pattern={"query": 2}),
+    ),
+    "lora-bias": ("gpt2", peft.LoraConfig(r=4, lora_alpha=10, lora_bias=True)),
+    "embeddings": ("llama", peft.LoraConfig(r=4, lora_alpha=10, target_modules=["embed_tokens", "v_proj"])),
+    "embeddings-of-an-encoder": ("bert", peft.LoraConfig(r=4, target_modules=["word_embeddings"], use_rslora=True)),
+    "lokr": ("llama", peft.LoKrConfig(r=2, alpha=6, target_modules=["q_proj", "down_proj"], decompose_factor=4)),
+    "lokr-whole-factors": ("bert", peft.LoKrConfig(r=32, alpha=32, target_modules=["query", "value", "dense"])),
+    "lokr-patterns": (
+        "opt",
+        peft.LoKrConfig(r=2, target_modules=["fc1", "fc2"], rank_pattern={"fc1": 3}, alpha_pattern={"0.fc2": 5}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_same_fields(tiny, name, tmp_path):
+    family, config = FIELDS[name]
+    config = copy.deepcopy(config)
+    config.task_type = TASKS[family]
+    theirs = peft_model(tiny, family, config)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    model, adapter = attach(tiny, family, tmp_path / "theirs")
+    assert set(adapter.paths) == set(theirs.base_model.targeted_module_names)
+    torch.testing.assert_close(logits(tiny, model, family), logits(tiny, theirs, family), atol=TOLERANCE, rtol=0)
+    back = export(tiny, family, model, adapter, tmp_path / "ours")
     torch.testing.assert_close(logits(tiny, back, family), logits(tiny, theirs, family), atol=TOLERANCE, rtol=0)
 
 

@@ -57,7 +57,8 @@ def test_save_then_load_is_exact(tiny, texts, tmp_path, kind, family, dtype):
         again = interop.read(tmp_path / str(stored), sites, model, name="again")
         assert again.state().keys() == adapter.state().keys()
         for key, tensor in adapter.state().items():
-            assert again.state()[key].dtype == stored
+            assert again.state()[key].dtype == tensor.dtype
+            assert tensor.dtype == stored or not tensor.is_floating_point()
             assert torch.equal(again.state()[key], tensor)
         assert not again.trainable
         runtime(model).add("again", again)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +90,67 @@ def publish(store: Store, packed: Callable[..., tuple[Path, Manifest]]):
         return store.put(packed(ref, **facts)[0])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """moto's S3 server on loopback; gives its endpoint."""
+    pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto is not installed")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bucket of its own."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"b{abs(hash(tmp_path)):x}"
+    with urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT")) as answer:
+        assert answer.status == 200
+    return f"s3://{bucket}/adapters"
+
+
+@pytest.fixture(scope="session")
+def oci_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Debian's docker-registry on loopback; gives ``host:port`` and the directory of its blobs."""
+    pytest.importorskip("oras", reason="the extra `oci` is not installed")
+    program = shutil.which("docker-registry")
+    if program is None:
+        pytest.skip("the program docker-registry is not installed")
+    place = tmp_path_factory.mktemp("oci")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{free.getsockname()[1]}"
+    (place / "config.yml").write_text(
+        f"version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nhttp: {{addr: '{host}'}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {place}}}, delete: {{enabled: true}}}}\n"
+    )
+    log = (place / "log").open("wb")
+    server = subprocess.Popen([program, "serve", str(place / "config.yml")], stdout=log, stderr=log)
+    for _ in range(500):
+        try:
+            urllib.request.urlopen(f"http://{host}/v2/").close()
+            break
+        except urllib.error.URLError:
+            assert server.poll() is None, (place / "log").read_text()
+            time.sleep(0.02)
+    yield host, place / "docker/registry/v2/blobs/sha256"
+    server.kill()
+    server.wait()
+    log.close()
+
+
+@pytest.fixture
+def oci_url(oci_server: tuple[str, Path], tmp_path: Path) -> str:
+    """A prefix of its own."""
+    return f"oci://{oci_server[0]}/t{abs(hash(tmp_path)):x}"

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from hub.errors import Conflict, GateError, HubError, IntegrityError, NotFound, UsageError
-from hub.ref import AdapterRef
 from hub.remotes import from_url
 from hub.remotes.base import schemes
 from hub.store import Store
@@ -44,12 +43,23 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         thread.join(20)
 
 
+@contextmanager
+def memory(tmp_path: Path) -> Iterator[str]:
+    fs = pytest.importorskip("fsspec").filesystem("memory")
+    yield f"memory://{tmp_path.name}"
+    fs.rm(f"/{tmp_path.name}", recursive=True) if fs.exists(f"/{tmp_path.name}") else None
+
+
 PLACES = {
-    "path": lambda tmp_path, _: nullcontext(str(tmp_path / "remote")),
-    "file": lambda tmp_path, _: nullcontext((tmp_path / "remote").as_uri()),
-    "hf+http": registry,
+    "path": lambda request, tmp_path, _: nullcontext(str(tmp_path / "remote")),
+    "file": lambda request, tmp_path, _: nullcontext((tmp_path / "remote").as_uri()),
+    "hf+http": lambda request, tmp_path, monkeypatch: registry(tmp_path, monkeypatch),
+    "memory": lambda request, tmp_path, _: memory(tmp_path),
+    "s3": lambda request, tmp_path, _: nullcontext(request.getfixturevalue("s3_url")),
+    "oci": lambda request, tmp_path, _: nullcontext(request.getfixturevalue("oci_url")),
 }
-ALIKE = {"hf": "hf+http", "hf+https": "hf+http"}  # one class, and nothing but the endpoint differs
+# One class, and nothing but the endpoint or the client library differs.
+ALIKE = {"hf": "hf+http", "hf+https": "hf+http", "gs": "s3", "gcs": "s3", "az": "s3", "abfs": "s3"}
 
 
 def test_every_scheme_is_under_contract() -> None:
@@ -58,8 +68,8 @@ def test_every_scheme_is_under_contract() -> None:
 
 @pytest.fixture(params=sorted(PLACES))
 def url(request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the remote is; it keeps its artifacts in the store `tmp_path / "remote"`."""
-    with PLACES[request.param](tmp_path, monkeypatch) as found:
+    """Where the remote is; directories and the registry keep their artifacts in the store `tmp_path / "remote"`."""
+    with PLACES[request.param](request, tmp_path, monkeypatch) as found:
         yield found
 
 
@@ -343,12 +353,60 @@ def test_damage_at_home_is_not_pushed(url: str, store: Store, publish) -> None:
 
 def test_yanked_at_the_remote(url: str, store: Store, second: Store, publish, tmp_path: Path) -> None:
     publish("acme/tone@1.0")
-    publish("acme/tone@1.1", seed=1)
+    artifact = publish("acme/tone@1.1", seed=1)
     for version in ("1.0", "1.1"):
         push(store, from_url(url), f"acme/tone@{version}")
-    Store(tmp_path / "remote").yank(AdapterRef.parse("acme/tone@1.1"), "bad")
+
+    def yank(reason: str | None) -> None:
+        if url.startswith("hf"):
+            with pytest.raises(UsageError, match="cannot be told to yank"):
+                from_url(url).yank("acme/tone", artifact.digest, reason)
+            Store(tmp_path / "remote").yank("acme/tone@1.1", reason)
+        else:
+            from_url(url).yank("acme/tone", artifact.digest, reason)
+
+    yank("bad")
+    release = from_url(url).catalogue("acme/tone").find(version="1.1")
+    assert release.yanked == (f"withdrawn in {url}" if url.startswith("hf") else "bad")
     assert pull(second, from_url(url), "acme/tone").ref.version == "1.0"
     assert pull(second, from_url(url), "acme/tone@1.1").ref.version == "1.1"
+    yank(None)
+    assert from_url(url).catalogue("acme/tone").find(version="1.1").yanked is None
+    assert pull(second, from_url(url), "acme/tone").ref.version == "1.1"
+
+
+def test_what_was_never_published_cannot_be_tagged(url: str, store: Store, publish) -> None:
+    push(store, from_url(url), publish().ref)
+    with pytest.raises(NotFound):
+        from_url(url).tag("acme/tone", "prod", "sha256:" + "0" * 64)
+    assert from_url(url).catalogue("acme/tone").aliases == {}
+
+
+def test_two_publish_the_same_version_at_once(url: str, packed, tmp_path: Path) -> None:
+    """One wins, the other is told so; a registry without compare-and-swap shows the race at least to one of them."""
+    stores = [Store(tmp_path / f"writer-{i}") for i in range(2)]
+    for i, writer in enumerate(stores):
+        writer.put(packed("acme/tone@1.0.0", seed=i)[0])
+    outcomes: list[Exception | None] = [None, None]
+    ready = threading.Barrier(2)
+
+    def work(i: int) -> None:
+        remote = from_url(url)
+        ready.wait()
+        try:
+            push(stores[i], remote, "acme/tone")
+        except HubError as error:
+            outcomes[i] = error
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [release] = from_url(url).catalogue("acme/tone").releases
+    winner = [store.get("acme/tone").digest for store in stores].index(release.digest)
+    assert outcomes[winner] is None
+    assert isinstance(outcomes[1 - winner], Conflict)
 
 
 def test_unknown_scheme() -> None:

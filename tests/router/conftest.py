@@ -49,3 +49,9 @@ def model():
 @pytest.fixture
 def texts() -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def attach():
+    """Attach one more frozen adapter with random parameters: attach(model, name, kind, seed, **config)."""
+    return attach_random

@@ -55,7 +55,7 @@ def test_yaml_and_overrides(tmp_path):
         ("data: {trian: x}\n", "did you mean 'train'"),
         ("data: {train: x, eval: 2.0}\n", "fraction between 0 and 1"),
         ("columns: {txt: body}\n", "did you mean 'text'"),
-        ("metric: accuracy\n", "needs task classification"),
+        ("metric: accuracy\n", "not one of task causal_lm"),
         ("base: \xff\n", "unacceptable"),
     ],
 )

@@ -37,7 +37,7 @@ def test_a_run_leaves_a_folder_and_an_artifact_that_reloads_with_equal_results(n
     config = lm(notes, quantize=quantize)
     out = run(config, folder=tmp_path / "run", ref="me/notes@1.2.0", license="apache-2.0")
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "curves.svg", "run.log", "adapter"}
+    assert names == {"config.yaml", "metrics.jsonl", "curves.svg", "curves.html", "run.log", "adapter"}
     assert load_config(tmp_path / "run" / "config.yaml") == config
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]

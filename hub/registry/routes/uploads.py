@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from hub.disk import disk_errors
 from hub.registry import changes, lfs
 from hub.registry.bodies import in_thread
 from hub.registry.commits import ignored, read_commit
@@ -18,7 +19,6 @@ from hub.registry.errors import ApiError, too_large
 from hub.registry.gitids import File
 from hub.registry.guard import unslash
 from hub.registry.routes.account import JsonBody
-from hub.vault import disk_errors
 
 router = APIRouter()
 _NO_PULL_REQUESTS = "this registry has no pull requests: commit to a branch"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,9 @@ def train(
 
     Spans are steps (200) or epochs ('3 epochs'). The folder keeps the configuration, metrics, curves, log and adapter.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    # OpenMP's threads spin while they wait; where others use the cores too, that makes every step many times slower.
+    # It is read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     path, config = _config(words)
     name = name or f"local/{_slug(path.stem if path else config.method)}"
     if dry_run:
@@ -112,7 +116,7 @@ def _dry_run(config: TrainConfig, json_path: str | None) -> None:
     from train.run import prepare
 
     ready = prepare(config)
-    found = preview(config, ready)
+    found = preview(ready)
     if json_path != "-":
         show(found, ready, Console(highlight=False))
     _write_json(found.as_dict(), json_path)

@@ -1,0 +1,150 @@
+"""What dense and sparse share: theta = theta_0 + delta for chosen parameters of the base, and its atoms.
+
+A shifted weight of a linear site is a linear map beside it, a shifted bias a bias; a norm or an embedding is affine in
+its parameters p, so its shift is M(p = delta) - M(p = 0), evaluated on the module's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from compose.atoms import Atoms, Below, Moved
+from compose.kind import Adapter, KindConfig, original_module
+from compose.maps import LinearMap
+from compose.sites import SiteError, SiteMap, linear_shape
+
+
+@dataclass(frozen=True)
+class Place:
+    """One parameter of the base: ``name`` in the module at ``path``; a linear weight counts as (d_out, d_in)."""
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of its elements."""
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+
+class ShiftConfig(KindConfig):
+    """Which parameters move."""
+
+    target_modules: tuple[str, ...] | str | None = Field(
+        None,
+        description='roles, suffixes, "all-linear", paths of norms or of the input embeddings, or "all" of these; '
+        "default: the linears and norms of the blocks",
+    )
+    biases: bool = Field(True, description="the biases of those modules move too")
+
+
+class Shift(Adapter):
+    """theta_0 + w delta: linear in its weight w, and the identity at first (delta = 0).
+
+    A parameter that two modules share (tied embeddings) is stored once and moves in both where both are chosen.
+    Modules that are neither linear, norm nor input embedding (convolutions, position tables) stay as they are.
+    """
+
+    Config = ShiftConfig
+    config: ShiftConfig
+
+    def places(self, sites: SiteMap, model: PreTrainedModel) -> Iterator[Place]:
+        """Parameters to create, each once; fills ``self.paths`` and the aliases of tied ones."""
+        self.paths = tuple(_chosen(self.config, sites))
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._tied: dict[tuple[str, str], tuple[str, str]] = {}
+        self._modules_of: dict[str, Callable[[], nn.Module]] = {}
+        owners: dict[int, tuple[str, str]] = {}
+        for path in self.paths:
+            module = original_module(model, path)
+            for name, parameter in module.named_parameters(recurse=False):
+                if name == "bias" and not self.config.biases:
+                    continue
+                first = owners.setdefault(id(parameter), (path, name))
+                self._tied[path, name] = first
+                if first == (path, name):
+                    yield Place(path, name, _shape(module, name, parameter))
+
+    def own(self, path: str, name: str) -> tuple[str, str] | None:
+        """Where the delta of this parameter is kept, or None if it does not move."""
+        return self._tied.get((path, name))
+
+    def map_at(self, path: str, name: str) -> LinearMap:
+        """The delta of a linear weight."""
+        raise NotImplementedError
+
+    def vector_at(self, path: str, name: str) -> Tensor:
+        """The delta of any other parameter, in its own shape."""
+        raise NotImplementedError
+
+    def lower(self, path: str, below: Below) -> Atoms | None:
+        """A map and a bias at a linear site, a moved module elsewhere."""
+        if path not in self.paths:
+            return None
+        held = {name: own for name in ("weight", "bias") if (own := self.own(path, name)) is not None}
+        bias = self.vector_at(*held["bias"]) if "bias" in held else None
+        module = below.layer
+        if linear_shape(module) is not None:
+            return Atoms(delta=self.map_at(*held["weight"]), bias=bias)
+        deltas = {"weight": self.vector_at(*held["weight"])} if "weight" in held else {}
+        if bias is not None:
+            deltas["bias"] = bias
+        return Atoms(function=Moved(_moved(module, deltas), lambda: deltas))
+
+
+def _moved(module: nn.Module, deltas: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """F(x) = M(p = delta)(x) - M(p = 0)(x), in float32; an embedding of zeros is zero."""
+
+    def run(x: Tensor) -> Tensor:
+        if isinstance(module, nn.Embedding):
+            return cast("Tensor", functional_call(module, dict(deltas), (x,)))
+        zeros = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in module.named_parameters(recurse=False)}
+        new = {**zeros, **{name: delta.float() for name, delta in deltas.items()}}
+        moved, unmoved = functional_call(module, new, (x.float(),)), functional_call(module, zeros, (x.float(),))
+        return cast("Tensor", moved - unmoved)
+
+    return run
+
+
+def _shape(module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
+    linear = linear_shape(module)  # whatever holds it: packed nf4 codes, Conv1D's transpose
+    return (linear[1], linear[0]) if linear is not None and name == "weight" else tuple(parameter.shape)
+
+
+def _chosen(config: ShiftConfig, sites: SiteMap) -> list[str]:
+    """Module paths in model order."""
+    wanted, carried = config.target_modules, tuple(f".{name}." for name in config.modules_to_save)
+    blocks = {s.path: s.layer for s in sites} | {p: sites.layer_of(p) for p in sites.norms}
+    everything = {**blocks, **dict.fromkeys(sites.outside), sites.embedding: None}
+    if wanted is None:
+        chosen = {p for p, layer in blocks.items() if layer is not None}
+    elif wanted == "all":
+        chosen = set(everything)
+    elif wanted == "all-linear":
+        chosen = set(sites.sites)
+    else:
+        chosen = set()
+        for name in (wanted,) if isinstance(wanted, str) else wanted:
+            chosen |= {p for p in everything if p == name or p.endswith("." + name)} or {
+                s.path for s in sites.select(name)
+            }
+    if config.layers is not None:
+        chosen = {p for p in chosen if everything[p] in config.layers}
+    chosen = {p for p in chosen if p and not any(name in f".{p}." for name in carried)}
+    if not chosen:
+        raise SiteError(
+            f"no module of {wanted or 'the blocks'!r} lies in layers {config.layers}", hint=f"layers: {sites.depth()}"
+        )
+    return [p for p in sites.modules if p in chosen]

@@ -1,0 +1,48 @@
+"""``hub export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hub.commands._output import json_option, print_json, say
+
+_EXPORT = "compose.exporting:export"
+
+
+@click.command()
+@click.argument("ref")
+@click.option("--format", "format_", type=click.Choice(["peft", "vllm", "merged"]), required=True, help="For whom.")
+@click.option("--to", "out", type=click.Path(path_type=Path), help="The directory [./NAME-FORMAT].")
+@click.option("--base", metavar="BASE", help="The base [the one it was made for].")
+@click.option("--rank", type=click.IntRange(min=1), help="vllm: rank of the LoRA that stands for another kind.")
+@click.option("--quantize", type=click.Choice(["none", "int8", "nf4"]), help="merged: fold into weights so rounded.")
+@click.option("--base-name", metavar="NAME", help="peft, vllm: what the config calls the base.")
+@click.option("--allow-base-drift", is_flag=True, help="Accept other weights of the same architecture.")
+@json_option
+def export(ref: str, format_: str, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Write an artifact for another engine.
+
+    \b
+    hub export acme/tone --format peft --to ./tone       PeftModel.from_pretrained("./tone")
+    hub export acme/both --format vllm                   one plain LoRA, by vLLM's rules
+    hub export acme/dora --format vllm --rank 16         what no LoRA is exactly, approximated and measured
+    hub export acme/tone --format merged --to ./model    the base with it folded in, and what rounding has lost
+    """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    from hub.errors import UsageError
+    from hub.lazy import load
+    from hub.ref import AdapterRef
+
+    for name, of in (("rank", "vllm"), ("quantize", "merged")):
+        if options[name] is not None and format_ != of:
+            raise UsageError(f"--{name} belongs to --format {of}")
+    place = out or Path(f"{AdapterRef.parse(ref).name}-{format_}")
+    done = load(_EXPORT)(ref, format_, place, **options)
+    if as_json:
+        print_json(done.as_dict())
+        return
+    for note in done.notes:
+        say(note)
+    say(f"{done.ref} is in {done.directory}")

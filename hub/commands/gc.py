@@ -1,0 +1,43 @@
+"""``hub gc``."""
+
+from __future__ import annotations
+
+import click
+
+from hub.commands._output import bytes_text, json_option, print_json, say
+
+
+@click.command()
+@click.option("--run", is_flag=True, help="Remove it; without this, it is only shown.")
+@click.option("--superseded", is_flag=True, help="Releases too that nothing leads to.")
+@click.option(
+    "--grace", type=click.FloatRange(0), default=60.0, show_default=True, metavar="MINUTES", help="Spare younger bytes."
+)
+@json_option
+def gc(run: bool, superseded: bool, grace: float, as_json: bool) -> None:
+    """Show what nothing needs any more, and free its space with --run.
+
+    That is the bytes of deleted versions and of publications that were cut off. With --superseded, also versions that
+    are not the newest of their name, and that no alias, lock file, requirement or descendant leads to; they can be
+    pulled again.
+    """
+    from hub.gc import collect, plan
+    from hub.store import Store
+
+    store, seconds = Store(), grace * 60
+    found = plan(store, superseded=superseded, grace=seconds)
+    freed = collect(store, found, grace=seconds) if run else 0
+    if as_json:
+        print_json(
+            {
+                "releases": [str(artifact.ref) for artifact in found.releases],
+                "blobs": list(found.blobs),
+                "bytes": freed if run else found.size,
+                "removed": run,
+            }
+        )
+        return
+    for artifact in found.releases:
+        click.echo(artifact.ref)
+    what = f"{len(found.releases)} releases and {len(found.blobs)} blobs"
+    say(f"{what} are gone: {bytes_text(freed)}" if run else f"{what} would go: {bytes_text(found.size)}; add --run")

@@ -1,0 +1,92 @@
+"""What the verbs share: options, a base with a router's members on it, a bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from router.stored import Stored
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+Told = Callable[[str, int, int], None]
+
+
+def base_options(function: FunctionT) -> FunctionT:
+    """Add ``--base``, ``--quantize`` and ``--allow-base-drift``."""
+    for option in (
+        click.option("--allow-base-drift", is_flag=True, help="Accept adapters of other weights of one architecture."),
+        click.option(
+            "--quantize",
+            type=click.Choice(["none", "int8", "nf4"]),
+            default="none",
+            show_default=True,
+            help="How the base is held.",
+        ),
+        click.option(
+            "--base", metavar="BASE", help="builtin:tiny-lm, a directory or a Hugging Face id [the members' own]."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def text_options(function: FunctionT) -> FunctionT:
+    """Add ``--max-rows`` and ``--max-length``."""
+    for option in (
+        click.option("--max-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a row."),
+        click.option("--max-rows", type=click.IntRange(1), default=500, show_default=True, help="Rows of each file."),
+    ):
+        function = option(function)
+    return function
+
+
+def load_with_members(
+    stored: Stored, base: str | None, quantize: str, allow_base_drift: bool
+) -> tuple[PreTrainedModel, Any]:
+    """The base with the members of a router resident on it, and its tokenizer."""
+    import compose
+    from hub.errors import UsageError
+
+    name = base or (stored.base.repo if stored.base is not None else None)
+    if name is None:
+        raise UsageError("nothing says which base the members were made for", hint="--base BASE")
+    task, labels = _task(stored)
+    model = compose.load(name, quantize=quantize, task=task, labels=labels)
+    stored.attach(model, allow_base_drift=allow_base_drift)
+    return model, compose.tokenizer(name)
+
+
+def _task(stored: Stored) -> tuple[str | None, tuple[str, ...] | None]:
+    facts = [artifact.manifest for artifact in stored.artifacts.values()]
+    tasks = {m.task for m in facts if m.task}
+    if len(tasks) != 1:
+        return None, None
+    task = tasks.pop()
+    return task, (facts[0].labels or None) if task == "classification" else None
+
+
+@contextmanager
+def bar() -> Iterator[Told | None]:
+    """Show a bar of (what, done, total) on stderr where that is a terminal; None otherwise."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as shown:
+        tasks: dict[str, Any] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = shown.add_task(what, total=total)
+            shown.update(tasks[what], completed=done, total=total)
+
+        yield told

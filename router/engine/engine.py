@@ -1,0 +1,145 @@
+"""The engine: rows of any mixture of adapters over one base.
+
+>>> engine = Engine("builtin:tiny-lm")
+>>> engine.run([Request(text="To whom it may", adapter="legal"), Request(text="def main", adapter="0.5 * code + py")])
+[Result(text=...), Result(text=...)]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hub.errors import HubError
+from hub.store import Store
+from router.engine.flight import Flight, Row
+from router.engine.host import Host
+from router.engine.prepare import Prepared, prepare
+from router.engine.request import Request, Result
+from router.engine.schedule import batches
+from router.engine.sources import Known, Source, Sources
+from router.engine.targets import Targets
+from router.residency import Residency
+
+Answer = Result | HubError
+
+
+class Engine:
+    """Many adapters over one base, computed together.
+
+    Parameters
+    ----------
+    base, quantize, dtype, device, tokenizer
+        See `compose.load`; a model in memory needs its tokenizer given.
+    store
+        Where refs are looked up (default: the user's own).
+    adapters
+        Adapters by names of their own: in memory, artifacts, directories or refs.
+    resident
+        Bytes of adapters kept in memory; None keeps all that were used.
+    rows, tokens
+        Bounds of a batch: its rows, and its rows times its longest text.
+    allow_base_drift
+        Accept adapters trained on other weights of the same architecture.
+    """
+
+    def __init__(
+        self,
+        base: str | Path | PreTrainedModel,
+        *,
+        store: Store | None = None,
+        adapters: Mapping[str, Source] | None = None,
+        quantize: str = "none",
+        dtype: Any = None,
+        device: Any = None,
+        tokenizer: Any = None,
+        resident: int | None = None,
+        rows: int = 32,
+        tokens: int = 16_384,
+        allow_base_drift: bool = False,
+    ) -> None:
+        self.host = Host(base, quantize=quantize, dtype=dtype, device=device, tokenizer=tokenizer)
+        self.sources = Sources(self.host, store or Store(), adapters)
+        self.targets = Targets(self.host, self.sources, allow_base_drift=allow_base_drift)
+        self.residency = Residency(self.host, budget=resident)
+        self.rows, self.tokens = rows, tokens
+
+    def prepare(self, request: Request) -> Prepared:
+        """Look up what a row names and encode it. Raises HubError for this row alone; from any thread."""
+        return prepare(self.host, request, self.targets.get(request.adapter))
+
+    def run(
+        self, requests: Sequence[Request], *, done: Callable[[int, Answer], None] | None = None, strict: bool = True
+    ) -> list[Answer]:
+        """Compute rows in batches of like length; results are in the order of the requests.
+
+        Parameters
+        ----------
+        done
+            Called with the index and the answer of each row as soon as it is there.
+        strict
+            Raise the first error; else it stands in the place of that row's result.
+        """
+        answers: dict[int, Answer] = {}
+
+        def tell(index: int, answer: Answer) -> None:
+            if strict and isinstance(answer, HubError):
+                raise answer
+            answers[index] = answer
+            if done is not None:
+                done(index, answer)
+
+        ready: dict[int, Prepared] = {}
+        for index, request in enumerate(requests):
+            try:
+                ready[index] = self.prepare(request)
+            except HubError as error:
+                tell(index, error)
+        order, rows = list(ready), list(ready.values())
+        cut = self.batches(rows)
+        for number, batch in enumerate(cut):
+            following = [rows[i] for i in cut[number + 1]] if number + 1 < len(cut) else []
+            for i, answer in zip(batch, self.compute([rows[i] for i in batch], following), strict=True):
+                tell(order[i], answer)
+        return [answers[index] for index in range(len(requests))]
+
+    def batches(self, rows: Sequence[Prepared]) -> list[list[int]]:
+        """Which rows are computed together, by index."""
+        return batches(rows, most=self.rows, tokens=self.tokens, fits=self._fit)
+
+    def compute(self, batch: Sequence[Prepared], following: Sequence[Prepared] = ()) -> list[Answer]:
+        """Compute one batch while the adapters of the one that follows are read.
+
+        An error belongs to the row that causes it: where the batch fails, its rows are computed one by one.
+        """
+        try:
+            return list(self._compute(batch, following))
+        except HubError as error:
+            if len(batch) == 1:
+                return [error]
+            return [answer for row in batch for answer in self.compute([row])]
+
+    def _compute(self, batch: Sequence[Prepared], following: Sequence[Prepared]) -> list[Answer]:
+        rows = [Row(prepared, self.host.tokenizer) for prepared in batch]
+        flight = Flight(self.host)
+        with self.residency.held(self.needed(batch)):
+            self.residency.prefetch(self.needed(following))
+            flight.admit(rows)
+            while flight.rows:
+                flight.step()
+        return [row.answer for row in rows]
+
+    def needed(self, rows: Sequence[Prepared]) -> list[Known]:
+        """Adapters that rows use, each once."""
+        return [self.sources.named(name) for name in dict.fromkeys(n for row in rows for n in row.target.names)]
+
+    def _fit(self, names: Collection[str]) -> bool:
+        return self.residency.fits(self.sources.named(name) for name in names)
+
+    def close(self) -> None:
+        """Stop the reading thread and leave the base with nothing active."""
+        self.residency.close()
+        self.host.rest()

@@ -1,0 +1,317 @@
+"""A batch under way: rows come in, are read in one forward pass, and leave when they have ended.
+
+Rows that are classified leave at once, through their own heads; the others decode side by side over one key-value
+cache. Rows may join between two steps: their cache is put beside the others', shifted to the same end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from compose.expr import IDENTITY, Expr
+from hub.errors import HubError
+from router.engine.detokenize import Detokenizer
+from router.engine.heads import blend, heads_of, pick
+from router.engine.host import Host
+from router.engine.prepare import Prepared
+from router.engine.request import Result, Token
+from router.engine.sampling import Draw, best_tokens, choose
+
+
+class Row:
+    """A row of a flight.
+
+    ``on_text`` is called with each piece of text as it comes. ``result`` is there when the row has ended, or ``error``.
+    """
+
+    def __init__(self, prepared: Prepared, tokenizer: Any, on_text: Callable[[str], None] | None = None) -> None:
+        request = prepared.request
+        self.prepared, self.on_text = prepared, on_text
+        self.result: Result | None = None
+        self.error: HubError | None = None
+        self.cancelled = False
+        self.written = 0
+        self.last = 0
+        self._tokenizer = tokenizer
+        self._tokens: list[Token] = []
+        self._words = Detokenizer(tokenizer, prepared.ids, request.stop)
+        self.draw = Draw(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
+
+    def take(self, token: int, logits: Tensor, ends: frozenset[int]) -> None:
+        """Append a token chosen from logits (V,); ends the row where it has to."""
+        self.last = token
+        self.written += 1
+        request = self.prepared.request
+        if token in ends:
+            return self._end("stop")
+        if request.scores:
+            log_prob, best = best_tokens(logits, token, request.scores)
+            named = tuple((self._tokenizer.decode([t]), p) for t, p in best)
+            self._tokens.append(Token(self._tokenizer.decode([token]), log_prob, named))
+        self._say(self._words.push(token))
+        if self._words.stopped:
+            self._end("stop")
+        elif self.written == self.prepared.room:
+            self._end("length")
+        return None
+
+    def _end(self, why: str) -> None:
+        self._say(self._words.close())
+        self.result = Result(
+            text=self._words.text,
+            finish=why,
+            tokens=tuple(self._tokens),
+            weights=self.prepared.weights,
+            read=len(self.prepared.ids),
+            written=self.written,
+        )
+
+    def _say(self, text: str) -> None:
+        if text and self.on_text is not None:
+            self.on_text(text)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be computed for it."""
+        return self.result is not None or self.error is not None or self.cancelled
+
+    @property
+    def answer(self) -> Result | HubError:
+        """What became of it."""
+        found = self.result or self.error
+        assert found is not None  # noqa: S101 - asked for once it is over
+        return found
+
+    def fail(self) -> None:
+        """End the row: the model gives NaN for it."""
+        told = self.prepared.target.text or "the base"
+        self.error = HubError(f"{told} gives NaN", ref=told, hint="`hub verify` it, or compute in fp32")
+
+
+class Flight:
+    """Rows in one batch, left-padded, over one cache."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.rows: list[Row] = []
+        self._cache: Any = None
+        self._mask = torch.zeros(0, 0, dtype=torch.long, device=host.model.device)  # (B, T) over the cache
+        self._still = False  # rows may neither join nor leave
+
+    @property
+    def running(self) -> int:
+        """Rows that have not ended."""
+        return sum(not row.over for row in self.rows)
+
+    def takes_more(self) -> bool:
+        """Whether rows may join now."""
+        return not self.rows or not self._still
+
+    @torch.inference_mode()
+    def admit(self, rows: Sequence[Row]) -> None:
+        """Read rows in one forward pass. Those that are classified have their results then, the others a first token.
+
+        Raises
+        ------
+        HubError
+            Something that cannot be activated, or NaN; the rows that were under way go on.
+        """
+        fresh = Flight(self.host)
+        if self.host.decodes:
+            fresh._decode_first(rows)
+        else:
+            fresh._classify_all(rows)
+        self._join(fresh)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One more token for every row."""
+        self._compact()
+        if not self.rows:
+            return
+        self.host.activate([self._applied(row) for row in self.rows])
+        device = self._mask.device
+        self._mask = F.pad(self._mask, (0, 1), value=1)
+        ids = torch.tensor([[row.last] for row in self.rows], device=device)
+        options = {"attention_mask": self._mask} if self._still or not bool(self._mask.all()) else {}
+        positions = self.host.takes(position_ids=self._mask.sum(1, keepdim=True) - 1)
+        out = self.host.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **options, **positions)
+        self._choose(out.logits[:, -1].float())
+
+    def leave(self) -> list[Row]:
+        """Take out the rows, ended or not."""
+        rows, self.rows, self._cache = self.rows, [], None
+        return rows
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def _decode_first(self, rows: Sequence[Row]) -> None:
+        """Prompts of a causal model: (B, T), padded on the left."""
+        host, prepared = self.host, [row.prepared for row in rows]
+        host.activate([p.expr for p in prepared])
+        ids, mask = _pad(prepared, host.pad, host.model.device, left=True)
+        going = [i for i, p in enumerate(prepared) if p.generates]
+        options: dict[str, Any] = {"use_cache": bool(going)}
+        if going:
+            options["past_key_values"] = DynamicCache(config=host.model.config)
+        options |= host.takes(position_ids=(mask.cumsum(1) - 1).clamp_min(0), logits_to_keep=1)
+        if going:
+            with _overheard(host) as heard:
+                out = host.model(input_ids=ids, attention_mask=mask, **options)
+        else:
+            options.pop("logits_to_keep", None)
+            heard = [host.backbone(input_ids=ids, attention_mask=mask, **options)]
+        self._answer(rows, heard[0], mask, last=True)
+        if not going:
+            return
+        self.rows, self._cache, self._mask = list(rows), options["past_key_values"], mask
+        self._still = any(host.runtime.adapters[n].prompt() is not None for p in prepared for n in _active(host, p))
+        self._choose(out.logits[:, -1].float())
+        self._compact(all_ended=True)
+
+    def _classify_all(self, rows: Sequence[Row]) -> None:
+        """Texts of an encoder: (B, T), padded on the right."""
+        host, prepared = self.host, [row.prepared for row in rows]
+        host.activate([p.expr for p in prepared])
+        ids, mask = _pad(prepared, host.pad, host.model.device, left=False)
+        options = {}
+        if any(p.types is not None for p in prepared):
+            options["token_type_ids"] = _types(prepared, ids)
+        heard = host.backbone(input_ids=ids, attention_mask=mask, **options)
+        self._answer(rows, heard, mask, last=False)
+
+    def _answer(self, rows: Sequence[Row], output: Any, mask: Tensor, *, last: bool) -> None:
+        """Results of the rows that end in a head: rows of one head go through it together."""
+        host = self.host
+        active = host.runtime.rows
+        groups: dict[tuple[tuple[float, str], ...], list[int]] = {}
+        for i, row in enumerate(rows):
+            if not row.prepared.generates:
+                expr = active[i if len(active) > 1 else 0]
+                found = heads_of(expr, host.runtime.adapters, host.heads.names())
+                groups.setdefault(tuple(found), []).append(i)
+        for heads, members in groups.items():
+            at = torch.tensor(members, device=mask.device)
+            seen, real = pick(output, at, last=last), mask[at][:, -1:] if last else mask[at]
+            parts = [(w, host.heads.logits(host.runtime.adapters[n], seen, real)) for w, n in heads]
+            for i, logits in zip(members, blend(parts), strict=True):
+                if bool(logits.isnan().any()):
+                    rows[i].fail()
+                else:
+                    rows[i].result = _answered(rows[i].prepared, logits)
+
+    def _applied(self, row: Row) -> Expr:
+        """What is applied to a row; nothing to one that has ended and whose adapters are gone."""
+        expr = row.prepared.expr
+        return IDENTITY if row.over and not self.host.runtime.adapters.keys() >= set(expr.refs) else expr
+
+    # -- decoding --------------------------------------------------------------------------------------------------
+
+    def _choose(self, logits: Tensor) -> None:
+        """The next token of each row that goes on, from logits (B, V)."""
+        tokens = choose(logits, [None if row.over else row.draw for row in self.rows])
+        for row, token, scores in zip(self.rows, tokens, logits, strict=True):
+            if token is None:
+                row.fail()
+            elif not row.over:
+                row.take(token, scores, self.host.ends)
+
+    def _compact(self, *, all_ended: bool = False) -> None:
+        """Leave out rows that have ended, once they are half of the batch: what is active is laid out anew then."""
+        kept = [i for i, row in enumerate(self.rows) if not row.over]
+        if not kept:
+            self.leave()
+        elif not self._still and len(kept) < len(self.rows) and (all_ended or 2 * len(kept) <= len(self.rows)):
+            at = torch.tensor(kept, device=self._mask.device)
+            self._cache.batch_select_indices(at)
+            self._mask = self._mask[at]
+            self.rows = [self.rows[i] for i in kept]
+
+    def _join(self, fresh: Flight) -> None:
+        """Put another flight's rows beside these."""
+        if not fresh.rows:
+            return
+        self._compact(all_ended=True)
+        if not self.rows:
+            self.rows, self._cache, self._mask, self._still = fresh.rows, fresh._cache, fresh._mask, fresh._still
+            return
+        length = max(self._mask.shape[1], fresh._mask.shape[1])
+        for mine, other in zip(self._cache.layers, fresh._cache.layers, strict=True):
+            mine.keys = torch.cat([_shifted(mine.keys, length), _shifted(other.keys, length)])
+            mine.values = torch.cat([_shifted(mine.values, length), _shifted(other.values, length)])
+        masks = [F.pad(m, (length - m.shape[1], 0)) for m in (self._mask, fresh._mask)]
+        self._mask = torch.cat(masks)
+        self.rows += fresh.rows
+
+    def joins(self, rows: Sequence[Row]) -> bool:
+        """Whether these rows can join the ones under way: plain caches, and no prompt before the text."""
+        if not self.rows:
+            return True
+        adapters = self.host.runtime.adapters
+        plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
+        return (
+            plain
+            and not self._still
+            and not any(adapters[n].prompt() is not None for row in rows for n in _active(self.host, row.prepared))
+        )
+
+
+def _active(host: Host, prepared: Prepared) -> list[str]:
+    """Resident adapters of a row."""
+    return [name for name in prepared.expr.refs if name in host.runtime.adapters]
+
+
+@contextmanager
+def _overheard(host: Host) -> Iterator[list[Any]]:
+    """What the backbone gives inside a call of the whole model."""
+    heard: list[Any] = []
+    hook = host.backbone.register_forward_hook(lambda _module, _args, output: heard.append(output))
+    try:
+        yield heard
+    finally:
+        hook.remove()
+
+
+def _pad(rows: Sequence[Prepared], fill: int, device: Any, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T)."""
+    longest = max(len(p.ids) for p in rows)
+    ids = torch.full((len(rows), longest), fill)
+    mask = torch.zeros_like(ids)
+    for i, p in enumerate(rows):
+        place = slice(longest - len(p.ids), None) if left else slice(0, len(p.ids))
+        ids[i, place] = torch.tensor(p.ids)
+        mask[i, place] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _types(rows: Sequence[Prepared], ids: Tensor) -> Tensor:
+    types = torch.zeros_like(ids)
+    for i, p in enumerate(rows):
+        if p.types is not None:
+            types[i, : len(p.types)] = torch.tensor(p.types)
+    return types
+
+
+def _shifted(x: Tensor, length: int) -> Tensor:
+    """(B, H, T, d) to (B, H, length, d), the new places in front; they are masked."""
+    return F.pad(x, (0, 0, length - x.shape[2], 0))
+
+
+def _answered(prepared: Prepared, logits: Tensor) -> Result:
+    """Result of a classified row from its logits (classes,)."""
+    target, read = prepared.target, len(prepared.ids)
+    if target.task == "regress":
+        return Result(value=float(logits[0]), weights=prepared.weights, read=read)
+    p, order = logits.double().softmax(-1).sort(descending=True, stable=True)
+    named = [(target.labels[i], float(q)) for q, i in zip(p.tolist(), order.tolist(), strict=True)]
+    return Result(
+        label=named[0][0], scores=tuple(named[: prepared.request.scores]), weights=prepared.weights, read=read
+    )

@@ -1,0 +1,119 @@
+"""The base of an engine: loaded once, with its tokenizer, its limits and the places of heads."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+import compose
+from compose import base as bases
+from compose.expr import Expr
+from compose.inject import runtime
+from compose.loading import held_as
+from hub.errors import UsageError
+from router.engine.heads import Heads
+from router.fold import context_of
+
+
+class Host:
+    """A frozen base that adapters are made resident on.
+
+    Attributes
+    ----------
+    model, tokenizer
+        Those of transformers. `encoder` is a tokenizer for any thread that holds the lock `encoding`.
+    decodes
+        Whether it can continue a text (a causal language model) or only classify (an encoder).
+    held
+        How its weights are held: quantization and dtype.
+    context
+        Tokens it reads at most, or None.
+    """
+
+    def __init__(
+        self,
+        base: str | Path | PreTrainedModel,
+        *,
+        quantize: str = "none",
+        dtype: Any = None,
+        device: Any = None,
+        tokenizer: Any = None,
+    ) -> None:
+        task = None if isinstance(base, PreTrainedModel) else _task(base)
+        self.model = bases.load_base(base, quantize=quantize, dtype=dtype, device=device, task=task)
+        self.tokenizer = tokenizer or bases.tokenizer(base)
+        self.encoder, self.encoding = (
+            copy.deepcopy(self.tokenizer),
+            Lock(),
+        )  # other threads encode while this one decodes
+        self.identity = bases.identity(self.model)
+        self.name = bases.name_of(self.model)
+        self.held = f"{held_as(self.model)} {self.model.dtype}"
+        self.decodes = self.model.can_generate() and not self.model.config.is_encoder_decoder
+        self.heads = Heads(self.model)
+        self.heads.graft()  # before the runtime, which knows the modules it found
+        self.runtime = runtime(self.model)
+        self.backbone = self.model.base_model
+        self._takes = set(inspect.signature(self.model.forward).parameters)
+        self.context = _context(self.model)
+        self._active: tuple[Expr, ...] | None = None
+
+    @property
+    def pad(self) -> int:
+        """A token for places that are masked."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        config = getattr(self.model, "generation_config", None)
+        found = getattr(config, "eos_token_id", None)
+        found = self.tokenizer.eos_token_id if found is None else found
+        return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+    def takes(self, **options: Any) -> dict[str, Any]:
+        """Those options that the model's forward has."""
+        return {name: value for name, value in options.items() if name in self._takes}
+
+    def activate(self, rows: Sequence[Expr]) -> None:
+        """Make one composition per row active, unless just these are."""
+        wanted = tuple(rows) if len(set(rows)) > 1 else tuple(rows[:1])
+        if wanted != self._active:
+            self._active = None
+            compose.activate(self.model, list(wanted) if len(wanted) > 1 else wanted[0])
+            self._active = wanted
+
+    def rest(self) -> None:
+        """Make nothing active."""
+        compose.activate(self.model, None)
+        self._active = None
+
+
+def _task(base: str | Path) -> str:
+    """What to load a base as: whatever it was saved as, a decoder to generate and an encoder to classify."""
+    where = bases.locate(base)
+    kind = AutoConfig.from_pretrained(where.directory, local_files_only=True).model_type
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        raise UsageError(
+            f"{where.name} is an encoder-decoder ({kind}), which is not served yet",
+            hint="compose.load(base, expr).generate(...) runs it",
+        )
+    return "classification" if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal_lm"
+
+
+def _context(model: PreTrainedModel) -> int | None:
+    """Positions for text: RoBERTa and OPT count theirs from behind the padding's."""
+    positions = context_of(model)
+    if positions is None or model.config.model_type not in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
+        return positions
+    return positions - int(model.config.pad_token_id) - 1

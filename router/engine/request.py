@@ -1,0 +1,96 @@
+"""What the engine is asked and what it answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from hub.errors import UsageError
+
+MAX_SCORES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One row.
+
+    Attributes
+    ----------
+    text
+        The prompt, or the text to classify; `pair` is the second text of a pair.
+    adapter
+        A ref, an expression, a router or a name given to the engine; None is the bare base.
+    special
+        Whether the tokenizer adds the tokens that begin a text; not to one that a chat template has made.
+    max_new_tokens, stop
+        Where a continuation ends, unless the model ends it: a number of tokens (None: as many as fit), or any of these
+        texts (left out).
+    temperature, top_p, seed
+        0 is greedy decoding. A row draws from its own stream, so its text does not depend on its neighbours.
+    scores
+        How many of the best labels, or of the best tokens at each place, come back with their (log) probabilities.
+    """
+
+    text: str
+    pair: str | None = None
+    adapter: str | None = None
+    special: bool = True
+    max_new_tokens: int | None = 64
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    scores: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {self.max_new_tokens}; at least one token is generated")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
+            raise UsageError(f"temperature is {self.temperature}", hint="0 is greedy; 1 samples from the model")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UsageError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if not 0 <= self.scores <= MAX_SCORES:
+            raise UsageError(f"scores is {self.scores}; it must lie in 0..{MAX_SCORES}")
+        if not all(self.stop):
+            raise UsageError("a stop text is empty", hint="leave it out")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token: its text, its log probability in nats, and the best ones at its place."""
+
+    text: str
+    log_prob: float
+    best: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of one row.
+
+    Attributes
+    ----------
+    text, finish
+        Of a generated row: the continuation, and why it ended ("stop" or "length").
+    tokens
+        Of a generated row that asked for scores.
+    label, scores
+        Of a classified row: the best label, and as many (label, probability) as were asked for, best first.
+    value
+        Of a regression.
+    weights
+        What the router gave each adapter (a ref to a number); empty without a router.
+    read, written
+        Tokens of the prompt and of the continuation.
+    """
+
+    text: str | None = None
+    finish: str | None = None
+    tokens: tuple[Token, ...] = ()
+    label: str | None = None
+    scores: tuple[tuple[str, float], ...] = ()
+    value: float | None = None
+    weights: Mapping[str, float] = field(default_factory=dict)
+    read: int = 0
+    written: int = 0

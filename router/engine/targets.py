@@ -1,0 +1,145 @@
+"""From what a row names to what runs: a ref, an expression, a router, `base:adapter`, or the bare base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from compose.expr import IDENTITY, Call, Expr, Ref, Seq, parse, substitute
+from compose.function import get_function
+from compose.ladder import compare
+from compose.plan import Resolved, plan
+from hub.errors import UsageError
+from hub.manifest import BaseIdentity
+from router.engine.host import Host
+from router.engine.sources import Known, Sources
+
+
+class RowRouter(Protocol):
+    """Chooses among adapters by what a row says."""
+
+    @property
+    def members(self) -> Sequence[str]:
+        """Refs of the adapters it knows."""
+
+    def weigh(self, texts: Sequence[str]) -> Sequence[dict[str, float]]:
+        """Weights of the members (by ref) for each text; those left out are zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What is applied to a row.
+
+    Attributes
+    ----------
+    text
+        As it was asked for.
+    expr
+        Over the names of residents.
+    names
+        Adapters that have to be resident.
+    labels, task, max_length
+        See `Known`.
+    router
+        Where the weights are the router's: `expr` is then of no meaning.
+    """
+
+    text: str
+    expr: Expr
+    names: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    task: str = "generate"
+    max_length: int | None = None
+    router: Any = None
+
+
+class Targets:
+    """Targets by their text, made once each."""
+
+    def __init__(self, host: Host, sources: Sources, *, allow_base_drift: bool = False) -> None:
+        self._host, self.sources = host, sources
+        self._allow_drift = allow_base_drift
+        self._made: dict[str, Target] = {}
+        self.bare = Target("", IDENTITY, ())
+
+    def get(self, text: str | None) -> Target:
+        """The target of a text.
+
+        Raises
+        ------
+        HubError
+            No such adapter (with the nearest names), another base, an expression that does not parse or cannot run.
+        """
+        text = self._local(text or "")
+        if not text:
+            return self.bare
+        if text not in self._made:
+            self._made[text] = self._make(text)
+        return self._made[text]
+
+    def forget(self) -> None:
+        """Look everything up anew from now on."""
+        self._made.clear()
+
+    def _local(self, text: str) -> str:
+        """Without the base's name in front, or nothing for the base itself."""
+        text = text.strip()
+        if text in self.sources.given:
+            return text
+        if text == self._host.name:
+            return ""
+        return text.removeprefix(self._host.name + ":")
+
+    def _make(self, text: str) -> Target:
+        tree = Ref(text) if text in self.sources.given else parse(text)
+        if isinstance(tree, Ref):
+            artifact = self.sources.artifact(tree.text)
+            if artifact is not None and artifact.manifest.type == "router":
+                raise UsageError(f"{text} is a router", ref=text, hint="give it as --router")
+        known: dict[str, Known] = {}
+
+        def resolve(ref: str) -> Resolved:
+            artifact = self.sources.artifact(ref)
+            if artifact is not None and artifact.manifest.type == "composition":
+                return artifact.manifest
+            known[ref] = self.sources.known(ref)
+            return known[ref].facts
+
+        made = plan(tree, resolve, check_base=self._check, allow_base_drift=self._allow_drift)
+        expr = substitute(made.expression, lambda ref: Ref(known[ref.text].name))
+        _refuse_ensembles(expr)
+        leaves = [known[ref] for ref in made.leaves]
+        labels, task = _answers(expr, {leaf.name: leaf for leaf in leaves}.__getitem__)
+        lengths = [leaf.max_length for leaf in leaves if leaf.max_length is not None]
+        names = tuple(dict.fromkeys(leaf.name for leaf in leaves))
+        return Target(text, expr, names, labels, task, min(lengths, default=None))
+
+    def _check(self, text: str, made_for: BaseIdentity) -> None:
+        compare(made_for, self._host.identity, ref=text, allow_drift=self._allow_drift)
+
+
+def _refuse_ensembles(expr: Expr) -> None:
+    if isinstance(expr, Call) and get_function(expr.function).family != "merge":
+        raise UsageError(
+            f"{expr.function}(...) does not run inside one forward pass, so it cannot be mixed with other rows",
+            hint="router.Ensemble mixes output probabilities; `hub route fit` makes a router of its members",
+        )
+    for child in expr.children:
+        _refuse_ensembles(child)
+
+
+def _answers(expr: Expr, known: Callable[[str], Known]) -> tuple[tuple[str, ...], str]:
+    """Labels and task of an expression: those of its head; heads side by side must agree, in ``>>`` the last stays."""
+    if isinstance(expr, Ref):
+        found = known(expr.text)
+        return found.labels, found.task
+    parts = [answer for child in expr.children if (answer := _answers(child, known))[1] != "generate"]
+    if not parts:
+        return (), "generate"
+    if len(set(parts)) > 1 and not isinstance(expr, Seq):
+        raise UsageError(
+            f"{expr} brings heads for different labels ({', '.join(parts[0][0][:3])} and {', '.join(parts[1][0][:3])})",
+            hint="a >> b keeps the last head",
+        )
+    return parts[-1]

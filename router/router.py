@@ -1,0 +1,165 @@
+"""The router: a scorer, its statistics of each expert, and a gating; it makes a model answer with the right experts.
+
+>>> router = Router.fit("arrow", Bench(model, {"code": "code", "law": "law"}))
+>>> with router.routed(model, batch):                # each token, or each row, with its own experts
+...     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import compose
+from compose.inject import runtime
+from hub.errors import Conflict, NotFound, UsageError, suggest
+from router.bench import Batch, Bench, Experts
+from router.dispatch import row_expressions
+from router.gating import Gating
+from router.scorer import RowScorer, Scorer, SiteScorer, Statistics, make_scorer
+from router.sitewise import Recorder, SiteGate
+
+
+@dataclass(frozen=True)
+class Router:
+    """Which experts answer, and with what weight.
+
+    Attributes
+    ----------
+    scorer : how well an expert fits a row, or a token at a site.
+    experts : name -> name of an adapter resident in the model, or an expression over them.
+    statistics : what the scorer knows of each expert (and under `SHARED` of none in particular).
+    gating : from scores to sparse weights.
+    """
+
+    scorer: Scorer
+    experts: Experts
+    statistics: Mapping[str, Statistics]
+    gating: Gating
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise UsageError("a router needs at least one expert", hint="give the adapters it chooses from")
+        self.gating.check(len(self.experts))
+
+    @classmethod
+    def fit(
+        cls, method: str, bench: Bench, *, options: Mapping[str, Any] | None = None, gating: Gating | None = None
+    ) -> Router:
+        """Fit a scorer on a model with its experts attached.
+
+        `gating` defaults to the method's own, with no more experts than there are.
+
+        Raises
+        ------
+        UsageError
+            An unknown method or option, no experts, an expert without text where the method needs some.
+        """
+        if not bench.experts:
+            raise UsageError("a router needs at least one expert", hint="give the adapters it chooses from")
+        scorer = make_scorer(method, options)
+        gating = (gating or within(scorer.gating, len(bench.experts))).check(len(bench.experts))
+        return cls(scorer, dict(bench.experts), scorer.fit(bench), gating)
+
+    @property
+    def level(self) -> str:
+        """``row`` or ``site``: what is weighed apart."""
+        return self.scorer.level
+
+    def add(self, expert: str, bench: Bench) -> Router:
+        """The router with one more expert, measured alone: the others' statistics stay as they are.
+
+        Raises
+        ------
+        UsageError
+            A method that learns its experts against each other, or an expert without text.
+        Conflict
+            There is an expert of that name.
+        """
+        if expert in self.experts:
+            raise Conflict(
+                f"the router has an expert {expert!r} already", hint="take it out first, or rename the new one"
+            )
+        if self.scorer.joint:
+            raise UsageError(
+                f"{self.scorer.name} learns its experts together, so none can be added alone",
+                hint="fit again with all of them: hub route fit",
+            )
+        if self.scorer.needs_data:
+            replace(bench, experts={expert: bench.experts[expert]}).need_data()
+        found = self.scorer.measure(expert, bench)
+        experts = {**self.experts, expert: bench.experts[expert]}
+        return replace(self, experts=experts, statistics={**self.statistics, expert: found})
+
+    def without(self, expert: str) -> Router:
+        """The router as if it had never had this expert (of a jointly learned one the rest was trained beside it)."""
+        if expert not in self.experts:
+            raise NotFound(f"the router has no expert {expert!r}", hint=suggest(expert, self.experts))
+        experts = {name: what for name, what in self.experts.items() if name != expert}
+        known = {name: s for name, s in self.statistics.items() if name != expert}
+        return replace(self, experts=experts, statistics=known, gating=within(self.gating, len(experts)))
+
+    def weights(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Weights of the experts for each row (B, E).
+
+        A scorer at sites is asked by one forward pass: the mean over sites of what each real token gets, then over the
+        row's tokens.
+        """
+        if isinstance(self.scorer, RowScorer):
+            own = {name: self.statistics[name] for name in self.experts}
+            return self.gating(self.scorer.score(model, batch, self.experts, own))
+        weights, mask = self.token_weights(model, batch), batch.attention_mask[..., None]
+        return (weights * mask).sum(1) / mask.sum(1)
+
+    def token_weights(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        """Weights of the experts for each token (B, T, E), the mean over sites where a site is what is weighed."""
+        if isinstance(self.scorer, RowScorer):
+            rows = self.weights(model, batch)
+            return rows[:, None].expand(len(rows), batch.input_ids.shape[1], -1)
+        total, sites = torch.zeros(()), 0
+
+        def record(_path: str, weights: Tensor) -> None:
+            nonlocal total, sites
+            total, sites = total.to(weights.device) + weights, sites + 1
+
+        with torch.no_grad(), self.routed(model, batch, record=record):
+            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        if not sites:
+            raise UsageError(f"{self.scorer.name} mixes experts by their answers and has no weights to show")
+        return total / sites
+
+    def activate(self, model: PreTrainedModel, batch: Batch, *, record: Recorder | None = None) -> None:
+        """Make the experts active for a batch, and for what is generated from it.
+
+        Rows are scored now, once; tokens at sites whenever one comes. `record` is told the weights at each site.
+        """
+        if isinstance(self.scorer, SiteScorer):
+            mixer = self.scorer.mixer(self.statistics)
+            if mixer is None:
+                own = {name: self.statistics[name] for name in self.experts}
+                mixer = SiteGate(self.scorer.scores(own), self.gating, len(self.experts), record)
+            compose.route(model, list(self.experts.values()), mixer)
+            return
+        compose.activate(model, row_expressions(list(self.experts.values()), self.weights(model, batch)))
+
+    @contextmanager
+    def routed(self, model: PreTrainedModel, batch: Batch, *, record: Recorder | None = None) -> Iterator[None]:
+        """Like `activate`; afterwards what was active is active again."""
+        found = runtime(model)
+        before = found.rows, found.weights, found.routing
+        self.activate(model, batch, record=record)
+        try:
+            yield
+        finally:
+            found.activate(*before)
+
+
+def within(gating: Gating, experts: int) -> Gating:
+    """The same gating for a pool that may be smaller than its top k."""
+    return gating if gating.top_k is None else replace(gating, top_k=max(1, min(gating.top_k, experts)))

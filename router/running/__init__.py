@@ -1,0 +1,1 @@
+"""`hub run`: rows of a JSONL file through the engine, and on after an interruption."""

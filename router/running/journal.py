@@ -1,0 +1,158 @@
+"""How far a run has come, so that it goes on after any interruption as if there had been none.
+
+Rows are taken in windows. `OUT` holds the rows of finished windows and grows by a whole window at a time; beside it
+`OUT.journal` holds the settings, where the last window ended (in the input, in `OUT`), and the finished batches of the
+window under way. What is computed together depends on the input and the settings alone, so a batch that was cut off
+comes out the same when it is computed again. Both files are synced to disk before the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hub.errors import Conflict, UsageError
+from hub.files import atomic_write, fsync_directory
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The end of a window: rows and bytes of the input before it with their hash, bytes of the output, pinned refs."""
+
+    rows: int = 0
+    offset: int = 0
+    sha256: str = ""
+    written: int = 0
+    failed: int = 0
+    pins: Mapping[str, str] = field(default_factory=dict)
+
+
+class Journal:
+    """The journal of one output file.
+
+    Parameters
+    ----------
+    out
+        The output file.
+    settings
+        Everything that the output depends on besides the input; JSON.
+    overwrite
+        Begin anew, whatever is there.
+
+    Raises
+    ------
+    UsageError
+        The output is there and finished, or was begun with other settings.
+    Conflict
+        Another process is writing it.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.out, self.path = out, out.with_name(out.name + ".journal")
+        self._settings = json.loads(json.dumps(settings))
+        self.mark = Mark()
+        self.pins: dict[str, str] = {}
+        self._batches: dict[str, list[Any]] = {}
+        self._lock = FileLock(self.path.with_name(self.path.name + ".lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise Conflict(f"another process is writing {out}", path=out, hint="wait for it, or stop it") from None
+        for young in out.parent.glob(f".{self.path.name}.*.tmp"):  # a kill has left them
+            young.unlink()
+        if overwrite:
+            self.path.unlink(missing_ok=True)
+            out.unlink(missing_ok=True)
+        self.resumed = self._open()
+
+    def batch(self, key: str) -> list[Any] | None:
+        """Answers of a batch of the window under way that was finished before an interruption."""
+        return self._batches.get(key)
+
+    def keep(self, key: str, answers: list[Any], pins: Mapping[str, str]) -> None:
+        """Remember a finished batch of the window under way, and what its refs stood for."""
+        with self.path.open("ab") as file:
+            file.write(_line({"batch": key, "answers": answers, "pins": pins}))
+            _sync(file)
+
+    def commit(self, lines: bytes, mark: Mark) -> None:
+        """Append a window's lines to the output; from now on they are there."""
+        with self.out.open("r+b") as file:
+            file.seek(self.mark.written)
+            file.truncate()
+            file.write(lines)
+            _sync(file)
+        self.mark = mark
+        self._batches = {}
+        atomic_write(self.path, self._head())
+
+    def finish(self) -> None:
+        """The output is whole: forget the journal."""
+        self.path.unlink(missing_ok=True)
+        fsync_directory(self.path.parent)
+        self.close()
+
+    def close(self) -> None:
+        """Let another process go on."""
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+
+    def _open(self) -> bool:
+        if self.path.exists():
+            found = self._read()
+            if found is not None:
+                return found
+        elif self.out.exists() and self.out.stat().st_size:
+            self.close()
+            raise UsageError(
+                f"{self.out} is there already", path=self.out, hint="--overwrite replaces it, or give another --out"
+            )
+        self.out.touch()
+        atomic_write(self.path, self._head())
+        fsync_directory(self.out.parent)
+        return False
+
+    def _read(self) -> bool | None:
+        """Go on where the journal says; None where not even its head was written."""
+        *lines, torn = self.path.read_bytes().split(b"\n")
+        if len(lines) < 2 or not self.out.exists():
+            return None
+        if torn:  # cut off while it was written
+            atomic_write(self.path, b"\n".join([*lines, b""]))
+        head, mark, *batches = (json.loads(line) for line in lines)
+        if head.get("settings") != self._settings or head.get("version") != VERSION:
+            self.close()
+            raise UsageError(
+                f"{self.out} was begun with other settings: {_difference(head.get('settings') or {}, self._settings)}",
+                path=self.path,
+                hint="give the same ones to go on, or --overwrite to begin anew",
+            )
+        self.mark = Mark(**mark)
+        self.pins = {**self.mark.pins, **{ref: d for record in batches for ref, d in record["pins"].items()}}
+        self._batches = {record["batch"]: record["answers"] for record in batches}
+        return True
+
+    def _head(self) -> bytes:
+        return _line({"version": VERSION, "settings": self._settings}) + _line(asdict(self.mark))
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\n"  # keys in their own order: a row's columns are among them
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    names = [n for n in sorted({*old, *new}) if old.get(n) != new.get(n)] or ["the version of this program"]
+    return ", ".join(f"{n} {old.get(n)!r}, now {new.get(n)!r}" for n in names)

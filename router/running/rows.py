@@ -1,0 +1,131 @@
+"""From a row to a request, and from an answer to the columns that are added to the row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hub.errors import HubError, UsageError
+from router.engine.request import Request, Result
+
+_DIGITS = 4  # of probabilities: more would show the rounding of the batch a row was computed in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every row of a run shares; all of it changes the output.
+
+    Attributes
+    ----------
+    text, pair, adapter_column, into
+        Columns: of the text, of a second text, of the adapter's name, and of the answer.
+    adapter
+        Ref, expression or router for all rows, where no column names one.
+    route_weights
+        Add the router's weights.
+    on_error
+        "stop" at the first bad line, or "skip" it and say so in its place.
+    """
+
+    text: str = "text"
+    pair: str | None = None
+    adapter_column: str | None = None
+    adapter: str | None = None
+    into: str = "output"
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    scores: int = 0
+    route_weights: bool = False
+    on_error: str = "stop"
+
+    def adapter_of(self, row: Mapping[str, Any]) -> str | None:
+        """What is applied to a row. Raises UsageError without the column, or if it holds no text."""
+        if self.adapter_column is None:
+            return self.adapter
+        named = row.get(self.adapter_column)
+        if self.adapter_column not in row:
+            raise UsageError(f"has no column {self.adapter_column!r}; it has: {_columns(row)}")
+        if named is not None and not isinstance(named, str):
+            raise UsageError(f"{self.adapter_column!r} is {json.dumps(named)[:40]}, not the name of an adapter")
+        return named
+
+    def request(self, row: Mapping[str, Any], number: int) -> Request:
+        """The request of the row at a line. Raises UsageError for a column that is missing or holds no text."""
+        if clash := [name for name in row if name == self.into or name.startswith(self.into + "_")]:
+            raise UsageError(
+                f"has a column {clash[0]!r} already", hint="--into NAME puts the answer into another column"
+            )
+        return Request(
+            text=_text(row, self.text, "--text"),
+            pair=None if self.pair is None else _text(row, self.pair, "--pair"),
+            adapter=self.adapter_of(row),
+            max_new_tokens=self.max_new_tokens,
+            stop=self.stop,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=_seed(self.seed, number),
+            scores=self.scores,
+        )
+
+    def columns(self, result: Result) -> dict[str, Any]:
+        """Columns of a result."""
+        main = result.text if result.text is not None else result.label
+        found: dict[str, Any] = {self.into: result.value if main is None else main}
+        if result.finish is not None:
+            found[f"{self.into}_finish"] = result.finish
+        if self.scores and result.label is not None:
+            found[f"{self.into}_scores"] = {name: round(p, _DIGITS) for name, p in result.scores}
+        elif self.scores and result.text is not None:
+            found[f"{self.into}_scores"] = [
+                {
+                    "token": t.text,
+                    "logprob": round(t.log_prob, _DIGITS),
+                    "top": [[n, round(p, _DIGITS)] for n, p in t.best],
+                }
+                for t in result.tokens
+            ]
+        if self.route_weights:
+            found[f"{self.into}_weights"] = {name: round(w, _DIGITS) for name, w in result.weights.items()}
+        return found
+
+    def failed(self, error: HubError) -> dict[str, Any]:
+        """Columns of a row that could not be computed."""
+        return {self.into: None, f"{self.into}_error": error.message}
+
+
+def encode(row: Mapping[str, Any]) -> bytes:
+    """One line of JSONL."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape and UTF-8 cannot hold
+        return json.dumps(row).encode() + b"\n"
+
+
+def _text(row: Mapping[str, Any], column: str, option: str) -> str:
+    text = row.get(column)
+    if column not in row:
+        raise UsageError(f"has no column {column!r}; it has: {_columns(row)}", hint=f"name the column: {option} COLUMN")
+    if not isinstance(text, str):
+        raise UsageError(f"{column!r} is {json.dumps(text)[:40]}, not a text")
+    if not text:
+        raise UsageError(f"{column!r} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{column!r} holds half a character (a lone surrogate) at place {error.start + 1}") from None
+    return text
+
+
+def _columns(row: Mapping[str, Any]) -> str:
+    return ", ".join(row) or "none"
+
+
+def _seed(seed: int, number: int) -> int:
+    """The seed of a line's own stream of random numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:7], "big")

@@ -1,0 +1,43 @@
+"""Likelihood of the row under each expert: the DEMix posterior, by row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from router import posterior as bayes
+from router.bench import Batch, Experts
+from router.fold import expert_log_probs
+from router.scorer import RowScorer, ScorerOptions, Statistics, register
+
+
+class LikelihoodOptions(ScorerOptions):
+    """How much of a row is read, and how fast it is forgotten."""
+
+    tokens: int | None = Field(None, ge=2, description="read only so many tokens of a row [all]")
+    gamma: float = Field(1.0, ge=0, le=1, description="discount of older tokens; 1 is Bayes, 0 the last token alone")
+
+
+@register("likelihood")
+class Likelihood(RowScorer):
+    """score_e = sum_t gamma^(T-t) log p_e(x_t | x_<t), in nats (DEMix layers, arXiv 2108.05036).
+
+    Softmax of it is the posterior over experts under a uniform prior. It needs no statistics and reads each row once
+    with every expert, folded into one batch. See `router.ensemble` for the mixture of probabilities it belongs to.
+    """
+
+    Options = LikelihoodOptions
+    paper = "arXiv 2108.05036"
+    needs_data = False
+
+    def score(
+        self, model: PreTrainedModel, batch: Batch, experts: Experts, statistics: Mapping[str, Statistics]
+    ) -> Tensor:
+        """Log likelihood of each row under each expert (B, E), float64."""
+        ids, mask = batch.input_ids[:, : self.options.tokens], batch.attention_mask[:, : self.options.tokens]
+        log_probs, valid = expert_log_probs(model, list(experts.values()), ids, mask)
+        _, after = bayes.evidence(log_probs.permute(1, 2, 0), valid, gamma=self.options.gamma)
+        return after

@@ -1,0 +1,253 @@
+"""The HTTP API: OpenAI's endpoints over one base, where `model` names an adapter, an expression or a router.
+
+>>> app = create_app(Engine("builtin:tiny-lm"))        # any ASGI server runs it
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from hub.errors import HubError, UsageError
+from router.engine.engine import Engine
+from router.serving import wire
+from router.serving.batcher import Batcher
+from router.serving.catalogue import Catalogue
+from router.serving.metrics import Metrics
+from router.serving.waiting import Rows
+
+MAX_BODY = 8 * 2**20  # bytes
+BodyT = TypeVar("BodyT", bound=wire.Body)
+_OPEN = ("/health",)
+
+
+class Server:
+    """What the endpoints share."""
+
+    def __init__(self, engine: Engine, *, token: str | None, directories: bool, waiting: int) -> None:
+        self.engine, self.token = engine, token
+        self.metrics = Metrics()
+        self.batcher = Batcher(engine, self.metrics, waiting=waiting)
+        self.catalogue = Catalogue(engine, self.batcher, directories=directories)
+
+    async def body(self, request: Request, model: type[BodyT]) -> BodyT:
+        """A JSON body of bounded size. Raises UsageError or pydantic's ValidationError."""
+        data = bytearray()
+        async for part in request.stream():
+            data += part
+            if len(data) > MAX_BODY:
+                raise UsageError(f"the body is larger than {MAX_BODY // 2**20} MiB")
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"the body is not JSON: {error}") from error
+        return model.model_validate(value)
+
+    async def completions(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        asked = await self.body(request, wire.Completion)
+        rows = await self.rows(asked.requests(), "generate")
+        if asked.stream:
+            return self.stream(rows, asked, "cmpl", "text_completion", lambda text: {"text": text, "logprobs": None})
+        results = await rows.results(request)
+        choices = [wire.completion_choice(i, result) for i, result in enumerate(results)]
+        whole = wire.frame("text_completion", wire.identifier("cmpl"), asked.model, choices)
+        return self.answer({**whole, "usage": self.count(results, asked.n)})
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        asked = await self.body(request, wire.Chat)
+        rows = await self.rows(asked.requests(self.engine.host.tokenizer), "generate")
+        if asked.stream:
+            return self.stream(
+                rows,
+                asked,
+                "chatcmpl",
+                "chat.completion.chunk",
+                lambda text: {"delta": {"content": text} if text else {}},
+            )
+        results = await rows.results(request)
+        choices = [wire.chat_choice(i, result) for i, result in enumerate(results)]
+        whole = wire.frame("chat.completion", wire.identifier("chatcmpl"), asked.model, choices)
+        return self.answer({**whole, "usage": self.count(results, asked.n)})
+
+    async def classify(self, request: Request) -> Response:
+        """POST /v1/classify."""
+        asked = await self.body(request, wire.Classify)
+        results = await (await self.rows(asked.requests(), "classify")).results(request)
+        data = [wire.classified(i, result) for i, result in enumerate(results)]
+        found = {"id": wire.identifier("classify"), "object": "list", "model": asked.model, "data": data}
+        return self.answer({**found, "usage": self.count(results, 1)})
+
+    async def rows(self, requests: list[Any], task: str) -> Rows:
+        """Rows of one request, looked up and queued. Raises HubError where one cannot run, before any is queued."""
+        prepared = await run_in_threadpool(lambda: [self.engine.prepare(r) for r in requests])
+        for row in prepared:
+            if (row.target.task == "generate") != (task == "generate"):
+                other = "/v1/classify" if task == "generate" else "/v1/completions"
+                raise UsageError(f"{row.target.text or 'the base'} does not {task}", hint=f"POST {other}")
+        return Rows(self.batcher, self.metrics, prepared)
+
+    def stream(
+        self, rows: Rows, asked: wire.Sampled, prefix: str, kind: str, piece: Callable[[str], dict[str, Any]]
+    ) -> Response:
+        """Server-sent events: a piece of text each, the reasons why rows ended, and [DONE]."""
+        ident, with_usage = wire.identifier(prefix), bool((asked.stream_options or {}).get("include_usage"))
+
+        def event(choices: list[dict[str, Any]], **more: Any) -> str:
+            return f"data: {json.dumps({**wire.frame(kind, ident, asked.model, choices), **more})}\n\n"
+
+        async def events() -> AsyncIterator[str]:
+            if kind.startswith("chat"):
+                for index in range(len(rows)):
+                    start = {"role": "assistant", "content": ""}
+                    yield event([{"index": index, "delta": start, "finish_reason": None}])
+            results = []
+            try:
+                async for index, news in rows.news():
+                    if isinstance(news, str):
+                        yield event([{"index": index, **piece(news), "finish_reason": None}])
+                    elif isinstance(news, HubError):
+                        yield f"data: {json.dumps(wire.error_of(news)[1])}\n\n"
+                        return
+                    else:
+                        results.append(news)
+                        yield event([{"index": index, **piece(""), "finish_reason": news.finish}])
+                counted = self.count(results, 1)
+                if with_usage:
+                    yield event([], usage=counted)
+                yield "data: [DONE]\n\n"
+            finally:
+                rows.cancel()  # does nothing to rows that have ended
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    def count(self, results: list[Any], copies: int) -> dict[str, int]:
+        """Usage of a request, which goes into the metrics as well."""
+        found = wire.usage(results, copies)
+        self.metrics.read += found["prompt_tokens"]
+        self.metrics.written += found["completion_tokens"]
+        return found
+
+    @staticmethod
+    def answer(value: object) -> Response:
+        """JSON."""
+        return JSONResponse(value)
+
+    async def models(self, _request: Request) -> Response:
+        """GET /v1/models."""
+        return self.answer({"object": "list", "data": await run_in_threadpool(self.catalogue.models)})
+
+    async def load(self, request: Request) -> Response:
+        """POST /v1/load_lora_adapter."""
+        asked = await self.body(request, wire.Load)
+        await run_in_threadpool(self.catalogue.load, asked.lora_name, asked.lora_path, replace=asked.load_inplace)
+        return PlainTextResponse(f"{asked.lora_name} is loaded")
+
+    async def unload(self, request: Request) -> Response:
+        """POST /v1/unload_lora_adapter."""
+        asked = await self.body(request, wire.Unload)
+        await run_in_threadpool(self.catalogue.unload, asked.lora_name)
+        return PlainTextResponse(f"{asked.lora_name} is unloaded")
+
+    async def health(self, _request: Request) -> Response:
+        """GET /health: 200 while requests are computed."""
+        return Response(status_code=200 if self.batcher.alive else 503)
+
+    async def told(self, _request: Request) -> Response:
+        """GET /metrics."""
+        running, waiting = self.batcher.counts
+        held = self.engine.residency
+        gauges = [
+            ("running_rows", "Rows that are computed.", running),
+            ("waiting_rows", "Rows that wait.", waiting),
+            ("resident_adapters", "Adapters in memory.", len(held.resident)),
+            ("resident_bytes", "Bytes of their tensors.", held.bytes),
+        ]
+        counters = [
+            ("adapter_hits_total", "Adapters asked for that were in memory.", held.counts.hits),
+            ("adapter_reads_total", "Adapters read from disk.", held.counts.read),
+            ("adapter_evictions_total", "Adapters that made room.", held.counts.evicted),
+        ]
+        return PlainTextResponse(self.metrics.text(gauges, counters), media_type="text/plain; version=0.0.4")
+
+
+def create_app(engine: Engine, *, token: str | None = None, directories: bool = False, waiting: int = 1024) -> FastAPI:
+    """The API over an engine.
+
+    Parameters
+    ----------
+    token
+        Who sends it (`Authorization: Bearer ...`) is let in; None lets everyone in.
+    directories
+        Whether clients may load adapters from directories of this machine, and not only refs of its store.
+    waiting
+        Rows that may wait; more are answered with 429.
+    """
+    server = Server(engine, token=token, directories=directories, waiting=waiting)
+
+    @asynccontextmanager
+    async def life(_app: FastAPI) -> AsyncIterator[None]:
+        server.batcher.start()
+        yield
+        await run_in_threadpool(server.batcher.stop)
+        engine.close()
+
+    app = FastAPI(lifespan=life, openapi_url=None, docs_url=None, redoc_url=None)
+    for method, path, endpoint in (
+        ("POST", "/v1/completions", server.completions),
+        ("POST", "/v1/chat/completions", server.chat),
+        ("POST", "/v1/classify", server.classify),
+        ("GET", "/v1/models", server.models),
+        ("POST", "/v1/load_lora_adapter", server.load),
+        ("POST", "/v1/unload_lora_adapter", server.unload),
+        ("GET", "/health", server.health),
+        ("GET", "/metrics", server.told),
+    ):
+        app.add_route(path, _guarded(server, path, endpoint), methods=[method])
+
+    async def unknown(_request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        what = "no such path" if status == 404 else "this path takes another method" if status == 405 else "refused"
+        found, body = wire.refusal(status, what, "not_found" if status == 404 else "refused")
+        return JSONResponse(body, status_code=found)
+
+    app.add_exception_handler(HTTPException, unknown)
+    return app
+
+
+def _guarded(
+    server: Server, path: str, endpoint: Callable[[Request], Awaitable[Response]]
+) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint behind the token, its errors in OpenAI's shape, its answers counted."""
+
+    async def run(request: Request) -> Response:
+        try:
+            if server.token is not None and path not in _OPEN and not _allowed(request, server.token):
+                status, body = wire.refusal(
+                    401, "a valid token is needed (Authorization: Bearer ...)", "invalid_api_key"
+                )
+                response: Response = JSONResponse(body, status_code=status)
+            else:
+                response = await endpoint(request)
+        except (HubError, ValidationError) as error:
+            status, body = wire.error_of(error)
+            response = JSONResponse(body, status_code=status)
+        server.metrics.requests[path, response.status_code] += 1
+        return response
+
+    return run
+
+
+def _allowed(request: Request, token: str) -> bool:
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    return kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())

@@ -1,0 +1,1 @@
+"""`hub serve`: the engine behind OpenAI's API."""

@@ -1,0 +1,204 @@
+"""Requests that wait are computed together: one thread, one flight, and rows that join it between two steps."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import monotonic
+from typing import TypeVar
+
+from hub.errors import HubError
+from router.engine.engine import Answer, Engine
+from router.engine.flight import Flight, Row
+from router.engine.prepare import Prepared
+from router.serving.metrics import Metrics
+
+T = TypeVar("T")
+# What a library may raise over one batch (out of memory among them): it must not end the thread of all others.
+_BREAKDOWNS = (RuntimeError, ValueError, TypeError, LookupError, OSError)
+
+
+class Busy(HubError):
+    """More requests wait than the server takes."""
+
+
+@dataclass
+class Job:
+    """A request under way. ``on_text`` and ``on_done`` are called in the batcher's thread."""
+
+    row: Row
+    on_done: Callable[[Answer], None]
+    since: float
+    held: bool = False
+
+    def cancel(self) -> None:
+        """Stop computing it; nothing more is said."""
+        self.row.cancelled = True
+
+
+class Batcher:
+    """The thread that owns the base.
+
+    Parameters
+    ----------
+    waiting
+        Requests that may wait; more are refused with `Busy`.
+    """
+
+    def __init__(self, engine: Engine, metrics: Metrics, *, waiting: int = 1024) -> None:
+        self.engine, self.metrics, self._most = engine, metrics, waiting
+        self._waiting: deque[Job] = deque()
+        self._flying: list[Job] = []
+        self._errands: deque[Callable[[], None]] = deque()
+        self._change = threading.Condition()
+        self._ending = False
+        self._flight = Flight(engine.host)
+        self._thread = threading.Thread(target=self._run, name="moduloom-batcher", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End; what is under way is given up."""
+        with self._change:
+            self._ending = True
+            self._change.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are computed."""
+        return self._thread.is_alive()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Requests that are computed, and that wait."""
+        return len(self._flying), len(self._waiting)
+
+    def submit(
+        self, prepared: Prepared, on_done: Callable[[Answer], None], on_text: Callable[[str], None] | None = None
+    ) -> Job:
+        """Queue a row; its adapters begin to be read now. Raises Busy."""
+        job = Job(Row(prepared, self.engine.host.tokenizer, on_text), on_done, monotonic())
+        with self._change:
+            if len(self._waiting) >= self._most:
+                raise Busy(f"{self._most} requests are waiting already", hint="try again later")
+            self._waiting.append(job)
+            self._change.notify()
+        self.engine.residency.prefetch(self.engine.needed([prepared]))
+        return job
+
+    def call(self, errand: Callable[[], T]) -> Future[T]:
+        """Do something between two steps, in the thread that owns the base."""
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(errand())
+            except HubError as error:
+                done.set_exception(error)
+
+        with self._change:
+            self._errands.append(run)
+            self._change.notify()
+        return done
+
+    # -- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._wait():
+            while self._errands:
+                self._errands.popleft()()
+            try:
+                self._board()
+                self._flight.step()
+            except HubError as error:
+                self._give_up(error)
+            except _BREAKDOWNS as error:
+                self._give_up(HubError(f"the batch broke down: {type(error).__name__}: {error}"))
+            self._land()
+
+    def _wait(self) -> bool:
+        with self._change:
+            while not (self._ending or self._waiting or self._flying or self._errands):
+                self._change.wait()
+            return not self._ending
+
+    def _board(self) -> None:
+        """Take in as many waiting rows as fit beside those under way; the first that does not holds up the rest."""
+        jobs: list[Job] = []
+        room = self.engine.rows - self._flight.running
+        while self._waiting and len(jobs) < room:
+            job = self._waiting[0]
+            rows = [j.row.prepared for j in (*self._flying, *jobs, job)]
+            if len(rows) > 1 and not self._fits(rows):
+                break
+            self._waiting.popleft()
+            if not job.row.cancelled:
+                jobs.append(job)
+        if jobs:
+            self._admit(jobs)
+
+    def _fits(self, rows: list[Prepared]) -> bool:
+        tokens = len(rows) * max(len(row.ids) for row in rows)
+        engine = self.engine
+        return self._flight.takes_more() and tokens <= engine.tokens and engine.residency.fits(engine.needed(rows))
+
+    def _admit(self, jobs: list[Job]) -> None:
+        """Read rows; where the batch fails each is tried alone, so that an error belongs to the row that causes it."""
+        ready: list[Job] = []
+        for job in jobs:
+            try:
+                self.engine.residency.acquire(self.engine.needed([job.row.prepared]))
+            except HubError as error:
+                job.on_done(error)
+                continue
+            job.held = True
+            ready.append(job)
+        self._flying += ready
+        rows = [job.row for job in ready]
+        if not rows:
+            return
+        if not self._flight.joins(rows):
+            self._unboard(ready)
+            self._waiting.extendleft(reversed(ready))  # until the others have ended
+            return
+        try:
+            self._flight.admit(rows)
+            self.metrics.batch.observe(max(len(rows), self._flight.running))
+        except HubError as error:
+            if len(ready) == 1:
+                rows[0].error = error
+                return
+            self._unboard(ready)
+            for job in ready:
+                self._admit([job])
+
+    def _unboard(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            self._release(job)
+            self._flying.remove(job)
+
+    def _land(self) -> None:
+        """Tell the rows that have ended."""
+        for job in [job for job in self._flying if job.row.over]:
+            self._flying.remove(job)
+            self._release(job)
+            if not job.row.cancelled:
+                self.metrics.seconds.observe(monotonic() - job.since)
+                job.on_done(job.row.answer)
+
+    def _release(self, job: Job) -> None:
+        if job.held:
+            self.engine.residency.release(self.engine.needed([job.row.prepared]))
+            job.held = False
+
+    def _give_up(self, error: HubError) -> None:
+        self._flight.leave()
+        for job in self._flying:
+            if not job.row.over:
+                job.row.error = error

@@ -1,0 +1,98 @@
+"""What a server can be asked for: the base, the store's adapters for it, and those loaded under names of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hub.errors import Conflict, NotFound, UsageError, suggest
+from router.engine.engine import Engine
+from router.serving.batcher import Batcher
+
+_SERVED = ("adapter", "merge", "composition", "router")
+
+
+class Catalogue:
+    """Names of a server's models.
+
+    Parameters
+    ----------
+    directories
+        Whether a name may stand for a directory of this machine.
+    """
+
+    def __init__(self, engine: Engine, batcher: Batcher, *, directories: bool) -> None:
+        self._engine, self._batcher, self._directories = engine, batcher, directories
+
+    def models(self) -> list[dict[str, Any]]:
+        """Entries of /v1/models: the base first."""
+        host, sources = self._engine.host, self._engine.sources
+        found = [_entry(host.name, host.name, None)]
+        found += [_entry(name, sources.root(name), host.name) for name in sources.given]
+        for artifact in sources.store.list(newest=True):
+            if artifact.facts.type in _SERVED and artifact.facts.base in (None, host.identity.repo):
+                created = int(artifact.manifest.created.timestamp())
+                found.append(_entry(artifact.ref.id, str(artifact.ref), host.name, created))
+        return found
+
+    def load(self, name: str, path: str, *, replace: bool = False) -> None:
+        """Let a name stand for a ref or a directory, and begin to read it.
+
+        Raises
+        ------
+        HubError
+            The name is taken, or what it is to stand for cannot be used; nothing has changed then.
+        """
+        engine, sources = self._engine, self._engine.sources
+        taken = name in sources.given
+        if (taken and not replace) or name == engine.host.name:
+            raise Conflict(f"{name} is loaded already", ref=name, hint="unload it first, or load_inplace")
+        source = self._source(path)
+        before = sources.given_source(name)
+        old = sources.known(name).name if taken and sources.artifact(name) is None else None
+        sources.offer(name, source)
+        engine.targets.forget()
+        try:
+            target = engine.targets.get(name)
+        except (NotFound, UsageError):
+            self._restore(name, before)
+            raise
+        self._drop(old)
+        engine.residency.prefetch(sources.named(n) for n in target.names)
+
+    def unload(self, name: str) -> None:
+        """Forget a loaded name; rows that are under way end as they began."""
+        engine = self._engine
+        if name not in engine.sources.given:
+            near = suggest(name, engine.sources.given)
+            raise NotFound(f"{name} is not loaded", ref=name, hint=near or "GET /v1/models lists what is")
+        old = engine.sources.known(name).name if engine.sources.artifact(name) is None else None
+        engine.sources.withdraw(name)
+        engine.targets.forget()
+        self._drop(old)
+
+    def _drop(self, resident: str | None) -> None:
+        """Let go of what a name stood for alone; an artifact of the store may be in use under its ref as well."""
+        if resident is not None:
+            self._batcher.call(lambda: self._engine.residency.drop(resident)).result()
+
+    def _source(self, path: str) -> str | Path:
+        if not Path(path).is_dir():
+            return path
+        if not self._directories:
+            raise UsageError(
+                f"{path} is a directory, and this server loads refs of its store",
+                hint="hub push it, or start the server with --allow-directories",
+            )
+        return Path(path)
+
+    def _restore(self, name: str, before: Any) -> None:
+        if before is None:
+            self._engine.sources.withdraw(name)
+        else:
+            self._engine.sources.offer(name, before)
+        self._engine.targets.forget()
+
+
+def _entry(name: str, root: str, parent: str | None, created: int = 0) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "moduloom", "root": root, "parent": parent}

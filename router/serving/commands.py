@@ -1,0 +1,129 @@
+"""`hub serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_EXTRA = ("fastapi", "uvicorn")
+
+
+@click.command()
+@click.argument("base")
+@click.option(
+    "--adapter", "adapters", metavar="NAME=REF|DIR", multiple=True, help="An adapter under a name of its own."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="Port; 0: a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--token", envvar="HUB_SERVE_TOKEN", help="Clients must send it as a bearer token.  [env: HUB_SERVE_TOKEN]"
+)
+@click.option("--quantize", type=click.Choice(["none", "int8", "nf4"]), default="none", show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Rows computed together.")
+@click.option("--waiting", type=click.IntRange(1), default=1024, show_default=True, help="Rows that may wait.")
+@click.option("--resident", metavar="SIZE", default="4GiB", show_default=True, help="Adapters kept in memory.")
+@click.option("--chat-template", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A Jinja template.")
+@click.option("--allow-directories", is_flag=True, help="Let clients load adapters from directories of this machine.")
+@click.option("--allow-base-drift", is_flag=True, help="Take adapters of other weights of the same architecture.")
+@click.option("--access-log", is_flag=True, help="Log every request to stderr.")
+def serve(base: str, host: str, port: int, token: str | None, access_log: bool, **given: Any) -> None:
+    """Serve BASE and its adapters: the OpenAI API, one batch for requests of any adapters.
+
+    `model` in a request names an adapter of the store (ns/name@1.2.0), one given here, an expression
+    ("0.5 * legal + tone"), a router, or BASE; BASE:ADAPTER is understood too. The address is printed to stdout once
+    the server answers.
+
+    \b
+    hub serve builtin:tiny-lm --port 8001
+    curl localhost:8001/v1/completions -H 'Content-Type: application/json' \\
+         -d '{"model": "local/legal", "prompt": "The parties agree"}'
+    """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    from hub.errors import UsageError
+
+    if token is None and not _loopback(host):
+        raise UsageError(f"without a token the server serves this machine only, not {host}", hint="--token TEXT")
+    _require_extra()
+    _listen(_app(base, token, given), host, port, access_log=access_log)
+
+
+def _app(base: str, token: str | None, given: dict[str, Any]) -> FastAPI:
+    import torch
+
+    from router.engine.engine import Engine
+    from router.server import create_app
+    from router.sizes import parse_size
+
+    on_cpu = not torch.cuda.is_available()
+    engine = Engine(
+        base,
+        adapters=dict(_named(text) for text in given["adapters"]),
+        quantize=given["quantize"],
+        dtype=("fp32" if on_cpu else None) if given["dtype"] == "auto" else given["dtype"],
+        rows=given["batch_size"],
+        resident=parse_size(given["resident"]),
+        allow_base_drift=given["allow_base_drift"],
+    )
+    for name in engine.sources.given:
+        engine.targets.get(name)  # a wrong one is an error here, not at the first request
+    if given["chat_template"] is not None:
+        engine.host.tokenizer.chat_template = given["chat_template"].read_text(encoding="utf-8")
+    return create_app(engine, token=token, directories=given["allow_directories"], waiting=given["waiting"])
+
+
+def _named(text: str) -> tuple[str, str]:
+    from hub.errors import UsageError
+
+    name, sign, source = text.partition("=")
+    if not (name and sign and source):
+        raise UsageError(f"{text!r} is not NAME=REF or NAME=DIRECTORY", hint="--adapter tone=acme/tone@1.2.0")
+    return name, source
+
+
+def _require_extra() -> None:
+    from importlib.util import find_spec
+
+    from hub.errors import UsageError
+
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"the server needs packages that are not installed: {', '.join(missing)}",
+            hint="pip install moduloom[server]",
+        )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(app: FastAPI, host: str, port: int, *, access_log: bool) -> None:
+    import socket
+
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        log_level="info" if access_log else "warning",
+        access_log=access_log,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host.strip("[]"), port))
+        address, taken = listener.getsockname()[:2]
+        click.echo(f"http://{f'[{address}]' if ':' in address else address}:{taken}")
+        with suppress(KeyboardInterrupt):  # Ctrl-C is how a server is told to end
+            uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,83 @@
+"""Counts of a server in Prometheus' text format (version 0.0.4)."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+PREFIX = "moduloom_"
+
+
+class Histogram:
+    """Counts of observations up to each bound."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class Metrics:
+    """What a server counts.
+
+    Attributes
+    ----------
+    requests
+        (path, status) -> answers.
+    read, written
+        Tokens of prompts and of continuations.
+    seconds, first
+        Seconds to the end of a row, and to its first text.
+    batch
+        Rows computed together when some joined.
+    """
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, int]] = Counter()
+        self.read = self.written = 0
+        self.seconds = Histogram((0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120))
+        self.first = Histogram((0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10))
+        self.batch = Histogram((1, 2, 4, 8, 16, 32, 64, 128))
+
+    def text(self, gauges: Iterable[tuple[str, str, float]], counters: Iterable[tuple[str, str, float]]) -> str:
+        """All of it, with gauges and counters (name, help, value) that others keep."""
+        lines = [*self._requests()]
+        for kind, found in (("gauge", gauges), ("counter", [*counters, *self._tokens()])):
+            for name, told, value in found:
+                lines += _head(name, told, kind)
+                lines.append(f"{PREFIX}{name} {value:g}" if kind == "gauge" else f"{PREFIX}{name} {int(value)}")
+        lines += _histogram("row_seconds", "Seconds from a request to its last token.", self.seconds)
+        lines += _histogram("first_text_seconds", "Seconds from a request to its first text.", self.first)
+        lines += _histogram("batch_rows", "Rows computed together when some joined.", self.batch)
+        return "\n".join(lines) + "\n"
+
+    def _tokens(self) -> list[tuple[str, str, float]]:
+        return [
+            ("prompt_tokens_total", "Tokens read.", self.read),
+            ("generated_tokens_total", "Tokens written.", self.written),
+        ]
+
+    def _requests(self) -> Iterator[str]:
+        yield from _head("requests_total", "Answers by path and status.", "counter")
+        for (path, status), count in sorted(self.requests.items()):
+            yield f'{PREFIX}requests_total{{path="{path}",status="{status}"}} {count}'
+
+
+def _head(name: str, told: str, kind: str) -> list[str]:
+    return [f"# HELP {PREFIX}{name} {told}", f"# TYPE {PREFIX}{name} {kind}"]
+
+
+def _histogram(name: str, told: str, found: Histogram) -> Iterator[str]:
+    yield from _head(name, told, "histogram")
+    running = 0
+    for bound, count in zip((*map(str, found.bounds), "+Inf"), found.counts, strict=True):
+        running += count
+        yield f'{PREFIX}{name}_bucket{{le="{bound}"}} {running}'
+    yield f"{PREFIX}{name}_sum {found.total:g}"
+    yield f"{PREFIX}{name}_count {running}"

@@ -1,0 +1,93 @@
+"""The rows of one HTTP request, between the batcher's thread and the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from time import monotonic
+from typing import TypeAlias
+
+from starlette.requests import Request
+
+from hub.errors import HubError
+from router.engine.engine import Answer
+from router.engine.prepare import Prepared
+from router.engine.request import Result
+from router.serving.batcher import Batcher, Job
+from router.serving.metrics import Metrics
+
+News: TypeAlias = str | Answer
+
+
+class Gone(HubError):
+    """The client has closed the connection."""
+
+
+class Rows:
+    """Rows that were queued; what becomes of them comes through :meth:`news` or :meth:`results`."""
+
+    def __init__(self, batcher: Batcher, metrics: Metrics, rows: Sequence[Prepared]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
+        self._metrics, self._since, self._silent = metrics, monotonic(), True
+        self._jobs: list[Job] = []
+        try:
+            for index, row in enumerate(rows):
+                tell = partial(self._tell, index)
+                self._jobs.append(batcher.submit(row, tell, tell))
+        except HubError:
+            self.cancel()
+            raise
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def cancel(self) -> None:
+        """Compute no more of them."""
+        for job in self._jobs:
+            job.cancel()
+
+    async def news(self) -> AsyncIterator[tuple[int, News]]:
+        """Pieces of text, then a result or an error for each row, by its index, as they come."""
+        left = len(self._jobs)
+        while left:
+            index, news = await self._news.get()
+            left -= not isinstance(news, str)
+            if self._silent:
+                self._silent = False
+                self._metrics.first.observe(monotonic() - self._since)
+            yield index, news
+
+    async def results(self, request: Request) -> list[Result]:
+        """All results in order. Raises the first error, or Gone when the client leaves."""
+        collect, leave = asyncio.ensure_future(self._collect()), asyncio.ensure_future(_left(request))
+        try:
+            await asyncio.wait({collect, leave}, return_when=asyncio.FIRST_COMPLETED)
+            if not collect.done():
+                raise Gone("the client has closed the connection")
+            return collect.result()
+        finally:
+            collect.cancel()
+            leave.cancel()
+            self.cancel()
+
+    async def _collect(self) -> list[Result]:
+        found: dict[int, Result] = {}
+        async for index, news in self.news():
+            if isinstance(news, HubError):
+                raise news
+            if isinstance(news, Result):
+                found[index] = news
+        return [found[index] for index in range(len(self._jobs))]
+
+    def _tell(self, index: int, news: News) -> None:
+        """From the batcher's thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
+
+
+async def _left(request: Request) -> None:
+    """Return when the client has gone; its body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

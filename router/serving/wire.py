@@ -1,0 +1,261 @@
+"""Requests and answers in OpenAI's words."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hub.errors import Conflict, HubError, NotFound, UsageError
+from router.engine.request import Request, Result
+from router.serving.batcher import Busy
+
+MOST_ROWS = 256  # prompts times n of one request
+
+
+class Body(BaseModel):
+    """A JSON body. Fields that are not known are clients' own business."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class Sampled(Body):
+    """Fields of both completion endpoints."""
+
+    model: str = ""
+    n: int = Field(1, ge=1, le=16)
+    temperature: float = Field(1.0, ge=0.0, le=10.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[str, float] | None = None
+
+    def refuse(self) -> None:
+        """Refuse what would be ignored silently."""
+        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
+            if getattr(self, name):
+                raise UsageError(f"{name} is not supported", hint="leave it out")
+
+    def request(self, text: str, room: int | None, scores: int, copy: int, *, special: bool = True) -> Request:
+        """One row; the n copies of a prompt draw from streams of their own."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        seed = secrets.randbits(62) if self.seed is None else self.seed + copy
+        return Request(
+            text=text,
+            adapter=self.model,
+            max_new_tokens=room,
+            stop=stop,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=seed,
+            scores=scores,
+            special=special,
+        )
+
+
+class Completion(Sampled):
+    """POST /v1/completions."""
+
+    prompt: str | list[str]
+    max_tokens: int | None = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    best_of: int | None = None
+
+    def requests(self) -> list[Request]:
+        """All rows: the n copies of the first prompt, of the second, ..."""
+        self.refuse()
+        if self.echo or (self.best_of or 1) != 1:
+            raise UsageError("echo and best_of are not supported", hint="leave them out")
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        _bounded(len(prompts) * self.n)
+        scores = 0 if self.logprobs is None else max(1, self.logprobs)
+        return [self.request(p, self.max_tokens, scores, i) for p in prompts for i in range(self.n)]
+
+
+class Message(Body):
+    """One turn of a conversation."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """With its content as text. Raises UsageError for images and the like."""
+        parts = self.content
+        if isinstance(parts, list):
+            if other := [p.get("type") for p in parts if p.get("type") != "text"]:
+                raise UsageError(f"content of type {other[0]!r} is not supported", hint="send text")
+            parts = "".join(str(p.get("text", "")) for p in parts)
+        return {"role": self.role, "content": parts or ""}
+
+
+class Chat(Sampled):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    tools: list[Any] | None = None
+
+    def requests(self, tokenizer: Any) -> list[Request]:
+        """One row a copy, its text made by the tokenizer's chat template."""
+        self.refuse()
+        if self.tools:
+            raise UsageError("tools are not supported", hint="leave them out")
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError(
+                "this base has no chat template", hint="POST /v1/completions, or serve --chat-template FILE"
+            )
+        turns = [message.plain() for message in self.messages]
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        room = self.max_completion_tokens or self.max_tokens
+        scores = max(1, self.top_logprobs) if self.logprobs else 0
+        return [self.request(text, room, scores, i, special=False) for i in range(self.n)]
+
+
+class Classify(Body):
+    """POST /v1/classify."""
+
+    model: str = ""
+    input: str | list[str]
+
+    def requests(self) -> list[Request]:
+        """One row a text."""
+        texts = [self.input] if isinstance(self.input, str) else self.input
+        _bounded(len(texts))
+        return [Request(text=text, adapter=self.model, scores=1000) for text in texts]
+
+
+class Load(Body):
+    """POST /v1/load_lora_adapter."""
+
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_path: str = Field(min_length=1)
+    load_inplace: bool = False
+
+
+class Unload(Body):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str
+
+
+def _bounded(rows: int) -> None:
+    if not 1 <= rows <= MOST_ROWS:
+        raise UsageError(f"{rows} rows in one request; 1 to {MOST_ROWS} are taken")
+
+
+def identifier(prefix: str) -> str:
+    """A fresh id."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def usage(results: Sequence[Result], copies: int = 1) -> dict[str, int]:
+    """Counts of tokens; a prompt of several copies counts once."""
+    read, written = sum(r.read for r in results[::copies]), sum(r.written for r in results)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def frame(kind: str, ident: str, model: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    """What completions and their pieces share."""
+    return {"id": ident, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
+
+
+def completion_choice(index: int, result: Result) -> dict[str, Any]:
+    """A choice of /v1/completions."""
+    found: dict[str, Any] = {
+        "index": index,
+        "text": result.text,
+        "logprobs": None,
+        "finish_reason": result.finish,
+    }
+    if result.tokens:
+        starts = [sum(len(t.text) for t in result.tokens[:i]) for i in range(len(result.tokens))]
+        found["logprobs"] = {
+            "tokens": [t.text for t in result.tokens],
+            "token_logprobs": [t.log_prob for t in result.tokens],
+            "top_logprobs": [dict(t.best) for t in result.tokens],
+            "text_offset": starts,
+        }
+    return _routed(found, result)
+
+
+def chat_choice(index: int, result: Result) -> dict[str, Any]:
+    """A choice of /v1/chat/completions."""
+    found: dict[str, Any] = {
+        "index": index,
+        "message": {"role": "assistant", "content": result.text},
+        "logprobs": None,
+        "finish_reason": result.finish,
+    }
+    if result.tokens:
+        found["logprobs"] = {
+            "content": [
+                {
+                    **_token(t.text, t.log_prob),
+                    "top_logprobs": [_token(text, log_prob) for text, log_prob in t.best],
+                }
+                for t in result.tokens
+            ]
+        }
+    return _routed(found, result)
+
+
+def classified(index: int, result: Result) -> dict[str, Any]:
+    """An entry of /v1/classify."""
+    if result.value is not None:
+        return _routed({"index": index, "value": result.value}, result)
+    return _routed({"index": index, "label": result.label, "scores": dict(result.scores)}, result)
+
+
+def _token(text: str, log_prob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": log_prob, "bytes": list(text.encode())}
+
+
+def _routed(choice: dict[str, Any], result: Result) -> dict[str, Any]:
+    return {**choice, "route_weights": dict(result.weights)} if result.weights else choice
+
+
+# -- errors --------------------------------------------------------------------------------------------------------
+
+
+def error_of(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error, in OpenAI's shape."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"]) or None
+        return 400, _error(f"{param or 'the body'}: {first['msg']}", param=param)
+    if isinstance(error, Busy):
+        return 429, _error(_sentence(error), kind="rate_limit_error", code="rate_limit_exceeded")
+    if isinstance(error, NotFound):
+        return 404, _error(_sentence(error), param="model", code="model_not_found")
+    if isinstance(error, Conflict):
+        return 409, _error(_sentence(error))
+    if isinstance(error, HubError):
+        return 400, _error(_sentence(error))
+    return 500, _error(f"{type(error).__name__}", kind="server_error", code="internal_error")
+
+
+def refusal(status: int, message: str, code: str) -> tuple[int, dict[str, Any]]:
+    """A refusal that no exception stands for."""
+    kind = "authentication_error" if status == 401 else "invalid_request_error"
+    return status, _error(message, kind=kind, code=code)
+
+
+def _error(
+    message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
+) -> dict[str, Mapping[str, Any]]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _sentence(error: HubError) -> str:
+    return f"{error.message} ({error.hint})" if error.hint else error.message

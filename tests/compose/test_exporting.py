@@ -1,0 +1,119 @@
+"""`hub export`: PEFT reads it, vLLM's rules hold, a merged model says what the adapted one does; losses are told."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import compose
+from hub.manifest import TrainedOn
+from hub.store import Store
+
+TINY = "builtin:tiny-lm"
+
+
+@pytest.fixture
+def export(cli, tmp_path: Path):
+    def run(ref: str, form: str, *words: str, code: int = 0):
+        result = cli("export", ref, "--format", form, "--to", str(tmp_path / "out"), "--json", *words)
+        assert result.exit_code == code, result.output
+        assert (tmp_path / "out").exists() == (code == 0)
+        return json.loads(result.stdout) if code == 0 else result.stderr
+
+    return run
+
+
+def adapted(logits, ref: str):
+    return logits(compose.load(TINY, ref, dtype="fp32"))
+
+
+@pytest.mark.parametrize("name", ["a", "d", "i", "p", "q"])
+def test_peft_reads_what_is_exported(name: str, store, export, logits, tmp_path: Path) -> None:
+    export(f"ns/{name}", "peft")
+    model = peft.PeftModel.from_pretrained(compose.load(TINY, dtype="fp32"), tmp_path / "out").eval()
+    wanted = adapted(logits, f"ns/{name}")
+    torch.testing.assert_close(logits(model)[:, -wanted.shape[1] :], wanted, atol=2e-4, rtol=2e-4)
+
+
+def test_heads_are_joined_for_peft(store, stock, export, logits, tmp_path: Path) -> None:
+    from hub.manifest import Draft
+    from hub.pack import pack
+
+    adapter = compose.create(stock.model, "lora", {"r": 2, "layers": (0,), "modules_to_save": ("norm",)}, name="h")
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter += 0.1
+    compose.save(adapter.freeze(), tmp_path / "h", model=stock.model, task="causal_lm")
+    pack(tmp_path / "h", Draft(name="ns/h", version="1.0.0", kind="lora", base=stock.base, task="causal_lm"))
+    store.put(tmp_path / "h")
+    export("ns/h", "peft")
+    model = peft.PeftModel.from_pretrained(compose.load(TINY, dtype="fp32"), tmp_path / "out").eval()
+    torch.testing.assert_close(logits(model), adapted(logits, "ns/h"), atol=2e-4, rtol=2e-4)
+    assert not (tmp_path / "out" / "extra.safetensors").exists()
+
+
+def test_kinds_that_peft_lacks(store, export) -> None:
+    told = export("ns/n", "peft", code=1)
+    assert "bottleneck, which PEFT does not have" in told
+
+
+def test_vllm_takes_plain_loras(store, export, tmp_path: Path) -> None:
+    done = export("ns/a", "vllm", "--base-name", "served")
+    assert any("--max-lora-rank 8" in note for note in done["notes"])
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "served"
+    assert isinstance(config["target_modules"], list)
+
+
+def test_compositions_and_other_kinds_become_one_lora(store, cli, export, logits, tmp_path: Path) -> None:
+    assert cli("compose", "0.5 * ns/a + ns/b", "-o", "ns/both@1.0.0").exit_code == 0
+    done = export("ns/both", "vllm")
+    assert done["measured"]["discarded"] == pytest.approx(0, abs=1e-5)
+    model = peft.PeftModel.from_pretrained(compose.load(TINY, dtype="fp32"), tmp_path / "out").eval()
+    torch.testing.assert_close(logits(model), adapted(logits, "ns/both"), atol=2e-3, rtol=2e-3)
+
+
+def test_what_vllm_cannot_serve(store, cli, export, tmp_path: Path) -> None:
+    assert "no change of weights" in export("ns/n", "vllm", "--rank", "4", code=1)
+    assert cli("export", "ns/d", "--format", "vllm").exit_code == 1  # DoRA, and no rank is given
+    done = export("ns/d", "vllm", "--rank", "8")
+    assert 0 <= done["measured"]["discarded"] < 1
+
+
+def test_merged_says_what_the_adapted_model_does(store, export, logits, tmp_path: Path) -> None:
+    done = export("ns/a", "merged")
+    assert done["measured"]["rounding"] > 0  # the built-in base is stored in bfloat16
+    assert done["measured"]["effect"] < 0.1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    bare, wanted = logits(compose.load(TINY, dtype="fp32")), adapted(logits, "ns/a")
+    assert float((logits(model) - wanted).norm() / (wanted - bare).norm()) < 0.1
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_merging_what_was_trained_on_nf4(store, stock, export, tmp_path: Path) -> None:
+    """A QLoRA adapter folded into the 16-bit weights is another model; that is measured, and can be had otherwise."""
+    made = TrainedOn(quantization="nf4", double_quant=True, compute_dtype="float32")
+    stock.publish(store, "ns/qa@1.0.0", tmp_path / "qa", trained_on=made)
+    plain = export("ns/qa", "merged")
+    assert plain["measured"]["training"] > 0.02
+    assert any("--quantize nf4 folds" in note for note in plain["notes"])
+    (tmp_path / "out").rename(tmp_path / "plain")
+    done = export("ns/qa", "merged", "--quantize", "nf4")
+    assert 0.01 < done["measured"]["base_shift"] < 0.2
+    assert done["measured"]["effect"] < 0.1
+    assert "training" not in done["measured"]
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(store, cli, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert cli("export", "ns/a", "--format", "peft", "--to", str(tmp_path / "out")).exit_code == 1
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert cli("export", "ns/a", "--format", "peft", "--rank", "3").exit_code == 2
+    before = sorted(tmp_path.iterdir())
+    assert cli("export", "ns/p", "--format", "merged", "--to", str(tmp_path / "no")).exit_code == 1
+    assert sorted(tmp_path.iterdir()) == before
+    assert Store().verify() == []

@@ -1,0 +1,89 @@
+"""How well an adapter, or an expression over adapters, does on a file of rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import compose
+from compose.leaves import Shelf
+from hub.errors import UsageError
+from hub.manifest import Manifest
+from hub.store import Store
+from train.config import TrainConfig
+from train.data import encode, read_rows
+from train.evaluate import evaluate
+
+__all__ = ["assess"]
+
+
+def assess(
+    expression: str | None,
+    data: str,
+    *,
+    base: str | None = None,
+    task: str | None = None,
+    quantize: str = "none",
+    precision: str = "fp32",
+    max_length: int = 256,
+    batch_size: int = 32,
+    columns: Mapping[str, str] | None = None,
+    store: Store | None = None,
+) -> dict[str, Any]:
+    """Load the base with the expression active and measure it on the rows of `data`.
+
+    Base, task and labels are those of the adapters' manifests unless given.
+
+    Raises
+    ------
+    UsageError
+        The adapters do not say (or do not agree on) the base or the task, and none was given.
+    HubError
+        What the expression, the base or the data are refused for.
+    """
+    held = _manifests(expression, store)
+    base = base or _agreed("base", {m.base.repo for m in held if m.base is not None and m.base.repo})
+    task = task or _agreed("task", {m.task for m in held if m.task})
+    labels = next((m.labels for m in held if m.labels), ())
+    options: dict[str, Any] = {"quantize": quantize, "precision": precision, "max_length": max_length}
+    config = TrainConfig(base=base, task=task, columns=dict(columns or {}), **options)  # type: ignore[arg-type]
+    tokenizer = compose.tokenizer(base)
+    rows = encode(read_rows(data), config, tokenizer, labels=labels, source=data)
+    model = compose.load(
+        base,
+        expression,
+        quantize=quantize,
+        dtype=precision,
+        task=task,
+        labels=(labels or rows.labels) or None,
+        **({"store": store} if store is not None else {}),
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = rows.pad_id
+    started = time.perf_counter()
+    measures = evaluate(model, rows, batch_size=batch_size, precision=precision)
+    seconds = round(time.perf_counter() - started, 3)
+    facts = {"expression": expression, "base": base, "task": task, "data": data, "data_digest": rows.digest}
+    return {**facts, "rows": len(rows), "seconds": seconds, "measures": measures}
+
+
+def _manifests(expression: str | None, store: Store | None) -> list[Manifest]:
+    """Of the artifacts that the expression names, compositions with their members'."""
+    if expression is None:
+        return []
+    shelf, found = Shelf(store), []
+    waiting = list(compose.parse(expression).refs)
+    while waiting:
+        manifest = shelf.find(waiting.pop()).manifest
+        if manifest is not None:
+            found.append(manifest)
+            waiting += [f"{need.name}@{need.digest}" for need in manifest.requires]
+    return found
+
+
+def _agreed(what: str, values: set[str]) -> str:
+    if len(values) == 1:
+        return values.pop()
+    told = f"name {', '.join(sorted(values))}" if values else f"name no {what}"
+    raise UsageError(f"the adapters {told}", hint=f"give --{what}")

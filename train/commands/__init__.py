@@ -1,0 +1,1 @@
+"""`hub train`, `hub methods`, `hub eval` and `hub race`."""

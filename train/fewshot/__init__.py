@@ -1,0 +1,1 @@
+"""Few-shot training with prompts: PET, iPET, several masks, LM-BFF, and `hub few-shot`, which chooses among them."""

@@ -1,0 +1,126 @@
+"""Labelled texts, and what is wrong with them before anything is trained."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hub.errors import did_you_mean
+from train.errors import DataError
+
+__all__ = ["Columns", "Example", "check_texts", "label_names", "to_examples", "warn_of_duplicates"]
+
+log = logging.getLogger(__name__)
+_MOST_LABELS = 999  # a thousand classes are more likely a column of free text or of ids
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: a text or a pair, and its label where that is known."""
+
+    text: str
+    text2: str | None = None
+    label: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What makes two rows the same: the texts without case and spacing."""
+        return " ".join(self.text.lower().split()), " ".join((self.text2 or "").lower().split())
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of a file."""
+
+    text: str = "text"
+    text2: str | None = None
+    label: str = "label"
+
+
+def to_examples(
+    rows: Iterable[Mapping[str, Any]], columns: Columns, *, source: str, labelled: bool = True
+) -> list[Example]:
+    """Rows of a file as examples.
+
+    Raises
+    ------
+    DataError
+        A column is missing (with the nearest one that is there), a text is empty, a label is null.
+    """
+    wanted = [columns.text, *([columns.text2] if columns.text2 else []), *([columns.label] if labelled else [])]
+    examples = []
+    for number, row in enumerate(rows, 1):
+        for name in wanted:
+            if row.get(name) is None:
+                raise _no_column(name, row, f"{source}, row {number}")
+        text2 = str(row[columns.text2]) if columns.text2 else None
+        label = str(row[columns.label]) if labelled else None
+        examples.append(Example(str(row[columns.text]), text2, label))
+    _refuse_empty(examples, source)
+    return examples
+
+
+def _no_column(name: str, row: Mapping[str, Any], where: str) -> DataError:
+    near = did_you_mean(name, [str(key) for key in row], count=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    present = ", ".join(sorted(str(key) for key in row)) or "none"
+    what = f"column {name!r} is empty" if name in row else f"no column {name!r}; it has: {present}"
+    return DataError(f"{where}: {what}", hint=f"{hint}name columns with --text, --text2 and --label")
+
+
+def _refuse_empty(examples: Sequence[Example], source: str) -> None:
+    empty = [i for i, e in enumerate(examples, 1) if not e.text.strip() or (e.text2 is not None and not e.text2.strip())]
+    if empty:
+        shown = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
+        raise DataError(f"{source}: {len(empty)} empty texts (rows {shown})", hint="remove these rows")
+
+
+def check_texts(examples: Sequence[Example], tokenizer: Any, *, source: str) -> None:
+    """Refuse texts that contain a token which only a prompt may hold: the mask, a separator, a sentinel.
+
+    Raises
+    ------
+    DataError
+        Names the rows and the token.
+    """
+    special = [token for token in tokenizer.all_special_tokens if token]
+    if not special:
+        return
+    for number, example in enumerate(examples, 1):
+        for token in special:
+            if token in example.text or token in (example.text2 or ""):
+                raise DataError(
+                    f"{source}, row {number}: the text contains {token}, which this base reads as a control token",
+                    hint=f"replace {token} in the text",
+                )
+
+
+def label_names(examples: Sequence[Example], *, source: str) -> tuple[str, ...]:
+    """The labels in a fixed order: numbers by value, then words by letters.
+
+    Raises
+    ------
+    DataError
+        One label only, or so many that the column is not one of labels.
+    """
+    found = sorted({str(e.label) for e in examples}, key=lambda n: (0, int(n), "") if n.lstrip("-").isdigit() else (1, 0, n))
+    if len(found) < 2:
+        raise DataError(f"{source}: every row has the label {found[0]!r}", hint="a classifier needs two labels or more")
+    if len(found) > _MOST_LABELS:
+        raise DataError(
+            f"{source}: {len(found)} different labels in {len(examples)} rows",
+            hint="is --label the right column? at most 999 labels are learned",
+        )
+    return tuple(found)
+
+
+def warn_of_duplicates(train: Sequence[Example], test: Sequence[Example], *, source: str) -> int:
+    """Count test rows whose texts are also in the training rows, and say so: they flatter the result."""
+    known = {e.key for e in train}
+    twice = sum(count for key, count in Counter(e.key for e in test).items() if key in known)
+    if twice:
+        log.warning("%s: %d of %d test rows are also training rows", source, twice, len(test))
+    return twice

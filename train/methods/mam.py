@@ -1,0 +1,49 @@
+"""MAM: the mix-and-match adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+from transformers import PreTrainedModel
+
+import compose
+from compose.kind import Adapter
+from train.method import Composite, Method, MethodOptions, register
+
+
+class MamOptions(MethodOptions):
+    """Sizes of the two parts; the paper's for summarization, and 16, 16, 2 for GLUE."""
+
+    prefix_length: int = Field(30, ge=1, description="virtual tokens of the prefix")
+    bottleneck_size: int = Field(512, ge=1, description="width of the parallel adapter")
+    scaling: float = Field(4.0, description="s of the parallel adapter")
+
+
+@register("mam")
+class Mam(Method):
+    """A prefix in the attention and a parallel adapter beside the feed-forward block: `prefix >> bottleneck`.
+
+    Stores both, and the composition of the two.
+    """
+
+    kind = "prefix >> bottleneck"
+    paper = "arXiv:2110.04366"
+    Options = MamOptions
+    own: MamOptions
+
+    def build(
+        self, model: PreTrainedModel, *, seed: int = 0, heads: Sequence[str] = (), tokenizer: Any = None
+    ) -> Adapter | Composite:
+        """Two adapters that train together; the task's head is carried by the second."""
+        front = {"num_virtual_tokens": self.own.prefix_length}
+        beside = {"style": "parallel", "bottleneck_size": self.own.bottleneck_size, "scaling": self.own.scaling}
+        members = {
+            "prefix": self.create(model, "prefix", "prefix", front, seed=seed),
+            "parallel": self.create(
+                model, "parallel", "bottleneck", {**beside, **self.kind_options}, seed=seed + 1, heads=heads
+            ),
+        }
+        compose.activate(model, "prefix >> parallel")
+        return Composite(members, "prefix >> parallel")

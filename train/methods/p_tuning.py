@@ -1,0 +1,65 @@
+"""P-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compose.kind import Adapter
+from train.method import Method, MethodOptions, register
+from train.reparametrize import fold, reparametrize
+
+
+class PTuningOptions(MethodOptions):
+    """The encoder that makes the prompt."""
+
+    hidden: int = Field(0, ge=0, description="width of the LSTM's states and of the MLP; 0: the embedding's own width")
+
+
+class Encoded(nn.Module):
+    """P = MLP(BiLSTM(E)), two layers each; E and P are (n, d)."""
+
+    def __init__(self, width: int, hidden: int, random: torch.Generator) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, hidden // 2, num_layers=2, bidirectional=True, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(2 * (hidden // 2), hidden), nn.ReLU(), nn.Linear(hidden, width))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                bound = max(parameter.shape[-1], hidden // 2) ** -0.5
+                parameter.uniform_(-bound, bound, generator=random)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """The prompt."""
+        made: Tensor = self.mlp(self.lstm(embedding[None])[0])
+        return made[0]
+
+    def right_inverse(self, prompt: Tensor) -> Tensor:
+        """The pseudo tokens start from what the prompt was."""
+        return prompt
+
+
+@register("p_tuning")
+class PTuning(Method):
+    """Pseudo tokens through a two-layer BiLSTM and an MLP. Stores their outputs (n, d) alone, as a prompt.
+
+    The encoder ties the pseudo tokens together while they train, and is dropped at the end.
+    """
+
+    kind = "prompt"
+    paper = "arXiv:2103.10385"
+    Options = PTuningOptions
+    own: PTuningOptions
+
+    def prepare(self, model: PreTrainedModel, adapter: Adapter, tokenizer: Any) -> None:
+        """The prompt behind its encoder."""
+        width = adapter.at("", "P").shape[1]
+        reparametrize(adapter, "", "P", Encoded(width, self.own.hidden or width, adapter.generator))
+
+    def finish(self, model: PreTrainedModel, learner: Adapter) -> Adapter:
+        """What the encoder makes."""
+        fold(learner)
+        return learner

@@ -1,0 +1,62 @@
+"""Tensors of an adapter as functions of other tensors while it trains, on torch's own parametrizations.
+
+The adapter reads its tensor as always and gets ``module(original)``; the original and the module's parameters are what
+trains and what a checkpoint holds. `fold` puts the tensor back as the function left it: that is what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from compose.kind import Adapter
+
+__all__ = ["attribute", "attributes", "fold", "function", "original", "reparametrize"]
+
+
+def attribute(path: str, name: str) -> str:
+    """Where an adapter keeps the tensor `name` of the site `path`."""
+    return f"{path}:{name}".replace(".", "/")
+
+
+def attributes(adapter: Adapter, *names: str) -> Iterator[tuple[str, str]]:
+    """(path, name) of the adapter's tensors with these names, in the order of its sites."""
+    for path in adapter.paths or ("",):
+        for name in names:
+            if hasattr(adapter, attribute(path, name)):
+                yield path, name
+
+
+def reparametrize(adapter: Adapter, path: str, name: str, module: nn.Module) -> None:
+    """Make one tensor ``module(original)``; a `right_inverse` of the module says what the original starts from."""
+    module.to(getattr(adapter, attribute(path, name)).device)
+    parametrize.register_parametrization(adapter, attribute(path, name), module, unsafe=True)
+    adapter.revision += 1
+
+
+def function(adapter: Adapter, path: str, name: str) -> nn.Module:
+    """The module that makes a reparametrized tensor."""
+    held = adapter.get_submodule("parametrizations")._modules[attribute(path, name)]
+    assert held is not None  # noqa: S101 - narrows the type
+    return held.get_submodule("0")
+
+
+def original(adapter: Adapter, path: str, name: str) -> nn.Parameter:
+    """What trains in the place of a reparametrized tensor."""
+    holder = adapter.get_submodule("parametrizations")
+    found = getattr(getattr(holder, attribute(path, name)), "original")  # noqa: B009 (a plain name to torch)
+    assert isinstance(found, nn.Parameter)  # noqa: S101 - narrows the type
+    return found
+
+
+def fold(adapter: Adapter) -> None:
+    """Store what each function gives in evaluation mode, and drop the functions."""
+    training = adapter.training
+    adapter.eval()
+    if parametrize.is_parametrized(adapter):
+        for name in list(adapter.get_submodule("parametrizations")._modules):
+            parametrize.remove_parametrizations(adapter, name, leave_parametrized=True)
+    adapter.train(training)
+    adapter.revision += 1

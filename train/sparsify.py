@@ -1,0 +1,58 @@
+"""From a dense delta to a sparse one: which weights stay, and the adapter that stores only them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+import compose
+from compose.kind import Adapter
+from compose.kinds.sparse import SparseShift
+from train.reparametrize import attribute, attributes
+
+__all__ = ["forget", "largest", "places", "to_sparse"]
+
+Place = tuple[str, str]  # path and name of a parameter
+_NAMES = ("weight", "bias")
+
+
+def places(adapter: Adapter) -> list[Place]:
+    """The parameters of the base that a dense adapter moves."""
+    return list(attributes(adapter, *_NAMES))
+
+
+def largest(values: Mapping[Place, Tensor], density: float) -> dict[Place, Tensor]:
+    """Masks of the K entries of largest magnitude over all tensors together, K = density of all; never more than K."""
+    sizes = [value.numel() for value in values.values()]
+    count = max(1, int(density * sum(sizes)))
+    everything = torch.cat([value.detach().abs().flatten() for value in values.values()])
+    mask = torch.zeros_like(everything, dtype=torch.bool)
+    mask[everything.topk(count).indices] = True
+    parts = mask.split(sizes)
+    return {place: part.view_as(value) for (place, value), part in zip(values.items(), parts, strict=True)}
+
+
+def forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Drop the optimizer's memory of these parameters: old momentum must not move what starts anew."""
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
+def to_sparse(model: PreTrainedModel, dense: Adapter, density: float, name: str) -> Adapter:
+    """A sparse adapter with the entries of a dense one that are not zero, resident under `name`."""
+    options = {**dense.config.model_dump(), "density": density}
+    sparse = compose.create(model, "sparse", options, name=name)
+    assert isinstance(sparse, SparseShift)  # noqa: S101 - narrows the type
+    for path, key in places(dense):
+        delta = getattr(dense, attribute(path, key)).detach()
+        at = delta.flatten().nonzero().flatten()
+        sparse.choose(path, key, at, delta.flatten()[at])
+    for path in dense.saved:
+        ours, theirs = sparse.head(path), dense.head(path)
+        if ours is not None and theirs is not None:
+            ours.load_state_dict(theirs.state_dict())
+    return sparse
