@@ -103,9 +103,13 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Embeddings (n, d) put before the input embeddings."""
+    """Embeddings (n, d) put before the input embeddings.
+
+    ``of`` makes them anew for each text, (B, n) ids of its first tokens -> (B, n, d); ``embeddings`` is a blank then.
+    """
 
     embeddings: Tensor
+    of: Callable[[Tensor], Tensor] | None = None
 
 
 class Below(Protocol):

@@ -95,10 +95,9 @@ class Calls:
             if module is not self._encoder:  # whose states cross-attention reads with the prompt's
                 self._layout = extended.layout
             if arguments.get("input_ids") is not None and self.embedding is not None:
-                state = prompt.on(batch)
-                width = state.embeddings.shape[2]
-                text = state.embeddings.new_zeros(1, 1, 1).expand(batch, self._total - state.length, width)
-                self.embedding.put = places[..., None], extended.layout.join(state.embeddings, text)
+                front = extended.embeddings  # (B, n, d)
+                text = front.new_zeros(1, 1, 1).expand(batch, self._total - prompt.length, front.shape[2])
+                self.embedding.put = places[..., None], extended.layout.join(front, text)
         self._as_tuple = self._layout is not None and _wants_tuple(self._model, kwargs)
         return {**arguments, "return_dict": True} if self._as_tuple else arguments
 

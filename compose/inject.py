@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compose.atoms import Prefix
+from compose.atoms import Prefix, Prompt
 from compose.attention import PrefixState, bias_owner, stack_prefixes, use_interface
 from compose.calls import Calls
 from compose.expr import IDENTITY, Call, Expr, add, normalize, parse
@@ -155,7 +155,8 @@ class Runtime:
         # A weight of zero costs nothing: where no row has another, the adapter is not there.
         active = {n: self.adapters[n] for row in pairs for c, n in row if not _is_zero(c)}
         self.context.tokens = max((w.shape[1] for w in self._tensors() if w.dim() == 2 and w.shape[1] > 1), default=0)
-        for slot in (*self._slots.values(), self._side):
+        self._side.clear()
+        for slot in self._slots.values():
             slot.clear()
         paths = dict.fromkeys(p for a in active.values() for p in (*a.paths, *a.saved) if self._is_site(p, a))
         for path in paths:
@@ -248,10 +249,10 @@ class Runtime:
         return state
 
     def _stack_prompts(self, active: Mapping[str, Adapter], pairs: Sequence[Row]) -> PromptState | None:
-        prompts = {n: prompt.embeddings for n, a in active.items() if (prompt := a.prompt()) is not None}
+        prompts = {n: prompt for n, a in active.items() if (prompt := a.prompt()) is not None}
         if not prompts:
             return None
-        rows: list[list[Tensor]] = []
+        rows: list[list[Prompt]] = []
         for row in pairs:
             kept = [(c, n) for c, n in row if n in prompts and not _is_zero(c)]
             for c, n in kept:

@@ -194,9 +194,9 @@ def _kind_of(fields: Mapping[str, Any]) -> type[Adapter]:
     if peft_type == "LORA":
         return get_kind("dora" if fields.get("use_dora") else "lora")
     for kind in kinds().values():
-        if kind.peft_type == peft_type and peft_type is not None:
+        if peft_type is not None and peft_type in (kind.peft_type, *kind.peft_aliases):
             return kind
-    known = sorted({k.peft_type for k in kinds().values() if k.peft_type})
+    known = sorted({t for k in kinds().values() for t in (k.peft_type, *k.peft_aliases) if t})
     raise KindError(f"no kind reads PEFT type {peft_type!r}", hint="PEFT types read here: " + ", ".join(known))
 
 

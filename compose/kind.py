@@ -61,6 +61,7 @@ class Adapter(nn.Module):
     kind: ClassVar[str]
     Config: ClassVar[type[KindConfig]]
     peft_type: ClassVar[str | None] = None
+    peft_aliases: ClassVar[tuple[str, ...]] = ()  # other PEFT types whose files it reads
     paper: ClassVar[str] = ""
     averages_in_weight: ClassVar[bool] = True  # an average of parameters is a weighted sum of effects
     reads_below: ClassVar[bool] = False  # lowering looks at the weight underneath (DoRA's norm)
@@ -244,7 +245,7 @@ class Adapter(nn.Module):
 
         A kind whose files decide their own shapes overrides this for them.
         """
-        have = self.state(heads=False)
+        have = {key: cast("Tensor", getattr(self, attribute)) for attribute, key in self._keys.items()}
         odd = [key for key, own in have.items() if key in tensors and own.shape != tensors[key].shape]
         wanted = {**have, **self.head_state()}
         for path, state in self._head_parts(tensors).items():

@@ -8,7 +8,7 @@ without a gap, and what fills it up comes last: ``[p p t t t .]``. The filling i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,8 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compose.atoms import Prompt
 from compose.kernels import expand
 from compose.kind import KindError
+
+
+@dataclass(frozen=True)
+class Made:
+    """A prompt of row ``row`` that is made from its text: ``length`` embeddings from place ``start`` on."""
+
+    row: int
+    start: int
+    length: int
+    of: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class PromptState:
     embeddings: Tensor
     counts: Tensor
     causal: bool
+    made: tuple[Made, ...] = ()
 
     @property
     def length(self) -> int:
@@ -47,6 +59,23 @@ class PromptState:
         if len(self.counts) == batch:
             return self
         return replace(self, embeddings=repeat(self.embeddings, batch), counts=repeat(self.counts, batch))
+
+    def for_texts(self, ids: Tensor | None, mask: Tensor) -> PromptState:
+        """The same for the rows of a batch (B, T), with the prompts that are made from their texts."""
+        if not self.made:
+            return self.on(len(mask))
+        if ids is None:
+            raise KindError("a prompt that is made from the text needs input_ids, not inputs_embeds")
+        state, times = self.on(len(mask)), len(mask) // len(self.counts)
+        first, last = mask.long().argmax(1), mask.sum(1).long() - 1  # (B,)
+        embeddings = state.embeddings.clone()
+        for made in self.made:
+            rows = slice(made.row * times, (made.row + 1) * times)
+            steps = torch.arange(made.length, device=ids.device)
+            places = first[rows, None] + torch.minimum(steps, last[rows, None].clamp_min(0))
+            values = made.of(ids[rows].gather(1, places))
+            embeddings[rows, made.start : made.start + made.length] = values.to(embeddings)
+        return replace(state, embeddings=embeddings)
 
     def mask(self) -> Tensor:
         """(R, n): 1 where a row has a virtual token."""
@@ -86,12 +115,22 @@ def repeat(x: Tensor, batch: int) -> Tensor:
     return x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else expand(x, batch)
 
 
-def stack_prompts(rows: Sequence[Sequence[Tensor]], like: Tensor, *, causal: bool) -> PromptState:
+def stack_prompts(rows: Sequence[Sequence[Prompt]], like: Tensor, *, causal: bool) -> PromptState:
     """Lay out each row's prompts (n_i, d) end to end."""
-    joined = [torch.cat([like.new_zeros(0, like.shape[1]), *(p.to(like.device) for p in row)]) for row in rows]
+    joined = [
+        torch.cat([like.new_zeros(0, like.shape[1]), *(p.embeddings.to(like.device) for p in row)]) for row in rows
+    ]
     n = max(len(j) for j in joined)
     padded = torch.stack([F.pad(j, (0, 0, n - len(j), 0)) for j in joined])
-    return PromptState(padded, torch.tensor([len(j) for j in joined], device=like.device), causal)
+    made: list[Made] = []
+    for i, row in enumerate(rows):
+        start = n - len(joined[i])
+        for p in row:
+            if p.of is not None:
+                made.append(Made(i, start, len(p.embeddings), p.of))
+            start += len(p.embeddings)
+    counts = torch.tensor([len(j) for j in joined], device=like.device)
+    return PromptState(padded, counts, causal, tuple(made))
 
 
 def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +157,7 @@ class Entrance:
 
 @dataclass(frozen=True)
 class Extended:
-    """Arguments with room for the prompt, how the rows stand, and which places are the prompt's.
+    """Arguments with room for the prompt, how the rows stand, which places are the prompt's, and what stands there.
 
     ``places`` (B, n + T) is None in a step with a cache, which holds the prompt already.
     """
@@ -126,6 +165,7 @@ class Extended:
     arguments: dict[str, Any]
     layout: Layout
     places: Tensor | None
+    embeddings: Tensor
 
 
 def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]) -> Extended:
@@ -141,7 +181,8 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
     out = {**kwargs, "attention_mask": layout.join(state.mask().to(mask), mask)}
     _extend_positions(state, entrance, layout, out, length, seen)
     if seen:
-        return Extended(out, layout, None)
+        return Extended(out, layout, None, state.embeddings)
+    state = state.for_texts(kwargs.get("input_ids"), mask)
     if kwargs.get("input_ids") is not None:
         out["input_ids"] = layout.join(source.new_full((batch, n), entrance.filler), source)
     else:
@@ -159,7 +200,8 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
             out[name] = kwargs[name] + (n if state.causal else state.counts)
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
         out["logits_to_keep"] = kwargs["logits_to_keep"] + n
-    return Extended(out, layout, layout.join(state.mask().bool(), torch.zeros_like(mask, dtype=torch.bool)))
+    places = layout.join(state.mask().bool(), torch.zeros_like(mask, dtype=torch.bool))
+    return Extended(out, layout, places, state.embeddings)
 
 
 def _check_room(cache: Any, needed: int) -> None:

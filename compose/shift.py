@@ -62,7 +62,7 @@ class Shift(Adapter):
 
     def places(self, sites: SiteMap, model: PreTrainedModel) -> Iterator[Place]:
         """Parameters to create, each once; fills ``self.paths`` and the aliases of tied ones."""
-        self.paths = tuple(_chosen(self.config, sites))
+        self.paths = tuple(_chosen(self.config, sites, model))
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._tied: dict[tuple[str, str], tuple[str, str]] = {}
         self._modules_of: dict[str, Callable[[], nn.Module]] = {}
@@ -123,7 +123,7 @@ def _shape(module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, 
     return (linear[1], linear[0]) if linear is not None and name == "weight" else tuple(parameter.shape)
 
 
-def _chosen(config: ShiftConfig, sites: SiteMap) -> list[str]:
+def _chosen(config: ShiftConfig, sites: SiteMap, model: PreTrainedModel) -> list[str]:
     """Module paths in model order."""
     wanted, carried = config.target_modules, tuple(f".{name}." for name in config.modules_to_save)
     blocks = {s.path: s.layer for s in sites} | {p: sites.layer_of(p) for p in sites.norms}
@@ -147,4 +147,7 @@ def _chosen(config: ShiftConfig, sites: SiteMap) -> list[str]:
         raise SiteError(
             f"no module of {wanted or 'the blocks'!r} lies in layers {config.layers}", hint=f"layers: {sites.depth()}"
         )
+    if sites.embedding in chosen:  # a decoder's embeddings that are the encoder's
+        table = original_module(model, sites.embedding).weight
+        chosen |= {p for p in sites.tables if original_module(model, p).weight is table}
     return [p for p in sites.modules if p in chosen]

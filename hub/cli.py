@@ -29,6 +29,7 @@ COMMANDS: dict[str, dict[str, Row]] = {
         "push": Row("hub.commands.push:push", "Publish a directory into the store, or send an artifact to a remote."),
         "pull": Row("hub.commands.pull:pull", "Bring an artifact from a remote, checking every byte."),
         "list": Row("hub.commands.list:list_", "List the artifacts of the store."),
+        "search": Row("hub.commands.search:search", "Find artifacts by words, best match first."),
         "show": Row("hub.commands.show:show", "Show one artifact: facts, metrics, files, lineage."),
         "import": Row("hub.commands.import_:import_", "Bring a foreign adapter (PEFT) into the store, checked."),
         "export": Row("hub.commands.export:export", "Write an artifact for PEFT or vLLM, or merged into its base."),
@@ -45,6 +46,7 @@ COMMANDS: dict[str, dict[str, Row]] = {
         "lock": Row("hub.commands.lock:lock", "Pin what a project needs, by digest, in modules.lock."),
         "sync": Row("hub.commands.lock:sync", "Bring exactly what modules.lock says."),
         "outdated": Row("hub.commands.lock:outdated", "Show what has a newer version."),
+        "doctor": Row("hub.commands.doctor:doctor", "Look for what is broken here, and say what to do."),
         "registry": Row("hub.registry.commands:registry", "Serve the store: Hugging Face protocol and web catalogue."),
     },
     "Models": {
@@ -52,6 +54,7 @@ COMMANDS: dict[str, dict[str, Row]] = {
         "train": Row("train.commands.train:train", "Train an adapter from a YAML file."),
         "methods": Row("train.commands.methods:methods", "List the methods of training."),
         "eval": Row("train.commands.eval:eval_", "Measure an adapter or an expression on data."),
+        "few-shot": Row("train.fewshot.commands:few_shot", "Learn a classifier from a few labelled rows in seconds."),
         "race": Row("train.commands.race:race", "Race methods at an equal budget: successive halving."),
         "compose": Row("compose.commands:compose", "Plan, check and publish compositions."),
         "route": Row("router.commands:route", "Make routers, measure them and see what they choose."),

@@ -204,7 +204,7 @@ class Index:
     def select(
         self, where: str = "1", arguments: Iterable[object] = (), order: str = "", limit: int = -1
     ) -> list[Facts]:
-        """Facts of the artifacts ``a`` for which an SQL condition holds; `arguments` are those of it, then of `order`."""
+        """Facts of the artifacts ``a`` for which an SQL condition holds; `arguments`: its own, then the order's."""
         order = order or "a.name, a.version_key"
         given = tuple(arguments)
         if limit >= 0:  # sort the ids alone, then fetch what is shown
@@ -266,22 +266,10 @@ class _Writer:
         kind, method, task = doc.get("kind", ""), doc.get("method", ""), doc.get("task")
         weights, arch = base.get("weights_fingerprint"), base.get("arch_digest")
         size = sum(entry["size"] for entry in doc.get("files", ()))
-        rows["artifacts"].append(
-            (
-                row,
-                digest,
-                name,
-                version,
-                version_key(version),
-                doc["type"],
-                kind,
-                method,
-                task,
-                base.get("repo"),
-                weights,
-            )
-            + (arch, doc.get("license"), summary, doc["tensors_digest"], size, doc["created"])
-        )
+        key = version_key(version)
+        facts = (row, digest, name, version, key, doc["type"], kind, method, task, base.get("repo"), weights, arch)
+        more = (doc.get("license"), summary, doc["tensors_digest"], size, doc["created"])
+        rows["artifacts"].append((*facts, *more))
         facets = [(facet[:-1], value) for facet in ("labels", "languages", "domains") for value in doc.get(facet, ())]
         rows["facets"] += [(row, *facet) for facet in facets]
         rows["metrics"] += [

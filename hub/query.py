@@ -37,11 +37,27 @@ def _base(value: str) -> _Term:
 
 
 def _text(value: str) -> _Term:
-    words = re.findall(r"\w+", value)
-    if not words:
-        raise UsageError(f"{value!r} holds no word to search for")
-    match = " ".join(f'"{word}"*' for word in words)
-    return "a.id IN (SELECT rowid FROM search WHERE search MATCH ?)", (match,)
+    from hub.search import match
+
+    return "a.id IN (SELECT rowid FROM search WHERE search MATCH ?)", (match(value),)
+
+
+_BOUND = re.compile(r"(?P<metric>[^<>=]+?)\s*(?P<sign>>=|<=|>|<)\s*(?P<value>[-+.\deE]+)\Z")
+
+
+def _metric(value: str) -> _Term:
+    """``accuracy``, or ``accuracy>=0.8``."""
+    found = _BOUND.match(value)
+    if found is None and not re.search("[<>]", value):
+        return "a.id IN (SELECT artifact FROM metrics WHERE metric = ?)", (value,)
+    try:
+        bound = float(found["value"]) if found else None
+    except ValueError:
+        bound = None
+    if found is None or bound is None:
+        raise UsageError(f"{value!r} is no bound of a metric", hint="write accuracy, 'accuracy>=0.8' or 'loss<2'")
+    inside = f"a.id IN (SELECT artifact FROM metrics WHERE metric = ? AND value {found['sign']} ?)"  # noqa: S608
+    return inside, (found["metric"], bound)
 
 
 def _alias(value: str) -> _Term:
@@ -63,13 +79,20 @@ _FILTERS: dict[str, Callable[[str], _Term]] = {
     "language": _facet("language"),
     "domain": _facet("domain"),
     "alias": _alias,
+    "metric": _metric,
     "text": _text,
 }
-_ORDERS = {"name": "a.name, a.version_key", "created": "a.created DESC, a.id DESC", "size": "a.size DESC, a.name"}
+ORDERS = {"name": "a.name, a.version_key", "created": "a.created DESC, a.id DESC", "size": "a.size DESC, a.name"}
+_LOW = re.compile("loss|perplexity|error|ece|brier", re.I)
 _LEAST = "(SELECT min(value) FROM metrics WHERE artifact = a.id AND metric = ?) ASC"
 _GREATEST = "(SELECT max(value) FROM metrics WHERE artifact = a.id AND metric = ?) DESC"
 _NEWEST = """a.version_key = (SELECT max(b.version_key) FROM artifacts b WHERE b.name = a.name
     AND (b.yanked IS NULL OR ?))"""
+
+
+def low_is_good(metric: str, ascending: bool | None = None) -> bool:
+    """Whether the least value of a metric is the best: as told, else by its name."""
+    return ascending if ascending is not None else bool(_LOW.search(metric))
 
 
 def build(
@@ -108,10 +131,9 @@ def build(
     if newest:
         terms.append(_NEWEST)
         arguments.append(yanked)
-    order = _ORDERS.get(sort or "name")
+    order = ORDERS.get(sort or "name")
     if order is None:
         terms.append("a.id IN (SELECT artifact FROM metrics WHERE metric = ?)")
         arguments += [sort, sort]
-        low = ascending if ascending is not None else bool(re.search("loss|perplexity|error|ece", str(sort), re.I))
-        order = _LEAST if low else _GREATEST
+        order = _LEAST if low_is_good(str(sort), ascending) else _GREATEST
     return " AND ".join(terms) or "1", arguments, order

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from hub.vault import ABSENT, Vault
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry
+    from hub.search import Score
 
 __all__ = ["ABSENT", "Artifact", "Problem", "Store", "default_root"]
 
@@ -256,6 +258,26 @@ class Store(Vault):
     def _document(self, digest: str) -> Mapping[str, Any]:
         # Validated when it was admitted; the digest says that it has not changed since.
         return outline(self.blobs.read(digest))
+
+    def search(
+        self, text: str, *, limit: int = 20, yanked: bool = False, newest: bool = True, **filters: str | None
+    ) -> builtins.list[Artifact]:
+        """Artifacts whose name, summary, kind, task, base or labels hold all words, best match first (BM25).
+
+        Filters as for `list`.
+        """
+        from hub.search import digests
+
+        asked = {"limit": limit, "yanked": yanked, "newest": newest, "filters": filters}
+        chosen = self._ask(lambda index: digests(index, text, **asked))
+        return [artifact for digest in chosen for artifact in self.list(digest=digest, yanked=True)]
+
+    def scores(self, chosen: Iterable[Artifact], metric: str) -> dict[str, builtins.list[Score]]:
+        """Figures of one metric, by digest of the artifacts that have any."""
+        from hub.search import scores
+
+        digests = [artifact.digest for artifact in chosen]
+        return self._ask(lambda index: scores(index, digests, metric))
 
     def list(
         self,

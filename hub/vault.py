@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ABSENT = "absent"  # the expectation that an alias does not exist yet
 LOCK_TIMEOUT = 120.0  # seconds
 
-_TRIES = 3  # a collector may remove what an ingestion relies on; then it fetches again
+_TRIES = 3  # a collector may remove what an ingestion relies on; then it fetches again, in the end under the lock
 
 _one_lock_each = threading.Lock()  # a FileLock is reentrant only as one object
 
@@ -166,25 +166,28 @@ class Vault:
         IntegrityError, GateError
             Bytes that are not what the manifest says, or that must not be admitted; nothing is published then.
         """
-        from hub.gates import check_agreement, check_file_set
+        from hub.gates import check_file_set
 
         self.refuse_conflict(manifest)
         check_file_set((entry.path for entry in manifest.files), manifest)
         self.create()
         with disk_errors(self.root), self.staging.room() as room:
-            for tried in range(_TRIES):
-                scans = {}
-                for entry in manifest.files:
-                    scan = self._admit(manifest, entry, fetch, room, reuse)
-                    if scan is not None:
-                        scans[entry.path] = scan
-                check_agreement(manifest, scans)
-                try:
-                    return self.publish(manifest, room)
-                except Collected:
-                    if tried + 1 == _TRIES:
-                        raise
-        raise AssertionError
+            for _ in range(_TRIES - 1):
+                with suppress(Collected):
+                    return self._ingest(manifest, fetch, room, reuse)
+            with self.lock():  # under which nobody collects
+                return self._ingest(manifest, fetch, room, reuse)
+
+    def _ingest(self, manifest: Manifest, fetch: Fetch, room: Path, reuse: bool) -> bool:
+        from hub.gates import check_agreement
+
+        scans = {}
+        for entry in manifest.files:
+            scan = self._admit(manifest, entry, fetch, room, reuse)
+            if scan is not None:
+                scans[entry.path] = scan
+        check_agreement(manifest, scans)
+        return self.publish(manifest, room)
 
     def _admit(self, manifest: Manifest, entry: FileEntry, fetch: Fetch, room: Path, reuse: bool) -> FileScan | None:
         from hub.gates import REPACK, inspect_as

@@ -142,8 +142,8 @@ def accuracies(
 ) -> Report:
     """Accuracy on each set under base head, best single, average, router and oracle.
 
-    Each row is answered by the expert that weighs most for it, with that expert's own head and classes; `average` is the
-    vote of all experts' probabilities. A row counts when the name of its class is said.
+    Each row is answered by the expert that weighs most for it, with that expert's own head and classes; `average` is
+    the vote of all experts' probabilities. A row counts when the name of its class is said.
     """
     names = list(router.experts)
     right: dict[str, dict[str, float]] = {}

@@ -248,7 +248,8 @@ def load(ref: str | AdapterRef, store: Store | None = None) -> Stored:
     store = store or Store()
     artifact = store.get(ref)
     if artifact.manifest.type != "router":
-        raise UsageError(f"{artifact.ref} is a {artifact.manifest.type}, not a router", hint="hub list --type router")
+        what = artifact.manifest.type
+        raise UsageError(f"{artifact.ref} is of type {what}, no router", hint="hub list --type router")
     try:
         found = RouterFile.model_validate_json(artifact.read(CONFIG))
     except ValidationError as error:

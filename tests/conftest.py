@@ -183,3 +183,20 @@ def tiny(tmp_path_factory):
 
     torch.set_num_threads(1)
     return Tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def close():
+    """Compare lists of logits within what the dtype can hold: relative to the largest of them."""
+    import torch
+
+    def check(ours: Any, theirs: Any, dtype: str = "fp32", *, factor: float = 1.0) -> None:
+        assert len(ours) == len(theirs)
+        bound = {"fp32": 2e-5, "nf4": 1e-4, "bf16": 6e-2}[dtype] * factor
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert a.shape == b.shape, f"row {i}: {tuple(a.shape)} and {tuple(b.shape)}"
+            gap, size = (a - b).abs().max().item(), max(1.0, b.abs().max().item())
+            assert gap <= bound * size, f"row {i} differs by {gap:.2e} (largest value {size:.1f})"
+            assert torch.isfinite(a).all()
+
+    return check

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hub import errors
 from train.errors import ConfigError
 
-__all__ = ["ROLES", "Task", "TrainConfig", "load_config", "parse_pairs", "span_in_steps"]
+__all__ = ["ROLES", "Task", "TrainConfig", "load_config", "parse_pairs", "read_words", "span_in_steps"]
 
 Task = Literal["causal_lm", "seq2seq", "classification", "token_classification", "regression"]
 ROLES = ("text", "text_pair", "label", "prompt", "completion", "messages", "tokens", "tags")
@@ -187,6 +187,23 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig
         return TrainConfig(**values)
     except ValidationError as error:
         raise ConfigError(_explain(error), path=path, hint="hub train --fields lists every key") from error
+
+
+def read_words(words: Sequence[str]) -> tuple[Path | None, TrainConfig]:
+    """The run file among a command's words, if one is, and the run it and the `key=value` words make.
+
+    Raises
+    ------
+    ConfigError
+        Two files, nothing at all, or what `load_config` refuses.
+    """
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"one run file, not {len(files)}: {', '.join(files)}", hint="overrides are key=value")
+    if not words:
+        raise ConfigError("nothing to train", hint="hub train RUN.yaml, or hub train data.train=FILE")
+    path = Path(files[0]) if files else None
+    return path, load_config(path, [word for word in words if "=" in word])
 
 
 def parse_pairs(words: Iterable[str]) -> dict[str, str]:

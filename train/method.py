@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from train.batches import Dataset
 
-__all__ = ["NAME", "Composite", "Method", "MethodOptions", "get_method", "make_method", "methods", "register"]
+__all__ = ["NAME", "Composite", "Method", "MethodOptions", "get_method", "make_method", "methods", "register", "trained"]
 
 NAME = "trained"  # the adapter's name inside the model while it trains
 
@@ -237,3 +237,8 @@ def trained(learner: nn.Module) -> int:
     return sum(p.numel() for p in learner.parameters() if p.requires_grad)
 
 
+
+
+def trained(learner: nn.Module) -> int:
+    """How many numbers train."""
+    return sum(p.numel() for p in learner.parameters() if p.requires_grad)

@@ -154,6 +154,7 @@ def prepare(config: TrainConfig) -> Prepared:
             _check_fits(model, tokenizer, data)
     heads = modules_to_save(model, config.task)
     learner = method.build(model, seed=derive(config.seed, "init"), heads=heads, tokenizer=tokenizer)
+    _check_packing(learner, splits.train)
     method.warm(model, learner, splits.train)
     return Prepared(model, learner, tokenizer, splits, method, config)
 
@@ -171,6 +172,14 @@ def _check_fits(model: PreTrainedModel, tokenizer: Any, data: Dataset) -> None:
         raise DataError(
             f"{data.source} holds token {highest}; this base knows {words} tokens",
             hint="the tokenizer belongs to another model",
+        )
+
+
+def _check_packing(learner: Adapter | Composite, data: Dataset) -> None:
+    members = learner.members.values() if isinstance(learner, Composite) else (learner,)
+    if "position_ids" in data.columns and any(member.prompt() is not None for member in members):
+        raise DataError(
+            "a prompt would stand before the first of the packed rows only", hint="leave data.packing out, or try prefix"
         )
 
 

@@ -24,13 +24,13 @@ class LadderConfig(KindConfig):
     residual: bool = Field(True, description="add to the backbone's final states; without: take their place")
 
 
-_SHAPES = {  # of a block of width m
-    "norm1": lambda m: (m,),
-    "qkv": lambda m: (3 * m, m),
-    "o": lambda m: (m, m),
-    "norm2": lambda m: (m,),
-    "up": lambda m: (4 * m, m),
-    "down": lambda m: (m, 4 * m),
+_SHAPES: dict[str, tuple[int, int] | None] = {  # of a block, in widths; a norm is one vector
+    "norm1": None,
+    "qkv": (3, 1),
+    "o": (1, 1),
+    "norm2": None,
+    "up": (4, 1),
+    "down": (1, 4),
 }
 
 
@@ -70,10 +70,10 @@ class Ladder(Adapter):
             self._add_matrix(f"{i}.in", m, d)
             self.add("", f"{i}.gate", torch.zeros(()))
             for name, shape in _SHAPES.items():
-                if name.startswith("norm"):
+                if shape is None:
                     self.add("", f"{i}.{name}", torch.ones(m))
                 else:
-                    self._add_matrix(f"{i}.{name}", *shape(m))
+                    self._add_matrix(f"{i}.{name}", shape[0] * m, shape[1] * m)
         self.add("", "out", torch.zeros(d, m))
 
     def _add_matrix(self, name: str, rows: int, columns: int) -> None:
@@ -98,8 +98,8 @@ class Ladder(Adapter):
     def _block(self, i: int, s: Tensor, trace: Trace) -> Tensor:
         norm1, qkv, o, norm2, up, down = (self.at("", f"{i}.{name}") for name in _SHAPES)
         width = s.shape[-1]
-        parts = F.linear(F.layer_norm(s, (width,), norm1), qkv).unflatten(-1, (3, self._heads, -1))
-        q, k, v = parts.permute(2, 0, 3, 1, 4)  # (B, heads, T, m / heads)
+        parts = F.linear(F.layer_norm(s, (width,), norm1), qkv)
+        q, k, v = parts.view(*s.shape[:2], 3, self._heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, m / heads)
         k, v = trace.remember(f"{self.name}:{i}", k, v)
         mask = trace.visible(q.shape[2], k.shape[2], q.device)
         s = s + F.linear(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2), o)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -35,7 +35,7 @@ class PrefixTuning(Adapter):
 
     Config = PrefixConfig
     config: PrefixConfig
-    peft_type = "PREFIX_TUNING"
+    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     paper = "arXiv:2101.00190"
     averages_in_weight = False
     peft_fields = frozenset(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hub.output import bytes_text, columns, json_option, print_json, say, warn
 
 if TYPE_CHECKING:
     from hub.artifact import Artifact
+    from hub.store import Store
 
-__all__ = ["bytes_text", "columns", "json_option", "print_json", "say", "summary", "warn"]
+__all__ = ["bytes_text", "columns", "documents", "json_option", "print_json", "say", "summary", "table", "warn"]
 
 
 def summary(artifact: Artifact) -> dict[str, Any]:
@@ -32,3 +34,36 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         "aliases": list(facts.aliases),
         "yanked": facts.yanked,
     }
+
+
+def documents(store: Store, found: Sequence[Artifact], metric: str | None) -> list[dict[str, Any]]:
+    """Facts of several artifacts as JSON, with their figures of one metric."""
+    scores = {} if metric is None else store.scores(found, metric)
+    told = []
+    for artifact in found:
+        figures = [
+            {"metric": score.metric, "value": score.value, "dataset": score.dataset, "split": score.split}
+            for score in scores.get(artifact.digest, ())
+        ]
+        told.append(summary(artifact) | ({} if metric is None else {"scores": figures}))
+    return told
+
+
+def table(store: Store, found: Sequence[Artifact], metric: str | None, ascending: bool | None = None) -> str:
+    """Artifacts as a table, with their best figure of one metric."""
+    from hub.query import low_is_good
+
+    scores = {} if metric is None else store.scores(found, metric)
+    best = min if metric is not None and low_is_good(metric, ascending) else max
+    header = ["NAME", "VERSION", "KIND", "TASK", "BASE", "SIZE", *([metric.upper()] if metric else []), "ALIASES"]
+    rows = []
+    for artifact in found:
+        facts = artifact.facts
+        marks = [f"@{alias}" for alias in facts.aliases] + (["yanked"] if facts.yanked is not None else [])
+        row = [facts.name, facts.version, facts.kind or facts.type, facts.task or "", facts.base or ""]
+        row.append(bytes_text(facts.size))
+        if metric is not None:
+            values = [score.value for score in scores.get(artifact.digest, ())]
+            row.append(f"{best(values):.4g}" if values else "")
+        rows.append([*row, " ".join(marks)])
+    return columns(header, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hub.commands._output import bytes_text, columns, json_option, print_json, say, summary
+from hub.commands._output import documents, json_option, print_json, say, table
 
 
 @click.command("list")
@@ -18,6 +18,7 @@ from hub.commands._output import bytes_text, columns, json_option, print_json, s
 @click.option("--language", help="With this language.")
 @click.option("--domain", help="With this domain.")
 @click.option("--license", "license_", help="Under this licence.")
+@click.option("--metric", metavar="NAME[>=VALUE]", help="Measured by this metric, within a bound.")
 @click.option("--alias", help="With this alias.")
 @click.option("--newest", is_flag=True, help="Only the highest version of each name.")
 @click.option("--yanked", is_flag=True, help="Yanked versions too.")
@@ -41,6 +42,7 @@ def list_(
 
     NAME is ns/name, a bare name in any namespace, or a pattern such as 'acme/*'.
     """
+    from hub.query import ORDERS
     from hub.store import Store
 
     store = Store()
@@ -55,16 +57,10 @@ def list_(
         license=license_,
         **filters,
     )
+    score = sort if sort not in (None, *ORDERS) else None
     if as_json:
-        print_json([summary(artifact) for artifact in found])
-        return
-    if not found:
+        print_json(documents(store, found, score))
+    elif found:
+        click.echo(table(store, found, score, ascending))
+    else:
         say(f"nothing in {store.where} fits" if store.names() else f"{store.where} is empty; `hub push DIR` fills it")
-        return
-    rows = []
-    for facts in (artifact.facts for artifact in found):
-        marks = [f"@{alias}" for alias in facts.aliases] + (["yanked"] if facts.yanked is not None else [])
-        what = facts.kind or facts.type
-        size = bytes_text(facts.size)
-        rows.append((facts.name, facts.version, what, facts.task or "", facts.base or "", size, " ".join(marks)))
-    click.echo(columns(("NAME", "VERSION", "KIND", "TASK", "BASE", "SIZE", "ALIASES"), rows))

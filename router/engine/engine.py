@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from router.engine.flight import Flight, Row
 from router.engine.host import Host
 from router.engine.prepare import Prepared, prepare
 from router.engine.request import Request, Result
+from router.engine.routing import Routing
 from router.engine.schedule import batches
 from router.engine.sources import Known, Source, Sources
 from router.engine.targets import Targets
@@ -98,13 +100,45 @@ class Engine:
                 ready[index] = self.prepare(request)
             except HubError as error:
                 tell(index, error)
-        order, rows = list(ready), list(ready.values())
+        order = list(ready)
+        rows: list[Prepared] = []
+        for index, found in zip(ready, self.route(list(ready.values())), strict=True):
+            if isinstance(found, HubError):
+                tell(index, found)
+                order.remove(index)
+            else:
+                rows.append(found)
         cut = self.batches(rows)
         for number, batch in enumerate(cut):
             following = [rows[i] for i in cut[number + 1]] if number + 1 < len(cut) else []
             for i, answer in zip(batch, self.compute([rows[i] for i in batch], following), strict=True):
                 tell(order[i], answer)
         return [answers[index] for index in range(len(requests))]
+
+    def route(self, rows: Sequence[Prepared]) -> list[Prepared | HubError]:
+        """Let routers choose for the rows that are open; the others come back as they are. The base must be at rest."""
+        found: list[Prepared | HubError] = list(rows)
+        waiting = [i for i, row in enumerate(rows) if row.open or (row.gate is not None and row.request.weights)]
+        for batch in self.batches([rows[i] for i in waiting]):
+            groups: dict[Routing, list[int]] = {}
+            for i in (waiting[k] for k in batch):
+                routing = rows[i].target.routing
+                assert routing is not None  # noqa: S101 - they are those with one
+                groups.setdefault(routing, []).append(i)
+            for routing, members in groups.items():
+                for i, row in zip(members, self._route(routing, [rows[i] for i in members]), strict=True):
+                    found[i] = row
+        return found
+
+    def _route(self, routing: Routing, rows: list[Prepared]) -> list[Prepared | HubError]:
+        try:
+            with self.residency.held(list(routing.members.values()) if routing.asks_members else []):
+                weights = routing.weigh(self.host, rows)
+            if routing.by_token:
+                return [replace(row, weights=w) for row, w in zip(rows, weights, strict=True)]
+            return [routing.choose(self.host, row, w) for row, w in zip(rows, weights, strict=True)]
+        except HubError as error:
+            return [error] if len(rows) == 1 else [one for row in rows for one in self._route(routing, [row])]
 
     def batches(self, rows: Sequence[Prepared]) -> list[list[int]]:
         """Which rows are computed together, by index."""

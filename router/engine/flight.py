@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from compose.expr import IDENTITY, Expr
+from compose.expr import IDENTITY
 from hub.errors import HubError
 from router.engine.detokenize import Detokenizer
 from router.engine.heads import blend, heads_of, pick
@@ -137,7 +137,7 @@ class Flight:
         self._compact()
         if not self.rows:
             return
-        self.host.activate([self._applied(row) for row in self.rows])
+        self._activate(self.rows)
         device = self._mask.device
         self._mask = F.pad(self._mask, (0, 1), value=1)
         ids = torch.tensor([[row.last] for row in self.rows], device=device)
@@ -156,7 +156,7 @@ class Flight:
     def _decode_first(self, rows: Sequence[Row]) -> None:
         """Prompts of a causal model: (B, T), padded on the left."""
         host, prepared = self.host, [row.prepared for row in rows]
-        host.activate([p.expr for p in prepared])
+        self._activate(rows)
         ids, mask = _pad(prepared, host.pad, host.model.device, left=True)
         going = [i for i, p in enumerate(prepared) if p.generates]
         options: dict[str, Any] = {"use_cache": bool(going)}
@@ -180,7 +180,7 @@ class Flight:
     def _classify_all(self, rows: Sequence[Row]) -> None:
         """Texts of an encoder: (B, T), padded on the right."""
         host, prepared = self.host, [row.prepared for row in rows]
-        host.activate([p.expr for p in prepared])
+        self._activate(rows)
         ids, mask = _pad(prepared, host.pad, host.model.device, left=False)
         options = {}
         if any(p.types is not None for p in prepared):
@@ -196,9 +196,14 @@ class Flight:
         for i, row in enumerate(rows):
             if not row.prepared.generates:
                 expr = active[i if len(active) > 1 else 0]
-                found = heads_of(expr, host.runtime.adapters, host.heads.names())
+                known = host.runtime.adapters
+                found = heads_of(expr, known, host.heads.names())
+                if len(found) > 1:  # a router's members may have heads for other labels than the one it answers with
+                    found = [(w, n) for w, n in found if known[n].labels == row.prepared.target.labels]
                 groups.setdefault(tuple(found), []).append(i)
         for heads, members in groups.items():
+            if not heads:
+                raise HubError(f"{rows[members[0]].prepared.target.text} brings no head", hint="see `hub show`")
             at = torch.tensor(members, device=mask.device)
             seen, real = pick(output, at, last=last), mask[at][:, -1:] if last else mask[at]
             parts = [(w, host.heads.logits(host.runtime.adapters[n], seen, real)) for w, n in heads]
@@ -208,10 +213,16 @@ class Flight:
                 else:
                     rows[i].result = _answered(rows[i].prepared, logits)
 
-    def _applied(self, row: Row) -> Expr:
-        """What is applied to a row; nothing to one that has ended and whose adapters are gone."""
-        expr = row.prepared.expr
-        return IDENTITY if row.over and not self.host.runtime.adapters.keys() >= set(expr.refs) else expr
+    def _activate(self, rows: Sequence[Row]) -> None:
+        """Make active what is applied to each row; nothing to one that has ended and whose adapters are gone."""
+        gate, resident = rows[0].prepared.gate, self.host.runtime.adapters.keys()
+        if gate is not None:
+            self.host.forget()
+            gate.router.activate(self.host.model, None)
+            return
+        exprs = [row.prepared.expr for row in rows]
+        gone = [row.over and not resident >= set(expr.refs) for row, expr in zip(rows, exprs, strict=True)]
+        self.host.activate([IDENTITY if g else expr for g, expr in zip(gone, exprs, strict=True)])
 
     # -- decoding --------------------------------------------------------------------------------------------------
 
@@ -255,6 +266,8 @@ class Flight:
         """Whether these rows can join the ones under way: plain caches, and no prompt before the text."""
         if not self.rows:
             return True
+        if any(row.prepared.gate is not self.rows[0].prepared.gate for row in rows):
+            return False
         adapters = self.host.runtime.adapters
         plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
         return (

@@ -102,7 +102,7 @@ class Heads:
                 raise HubError(f"{adapter.name} brings no {name!r}, and the base has none", ref=adapter.name)
             shell._modules[name] = head
         inside = next((p.dtype for m in carried.values() if m for p in m.parameters()), None)
-        shell._modules[self.backbone].output = _map(output, lambda t: t.to(inside))  # type: ignore[union-attr]
+        shell._modules[self.backbone].output = _map(output, lambda t: t.to(inside))
         found: Tensor = shell(input_ids=mask, attention_mask=mask).logits
         return found.float()
 

@@ -89,14 +89,18 @@ class Host:
         """Make one composition per row active, unless just these are."""
         wanted = tuple(rows) if len(set(rows)) > 1 else tuple(rows[:1])
         if wanted != self._active:
-            self._active = None
-            compose.activate(self.model, list(wanted) if len(wanted) > 1 else wanted[0])
+            self.forget()
+            self.runtime.activate(wanted, {})  # planned once, in `Targets`
             self._active = wanted
+
+    def forget(self) -> None:
+        """Something else may have become active."""
+        self._active = None
 
     def rest(self) -> None:
         """Make nothing active."""
         compose.activate(self.model, None)
-        self._active = None
+        self.forget()
 
 
 def _task(base: str | Path) -> str:

@@ -31,6 +31,16 @@ class Prepared:
     weights: dict[str, float] = field(default_factory=dict)
 
     @property
+    def open(self) -> bool:
+        """Whether a router has yet to choose for it."""
+        return self.target.routing is not None and not self.target.routing.by_token
+
+    @property
+    def gate(self) -> Any:
+        """The router that weighs each of its tokens; None for any other row."""
+        return None if self.open else self.target.routing
+
+    @property
     def generates(self) -> bool:
         """Whether a continuation is wanted, and not an answer of a head."""
         return self.target.task == "generate"

@@ -30,6 +30,8 @@ class Request:
         0 is greedy decoding. A row draws from its own stream, so its text does not depend on its neighbours.
     scores
         How many of the best labels, or of the best tokens at each place, come back with their (log) probabilities.
+    weights
+        Whether the weights of a router that weighs each token are wanted: their mean costs a pass of its own.
     """
 
     text: str
@@ -42,6 +44,7 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     scores: int = 0
+    weights: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def choose(logits: Tensor, draws: Sequence[Draw | None]) -> list[int | None]:
-    """A token a row from logits (B, V): the best one, or for a row with a `Draw` a random one; None for a row of NaN."""
+    """A token a row from logits (B, V): the best, or for a row with a `Draw` a random one; None for a row of NaN."""
     best, tokens = logits.max(-1)  # NaN goes through max
     chosen: list[int | None] = tokens.tolist()
     for row, draw in enumerate(draws):

@@ -29,17 +29,29 @@ def batches(
     fits
         Whether adapters, by name, can be resident together.
     """
-    order = sorted(range(len(rows)), key=lambda i: (-(len(rows[i].ids) // BUCKET), rows[i].target.text, i))
+    order = sorted(
+        range(len(rows)), key=lambda i: (_apart(rows[i]), -(len(rows[i].ids) // BUCKET), rows[i].target.text, i)
+    )
     found: list[list[int]] = []
     names: set[str] = set()
     for i in order:
         row = rows[i]
         longest = max((len(rows[k].ids) for k in found[-1]), default=0) if found else 0
         wanted = names | set(row.target.names)
-        full = not found or len(found[-1]) == most or (len(found[-1]) + 1) * max(longest, len(row.ids)) > tokens
+        full = (
+            not found
+            or rows[found[-1][0]].gate is not row.gate
+            or len(found[-1]) == most
+            or (len(found[-1]) + 1) * max(longest, len(row.ids)) > tokens
+        )
         if full or (wanted != names and not fits(wanted)):
             found.append([])
             wanted = set(row.target.names)
         found[-1].append(i)
         names = wanted
     return found
+
+
+def _apart(row: Prepared) -> str:
+    """Rows of a router that weighs each token are computed by themselves."""
+    return row.target.text if row.gate is not None else ""

@@ -54,7 +54,9 @@ class Known:
             return self.source
         view, sites = host.heads.view(len(self.labels) or None, host.runtime.sites)
         if isinstance(self.source, Path):
-            return interop.read(self.source, sites, view, name=self.name)
+            adapter = interop.read(self.source, sites, view, name=self.name)
+            adapter.labels = self.labels
+            return adapter
         files = self.source
         kind, config = interop.parse_config(json.loads(files.read(interop.CONFIG)), sites)
         extra = files.file(interop.EXTRA) if interop.EXTRA in files.files else None
@@ -152,8 +154,7 @@ class Sources:
         path = Path(source)
         kind, fields = interop.peek(path)
         files = [path / name for name in (interop.WEIGHTS, interop.EXTRA) if (path / name).exists()]
-        headed = fields.get("task_type") == "SEQ_CLS" or not self._host.decodes
-        labels = self._classes(files, ()) if headed else ()
+        labels = self._classes(files, ())
         facts = Leaf(kind, labels=labels, hyperparameters={"modules_to_save": fields.get("modules_to_save") or ()})
         name = text if self._offers[text] < 2 else f"{text}#{self._offers[text]}"
         return Known(name, path, facts, labels, _task_of(labels), None, sum(f.stat().st_size for f in files))

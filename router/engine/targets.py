@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from compose.expr import IDENTITY, Call, Expr, Ref, Seq, parse, substitute
 from compose.function import get_function
@@ -12,19 +12,12 @@ from compose.ladder import compare
 from compose.plan import Resolved, plan
 from hub.errors import UsageError
 from hub.manifest import BaseIdentity
+from hub.store import Artifact
 from router.engine.host import Host
 from router.engine.sources import Known, Sources
 
-
-class RowRouter(Protocol):
-    """Chooses among adapters by what a row says."""
-
-    @property
-    def members(self) -> Sequence[str]:
-        """Refs of the adapters it knows."""
-
-    def weigh(self, texts: Sequence[str]) -> Sequence[dict[str, float]]:
-        """Weights of the members (by ref) for each text; those left out are zero."""
+if TYPE_CHECKING:
+    from router.engine.routing import Routing
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +34,8 @@ class Target:
         Adapters that have to be resident.
     labels, task, max_length
         See `Known`.
-    router
-        Where the weights are the router's: `expr` is then of no meaning.
+    routing
+        Where a router has yet to choose: `expr` is then of no meaning.
     """
 
     text: str
@@ -51,7 +44,7 @@ class Target:
     labels: tuple[str, ...] = ()
     task: str = "generate"
     max_length: int | None = None
-    router: Any = None
+    routing: Routing | None = None
 
 
 class Targets:
@@ -96,7 +89,7 @@ class Targets:
         if isinstance(tree, Ref):
             artifact = self.sources.artifact(tree.text)
             if artifact is not None and artifact.manifest.type == "router":
-                raise UsageError(f"{text} is a router", ref=text, hint="give it as --router")
+                return self._router(text, artifact)
         known: dict[str, Known] = {}
 
         def resolve(ref: str) -> Resolved:
@@ -114,6 +107,17 @@ class Targets:
         lengths = [leaf.max_length for leaf in leaves if leaf.max_length is not None]
         names = tuple(dict.fromkeys(leaf.name for leaf in leaves))
         return Target(text, expr, names, labels, task, min(lengths, default=None))
+
+    def _router(self, text: str, artifact: Artifact) -> Target:
+        from router.engine.routing import routing
+
+        refs = [need.name + "@" + need.digest for need in artifact.manifest.requires if need.digest is not None]
+        members = [self.sources.known(ref) for ref in refs]
+        for member in members:
+            if member.facts.base is not None:
+                self._check(member.name, member.facts.base)
+        found = routing(artifact, self.sources.store, {member.name: member for member in members})
+        return Target(text, IDENTITY, tuple(found.members) if found.by_token else (), routing=found)
 
     def _check(self, text: str, made_for: BaseIdentity) -> None:
         compare(made_for, self._host.identity, ref=text, allow_drift=self._allow_drift)

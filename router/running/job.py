@@ -131,18 +131,26 @@ def _window(
             raise named
         answers[line.number] = named
 
-    rows: list[Prepared] = []
-    owners: list[Line] = []
+    ready: list[Prepared] = []
+    readable: list[Line] = []
     for line in window:
         try:
             if line.row is None:
                 raise line.error or RowError("?")
-            rows.append(engine.prepare(options.request(line.row, line.number)))
-            owners.append(line)
+            ready.append(engine.prepare(options.request(line.row, line.number)))
+            readable.append(line)
         except HubError as error:
             fail(line, error)
-    for batch, found in _computed(engine, rows, options, sink):
-        for i, answer in zip(batch, found, strict=True):
+    rows: list[Prepared] = []
+    owners: list[Line] = []
+    for line, found in zip(readable, engine.route(ready), strict=True):
+        if isinstance(found, HubError):
+            fail(line, found)
+        else:
+            rows.append(found)
+            owners.append(line)
+    for batch, told in _computed(engine, rows, options, sink):
+        for i, answer in zip(batch, told, strict=True):
             if isinstance(answer, HubError):
                 fail(owners[i], answer)
             else:

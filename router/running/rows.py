@@ -71,6 +71,7 @@ class Options:
             top_p=self.top_p,
             seed=_seed(self.seed, number),
             scores=self.scores,
+            weights=self.route_weights,
         )
 
     def columns(self, result: Result) -> dict[str, Any]:

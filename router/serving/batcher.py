@@ -140,8 +140,19 @@ class Batcher:
             self._waiting.popleft()
             if not job.row.cancelled:
                 jobs.append(job)
-        if jobs:
+        if jobs := self._routed(jobs):
             self._admit(jobs)
+
+    def _routed(self, jobs: list[Job]) -> list[Job]:
+        """The jobs with what routers have chosen for them."""
+        chosen: list[Job] = []
+        for job, found in zip(jobs, self.engine.route([job.row.prepared for job in jobs]), strict=True):
+            if isinstance(found, HubError):
+                job.on_done(found)
+            else:
+                job.row.prepared = found
+                chosen.append(job)
+        return chosen
 
     def _fits(self, rows: list[Prepared]) -> bool:
         tokens = len(rows) * max(len(row.ids) for row in rows)

@@ -108,10 +108,10 @@ QUESTIONS: dict[str, dict[str, object]] = {
 }
 
 
-def seconds(job: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def seconds(job: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     job()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def main() -> None:
@@ -125,8 +125,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         store = Store(Path(directory) / "store")
         fill(store, options.manifests)
-        spent = min(seconds(store.rebuild_index) for _ in range(3))
-        report["rebuild: manifests/s"] = options.manifests / spent
+        spent = [seconds(store.rebuild_index) for _ in range(3)]
+        busy = [seconds(store.rebuild_index, time.process_time) for _ in range(3)]
+        report["rebuild: manifests/s"] = options.manifests / min(spent)
+        report["rebuild: manifests per CPU second"] = options.manifests / min(busy)
         report["verify the log: events/s"] = options.manifests / seconds(lambda: list(store.ledger.read()))
     with tempfile.TemporaryDirectory() as directory:
         store = Store(Path(directory) / "store")

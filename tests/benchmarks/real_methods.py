@@ -87,7 +87,7 @@ def one(base: str, method: str, data: tuple[Any, Any], seed: int, epochs: float,
     values = {"lr": RATES.get(method, DEFAULT_RATE), "batch_size": batch, "warmup": 0.1, "precision": "fp32", "schedule": "linear"}
     run = TrainConfig(
         base=base, task="classification", method=method, options=OPTIONS.get(method, {}), seed=seed,
-        duration=f"{epochs} epochs", gradient_checkpointing=False, **values,
+        duration=f"{epochs} epochs", gradient_checkpointing=False, group_by_length=True, **values,
     )  # fmt: skip
     way, run = make_method(run)
     with warnings.catch_warnings():

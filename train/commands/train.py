@@ -69,7 +69,9 @@ def train(
     # OpenMP's threads spin while they wait; where others use the cores too, that makes every step many times slower.
     # It is read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    path, config = _config(words)
+    from train.config import read_words
+
+    path, config = read_words(words)
     name = name or f"local/{_slug(path.stem if path else config.method)}"
     if dry_run:
         _dry_run(config, json_path)
@@ -88,19 +90,6 @@ def train(
         license=license_,
     )
     _report(outcome.as_dict(), json_path)
-
-
-def _config(words: tuple[str, ...]) -> tuple[Path | None, TrainConfig]:
-    from train.config import load_config
-    from train.errors import ConfigError
-
-    files = [word for word in words if "=" not in word]
-    if len(files) > 1:
-        raise ConfigError(f"one run file, not {len(files)}: {', '.join(files)}", hint="overrides are key=value")
-    if not words:
-        raise ConfigError("nothing to train", hint="hub train RUN.yaml, or hub train data.train=FILE")
-    path = Path(files[0]) if files else None
-    return path, load_config(path, [word for word in words if "=" in word])
 
 
 def _slug(text: str) -> str:

@@ -74,10 +74,10 @@ class FewShotClassifier:
         """What the views see."""
         reader = MaskReader(self.model, replay)
         try:
-            data = [
-                view_dataset(v, examples, self.tokenizer, self.labels, max_length=self.spec.max_length)
-                for v in self.views
-            ]
+            data = {
+                t: view_dataset(t, examples, self.tokenizer, self.labels, max_length=self.spec.max_length)
+                for t in dict.fromkeys(view.template for view in self.views)
+            }
             return extract(reader, self.views, data, self.spec.words)
         finally:
             reader.close()
@@ -137,5 +137,7 @@ def _head(spec: Spec, tensors: dict[str, Tensor], artifact: Artifact) -> Head:
     weights = tuple(tensors.get(f"view.{i}", torch.empty(0, classes)) for i in range(len(spec.views)))
     offset = tensors.get("offset", torch.empty(0))
     if offset.shape != (classes,) or any(w.dim() != 2 or w.shape[1] != classes for w in weights):
-        raise DataError(f"{HEAD} of {artifact.ref} does not fit its {classes} labels", hint=f"hub verify {artifact.ref}")
+        raise DataError(
+            f"{HEAD} of {artifact.ref} does not fit its {classes} labels", hint=f"hub verify {artifact.ref}"
+        )
     return Head(weights, offset, spec.strength)

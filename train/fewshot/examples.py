@@ -72,7 +72,9 @@ def _no_column(name: str, row: Mapping[str, Any], where: str) -> DataError:
 
 
 def _refuse_empty(examples: Sequence[Example], source: str) -> None:
-    empty = [i for i, e in enumerate(examples, 1) if not e.text.strip() or (e.text2 is not None and not e.text2.strip())]
+    empty = [
+        i for i, e in enumerate(examples, 1) if not e.text.strip() or (e.text2 is not None and not e.text2.strip())
+    ]
     if empty:
         shown = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
         raise DataError(f"{source}: {len(empty)} empty texts (rows {shown})", hint="remove these rows")
@@ -106,7 +108,9 @@ def label_names(examples: Sequence[Example], *, source: str) -> tuple[str, ...]:
     DataError
         One label only, or so many that the column is not one of labels.
     """
-    found = sorted({str(e.label) for e in examples}, key=lambda n: (0, int(n), "") if n.lstrip("-").isdigit() else (1, 0, n))
+    found = sorted(
+        {str(e.label) for e in examples}, key=lambda n: (0, int(n), "") if n.lstrip("-").isdigit() else (1, 0, n)
+    )
     if len(found) < 2:
         raise DataError(f"{source}: every row has the label {found[0]!r}", hint="a classifier needs two labels or more")
     if len(found) > _MOST_LABELS:

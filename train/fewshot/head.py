@@ -55,7 +55,10 @@ def words_alone(classes: int) -> Head:
 def average(heads: Sequence[Head], shares: Sequence[float]) -> Head:
     """The head whose logits are the weighted mean of these heads' logits."""
     pairs = list(zip(shares, heads, strict=True))
-    weights = tuple(sum((s * h.weights[v] for s, h in pairs[1:]), pairs[0][0] * pairs[0][1].weights[v]) for v in range(len(heads[0].weights)))
+    weights = tuple(
+        sum((s * h.weights[v] for s, h in pairs[1:]), pairs[0][0] * pairs[0][1].weights[v])
+        for v in range(len(heads[0].weights))
+    )
     offset = sum((s * h.offset for s, h in pairs[1:]), pairs[0][0] * pairs[0][1].offset)
     return Head(weights, offset, sum(s * h.strength for s, h in pairs))
 

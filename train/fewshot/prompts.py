@@ -15,7 +15,7 @@ from torch import Tensor
 
 from train.batches import Dataset, Ragged
 from train.fewshot.examples import Example
-from train.fewshot.template import Field, Label, Literal, Mask, Sep, Template, TemplateError
+from train.fewshot.template import Field, Label, Literal, Sep, Template, TemplateError
 from train.fewshot.verbalizer import Verbalizer
 
 __all__ = ["PVP", "Encoded", "encode", "lengths_after_cut", "prompt_dataset", "render"]
@@ -61,7 +61,7 @@ def lengths_after_cut(lengths: Sequence[int], room: int) -> list[int]:
         for i in ties:
             kept[i] -= whole
         over -= whole * len(ties)
-        if 0 < over and whole < longest - below:
+        if over > 0 and whole < longest - below:
             for i in reversed(ties[-over:]):
                 kept[i] -= 1
             over = 0
@@ -109,7 +109,9 @@ class _Part:
     segment: bool = False  # what follows has the next token type
 
 
-def _parts(template: Template, example: Example, tokenizer: Any, words: Sequence[str], answer: str | None) -> list[_Part]:
+def _parts(
+    template: Template, example: Example, tokenizer: Any, words: Sequence[str], answer: str | None
+) -> list[_Part]:
     return [_part(piece, example, tokenizer, words, answer) for piece in template.pieces]
 
 
@@ -136,7 +138,9 @@ def _text(example: Example, field: Field) -> str:
     if field.index > 1:
         raise TemplateError(f"sent_{field.index} is a text of a demonstration; demonstrations are added by themselves")
     if example.text2 is None:
-        raise TemplateError("the template shows {text2}, and the examples have one text", hint="name it: --text2 COLUMN")
+        raise TemplateError(
+            "the template shows {text2}, and the examples have one text", hint="name it: --text2 COLUMN"
+        )
     return example.text2
 
 
@@ -194,7 +198,9 @@ def prompt_dataset(
     return to_dataset(rows, [e.label for e in examples], tokenizer, labels)
 
 
-def to_dataset(rows: Sequence[Encoded], answers: Sequence[str | None], tokenizer: Any, labels: Sequence[str]) -> Dataset:
+def to_dataset(
+    rows: Sequence[Encoded], answers: Sequence[str | None], tokenizer: Any, labels: Sequence[str]
+) -> Dataset:
     """Encoded prompts and their labels as a dataset."""
     index = {label: i for i, label in enumerate(labels)}
     columns: dict[str, Ragged | Tensor] = {

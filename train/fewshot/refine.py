@@ -83,9 +83,11 @@ def refine(
     replay = Replay(model, upper_blocks(model, blocks)[0])
     reader = MaskReader(model, replay)
     try:
-        data = [view_dataset(v, examples, tokenizer, labels, max_length=max_length) for v in views]
+        data = [view_dataset(v.template, examples, tokenizer, labels, max_length=max_length) for v in views]
         reader.eval()
-        kept = [replay.record(d, lambda batch: reader(**{n: v for n, v in batch.items() if n != "labels"})) for d in data]
+        kept = [
+            replay.record(d, lambda batch: reader(**{n: v for n, v in batch.items() if n != "labels"})) for d in data
+        ]
         adapter = compose.create(model, "lora", adapter_options(model, blocks), name=name, seed=config.seed)
         compose.activate(model, name)
         with replay.on():

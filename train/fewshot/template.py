@@ -114,7 +114,9 @@ class Template:
             raise TemplateError(f"the template {self._rough()!r} shows no text", hint="put {text} into it")
 
     def _rough(self) -> str:
-        return "".join(piece.text if isinstance(piece, Literal) else f"<{type(piece).__name__}>" for piece in self.pieces)
+        return "".join(
+            piece.text if isinstance(piece, Literal) else f"<{type(piece).__name__}>" for piece in self.pieces
+        )
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -159,7 +161,9 @@ class Template:
     def parse_lmbff(cls, text: str) -> Template:
         """Read `*cls*...*sep+*`; `_` stands for a space."""
         if not text.startswith("*cls*") or not text.endswith("*sep+*"):
-            raise TemplateError(f"{text!r} does not stand between *cls* and *sep+*", hint="*cls**sent_0*_It_was*mask*.*sep+*")
+            raise TemplateError(
+                f"{text!r} does not stand between *cls* and *sep+*", hint="*cls**sent_0*_It_was*mask*.*sep+*"
+            )
         body = text.removeprefix("*cls*").removesuffix("*sep+*")
         pieces: list[Piece] = []
         start = 0
@@ -168,7 +172,9 @@ class Template:
             pieces.append(_starred(match[1], text))
             start = match.end()
         if "*" in body[start:]:
-            raise TemplateError(f"a star in {text!r} is not closed", hint="parts look like *sent_0*, *mask*, *label_0*, *sep*")
+            raise TemplateError(
+                f"a star in {text!r} is not closed", hint="parts look like *sent_0*, *mask*, *label_0*, *sep*"
+            )
         pieces.append(Literal(body[start:].replace("_", " ")))
         return cls(_joined(pieces))
 
@@ -214,9 +220,7 @@ def _braced(text: str, whole: str) -> Piece:
 def _field(name: str, options: list[str], whole: str) -> Field:
     for option in options:
         if option not in _OPTIONS:
-            raise TemplateError(
-                f"{option!r} in {whole!r} does not change a text", hint=f"known: {', '.join(_OPTIONS)}"
-            )
+            raise TemplateError(f"{option!r} in {whole!r} does not change a text", hint=f"known: {', '.join(_OPTIONS)}")
     case = next((o for o in options if o in ("lower", "upper")), "")
     flags = {flag: flag in options for flag in ("cut", "space", "keep")}
     return Field(index=int(name == "text2"), case=case, **flags)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -55,18 +56,18 @@ class Features:
 
 
 def view_dataset(
-    view: View, examples: Sequence[Example], tokenizer: Any, labels: Sequence[str], *, max_length: int
+    template: str | None, examples: Sequence[Example], tokenizer: Any, labels: Sequence[str], *, max_length: int
 ) -> Dataset:
-    """The examples as this view's model inputs."""
-    if view.template is None:
+    """The examples in a template (or plain) as model inputs: `input_ids`, `mask_at`, `labels`, ..."""
+    if template is None:
         texts = [e.text for e in examples]
         pairs = None if examples[0].text2 is None else [str(e.text2) for e in examples]
         found = tokenizer(texts, pairs, truncation=True, max_length=max_length, verbose=False)
         rows, types = found["input_ids"], found.get("token_type_ids")
         at = [[0]] * len(rows)
     else:
-        template = Template.parse(view.template)
-        encoded = [encode(template, e, tokenizer, max_length=max_length) for e in examples]
+        parsed = Template.parse(template)
+        encoded = [encode(parsed, e, tokenizer, max_length=max_length) for e in examples]
         rows, at = [e.ids for e in encoded], [list(e.mask_at) for e in encoded]
         types = [e.types for e in encoded] if "token_type_ids" in tokenizer.model_input_names else None
     index = {label: i for i, label in enumerate(labels)}
@@ -80,43 +81,46 @@ def view_dataset(
     return Dataset(columns, "classification", tokenizer.pad_token_id or 0, tuple(labels), "the examples")
 
 
-def read_state(reader: MaskReader, pool: str, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(B, d) unit vectors of a view and (B, V) logits at its mask."""
-    out = reader(**inputs, hidden=pool != "mask")
+def pooled(pool: str, out: Any, mask: Tensor) -> Tensor:
+    """(B, d) unit vectors of a view, from what a reader gave; `mask` (B, T) marks the real tokens."""
     if pool == "mask":
-        return F.normalize(out.states[:, 0].float(), dim=-1), out.logits[:, 0]
-    mask = inputs["attention_mask"]
+        return F.normalize(out.states[:, 0].float(), dim=-1)
     if pool == "mean":
-        return mean_state(out.hidden.float(), mask), out.logits[:, 0]
-    last = out.hidden[torch.arange(len(mask)), mask.sum(1) - 1]
-    return F.normalize(last.float(), dim=-1), out.logits[:, 0]
+        return mean_state(out.hidden.float(), mask)
+    return F.normalize(out.hidden[torch.arange(len(mask)), mask.sum(1) - 1].float(), dim=-1)
 
 
 @torch.no_grad()
 def extract(
-    reader: MaskReader, views: Sequence[View], datasets: Sequence[Dataset], words: Sequence[Sequence[int]]
+    reader: MaskReader, views: Sequence[View], datasets: Mapping[str | None, Dataset], words: Sequence[Sequence[int]]
 ) -> Features:
-    """Read every view of every row, in evaluation mode.
+    """Read every view of every row, in evaluation mode; views of one template share a pass.
 
-    `words` are the token ids that speak for each label: the mean of their logits is the label's prior.
+    `words` are the token ids that speak for each label: the mean of their logits at a mask is the label's prior.
     """
     reader.eval()
-    states: list[Tensor] = []
+    states: dict[View, Tensor] = {}
     prior: list[Tensor] = []
-    for view, data in zip(views, datasets, strict=True):
-        found: list[Tensor] = [torch.empty(0)] * len(data)
-        said: list[Tensor] = [torch.empty(0)] * len(data)
+    for template, data in datasets.items():
+        mine = [view for view in dict.fromkeys(views) if view.template == template]
+        found: dict[View, list[Tensor]] = {view: [torch.empty(0)] * len(data) for view in mine}
+        said = [torch.empty(0)] * len(data)
         for rows, batch in data.batches(_BATCH):
             batch.pop("labels")
-            state, logits = read_state(reader, view.pool, batch)
-            spoken = torch.stack([logits[:, list(ids)].mean(1) for ids in words], 1) if words else state[:, :0]
-            for row, one, score in zip(rows.tolist(), state, spoken, strict=True):
-                found[row], said[row] = one, score
-        states.append(torch.stack(found))
-        if view.pool == "mask" and words:
+            out = reader(**batch, hidden=any(view.pool != "mask" for view in mine))
+            for view in mine:
+                for row, state in zip(rows.tolist(), pooled(view.pool, out, batch["attention_mask"]), strict=True):
+                    found[view][row] = state
+            if words and template is not None:
+                scores = torch.stack([out.logits[:, 0, list(ids)].mean(1) for ids in words], 1)
+                for row, score in zip(rows.tolist(), scores, strict=True):
+                    said[row] = score
+        states |= {view: torch.stack(rows) for view, rows in found.items()}
+        if words and template is not None:
             prior.append(torch.stack(said))
-    count = len(states[0])
-    return Features(tuple(states), torch.stack(prior, 1) if prior else torch.zeros(count, 0, max(len(words), 1)))
+    count = len(next(iter(states.values())))
+    empty = torch.zeros(count, 0, max(len(words), 1))
+    return Features(tuple(states[view] for view in views), torch.stack(prior, 1) if prior else empty)
 
 
 class ViewModel(nn.Module):
@@ -132,28 +136,17 @@ class ViewModel(nn.Module):
 
     def forward(self, view: Tensor, **inputs: Tensor) -> Any:
         """`.logits` (B, C)."""
-        from types import SimpleNamespace
-
-        mean = [i for i, v in enumerate(self.views) if v.pool != "mask"]
-        out = self.reader(**inputs, hidden=bool(mean))
+        out = self.reader(**inputs, hidden=any(v.pool != "mask" for v in self.views))
         logits = torch.empty(0)
         for i, (weight, offset) in enumerate(self.heads):
             mine = view == i
             if not bool(mine.any()):
                 continue
-            state = self._state(i, out, inputs["attention_mask"])[mine]
+            state = pooled(self.views[i].pool, out, inputs["attention_mask"])[mine]
             if not logits.numel():
                 logits = state.new_zeros(len(view), weight.shape[1])
             logits = logits.index_put((mine.nonzero()[:, 0],), state @ weight + offset)
         return SimpleNamespace(logits=logits)
-
-    def _state(self, i: int, out: Any, mask: Tensor) -> Tensor:
-        pool = self.views[i].pool
-        if pool == "mask":
-            return F.normalize(out.states[:, 0].float(), dim=-1)
-        if pool == "mean":
-            return mean_state(out.hidden.float(), mask)
-        return F.normalize(out.hidden[torch.arange(len(mask)), mask.sum(1) - 1].float(), dim=-1)
 
 
 def joined(datasets: Sequence[Dataset], rows: Sequence[Tensor]) -> Dataset:
@@ -163,7 +156,9 @@ def joined(datasets: Sequence[Dataset], rows: Sequence[Tensor]) -> Dataset:
     for name, column in first.columns.items():
         if isinstance(column, Ragged):
             lists = [d.columns[name] for d in datasets]
-            columns[name] = Ragged.of([r.row(i).tolist() for r in lists if isinstance(r, Ragged) for i in range(len(r.starts) - 1)])
+            columns[name] = Ragged.of(
+                [r.row(i).tolist() for r in lists if isinstance(r, Ragged) for i in range(len(r.starts) - 1)]
+            )
         else:
             columns[name] = torch.cat([torch.as_tensor(d.columns[name]) for d in datasets])
     columns["view"] = torch.cat([torch.full((len(d),), i) for i, d in enumerate(datasets)])

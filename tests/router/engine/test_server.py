@@ -14,7 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 pytest.importorskip("fastapi", reason="the extra `server` is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="the extra `server` is not installed")
+pytest.importorskip("uvicorn", reason="the extra `server` is not installed")
+
+import uvicorn
 
 from hub.cli import main
 from router.engine.engine import Engine

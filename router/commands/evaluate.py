@@ -1,0 +1,107 @@
+"""``hub route eval``."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hub.output import columns, print_json, say
+from router.commands._options import Told, bar, base_options, load_with_members, text_options
+
+if TYPE_CHECKING:
+    from router.measuring import Report
+
+
+@click.command(name="eval")
+@click.argument("router", metavar="ROUTER")
+@click.option("--data", "data", multiple=True, required=True, metavar="NAME=FILE", help="A set of rows (repeat).")
+@text_options
+@base_options
+@click.option("--json", "json_file", metavar="FILE|-", help="Write the figures as JSON; - for stdout.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Write the confusion of routing as SVG.")
+def evaluate(router: str, data: tuple[str, ...], json_file: str | None, plot: str | None, **given: Any) -> None:
+    """Measure a router on named sets of rows: perplexity, or accuracy where its members classify.
+
+    \b
+    hub route eval acme/near --data law=test-law.jsonl --data novel=other.jsonl --plot confusion.svg
+
+    The figures stand beside the bare base, the one adapter that is best over all sets, all adapters averaged, and the
+    oracle: the adapter of the set's name, or for another name the one that does best on it.
+    """  # noqa: D301
+    from router.pictures import heatmap
+    from router.texts import named_files, read_texts
+
+    sets = {name: read_texts(file, most=given["max_rows"]) for name, file in named_files(data).items()}
+    with bar() as told:
+        found = _measure(router, sets, given, told)
+    if plot:
+        experts = list(next(iter(found.confusion.values())))
+        values = [[row[e] for e in experts] for row in found.confusion.values()]
+        picture = heatmap(f"{router}: mean weight of each adapter", list(found.confusion), experts, values)
+        Path(plot).write_text(picture, encoding="utf-8")
+        say(f"wrote {plot}")
+    told_json = {"router": router, **found.as_dict()}
+    if json_file == "-":
+        print_json(_finite(told_json))
+        return
+    if json_file:
+        Path(json_file).write_text(json.dumps(_finite(told_json), indent=2) + "\n", encoding="utf-8")
+    _print(found)
+
+
+def _measure(router: str, sets: Any, given: dict[str, Any], told: Told | None) -> Report:
+    from hub.errors import UsageError
+    from router.measuring import Labelled, accuracies, perplexities
+    from router.stored import load
+    from router.texts import encode
+
+    stored = load(router)
+    tasks = {artifact.manifest.task or "causal_lm" for artifact in stored.artifacts.values()}
+    if tasks not in ({"causal_lm"}, {"classification"}):
+        raise UsageError(
+            f"the members are for {' and '.join(sorted(tasks))}: neither perplexity nor accuracy is theirs"
+        )
+    model, tokenizer = load_with_members(stored, given["base"], given["quantize"], given["allow_base_drift"])
+    most, pad = given["max_length"], tokenizer.pad_token_id or 0
+    if tasks == {"causal_lm"}:
+        rows = {name: encode(tokenizer, [row.text for row in found], most=most) for name, found in sets.items()}
+        return perplexities(stored.router, model, rows, pad=pad, told=told)
+    labelled = {}
+    for name, found in sets.items():
+        if bare := [i for i, row in enumerate(found, 1) if row.label is None]:
+            raise UsageError(f"row {bare[0]} of {name!r} has no label", hint='rows are {"text": "...", "label": "..."}')
+        rows = [encode(tokenizer, [row.text], most=most) for row in found]
+        kept = [(r[0], row.label) for r, row in zip(rows, found, strict=True) if r]
+        labelled[name] = Labelled([r for r, _ in kept], [str(label) for _, label in kept])
+    classes = {name: artifact.manifest.labels for name, artifact in stored.artifacts.items()}
+    return accuracies(stored.router, model, labelled, classes, pad=pad, told=told)
+
+
+def _print(found: Report) -> None:
+    from router.measuring import WAYS
+
+    def text(value: float) -> str:
+        if math.isnan(value):
+            return "-"
+        return f"{value:.2f}" if found.metric == "perplexity" else f"{100 * value:.1f}%"
+
+    rows = [(row["set"], *(text(row[way]) for way in WAYS), row["expert"]) for row in found.rows]
+    click.echo(columns((found.metric.upper(), *WAYS, "oracle is"), rows))
+    experts = list(next(iter(found.confusion.values())))
+    click.echo()
+    weights = [(name, *(f"{w[e]:.2f}" for e in experts)) for name, w in found.confusion.items()]
+    click.echo(columns(("MEAN WEIGHT", *experts), weights))
+    say(f"best single over all sets: {found.best_single}")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a figure that does not exist is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,42 @@
+"""Kronecker products and Fastfood projections: what they are without being written out."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from compose.fastfood import Fastfood, hadamard
+from compose.kinds.krona import split
+from compose.maps import Kronecker
+
+
+def test_a_kronecker_map_is_the_product():
+    left, right = torch.randn(3, 5), torch.randn(4, 2)
+    x = torch.randn(2, 7, 10)
+    delta = Kronecker(left, right, 0.5)
+    torch.testing.assert_close(delta(x), x @ (0.5 * torch.kron(left, right)).T)
+
+
+def test_splits_are_near_the_root_or_near_the_factor():
+    assert [split(n, -1) for n in (256, 128, 127, 48)] == [(16, 16), (8, 16), (1, 127), (6, 8)]
+    assert [split(n, 4) for n in (128, 6, 4)] == [(4, 32), (2, 3), (4, 1)]
+
+
+def test_the_hadamard_transform_is_its_own_inverse_and_derivative():
+    x = torch.randn(16, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(hadamard(hadamard(x)), x)
+    assert torch.autograd.gradcheck(hadamard, (x,))
+
+
+def test_a_projection_is_linear_keeps_lengths_and_comes_from_its_seed():
+    make = Fastfood.seeded(50, 3000, "0:layer")
+    u, v = torch.randn(2, 50)
+    torch.testing.assert_close(make(u + 2 * v), make(u) + 2 * make(v), atol=1e-5, rtol=0)
+    matrix = torch.stack([make(e) for e in torch.eye(50)])  # (50, 3000)
+    lengths = matrix.norm(dim=1)
+    assert 0.9 < lengths.mean() < 1.1 and lengths.std() < 0.1
+    assert (matrix @ matrix.T - torch.diag(lengths**2)).abs().max() < 0.1  # nearly orthogonal
+    assert not torch.equal(make(u), Fastfood.seeded(50, 3000, "0:other")(u))
+    parts = b"".join(t.numpy().tobytes() for t in (make.signs, make.order))
+    assert hashlib.sha256(parts).hexdigest()[:16] == "41f02b7ec3b17361"  # the same on every machine, for good

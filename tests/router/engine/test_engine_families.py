@@ -1,0 +1,79 @@
+"""The engine on other families: decoders that generate and classify in one batch, encoders that classify."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import compose
+from hub.errors import UsageError
+from router.engine.engine import Engine
+from router.engine.request import Request
+
+WORDS = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 53))]
+TEXTS = ["w9 w8 w7", "w5", "w4 w6 w8 w10 w12 w14", "w20 w21"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def headed(tiny, family, kind, classes, place):
+    """Directory of an adapter with its own head, and the logits it gives on a model made for it."""
+    model = tiny.model(family, task="classification", num_labels=classes)
+    base = tiny.model(family, task="lm" if family in tiny.decoding else "classification")
+    model.base_model.load_state_dict(base.base_model.state_dict())
+    children = [name for name, child in model.named_children() if name != model.base_model_prefix]
+    adapter = tiny.adapter(model, kind, "own", seed=classes, modules_to_save=tuple(children)).freeze()
+    compose.save(adapter, place, model=model, task="classification")
+    compose.activate(model, "own")
+
+    def probabilities(ids):
+        with torch.no_grad():
+            return model(input_ids=ids[None], attention_mask=torch.ones_like(ids[None])).logits[0].softmax(-1).tolist()
+
+    return probabilities
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "bert", "roberta"])
+def test_heads_of_different_sizes_in_one_batch(tiny, tokenizer, family, tmp_path):
+    wanted = {
+        "two": headed(tiny, family, "lora", 2, tmp_path / "two"),
+        "five": headed(tiny, family, "bias" if family != "llama" else "ia3", 5, tmp_path / "five"),
+    }
+    decodes = family in tiny.decoding
+    model = tiny.model(family, task="lm" if decodes else "classification")
+    engine = Engine(model, tokenizer=tokenizer, adapters={name: tmp_path / name for name in wanted}, rows=8)
+    tiny.adapter(engine.host.model, "lora", "plain", seed=9).freeze()
+    rows = [Request(text=text, adapter=name, scores=5) for text in TEXTS for name in wanted]
+    extra = [Request(text=text, adapter=name, max_new_tokens=4) for text in TEXTS[:2] for name in ("plain", None)]
+    answers = engine.run([*rows, *(extra if decodes else [])])
+    for row, answer in zip(rows, answers, strict=False):
+        expected = wanted[row.adapter](torch.tensor(tokenizer(row.text).input_ids))
+        found = dict(answer.scores)
+        assert [found[f"LABEL_{i}"] for i in range(len(expected))] == pytest.approx(expected, abs=2e-5)
+    for row, answer in zip(extra, answers[len(rows) :], strict=decodes):
+        ids = torch.tensor([tokenizer(row.text).input_ids])
+        compose.activate(engine.host.model, row.adapter)
+        made = engine.host.model.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids))
+        assert answer.text == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    engine.host.forget()
+    if not decodes:
+        with pytest.raises(UsageError, match="cannot continue a text"):
+            engine.run([Request(text="w5")])
+    engine.close()
+
+
+def test_a_quantized_base(shelf):
+    engine = Engine("builtin:tiny-lm", store=shelf.store, quantize="nf4", dtype="fp32", rows=4)
+    rows = [Request(text="To be", adapter=a, max_new_tokens=3, scores=1) for a in ("law", "mood", "topic", None)]
+    answers = engine.run(rows)
+    assert [a.label is None for a in answers] == [True, False, False, True]
+    alone = [engine.run([row])[0] for row in rows]
+    assert [(a.text, a.label) for a in alone] == [(a.text, a.label) for a in answers]
+    engine.close()

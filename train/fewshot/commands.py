@@ -1,0 +1,194 @@
+"""`hub few-shot`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hub.output import say
+
+__all__ = ["few_shot"]
+
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)?")
+
+
+class _Group(click.Group):
+    """`hub few-shot DATA ...` without a verb learns; `patterns` and `predict` are verbs."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the verb in where there is none."""
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            args = ["learn", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group("few-shot", cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def few_shot() -> None:
+    """Learn a classifier from a few labelled rows in seconds.
+
+    \b
+    hub few-shot reviews.jsonl --base BASE --text review --label stars --publish acme/stars
+    hub few-shot patterns reviews.jsonl --base BASE '{text} It was {mask}.' --word good=great --word bad=terrible
+    hub few-shot predict acme/stars --text "Not a dull moment."
+    hub few-shot learn --help
+    """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _budget(_ctx: click.Context, _option: click.Parameter, value: str) -> float:
+    match = _BUDGET.fullmatch(value.strip())
+    if match is None or float(match[1]) <= 0:
+        raise click.BadParameter(f"{value!r} is not a time: write 60s, 5m or 1h")
+    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[match[2] or "s"]
+
+
+def _words(_ctx: click.Context, _option: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for value in values:
+        label, equals, words = value.rpartition("=")
+        if not equals or not label or not words.strip():
+            raise click.BadParameter(f"{value!r} is not LABEL=WORD[,WORD...]")
+        found[label] = tuple(word.strip() for word in words.split(",") if word.strip())
+    return found
+
+
+_word = click.option(
+    "--word", "words", multiple=True, callback=_words, metavar="LABEL=WORD[,WORD]", help="Words that stand for a label."
+)
+_text = click.option("--text", default="text", show_default=True, metavar="COL", help="Column of the text.")
+_text2 = click.option("--text2", metavar="COL", help="Column of the second text of a pair.")
+_label = click.option("--label", default="label", show_default=True, metavar="COL", help="Column of the label.")
+_base = click.option(
+    "--base", required=True, metavar="BASE", help="A masked LM (best) or another base: directory or id."
+)
+
+
+@few_shot.command("learn")
+@click.argument("data")
+@_base
+@_text
+@_text2
+@_label
+@_word
+@click.option("--k", type=int, metavar="K", help="Rows a class [16, or all rows where some class has fewer].")
+@click.option("--seed", type=click.IntRange(0), default=13, show_default=True, help="Which rows, and all of training.")
+@click.option(
+    "--method", default="auto", show_default=True, help="auto, feature, zero-shot, fine-tune, lm-bff, pet, ..."
+)
+@click.option("--template", "templates", multiple=True, metavar="TEXT", help="Such as '{text} It was {mask}.'")
+@click.option("--budget", default="60s", show_default=True, callback=_budget, help="Time that learning may take.")
+@click.option("--test", metavar="FILE", help="Rows to measure on [the rows of DATA that were not drawn].")
+@click.option("--unlabeled", metavar="FILE", help="Texts without labels: with pet and ipet, what is distilled on.")
+@click.option("--max-length", type=click.IntRange(8), default=128, show_default=True, help="Tokens a row.")
+@click.option("--publish", metavar="NS/NAME[@VERSION]", help="Put the classifier into the store.")
+@click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is stdout.")
+def learn(
+    data: str,
+    base: str,
+    text: str,
+    text2: str | None,
+    label: str,
+    words: dict[str, tuple[str, ...]],
+    budget: float,
+    json_path: str | None,
+    **options: Any,
+) -> None:
+    """Draw K rows a class from DATA, learn, measure, and publish.
+
+    Templates: {text} {text2} {mask} {sep}, with {text:cut} (drop the last character), {text:lower}, {text:keep}.
+    """
+    from train.fewshot.examples import Columns
+    from train.fewshot.run import Request, run
+
+    _quiet()
+    request = Request(data, base, Columns(text, text2, label), words=words, budget=budget, **options)
+    found = run(request, say=say)
+    if json_path == "-":
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    if json_path:
+        Path(json_path).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _tell(found, text2)
+
+
+def _tell(found: dict[str, Any], text2: str | None) -> None:
+    rows, labels = found["train_rows"], len(found["labels"])
+    click.echo(f"{found['method']}: {rows} rows, {labels} labels, {found['learn_seconds']:.1f} s of learning")
+    if "accuracy" in found:
+        low, high = found["interval"]
+        n = found["test_rows"]
+        click.echo(
+            f"accuracy {found['accuracy']:.3f}  (95%: {low:.3f} to {high:.3f}, {n} rows)  macro F1 {found['f1']:.3f}"
+        )
+    elif "cross_validated_accuracy" in found:
+        click.echo(f"cross-validated accuracy {found['cross_validated_accuracy']:.3f} (no test rows)")
+    if "ref" in found:
+        second = ' --text2 "..."' if text2 else ""
+        click.echo(f'published {found["ref"]}\npredict with: hub few-shot predict {found["ref"]} --text "..."{second}')
+
+
+@few_shot.command("predict")
+@click.argument("ref")
+@click.argument("data", required=False)
+@click.option("--text", metavar="TEXT", help="One text; with DATA, the column of the text.")
+@click.option("--text2", metavar="TEXT", help="Its pair; with DATA, the column of the pair.")
+@click.option("--base", metavar="BASE", help="Where the base lies now [where it was].")
+@click.option("--json", "as_json", is_flag=True, help="A JSON line a text, with all probabilities.")
+def predict(ref: str, data: str | None, text: str | None, text2: str | None, base: str | None, as_json: bool) -> None:
+    """Label one --text, or every row of the file DATA."""
+    from hub.errors import UsageError
+    from train.fewshot.classifier import FewShotClassifier
+    from train.fewshot.examples import Columns, Example, to_examples
+    from train.files import read_rows
+
+    if data is None and text is None:
+        raise UsageError("nothing to label", hint=f'hub few-shot predict {ref} --text "..."')
+    _quiet()
+    if data is None:
+        examples = [Example(str(text), text2)]
+    else:
+        examples = to_examples(read_rows(data), Columns(text or "text", text2), source=data, labelled=False)
+    classifier = FewShotClassifier.load(ref, base=base)
+    for row in classifier.logits(examples).softmax(-1):
+        best = int(row.argmax())
+        label = classifier.labels[best]
+        if as_json:
+            shares = {name: round(p, 4) for name, p in zip(classifier.labels, row.tolist(), strict=True)}
+            click.echo(json.dumps({"label": label, "probabilities": shares}, ensure_ascii=False))
+        else:
+            click.echo(f"{label}\t{float(row[best]):.3f}")
+
+
+@few_shot.command("patterns")
+@click.argument("data")
+@click.argument("template", nargs=-1)
+@_base
+@_text
+@_text2
+@_label
+@_word
+@click.option("--rows", type=click.IntRange(1), default=2, show_default=True, help="Examples to show.")
+def patterns(
+    data: str, template: tuple[str, ...], base: str, text: str, text2: str | None, label: str, words: Any, rows: int
+) -> None:
+    """Show templates filled with rows of DATA, and what the base makes of the label words."""
+    from train.fewshot.examples import Columns
+    from train.fewshot.show import show
+
+    _quiet()
+    for line in show(data, template, base, Columns(text, text2, label), words, rows):
+        click.echo(line)
+
+
+def _quiet() -> None:
+    """No report of what is normal here: a base without a classification head."""
+    import warnings
+
+    from compose.ladder import BaseWarning
+
+    warnings.simplefilter("ignore", BaseWarning)

@@ -1,0 +1,155 @@
+"""One few-shot task, and what a method makes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import compose
+from compose.kind import Adapter
+from hub.errors import UsageError, suggest
+from hub.lazy import load
+from train.config import TrainConfig
+from train.fewshot.classifier import FewShotClassifier, Spec
+from train.fewshot.defaults import PAIR_TEMPLATES, TEMPLATES, name_words, spoken
+from train.fewshot.examples import Example
+from train.fewshot.head import Head, words_alone
+from train.fewshot.verbalizer import Verbalizer
+from train.fewshot.views import View
+from train.loop import FitResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["METHODS", "Job", "Learned", "learn"]
+
+METHODS: Mapping[str, str] = {
+    "auto": "train.fewshot.auto:auto",
+    "feature": "train.fewshot.auto:feature",
+    "zero-shot": "train.fewshot.auto:zero_shot",
+    "fine-tune": "train.fewshot.lmbff:fine_tune",
+    "lm-bff": "train.fewshot.lmbff:lm_bff",
+    "lm-bff-demo": "train.fewshot.lmbff:lm_bff_demo",
+    "pet": "train.fewshot.pet:pet",
+    "ipet": "train.fewshot.ipet:ipet",
+    "multi-mask": "train.fewshot.multimask:multi_mask",
+}
+
+
+@dataclass
+class Job:
+    """A base, a few labelled examples, and limits.
+
+    Attributes
+    ----------
+    templates, words
+        What the user wrote; defaults fit most tasks, and labels speak for themselves.
+    budget
+        Seconds that learning may take, loading left out.
+    """
+
+    base: str
+    model: PreTrainedModel
+    tokenizer: Any
+    examples: tuple[Example, ...]
+    labels: tuple[str, ...]
+    dev: tuple[Example, ...] = ()
+    unlabeled: tuple[Example, ...] = ()
+    templates: tuple[str, ...] = ()
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    seed: int = 13
+    budget: float = 60.0
+    max_length: int = 128
+    say: Callable[[str], None] = lambda _text: None
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the base fills masks."""
+        return self.tokenizer.mask_token_id is not None and not getattr(self.model.config, "is_decoder", False)
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return self.budget - (time.perf_counter() - self.started)
+
+    @cached_property
+    def answers(self) -> Tensor:
+        """(N,) the labels of the examples."""
+        return torch.tensor([self.labels.index(str(e.label)) for e in self.examples])
+
+    @cached_property
+    def patterns(self) -> tuple[str, ...]:
+        """Templates in use; none where the base has no mask."""
+        if not self.masked:
+            return ()
+        return self.templates or (TEMPLATES if self.examples[0].text2 is None else PAIR_TEMPLATES)
+
+    @cached_property
+    def spoken(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids that speak for each label; empty where nothing does."""
+        return spoken(self.labels, self.tokenizer, dict(self.words)) if self.masked else ()
+
+    def verbalizer(self) -> Verbalizer:
+        """Words of each label: those given, else the last word of its name."""
+        return Verbalizer.of({lb: list(self.words.get(lb, ())) or (name_words(lb) or [lb])[-1:] for lb in self.labels})
+
+    def config(self, steps: int, *, lr: float = 1e-3, batch: int = 16, **more: Any) -> TrainConfig:
+        """A run of `train.loop.fit`."""
+        fixed: dict[str, Any] = {"base": self.base, "task": "classification", "seed": self.seed, "warmup": 0.1}
+        return TrainConfig(**{**fixed, "lr": lr, "duration": steps, "batch_size": batch, **more})
+
+    def classifier(self, views: Sequence[View], head: Head | None = None, words: Any = None) -> FewShotClassifier:
+        """A classifier of this task over the model as it is now."""
+        spec = Spec(
+            base=self.base,
+            labels=self.labels,
+            views=tuple((v.template, v.pool) for v in views),
+            words=self.spoken if words is None else words,
+            max_length=self.max_length,
+            base_task="masked_lm" if self.masked else "causal_lm",
+        )
+        return FewShotClassifier(self.model, self.tokenizer, spec, head or words_alone(len(self.labels)))
+
+    def identity(self, name: str = "fewshot") -> Adapter:
+        """An adapter that changes nothing: what a method stores that leaves the base as it is."""
+        adapter = compose.create(self.model, "lora", {"r": 1, "lora_alpha": 1}, name=name, seed=self.seed)
+        compose.activate(self.model, name)
+        return adapter.freeze()
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a method ends in."""
+
+    classifier: FewShotClassifier
+    adapter: Adapter
+    method: str
+    config: TrainConfig
+    result: FitResult
+    facts: Mapping[str, Any]
+
+
+def learn(job: Job, method: str) -> Learned:
+    """Run a method by name.
+
+    Raises
+    ------
+    UsageError
+        No such method (with the nearest), or one that needs a mask on a base that has none.
+    """
+    if method not in METHODS:
+        near = suggest(method, METHODS)
+        raise UsageError(f"there is no few-shot method {method!r}", hint=near or "methods: " + ", ".join(METHODS))
+    if not job.masked and method not in ("auto", "feature"):
+        raise UsageError(
+            f"method {method} reads a mask, and {job.base} has none", hint="--method auto, or a masked-LM base"
+        )
+    learned: Learned = load(METHODS[method])(job)
+    return learned

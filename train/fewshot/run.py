@@ -1,0 +1,226 @@
+"""`hub few-shot` from file to artifact: read, check, split, learn, measure, publish."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import compose
+from hub.manifest import Draft, Metric
+from hub.pack import pack
+from hub.ref import AdapterRef
+from hub.store import Artifact, Store
+from train.card import write_card
+from train.data import read_rows
+from train.errors import DataError
+from train.fewshot.classifier import FewShotClassifier, load_base
+from train.fewshot.examples import Columns, Example, check_texts, label_names, to_examples, warn_of_duplicates
+from train.fewshot.job import Job, Learned, learn
+from train.fewshot.splits import KShot, k_shot
+from train.fewshot.template import Template
+from train.fewshot.verbalizer import VerbalizerError
+from train.files import file_digests
+from train.publish import next_version, write_artifact
+
+__all__ = ["Request", "interval", "run"]
+
+log = logging.getLogger(__name__)
+_MOST_TEST = 2000  # rows that are measured on when no test file is given
+_DEFAULT_K = 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `hub few-shot` was asked for; see its help."""
+
+    data: str
+    base: str
+    columns: Columns
+    k: int | None = None
+    seed: int = 13
+    method: str = "auto"
+    budget: float = 60.0
+    test: str | None = None
+    unlabeled: str | None = None
+    publish: str | None = None
+    templates: tuple[str, ...] = ()
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    max_length: int = 128
+
+
+def run(
+    request: Request, *, store: Store | None = None, say: Callable[[str], None] = lambda _text: None
+) -> dict[str, Any]:
+    """Learn and measure; publish where a name was given. Returns what `--json` writes.
+
+    Raises
+    ------
+    DataError, UsageError
+        The data, a template, a label word or an option is wrong; nothing was trained then.
+    """
+    started = time.perf_counter()
+    for template in request.templates:
+        Template.parse(template)
+    name = AdapterRef.parse(request.publish) if request.publish else None
+    examples = to_examples(read_rows(request.data), request.columns, source=request.data)
+    split = _split(request, examples)
+    test = _test_rows(request, split)
+    unlabeled = _unlabeled(request)
+    _refuse_unknown_words(request, split.labels)
+    tokenizer = compose.tokenizer(request.base)
+    for rows, source in (
+        (split.train, request.data),
+        (test, request.test or request.data),
+        (unlabeled, request.unlabeled),
+    ):
+        check_texts(rows, tokenizer, source=str(source))
+    twice = warn_of_duplicates(split.train, test, source=request.test or request.data)
+    model = load_base(request.base)
+    job = Job(
+        request.base,
+        model,
+        tokenizer,
+        split.train,
+        split.labels,
+        dev=split.dev,
+        unlabeled=unlabeled,
+        templates=request.templates,
+        words=request.words,
+        seed=request.seed,
+        budget=request.budget,
+        max_length=_positions(model, request.max_length),
+        say=say,
+    )
+    learned = learn(job, request.method)
+    seconds = time.perf_counter() - job.started
+    measured = measure(learned.classifier, test) if test else {}
+    found: dict[str, Any] = {
+        "method": learned.method,
+        "labels": list(split.labels),
+        "train_rows": len(split.train),
+        "test_rows": len(test),
+        "test_rows_also_in_training": twice,
+        **measured,
+        "learn_seconds": round(seconds, 2),
+        **learned.facts,
+    }
+    if name is not None:
+        artifact = publish(learned, request, name, measured, store or Store())
+        found |= {"ref": str(artifact.ref), "digest": artifact.digest}
+    return {**found, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def measure(classifier: FewShotClassifier, test: Sequence[Example]) -> dict[str, Any]:
+    """Accuracy with its 95% confidence interval, and macro F1."""
+    from train.evaluate import f1_macro
+
+    guess = classifier.logits(test).argmax(1)
+    answers = torch.tensor([classifier.labels.index(str(e.label)) for e in test])
+    hits = int((guess == answers).sum())
+    low, high = interval(hits, len(test))
+    f1 = f1_macro(guess, answers)
+    return {"accuracy": round(hits / len(test), 4), "interval": [round(low, 4), round(high, 4)], "f1": round(f1, 4)}
+
+
+def interval(hits: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96."""
+    z, p = 1.959964, hits / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def publish(
+    learned: Learned, request: Request, name: AdapterRef, measured: Mapping[str, Any], store: Store
+) -> Artifact:
+    """Write adapter, head and card, and put them into the store."""
+    version = name.version or next_version(store, name.id)
+    ref = AdapterRef.parse(f"{name.id}@{version}")
+    spec, model = learned.classifier.spec, learned.classifier.model
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "adapter"
+        digests = file_digests(request.data)
+        draft = write_artifact(
+            directory, learned.adapter, model, learned.config, learned.result, ref=ref, data=digests, labels=spec.labels
+        )
+        compose.save(learned.adapter, directory, model=model, task=spec.base_task)
+        learned.classifier.write(directory)
+        draft = draft.model_copy(
+            update={
+                "method": f"few-shot/{learned.method}",
+                "task": spec.base_task,
+                "hyperparameters": {**draft.hyperparameters, "few_shot": {"k": request.k, **learned.facts}},
+                "metrics": _metrics(request, measured, file_digests(request.test or request.data)),
+                "summary": f"A classifier of {len(spec.labels)} labels: `hub few-shot predict {ref} --text ...`",
+            }
+        )
+        trained = sum(p.numel() for p in learned.adapter.parameters())
+        write_card(directory / "README.md", Draft.model_validate(draft.model_dump()), trainable=trained)
+        pack(directory, draft)
+        return store.put(directory)
+
+
+def _metrics(request: Request, measured: Mapping[str, Any], digests: Mapping[str, str]) -> tuple[Metric, ...]:
+    source = Path(request.test or request.data).name
+    n = int(measured.get("n", 0)) or None
+    facts: dict[str, Any] = {
+        "dataset": source,
+        "dataset_digest": next(iter(digests.values())),
+        "n": n,
+        "seeds": (request.seed,),
+    }
+    return tuple(Metric(metric=m, value=measured[m], **facts) for m in ("accuracy", "f1") if m in measured)
+
+
+def _split(request: Request, examples: Sequence[Example]) -> KShot:
+    """K rows a label; without `--k`, 16 or what the scarcest label allows to a row each."""
+    source = request.data
+    dev = request.method.startswith("lm-bff") and request.k is not None
+    if request.k is not None:
+        if request.k < 2:
+            raise DataError(f"--k {request.k}: a class is learned from two rows or more", hint="--k 16")
+        return k_shot(examples, request.k, request.seed, source=source, dev=dev)
+    labels = label_names(examples, source=source)
+    counts = Counter(str(e.label) for e in {e.key: e for e in examples}.values())
+    short = [label for label in labels if counts[label] < _DEFAULT_K]
+    if not short:
+        return k_shot(examples, _DEFAULT_K, request.seed, source=source, dev=False)
+    log.info("%s: %d of %d labels have fewer than %d rows: all rows train", source, len(short), len(labels), _DEFAULT_K)
+    return KShot(tuple({e.key: e for e in examples}.values()), (), (), labels)
+
+
+def _test_rows(request: Request, split: KShot) -> tuple[Example, ...]:
+    if request.test is None:
+        return split.rest[:_MOST_TEST]
+    rows = to_examples(read_rows(request.test), request.columns, source=request.test)
+    unseen = sorted({str(e.label) for e in rows} - set(split.labels))
+    if unseen:
+        raise DataError(
+            f"{request.test}: labels unseen in training: {', '.join(unseen[:5])}", hint=f"add rows to {request.data}"
+        )
+    return tuple(rows)
+
+
+def _unlabeled(request: Request) -> tuple[Example, ...]:
+    if request.unlabeled is None:
+        return ()
+    return tuple(to_examples(read_rows(request.unlabeled), request.columns, source=request.unlabeled, labelled=False))
+
+
+def _refuse_unknown_words(request: Request, labels: Sequence[str]) -> None:
+    for label in request.words:
+        if label not in labels:
+            raise VerbalizerError(f"--word names the label {label!r}; the data have {', '.join(labels[:8])}")
+
+
+def _positions(model: Any, wanted: int) -> int:
+    limit = getattr(model.config, "max_position_embeddings", None) or wanted
+    return min(wanted, limit)

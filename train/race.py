@@ -1,0 +1,139 @@
+"""Methods against each other at an equal budget: successive halving (arXiv:1502.07943).
+
+In each of R = ceil(log2 n) rounds every method that is left trains for the same number of seconds, budget / (R * left),
+is evaluated, and the better half goes on from where it stopped. So all rounds cost the same, and a method that is out
+has had as much of every round as the winner had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hub.errors import UsageError
+from train.config import TrainConfig
+from train.errors import ConfigError, NonFiniteLoss
+from train.evaluate import higher_is_better
+from train.loop import CHECKPOINT, fit
+from train.method import trained
+from train.run import Prepared, prepare
+
+__all__ = ["Runner", "plot_race", "race"]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A method in the race, and how far it got."""
+
+    method: str
+    trainable: int
+    rounds: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    measured: dict[str, float] | None = None  # its best evaluation; None: it had none that is finite
+    ended: str = ""  # why it stopped before the race did
+
+    def as_dict(self) -> dict[str, Any]:
+        """Values for scripts."""
+        return dict(vars(self))
+
+
+def race(
+    config: TrainConfig,
+    names: Sequence[str],
+    budget: float,
+    folder: Path,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Runner]:
+    """Race methods on the run's data and base; the winner first.
+
+    Parameters
+    ----------
+    config
+        The run; its `method` is left aside, and its `options` go to every method that has them.
+    budget
+        Seconds of training and evaluation for all methods together, loading left out.
+    folder
+        Checkpoints of the methods, one folder each.
+
+    Raises
+    ------
+    UsageError
+        Fewer than two methods, no evaluation data, a method that does not fit the run.
+    """
+    if len(set(names)) < 2 or len(set(names)) < len(names):
+        raise UsageError("a race needs two or more different methods", hint="--methods lora,bitfit,prefix")
+    if "eval" not in config.data:
+        raise UsageError("a race needs rows to measure on", hint="data.eval=FILE, or a fraction such as data.eval=0.2")
+    runs = {name: _of(config, name) for name in names}
+    runners = {name: Runner(name, 0) for name in names}
+    rounds, left = math.ceil(math.log2(len(names))), list(names)
+    for number in range(1, rounds + 1):
+        share = budget / (rounds * len(left))
+        for name in left:
+            runners[name] = _train(runners[name], runs[name], runners[name].seconds + share, folder / name)
+            say(f"round {number}/{rounds}: {_told(runners[name])}")
+        left = sorted(left, key=lambda name: _place(runners[name], config.best_metric))[: math.ceil(len(left) / 2)]
+    return sorted(runners.values(), key=lambda runner: (-runner.rounds, _place(runner, config.best_metric)))
+
+
+def _of(config: TrainConfig, name: str) -> TrainConfig:
+    """The run with this method; what was given stays given, so that a recipe fills in only the rest."""
+    given = {key: getattr(config, key) for key in config.model_fields_set if key not in ("method", "options")}
+    options = config.options.get(name, {}) if isinstance(config.options.get(name), dict) else {}
+    return TrainConfig(**{**given, "method": name, "options": options})
+
+
+def _train(runner: Runner, config: TrainConfig, until: float, folder: Path) -> Runner:
+    """Go on until `until` seconds of training; what has ended stays as it is."""
+    if runner.ended:
+        return replace(runner, rounds=runner.rounds + 1)
+    ready: Prepared = prepare(config)
+    data, learner, resume = ready.splits, ready.adapter, (folder / CHECKPOINT).exists()
+    options: dict[str, Any] = {"method": ready.method, "out": folder, "seconds": until, "resume": resume}
+    try:
+        result = fit(ready.model, learner, data.train, data.eval, ready.config, **options)
+    except NonFiniteLoss as error:
+        result = error.result
+    best = {k: v for k, v in result.best.items() if k != "step"} if result.best else None
+    ended = "" if result.stopped == "time" else result.stopped
+    facts = {"rounds": runner.rounds + 1, "steps": result.steps, "seconds": result.seconds, "ended": ended}
+    return replace(runner, trainable=trained(learner), measured=best, **facts)
+
+
+def _place(runner: Runner, metric: str) -> float:
+    if runner.measured is None:
+        return math.inf
+    return -runner.measured[metric] if higher_is_better(metric) else runner.measured[metric]
+
+
+def _told(runner: Runner) -> str:
+    values = runner.measured or {}
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name not in ("rows", "tokens"))
+    return f"{runner.method}: {shown or 'no evaluation that counts'} after {runner.steps} steps, {runner.seconds:.0f} s"
+
+
+def plot_race(runners: Sequence[Runner], metric: str, path: Path) -> None:
+    """The metric against trained parameters (log) and against seconds, side by side, as an SVG."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    points = [(r, r.measured[metric]) for r in runners if r.measured is not None]
+    with mpl.rc_context({"svg.hashsalt": "race", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, label in ((left, "trained parameters"), (right, "seconds")):
+            for runner, value in points:
+                x = runner.trainable if axes is left else runner.seconds
+                axes.plot(x, value, "o", color="C3" if runner is runners[0] else "C0")
+                axes.annotate(runner.method, (x, value), textcoords="offset points", xytext=(4, 3))
+            axes.set_xlabel(label)
+            axes.grid(color="0.9", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        left.set_xscale("log")
+        left.set_ylabel(metric)
+        figure.savefig(path, format="svg", metadata={"Date": None})
