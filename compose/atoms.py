@@ -95,10 +95,14 @@ class Atoms:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values put before a self-attention's own: each (n, kv_heads, head_dim)."""
+    """Keys and values put before a self-attention's own: each (n, kv_heads, head_dim).
+
+    ``moves``: the text stands at n, n + 1, ... behind them, else at 0, 1, ... as without.
+    """
 
     key: Tensor
     value: Tensor
+    moves: bool = True
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ OURS = {"sdpa": "moduloom_sdpa", "eager": "moduloom_eager"}
 class PrefixState:
     """What one attention module prepends: key, value (R, kv_heads, n, head_dim), log_weight (R, 1 or T, n).
 
-    ``whole`` says that every weight is one or zero, ``past`` tells how many tokens the cache holds, and ``bias_owner``
-    is the module that knows the relative position bias (T5 keeps that of a stack in its first layer).
+    ``whole`` says that every weight is one or zero, ``past`` tells how many tokens the cache holds, ``shift`` (R,) how
+    many places each row's text is moved on, and ``bias_owner`` is the module that knows the relative position bias (T5
+    keeps that of a stack in its first layer).
     """
 
     key: Tensor
@@ -38,16 +39,13 @@ class PrefixState:
     log_weight: Tensor
     whole: bool
     past: Callable[[], int]
+    shift: Tensor
     bias_owner: nn.Module | None = None
 
     @property
     def length(self) -> int:
         """The longest row's n."""
         return int(self.key.shape[2])
-
-    def counts(self) -> Tensor:
-        """How many of the n each row has, (R,)."""
-        return (~self.log_weight.isneginf()).any(1).sum(1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         # A copy of a model stacks its own prefixes, at its first call.
@@ -82,7 +80,13 @@ def stack_prefixes(
     log_weight = torch.stack(logs)
     whole = bool(((log_weight == 0) | log_weight.isneginf()).all())
     key, value = torch.stack(keys).transpose(1, 2), torch.stack(values).transpose(1, 2)
-    return PrefixState(key, value, log_weight, whole, past, bias_owner)
+    there = [sum(_there(w) * p.key.shape[0] for w, p in row if p.moves) for row in rows]
+    shift = torch.tensor(there, device=device)
+    return PrefixState(key, value, log_weight, whole, past, shift, bias_owner)
+
+
+def _there(weight: float | Tensor) -> bool:
+    return bool(weight.any()) if isinstance(weight, Tensor) else weight != 0
 
 
 def takes_prefix(module: nn.Module) -> bool:

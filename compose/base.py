@@ -96,7 +96,18 @@ def load_base(
     model.requires_grad_(False).eval()
     keep_differentiable(model)
     _remember(model, Source(where.name, where))
+    if model.config.pad_token_id is None and type(model).__name__.endswith("ForSequenceClassification"):
+        model.config.pad_token_id = _padding(model)
     return model
+
+
+def _padding(model: PreTrainedModel) -> int | None:
+    """Id of the token that texts are padded with: a classifier looks for the last token before it."""
+    try:
+        found = tokenizer(model).pad_token_id
+    except GateError:  # the files hold no tokenizer
+        found = model.config.eos_token_id
+    return found[0] if isinstance(found, list) else cast("int | None", found)
 
 
 def _adopt(model: PreTrainedModel, request: Request) -> PreTrainedModel:

@@ -98,18 +98,27 @@ def _identity(
     weights = {name: found.hex16 for name, found in prints.items()}
     shapes = sorted([name, list(found.shape)] for name, found in prints.items())
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    lasting = {k: v for k, v in config.items() if k not in _VOLATILE and not k.startswith("_")}
     return BaseIdentity(
         repo=repo,
         revision=revision,
         arch_digest=digest(dumps({"architectures": sorted(architectures), "tensors": shapes})),
         weights_fingerprint=weights_fingerprint(weights),
         weights=weights,
-        config_digest=digest(json.dumps(lasting, sort_keys=True).encode()),
+        config_digest=_config_digest(config),
         tokenizer_digest=directory and _tokenizer_digest(directory),
         chat_template_digest=directory and _chat_template_digest(directory),
         vocab_size=int((text or config).get("vocab_size") or 0),
     )
+
+
+def config_digest(directory: Path) -> str:
+    """Digest of a base's config.json without what changes from save to save. Raises ManifestError."""
+    return _config_digest(_json(directory / "config.json"))
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    lasting = {k: v for k, v in config.items() if k not in _VOLATILE and not k.startswith("_")}
+    return digest(json.dumps(lasting, sort_keys=True).encode())
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

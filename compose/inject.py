@@ -14,25 +14,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compose.atoms import Prefix, Prompt
-from compose.attention import PrefixState, bias_owner, stack_prefixes, use_interface
 from compose.calls import Calls
 from compose.expr import IDENTITY, Call, Expr, add, normalize, parse
+from compose.inputs import Inputs, Row, is_zero, replace_module
 from compose.kind import Adapter, KindError
 from compose.loading import keep_differentiable
 from compose.lowering import flatten, site_program, switch_program
 from compose.merge import Merged, resolve
 from compose.plan import Leaf, plan
-from compose.prompting import PromptState, stack_prompts
 from compose.side import SideSlot
 from compose.sites import FINAL, SiteMap
-from compose.slot import Context, PositionSlot, Slot
+from compose.slot import Context, Slot
 from compose.stage import Coefficient, weighs_rows
 from compose.switch import Gate, Mixer, Routing, refuse_outside
 from hub.errors import NotFound, did_you_mean
 
 ExprLike = Expr | str | None
-Row = Sequence[tuple[Coefficient, str]]  # adapters of one row with their weights
 _HOME = "moduloom"  # attribute of the model that holds the runtime
 
 
@@ -50,8 +47,7 @@ class Runtime:
         self.routing: Routing | None = None
         self._slots: dict[str, Slot] = {}
         self._side = SideSlot(model, self.sites, self._only_sides_learn)
-        self._positions: dict[str, PositionSlot] = {}
-        self._prefixed: list[nn.Module] = []
+        self._inputs = Inputs(model, self.sites, self.context)
         self._lowered: Any = None  # what the slots were made of: see _revisions
         self._stamps: dict[str, Any] = {}  # of merged adapters: what their members were
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -153,7 +149,7 @@ class Runtime:
         """Lower the active composition anew: after activation, and each forward while an adapter trains."""
         pairs = [self._row(i) for i in range(self._row_count())]
         # A weight of zero costs nothing: where no row has another, the adapter is not there.
-        active = {n: self.adapters[n] for row in pairs for c, n in row if not _is_zero(c)}
+        active = {n: self.adapters[n] for row in pairs for c, n in row if not is_zero(c)}
         self.context.tokens = max((w.shape[1] for w in self._tensors() if w.dim() == 2 and w.shape[1] > 1), default=0)
         self._side.clear()
         for slot in self._slots.values():
@@ -168,9 +164,9 @@ class Runtime:
             slot.program = site_program(self, path, self.rows)
             slot.per_row = slot.program is not None and weighs_rows(slot.program)
         self._side.attend()
-        self._set_positions(self._set_prefixes(active, pairs))
         self._calls.rows = len(pairs)
-        self._calls.prompt = self._stack_prompts(active, pairs)
+        self._calls.measures_past = self._inputs.set_prefixes(active, pairs)
+        self._calls.prompt = self._inputs.prompts(active, pairs)
         if self._calls.prompt is not None:
             self._calls.embedding = self.slot(self.sites.embedding)
         self._lowered = self._revisions()
@@ -208,7 +204,7 @@ class Runtime:
         if path not in self._slots:
             slot = Slot(self.model.get_submodule(path), self.context)
             slot.train(slot.base_layer.training)
-            _replace(self.model, path, slot)
+            replace_module(self.model, path, slot)
             self._slots[path] = slot
         return self._slots[path]
 
@@ -221,51 +217,7 @@ class Runtime:
             self.add(name, make().adapter)
             self._stamps[name] = stamp
 
-    # -- attention and embedding -----------------------------------------------------------------------------------
-
-    def _set_prefixes(self, active: Mapping[str, Adapter], pairs: Sequence[Row]) -> PrefixState | None:
-        for module in self._prefixed:
-            del module.moduloom_prefix
-        self._prefixed.clear()
-        holders: dict[str, list[str]] = {}
-        for name, adapter in active.items():
-            for path in adapter.paths:
-                if adapter.prefix(path):
-                    holders.setdefault(path, []).append(name)
-        use_interface(self.model, on=bool(holders))
-        self._calls.measures_past = False
-        state: PrefixState | None = None
-        for path, names in holders.items():
-            module = self.model.get_submodule(path)
-            rows = [
-                [(c, cast("Prefix", self.adapters[n].prefix(path))) for c, n in row if n in names and not _is_zero(c)]
-                for row in pairs
-            ]
-            owner = bias_owner(self.model, path)
-            self._calls.measures_past |= owner is not None
-            state = stack_prefixes(rows, past=lambda: self.context.past, bias_owner=owner)
-            module.moduloom_prefix = state
-            self._prefixed.append(module)
-        return state
-
-    def _stack_prompts(self, active: Mapping[str, Adapter], pairs: Sequence[Row]) -> PromptState | None:
-        prompts = {n: prompt for n, a in active.items() if (prompt := a.prompt()) is not None}
-        if not prompts:
-            return None
-        rows: list[list[Prompt]] = []
-        for row in pairs:
-            kept = [(c, n) for c, n in row if n in prompts and not _is_zero(c)]
-            for c, n in kept:
-                weight = torch.as_tensor(c)
-                if not bool((weight == 1).all()):
-                    raise KindError(
-                        f"prompt {n!r} has weight {weight.tolist()}: a prompt is there or not, it has no half",
-                        hint="average(a, b) mixes the embeddings of prompts; 0 leaves one out",
-                    )
-            rows.append([prompts[n] for _, n in kept])
-        table = self.model.get_input_embeddings().weight
-        like = table.new_zeros(0, table.shape[1], dtype=torch.float32)
-        return stack_prompts(rows, like, causal=self.sites.reads_causally)
+    # -- rows -----------------------------------------------------------------------------------------------------
 
     def _tensors(self) -> list[Tensor]:
         return [w for w in self.weights.values() if isinstance(w, Tensor)]
@@ -279,17 +231,6 @@ class Runtime:
         pairs = flatten(self.rows[i if len(self.rows) > 1 else 0], self.weights)
         return [(c[i] if isinstance(c, Tensor) else c, n) for c, n in pairs]
 
-    def _set_positions(self, prefix: PrefixState | None) -> None:
-        shift = None if prefix is None else prefix.counts()[:, None]
-        if shift is not None and not self._positions:
-            for path in self.sites.positions:
-                slot = PositionSlot(self.model.get_submodule(path), self.context)
-                slot.train(slot.base_layer.training)
-                _replace(self.model, path, slot)
-                self._positions[path] = slot
-        for slot in self._positions.values():
-            slot.offset = shift
-
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -297,24 +238,14 @@ class Runtime:
         self.rows, self.weights, self.routing = (IDENTITY,), {}, None
         self.refresh()
         for path, slot in self._slots.items():
-            _replace(self.model, path, slot.base_layer)
-        for path, position in self._positions.items():
-            _replace(self.model, path, position.base_layer)
+            replace_module(self.model, path, slot.base_layer)
+        self._inputs.close()
         self._calls.close()
         del self.model._modules["moduloom_adapters"]
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self._slots.clear()
         self.adapters.clear()
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = module
-
-
-def _is_zero(c: Coefficient) -> bool:
-    return not bool(c.any()) if isinstance(c, Tensor) else c == 0
 
 
 def _key(name: str) -> str:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compose import adapterhub
 from compose import peft_layout as layout
 from compose.kind import PREFIX, Adapter, KindConfig, KindError, get_kind, kinds, make_config, original_module
 from compose.sites import SiteMap
@@ -287,7 +288,20 @@ def _rename(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 def read(directory: str | Path, sites: SiteMap, model: PreTrainedModel, *, name: str) -> Adapter:
     """Read an adapter directory onto ``model``; every tensor must find its place."""
     root = Path(directory)
-    kind, config = read_config(root, sites)
+    fields = _json(root / CONFIG)
+    if adapterhub.is_adapterhub(fields):
+        return _only(adapterhub.read(root, fields, sites, model, name=name), root)
+    kind, config = parse_config(fields, sites)
     extra = root / EXTRA
     tensors = read_tensors(root / WEIGHTS, extra if extra.exists() else None)
     return build(kind, config, tensors, sites, model, name=name)
+
+
+def _only(parts: list[Adapter], root: Path) -> Adapter:
+    if len(parts) > 1:
+        told = " >> ".join(part.name for part in parts)
+        raise KindError(
+            f"{root} is a union of {len(parts)} adapters, {told}: no single one does what it does",
+            hint="compose.adapterhub.read gives them apart",
+        )
+    return parts[0]

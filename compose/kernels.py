@@ -94,6 +94,28 @@ def choose(ranks: Sequence[int], weights: Tensor) -> str:
     return "stacked" if total <= 3 * most else "gather"
 
 
+def finite(factors: Sequence[Tensor]) -> bool:
+    """Whether no factor holds NaN or infinity, which a weight of zero would not take out of a product."""
+    return all(bool(torch.isfinite(f).all()) for f in factors)
+
+
+def isolating(name: str, pairs: Sequence[Pair], weights: Tensor) -> str:
+    """The backend, or one that keeps rows (tokens) apart if an expert has diverged: 0 * NaN is NaN in a shared GEMM."""
+    if name != "stacked" or (weights.dim() == 2 and len(weights) == 1):
+        return name
+    if finite([f for p in pairs for f in (p.A, p.B)]):
+        return name
+    return "gather" if weights.dim() == 2 else "grouped"
+
+
+def mix(weights: Tensor, vectors: Tensor) -> Tensor:
+    """sum_e w_e v_e for weights (..., E) and vectors (E, d); a vector of weight zero does not count, even a NaN."""
+    if weights.numel() == weights.shape[-1] or finite([vectors]):
+        return weights.to(vectors.dtype) @ vectors
+    w = weights.to(vectors.dtype)[..., None]
+    return torch.where(w == 0, 0.0, w * vectors).sum(-2)
+
+
 def _add_product(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
     """Y + h b for y (..., d_out), h (..., k), b (k, d_out)."""
     flat, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
@@ -188,7 +210,9 @@ def gather_factors(pairs: Sequence[Pair], weights: Tensor) -> tuple[Tensor, Tens
     most = max(1, int((weights != 0).sum(1).max()))
     picked = (weights != 0).to(torch.int8).topk(most, dim=1).indices  # (R, most); unused places have weight zero
     w = weights.gather(1, picked)[..., None, None].to(b.dtype)  # (R, most, 1, 1)
-    return a[picked].flatten(1, 2), (b[picked] * w).flatten(1, 2)
+    unused = w == 0  # what fills up a row must add nothing, whatever it holds
+    a, b = a[picked].masked_fill(unused, 0), (b[picked] * w).masked_fill(unused, 0)
+    return a.flatten(1, 2), b.flatten(1, 2)
 
 
 @backend
@@ -201,7 +225,7 @@ def grouped(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
         w = _by_token(weights, x)  # (N, E)
         experts, tokens = w.T.nonzero(as_tuple=True)  # sorted by expert
-        used, counts = experts.unique_consecutive(return_counts=True)
+        used, counts = torch.unique_consecutive(experts, return_counts=True)
         shares = w[tokens, experts].to(x.dtype)[:, None]
         flat = x.reshape(-1, x.shape[-1])
 
@@ -209,8 +233,8 @@ def grouped(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
             pair = pairs[e]
             return F.linear(F.linear(flat.index_select(0, at), pair.A) * (share * pair.scale), pair.B)
 
-        ats = tokens.split(counts.tolist())
-        parts = zip(used.tolist(), ats, shares.split(counts.tolist()), strict=True)
+        ats = torch.split(tokens, counts.tolist())
+        parts = zip(used.tolist(), ats, torch.split(shares, counts.tolist()), strict=True)
         if torch.is_grad_enabled() and (
             x.requires_grad or w.requires_grad or y.requires_grad or pairs[0].A.requires_grad
         ):
@@ -259,7 +283,7 @@ class Routed:
             return _add_product(y, h, b, fresh=False)
         out = y if fresh and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
         parts = (out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), w)
-        for out_, x_, w_ in zip(*(t.split(_CHUNK) for t in parts), strict=True):
+        for out_, x_, w_ in zip(*(torch.split(t, _CHUNK) for t in parts), strict=True):
             out_.addmm_(F.linear(x_, a).mul_(w_[:, owner]), b)
         return out
 

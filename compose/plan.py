@@ -220,8 +220,9 @@ class _Checks:
         if family == "merge":
             kinds = {arg: self.merge_kind(arg, call) for arg in call.args}
             first = call.args[0]
+            mixed = len(set(kinds.values())) > 1 and not all(_changes_weights(kind) for kind in kinds.values())
             for arg, kind in kinds.items():
-                if kind != kinds[first]:
+                if mixed and kind != kinds[first]:
                     raise PlanError(
                         f"{call} merges parameters of one kind, but {first} is {kinds[first]} and {arg} is {kind}",
                         hint=f"{first} + {arg} applies both; ensemble.mean({first}, {arg}) mixes their outputs",
@@ -257,6 +258,13 @@ class _Checks:
                     )
                 found[name] = (text, labels)
         return found
+
+
+def _changes_weights(kind: str) -> bool:
+    """Whether adapters of a kind are changes of weights, which merge whatever their kinds: lora, dora, dense, ..."""
+    from compose.kind import get_kind  # imports torch, which only a merge of different kinds costs
+
+    return get_kind(kind).averages_in_weight
 
 
 def _few(names: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from compose.atoms import Atoms, Function, Moved, Replace, Side
 from compose.heads import level
-from compose.kernels import BACKENDS, Pair, Prepared, choose, expand, for_all
+from compose.kernels import BACKENDS, Pair, Prepared, choose, expand, for_all, isolating, mix
 from compose.maps import LinearMap
 
 Coefficient = float | Tensor  # a number, or (R,) per row, or (R, T) per token
@@ -174,7 +174,7 @@ class Stage:
             with self._to_keep():
                 vectors = torch.stack([_vector(label, e.atoms) for e in entries])  # (E, d)
                 w = weight_matrix(entries, like)
-                mixed = (w.to(vectors.dtype) @ vectors).to(like.dtype)  # (R, [T,] d)
+                mixed = mix(w, vectors).to(like.dtype)  # (R, [T,] d)
                 mixed = mixed + 1 if plus_one else mixed
             if self._keeps:
                 self._kept[tag] = mixed
@@ -215,7 +215,7 @@ class Stage:
         w = weight_matrix(self.low_rank, like)
         if self._keeps and len(used := (w != 0).flatten(0, -2).any(0).nonzero().flatten()):
             pairs, w = [pairs[i] for i in used.tolist()], w[..., used]  # a weight of zero costs nothing
-        return BACKENDS[choose([p.rank for p in pairs], w)](pairs, w)
+        return BACKENDS[isolating(choose([p.rank for p in pairs], w), pairs, w)](pairs, w)
 
     def _add_with_dropout(self, y: Tensor, x: Tensor) -> Tensor:
         for e in self.low_rank:
@@ -280,7 +280,8 @@ def weigh(term: Tensor, c: Coefficient) -> Tensor:
     if not isinstance(c, Tensor):
         return term if c == 1.0 else term * c
     c = expand(c.to(term.device, term.dtype), term.shape[0])
-    return term * c.reshape(*c.shape, *([1] * (term.dim() - c.dim())))
+    c = c.reshape(*c.shape, *([1] * (term.dim() - c.dim())))
+    return term * c if c.requires_grad else (term * c).masked_fill(c == 0, 0)  # 0 * NaN is nothing
 
 
 class Chain:

@@ -73,7 +73,17 @@ class ErrorRow(NamedTuple):
 
 # By qualified class name, so that no library is imported to catch its errors; the nearest base class counts.
 ERRORS: dict[str, ErrorRow] = {
-    "hub.errors.UsageError": ErrorRow(2),
+    "hub.errors.UsageError": ErrorRow(2, "`hub COMMAND --help` shows how it is called"),
+    "hub.errors.ManifestError": ErrorRow(
+        1, "get it again from where it came from, or pack it again: hub push --repack"
+    ),
+    "hub.errors.IntegrityError": ErrorRow(1, "get it again from where it came from; `hub verify` reads every byte"),
+    "hub.errors.GateError": ErrorRow(1, "mend what is named and pack it again: hub push DIR --repack --version NEW"),
+    "hub.errors.NotFound": ErrorRow(1, "`hub list` shows what there is"),
+    "hub.errors.Conflict": ErrorRow(1, "look what is there now (`hub show REF`), then try again"),
+    "hub.errors.BaseMismatch": ErrorRow(1, "`hub show REF` names the base it was made for"),
+    "hub.errors.StoreError": ErrorRow(1, "`hub doctor` looks for what is wrong"),
+    "hub.errors.RemoteError": ErrorRow(1, "`hub doctor` tries the remotes that have a name"),
     "hub.errors.HubError": ErrorRow(1),
     "builtins.FileNotFoundError": ErrorRow(1, "check the path"),
     "builtins.PermissionError": ErrorRow(1, "check the owner and the mode of the file"),

@@ -91,8 +91,8 @@ def read_capped(path: Path, limit: int) -> bytes:
     """All bytes of a small regular file; GateError when it has more than `limit`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(min(size, limit) + 1)
-    if len(data) > limit:
+        data = file.read(size + 1) if size <= limit else b""  # nothing is allocated for what is refused
+    if max(size, len(data)) > limit:
         raise GateError(f"{path.name} has more than {limit} bytes", path=path)
     return data
 

@@ -15,6 +15,7 @@ from typing import Final
 from hub import canonical
 from hub.errors import GateError, IntegrityError, ManifestError, UsageError, suggest
 from hub.files import CHUNK, open_regular, read_capped, sha256_file
+from hub.lazy import load
 from hub.manifest import Draft, FileEntry, Manifest, Role, TensorEntry
 from hub.tensors import FileScan, refuse_nonfinite, scan, tensors_digest
 
@@ -41,6 +42,8 @@ _PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill
 _PICKLE_START = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
+# Gates of other packages for what a user pushes, by name, so that none is imported before it is needed.
+_PUSHING = {"placement": "compose.placement:gate"}
 _registered: dict[str, Gate] = {}
 
 
@@ -60,6 +63,11 @@ def registered(*names: str) -> list[Gate]:
         if name not in _registered:
             raise UsageError(f"there is no gate {name!r}", hint=suggest(name, _registered))
     return [gate for name, gate in _registered.items() if not names or name in names]
+
+
+def pushing() -> list[Gate]:
+    """Gates that `hub push` runs besides: whether every tensor has a place on the base, where that is at hand."""
+    return [load(target) for target in _PUSHING.values()]
 
 
 def role_of(path: str) -> Role:

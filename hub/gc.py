@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hub import canonical
+from hub.disk import disk_errors
 from hub.errors import NotFound
 from hub.ledger import Position
 from hub.lineage import graph, reachable
@@ -80,9 +81,11 @@ def plan(store: Store, *, superseded: bool = False, grace: float = GRACE) -> Pla
 
 def collect(store: Store, wanted: Plan, *, grace: float = GRACE) -> int:
     """Remove what a plan says, but for what somebody has come to need since; returns the bytes freed."""
-    store.staging.sweep()
+    if not store.exists:
+        return 0
     freed = 0
-    with store.lock():
+    with disk_errors(store.root), store.lock():
+        store.staging.sweep()
         needed = _named(store, _kept(store, wanted))
         youngest = time.time() - grace
         for digest in wanted.blobs:

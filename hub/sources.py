@@ -70,6 +70,13 @@ def find(source: str, room: Path, *, subfolder: str | None = None) -> Found:
     names = [path.relative_to(directory).as_posix() for path in directory.glob("*") if path.is_file()]
     names += [path.relative_to(directory).as_posix() for path in directory.glob("*/*") if path.is_file()]
     inside = _choose(names, subfolder, source)
+    for file in _TAKEN:
+        if (directory / inside / file).is_symlink():  # it could lead to anything on this machine
+            raise GateError(
+                f"{inside}/{file} of {source} is a symbolic link; adapters are plain files".removeprefix("./"),
+                path=directory / inside / file,
+                hint="of the Hugging Face cache: hf download OWNER/NAME --local-dir DIR, or hub import hf://OWNER/NAME",
+            )
     return Found(directory / inside, None, _left(names, inside))
 
 

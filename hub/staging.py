@@ -67,7 +67,7 @@ class Staging:
         from filelock import FileLock, Timeout
 
         now = time.time()
-        for path in self.directory.iterdir():
+        for path in _entries(self.directory):
             with suppress(FileNotFoundError, FileExistsError):  # gone, or going while the lock file is looked for
                 if path.name.startswith(".") and now - path.stat().st_mtime < _GRACE:
                     continue
@@ -78,7 +78,7 @@ class Staging:
                         shutil.rmtree(path, ignore_errors=True)
                 except Timeout:
                     continue
-        for path in self.partial.iterdir():
+        for path in _entries(self.partial):
             with suppress(FileNotFoundError):
                 if now - path.stat().st_mtime > _KEEP:
                     path.unlink()
@@ -163,3 +163,7 @@ def _wrong(entry: FileEntry, how: str) -> IntegrityError:
         path=entry.path,
         hint=AGAIN,
     )
+
+
+def _entries(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []

@@ -206,8 +206,10 @@ class Store(Vault):
                 return self._ask_unwritable(question)
             try:
                 return question(self._current())
-            except sqlite3.OperationalError:  # busy, full: not damage
-                raise
+            except sqlite3.OperationalError as error:
+                if "locked" in str(error):
+                    raise
+                return self._ask_unwritable(question)  # the disk is full: SQLite cannot even read there
             except sqlite3.DatabaseError:
                 with self.lock():
                     self._index.remove()

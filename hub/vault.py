@@ -6,6 +6,7 @@ state and perhaps some unreferenced blobs, or the new state.
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -316,8 +317,10 @@ class Vault:
 
     def _commit(self, event: Event) -> None:
         at = self.ledger.append(event, self.ledger.end())
-        self._appended()
-        layout.refresh(self, event.name, at)
+        # It has happened. What follows can be made anew from the log, so a disk that is full by now fails nothing.
+        with suppress(OSError, sqlite3.OperationalError):
+            self._appended()
+            layout.refresh(self, event.name, at)
 
     def _appended(self) -> None:
         """Called under the lock when the log has grown; a store brings its index up to it."""

@@ -3,13 +3,25 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from router.bench import Batch as Batch
+    from router.bench import Bench as Bench
     from router.dispatch import row_expressions as row_expressions
     from router.ensemble import Ensemble as Ensemble
+    from router.gating import Gating as Gating
     from router.gating import gate as gate
+    from router.router import Router as Router
 
-_HOMES = {"Ensemble": "router.ensemble", "gate": "router.gating", "row_expressions": "router.dispatch"}
+_HOMES = {
+    "Batch": "router.bench",
+    "Bench": "router.bench",
+    "Ensemble": "router.ensemble",
+    "Gating": "router.gating",
+    "Router": "router.router",
+    "gate": "router.gating",
+    "row_expressions": "router.dispatch",
+}
 
-__all__ = ["Ensemble", "gate", "row_expressions"]
+__all__ = ["Batch", "Bench", "Ensemble", "Gating", "Router", "gate", "row_expressions"]
 
 
 def __getattr__(name: str) -> Any:

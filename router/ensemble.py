@@ -37,6 +37,7 @@ class EnsembleScore:
     final : (B, E) float64, the posterior after the whole text.
     log_probs : (B, T-1) float64, log of the mixture; 0 where not valid.
     prior : (E,) float64, the log prior.
+    gamma, temperature, prefix : what the weights were computed with; see `Ensemble`.
     """
 
     expert_log_probs: Tensor
@@ -47,6 +48,7 @@ class EnsembleScore:
     prior: Tensor
     gamma: float
     temperature: float
+    prefix: int | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -74,8 +76,9 @@ class EnsembleScore:
         prior: Sequence[float] | Tensor | None = None,
         gamma: float | None = None,
         temperature: float | None = None,
+        prefix: int | None = None,
     ) -> EnsembleScore:
-        """Score the same forward pass with another prior, discount or temperature; no model runs.
+        """Score the same forward pass with another prior, discount, temperature or prefix; no model runs.
 
         An infinite temperature keeps the prior as fixed weights: with a uniform one, the uniform ensemble.
         """
@@ -86,19 +89,27 @@ class EnsembleScore:
             log_prior=log_prior,
             gamma=self.gamma if gamma is None else gamma,
             temperature=self.temperature if temperature is None else temperature,
+            prefix=self.prefix if prefix is None else prefix,
         )
 
 
 def mix(
-    expert_log_probs: Tensor, valid: Tensor, *, log_prior: Tensor, gamma: float = 1.0, temperature: float = 1.0
+    expert_log_probs: Tensor,
+    valid: Tensor,
+    *,
+    log_prior: Tensor,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    prefix: int | None = None,
 ) -> EnsembleScore:
     """Posterior and mixture from expert log probabilities (E, B, T-1) and valid (B, T-1)."""
     values = expert_log_probs.permute(1, 2, 0).double()  # (B, T-1, E)
-    before, after = bayes.evidence(values, valid, gamma=gamma)
+    heard = valid if prefix is None else valid & (valid.cumsum(1) <= prefix)
+    before, after = bayes.evidence(values, heard, gamma=gamma)
     weights = bayes.log_weights(before, log_prior, temperature=temperature)
     mixed = bayes.mixture(weights, values).masked_fill(~valid, 0.0)
     final = bayes.log_weights(after, log_prior, temperature=temperature).exp()
-    return EnsembleScore(expert_log_probs, valid, weights.exp(), final, mixed, log_prior, gamma, temperature)
+    return EnsembleScore(expert_log_probs, valid, weights.exp(), final, mixed, log_prior, gamma, temperature, prefix)
 
 
 class Ensemble:
@@ -116,6 +127,9 @@ class Ensemble:
         sequences given to `calibrate`, then frozen.
     gamma, temperature
         See `router.posterior`: 1 and 1 are Bayes.
+    prefix
+        None weighs at token level: the posterior moves with every token. A number weighs at document level: that many
+        predictions of each text move it, then its weights stay as they are.
     context, overlap, max_logits
         See `router.fold.expert_log_probs`. Windows share one posterior: it runs over the whole text.
     """
@@ -128,6 +142,7 @@ class Ensemble:
         prior: Prior = "uniform",
         gamma: float = 1.0,
         temperature: float = 1.0,
+        prefix: int | None = None,
         context: int | None = None,
         overlap: int | None = None,
         max_logits: int = MAX_LOGITS,
@@ -138,7 +153,9 @@ class Ensemble:
             raise UsageError(f"unknown prior {self.mode!r}", hint="uniform, updating, cached or one number per expert")
         self.prior = bayes.log_prior(None if isinstance(prior, str) else prior, len(self.experts))
         self.calibrated = self.mode != "cached"
-        self.gamma, self.temperature = gamma, temperature
+        if prefix is not None and prefix < 0:
+            raise UsageError(f"the prefix is {prefix} tokens", hint="0 keeps the prior, None reads the whole text")
+        self.gamma, self.temperature, self.prefix = gamma, temperature, prefix
         self.context, self.overlap, self.max_logits = context, overlap, max_logits
         bayes.evidence(torch.zeros(0, 1), gamma=gamma)  # a bad gamma or temperature is an error here, not at the
         bayes.log_weights(torch.zeros(1), torch.zeros(1), temperature=temperature)  # first text
@@ -153,7 +170,7 @@ class Ensemble:
         """
         log_prior = self._ready()
         log_probs, valid = self._read(input_ids, attention_mask)
-        score = mix(log_probs, valid, log_prior=log_prior, gamma=self.gamma, temperature=self.temperature)
+        score = self._mix(log_probs, valid, log_prior)
         if self.mode == "updating":
             self.prior = bayes.moving_average(self.prior, score.final.mean(0).cpu())
         return score
@@ -168,25 +185,29 @@ class Ensemble:
         log_probs, valid = self._read(input_ids[:CACHED_SEQUENCES], mask)
         prior = bayes.log_prior(None, len(self.experts))
         for row in range(log_probs.shape[1]):
-            one = mix(
-                log_probs[:, row : row + 1],
-                valid[row : row + 1],
-                log_prior=prior,
-                gamma=self.gamma,
-                temperature=self.temperature,
-            )
+            one = self._mix(log_probs[:, row : row + 1], valid[row : row + 1], prior)
             prior = bayes.moving_average(prior, one.final[0].cpu())
         self.prior, self.calibrated = prior, True
         return prior.exp()
 
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, epsilon: float = 0.0, **options: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        epsilon: float = 0.0,
+        collapse: float = 0.0,
+        **options: Any,
     ) -> Generated:
         """Continue B prompts by the mixture; the posterior starts with the prompt and moves with each token.
 
         `options` are those of transformers' `generate` (max_new_tokens, do_sample, temperature, top_p, streamer...; no
         beams). The caches of all experts lie side by side in one batch. An expert whose weight on a text falls under
         `epsilon` is dropped for the rest of that text: the mixture then moves by less than epsilon per expert.
+
+        Once no text's weights have moved by more than `collapse` (total variation) over 8 tokens, the posterior has
+        settled: each text goes on with one merged adapter, sum_e pi_e D_e, at one row a text instead of E. That is no
+        longer the mixture of probabilities but close to it where one expert has nearly all the weight; 0 never does it.
         """
         return generate(
             self.model,
@@ -196,9 +217,21 @@ class Ensemble:
             log_prior=self._ready(),
             gamma=self.gamma,
             temperature=self.temperature,
+            prefix=self.prefix,
             epsilon=epsilon,
+            collapse=collapse,
             max_logits=self.max_logits,
             options=options,
+        )
+
+    def _mix(self, log_probs: Tensor, valid: Tensor, log_prior: Tensor) -> EnsembleScore:
+        return mix(
+            log_probs,
+            valid,
+            log_prior=log_prior,
+            gamma=self.gamma,
+            temperature=self.temperature,
+            prefix=self.prefix,
         )
 
     def _ready(self) -> Tensor:

@@ -12,9 +12,13 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 import compose
+from compose.expr import IDENTITY
 from hub.errors import UsageError
 from router import posterior as bayes
+from router.dispatch import row_expressions
 from router.fold import Member, Reader, active, checked
+
+_SETTLED = 8  # tokens over which weights that hardly move have settled
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Generated:
     sequences : (B, T + N) prompts and new tokens, padded on the right after the end of a text.
     log_probs : (B, N) float64, log of the mixture's probability of each new token, in nats; 0 after the end.
     posterior : (B, N, E) float64, weights used for each new token; 0 for dropped experts.
-    rows : rows computed at each of the N steps; E x B until experts are dropped.
+    rows : rows computed at each of the N steps; E x B until experts are dropped, B once they are merged.
     """
 
     sequences: Tensor
@@ -44,7 +48,9 @@ def generate(
     log_prior: Tensor,
     gamma: float,
     temperature: float,
+    prefix: int | None,
     epsilon: float,
+    collapse: float,
     max_logits: int,
     options: Mapping[str, Any],
 ) -> Generated:
@@ -54,10 +60,12 @@ def generate(
     """
     if not 0.0 <= epsilon < 1.0 / len(members):
         raise UsageError(f"epsilon is {epsilon}; it must lie in [0, 1/{len(members)})", hint="0 drops no expert")
+    if not 0.0 <= collapse <= 1.0:
+        raise UsageError(f"collapse is {collapse}, not in [0, 1]", hint="0 never merges; 0.01 once weights stand still")
     if options.get("num_beams", 1) != 1:
         raise UsageError("an ensemble does not search with beams", hint="num_beams=1, with or without do_sample")
     ids, mask = checked(model, input_ids, attention_mask)
-    state = _State(model, members, log_prior, gamma, temperature, epsilon, max_logits)
+    state = _State(model, members, log_prior, gamma, temperature, prefix, epsilon, collapse, max_logits)
     settings = dict(options)
     streamer = settings.pop("streamer", None)
 
@@ -106,7 +114,7 @@ def _decode(
         running = running & ~criteria(ids, scores)
         if not bool(running.any()):
             break
-        log_probs = state.forward(tokens)
+        log_probs = state.merged(ids) if state.settled(running) else state.forward(tokens)
     if streamer is not None:
         streamer.end()
     return ids
@@ -122,11 +130,15 @@ class _State:
         log_prior: Tensor,
         gamma: float,
         temperature: float,
+        prefix: int | None,
         epsilon: float,
+        collapse: float,
         max_logits: int,
     ) -> None:
         self.model, self.members, self.log_prior = model, list(members), log_prior
-        self.gamma, self.temperature, self.epsilon, self.max_logits = gamma, temperature, epsilon, max_logits
+        self.gamma, self.temperature, self.max_logits = gamma, temperature, max_logits
+        self.prefix, self.epsilon, self.collapse = prefix, epsilon, collapse
+        self.is_merged = False
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.log_probs: list[Tensor] = []
         self.weights: list[Tensor] = []
@@ -145,13 +157,18 @@ class _State:
         read, last = zip(*reader.pieces(experts, segment, self.cache), strict=True)
         valid = (self.mask[:, 1:] & self.mask[:, :-1]).bool()
         values = torch.cat(read, -1).permute(1, 2, 0)  # (B, T-1, E)
-        _, self.evidence = bayes.evidence(values, valid, gamma=self.gamma)
+        heard = valid if self.prefix is None else valid & (valid.cumsum(1) <= self.prefix)
+        self.seen = valid.sum(1)  # (B,): predictions of each text so far
+        _, self.evidence = bayes.evidence(values, heard, gamma=self.gamma)
         self.log_prior = self.log_prior.to(self.evidence).expand(batch, experts)
         following: Tensor = last[-1].log_softmax(-1)
         return following
 
     def mix(self, log_probs: Tensor) -> Tensor:
         """Log of the mixture (B, V) under the present weights; drops the experts that no longer count."""
+        if self.is_merged:
+            self.rows.append(len(self.text))
+            return log_probs[0].double()
         self.log_pi = bayes.log_weights(self.evidence, self.log_prior, temperature=self.temperature)  # (B, E)
         self.rows.append(len(self.expert))
         if self.epsilon > 0.0 or bool(self.log_pi.isneginf().any()):
@@ -173,10 +190,35 @@ class _State:
         chosen = mixed.gather(-1, tokens[:, None]).squeeze(1)
         self.log_probs.append(chosen.masked_fill(~running, 0.0))
         self.weights.append(self.log_pi.exp())
+        if self.is_merged:
+            return
+        heard = running if self.prefix is None else running & (self.seen < self.prefix)
+        self.seen = self.seen + running.long()
         seen = log_probs.gather(-1, tokens.expand(len(self.members), -1).unsqueeze(-1)).squeeze(-1).T  # (B, E)
-        _, self.evidence = bayes.evidence(
-            seen.unsqueeze(1), running.unsqueeze(1), gamma=self.gamma, start=self.evidence
-        )
+        _, self.evidence = bayes.evidence(seen.unsqueeze(1), heard.unsqueeze(1), gamma=self.gamma, start=self.evidence)
+
+    def settled(self, running: Tensor) -> bool:
+        """Whether the weights of no running text (B,) have moved over the last tokens, so that they can be merged."""
+        if self.is_merged or self.collapse == 0.0 or len(self.weights) <= _SETTLED:
+            return False
+        moved = (self.weights[-1] - self.weights[-1 - _SETTLED]).abs().sum(-1) / 2  # total variation (B,)
+        return bool((moved[running] <= self.collapse).all())
+
+    def merged(self, ids: Tensor) -> Tensor:
+        """Give each text the one adapter of its weights and read it anew (B, T); log p of the next token (1, B, V)."""
+        self.is_merged = True
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        members = [IDENTITY if member is None else member for member in self.members]
+        compose.activate(self.model, row_expressions(members, self.log_pi.exp()))
+        self.cache = DynamicCache(config=self.model.config)
+        self.text = torch.arange(len(ids), device=ids.device)
+        self.expert = torch.zeros_like(self.text)
+        vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
+        segment = max(1, self.max_logits // (len(ids) * vocabulary))
+        for _, last in Reader(self.model, ids, self.mask).pieces(1, segment, self.cache):
+            following = last
+        log_probs: Tensor = following.log_softmax(-1)
+        return log_probs
 
     def forward(self, tokens: Tensor) -> Tensor:
         """One step of every remaining row; log p (E, B, V), zeros for rows that were dropped (their weight is 0)."""
@@ -187,6 +229,6 @@ class _State:
             if self.takes_positions:
                 options["position_ids"] = (self.mask.sum(1) - 1)[self.text, None]
         logits = self.model(input_ids=tokens[self.text, None], **options).logits[:, -1].float()
-        full: Tensor = logits.new_zeros(len(self.members), len(tokens), logits.shape[-1])
+        full: Tensor = logits.new_zeros(1 if self.is_merged else len(self.members), len(tokens), logits.shape[-1])
         full[self.expert, self.text] = logits.log_softmax(-1)
         return full

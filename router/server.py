@@ -92,7 +92,7 @@ class Server:
         """Rows of one request, looked up and queued. Raises HubError where one cannot run, before any is queued."""
         prepared = await run_in_threadpool(lambda: [self.engine.prepare(r) for r in requests])
         for row in prepared:
-            if (row.target.task == "generate") != (task == "generate"):
+            if not row.open and (row.target.task == "generate") != (task == "generate"):
                 other = "/v1/classify" if task == "generate" else "/v1/completions"
                 raise UsageError(f"{row.target.text or 'the base'} does not {task}", hint=f"POST {other}")
         return Rows(self.batcher, self.metrics, prepared)
@@ -121,7 +121,9 @@ class Server:
                         return
                     else:
                         results.append(news)
-                        yield event([{"index": index, **piece(""), "finish_reason": news.finish}])
+                        if news.text is None:
+                            yield event([{"index": index, **piece(wire.said(news)), "finish_reason": None}])
+                        yield event([{"index": index, **piece(""), "finish_reason": news.finish or "stop"}])
                 counted = self.count(results, 1)
                 if with_usage:
                     yield event([], usage=counted)
@@ -216,12 +218,16 @@ def create_app(engine: Engine, *, token: str | None = None, directories: bool = 
         app.add_route(path, _guarded(server, path, endpoint), methods=[method])
 
     async def unknown(_request: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 500
+        if not isinstance(error, HTTPException):
+            found, body = wire.error_of(error)
+            return JSONResponse(body, status_code=found)
+        status = error.status_code
         what = "no such path" if status == 404 else "this path takes another method" if status == 405 else "refused"
         found, body = wire.refusal(status, what, "not_found" if status == 404 else "refused")
         return JSONResponse(body, status_code=found)
 
     app.add_exception_handler(HTTPException, unknown)
+    app.add_exception_handler(Exception, unknown)
     return app
 
 

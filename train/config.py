@@ -42,7 +42,9 @@ class TrainConfig(BaseModel):
     quantize: Literal["none", "int8", "nf4"] = Field("none", description="how the base's linear weights are held")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward and backward pass")
     method: str = Field("lora", description="how it is learned: hub methods lists them")
-    options: dict[str, Any] = Field(default_factory=dict, description="options of the method and of its kind, such as {r: 16}")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="options of the method and of its kind, such as {r: 16}"
+    )
     task: Task = Field(
         "causal_lm",
         description="causal_lm (text; prompt and completion; chat messages), seq2seq (prompt, completion), "
@@ -116,7 +118,7 @@ class TrainConfig(BaseModel):
             if key == "packing":
                 if not isinstance(source, bool):
                     raise ValueError(f"packing: {source!r} is neither true nor false")
-            elif not isinstance(source, str) and not (key == "eval" and not isinstance(source, bool) and 0 < source < 1):
+            elif not isinstance(source, str) and (key != "eval" or isinstance(source, bool) or not 0 < source < 1):
                 raise ValueError(f"{key}: {source} is neither a path nor, for eval, a fraction between 0 and 1")
         return value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,8 +45,9 @@ def numbers(encoded: Mapping[str, Ragged | Tensor], values: Sequence[Any], pad_i
             number = float(value)
         except (TypeError, ValueError):
             number = float("nan")
-        if number != number or abs(number) == float("inf"):
-            raise DataError(f"{source}, row {row}: the label {value!r} is not a finite number", hint="task=classification")
+        if not math.isfinite(number):
+            told = f"the label {value!r} is not a finite number"
+            raise DataError(f"{source}, row {row}: {told}", hint="task=classification")
         found.append(number)
     return Dataset({**encoded, "labels": torch.tensor(found)}, "regression", pad_id, source=source)
 
@@ -59,7 +61,7 @@ def tagged(
     labels: Sequence[str] | None = None,
     source: str = "rows",
 ) -> tuple[Dataset, int]:
-    """Rows of words with a tag each; the first piece of a word carries its tag. Also how many rows were cut.
+    """Rows of words with a tag each, which the first piece of a word carries. Also how many rows were cut.
 
     Raises
     ------
@@ -70,7 +72,9 @@ def tagged(
         if not isinstance(left, list | tuple) or not isinstance(right, list | tuple) or len(left) != len(right):
             raise DataError(f"{source}, row {row}: tokens and tags are not two lists of the same length")
     if not tokenizer.is_fast:
-        raise DataError(f"{type(tokenizer).__name__} cannot tell which word a piece belongs to", hint="a fast tokenizer")
+        raise DataError(
+            f"{type(tokenizer).__name__} cannot tell which word a piece belongs to", hint="a fast tokenizer"
+        )
     names = [[str(tag) for tag in row] for row in tags]
     if labels is None:
         labels = sorted({tag for row in names for tag in row})
@@ -146,8 +150,8 @@ def _rendered(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[
 def packed(data: Dataset, max_length: int) -> Dataset:
     """Rows laid end to end, as many as fit into `max_length`, each with its own positions and attention.
 
-    A packed row has no attention mask: transformers' causal models tell by `position_ids`, which start again at 0, where
-    one row ends and the next begins. The longest rows are laid first (first fit, decreasing), the rows keep their items.
+    A packed row has no attention mask: transformers' causal models tell by `position_ids`, which start again at 0,
+    where one row ends and the next begins. The longest rows are laid first (first fit, decreasing).
     """
     labels = data.columns.get("labels")
     assert isinstance(labels, Ragged)  # noqa: S101 - completions and chats have labels a token

@@ -69,7 +69,8 @@ def _hub_rows(text: str) -> list[Row]:
         found = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{text} cannot be read: {first}", hint="hf:NAME[@CONFIG][:SPLIT], such as hf:imdb:train") from error
+        hint = "hf:NAME[@CONFIG][:SPLIT], such as hf:imdb:train"
+        raise DataError(f"{text} cannot be read: {first}", hint=hint) from error
     rows: list[Row] = [dict(row) for row in found]
     if not rows:
         raise DataError(f"{text} holds no rows")

@@ -4,8 +4,8 @@ A step takes each job's next rows, as its own run would, lays all of them into c
 
     sum_j 1/N_j sum_{i of j} loss_j(i)
 
-Adapters share no parameter and a row runs through its own adapter alone, so the gradient of each is that of its own run;
-clipping, rate, optimizer, evaluation and stopping are each job's own. One base, one forward and backward for all.
+Adapters share no parameter and a row runs through its own adapter alone, so the gradient of each is that of its own
+run; clipping, rate, optimizer, evaluation and stopping are each job's own. One base, one forward and backward for all.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ def _check(jobs: Sequence[Job]) -> None:
         raise UsageError("give one job or more, each with an adapter of its own")
     tasks = {job.train.task for job in jobs}
     if len(tasks) > 1:
-        raise UsageError(f"one pass has one kind of output, not {' and '.join(sorted(tasks))}", hint="train these apart")
+        told = " and ".join(sorted(tasks))
+        raise UsageError(f"one pass has one kind of output, not {told}", hint="train these apart")
     for job in jobs:
         for data in (job.train, job.eval):
             if data is not None:
@@ -199,9 +200,7 @@ def _passes(shares: Sequence[_Share], limit: int | None) -> list[list[_Share]]:
 def _pass(model: PreTrainedModel, shares: Sequence[_Share], precision: str) -> None:
     """Forward and backward of rows of several jobs; gradients add up in their adapters."""
     device = shares[0].run.total.device
-    batches = [
-        {n: v.to(device) for n, v in share.run.job.train.batch(share.rows).items()} for share in shares
-    ]
+    batches = [{n: v.to(device) for n, v in share.run.job.train.batch(share.rows).items()} for share in shares]
     compose.activate(model, [share.run.job.adapter.name for share in shares for _ in range(len(share.rows))])
     task = shares[0].run.job.train.task
     with amp(device, precision):
@@ -268,9 +267,11 @@ def _evaluate(model: PreTrainedModel, run: _Run, data: Dataset) -> None:
     compose.activate(model, run.job.adapter.name)
     measured = evaluate(model, data, batch_size=2 * config.batch_size, precision=config.precision)
     sign = -1 if higher_is_better(metric) else 1
-    better = math.isfinite(measured["loss"]) and (
-        result.best is None or (sign * measured[metric], measured["loss"]) < (sign * result.best[metric], result.best["loss"])
-    )
+
+    def rank(found: dict[str, Any]) -> tuple[float, float]:
+        return sign * found[metric], found["loss"]
+
+    better = math.isfinite(measured["loss"]) and (result.best is None or rank(measured) < rank(result.best))
     if better:
         result.best, result.waited = {"step": result.steps, **measured}, 0
         run.best_state = {name: value.detach().clone() for name, value in run.job.adapter.state_dict().items()}

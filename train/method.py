@@ -35,7 +35,17 @@ if TYPE_CHECKING:
 
     from train.batches import Dataset
 
-__all__ = ["NAME", "Composite", "Method", "MethodOptions", "get_method", "make_method", "methods", "register", "trained"]
+__all__ = [
+    "NAME",
+    "Composite",
+    "Method",
+    "MethodOptions",
+    "get_method",
+    "make_method",
+    "methods",
+    "register",
+    "trained",
+]
 
 NAME = "trained"  # the adapter's name inside the model while it trains
 
@@ -84,7 +94,10 @@ class Method:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"method {self.name!r}, option {where}: {first['msg']} (given {first['input']!r})") from None
+            told = f"{first['msg']} (given {first['input']!r})"
+            raise ConfigError(
+                f"method {self.name!r}, option {where}: {told}", hint=f"hub methods {self.name}"
+            ) from None
         self.kind_options = {**self.defaults, **given}
 
     # -- the life of a run, in its order ---------------------------------------------------------------------------
@@ -198,7 +211,8 @@ def _discover() -> None:
 
 def _plain(kind: type[Adapter]) -> type[Method]:
     doc = f"Gradient descent on the tensors of kind `{kind.kind}`."
-    return type(f"Plain_{kind.kind}", (Method,), {"name": kind.kind, "kind": kind.kind, "paper": kind.paper, "__doc__": doc})
+    facts = {"name": kind.kind, "kind": kind.kind, "paper": kind.paper, "__doc__": doc}
+    return type(f"Plain_{kind.kind}", (Method,), facts)
 
 
 def methods() -> dict[str, type[Method]]:
@@ -230,13 +244,6 @@ def make_method(config: TrainConfig) -> tuple[Method, TrainConfig]:
     unset = {key: value for key, value in cls.recipe.items() if key not in config.model_fields_set}
     given = {key: getattr(config, key) for key in config.model_fields_set}
     return cls(config.options), TrainConfig(**{**unset, **given}) if unset else config
-
-
-def trained(learner: nn.Module) -> int:
-    """How many numbers train."""
-    return sum(p.numel() for p in learner.parameters() if p.requires_grad)
-
-
 
 
 def trained(learner: nn.Module) -> int:

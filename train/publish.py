@@ -18,6 +18,7 @@ from hub.manifest import Draft, Lineage, Metric, TrainedOn
 from hub.pack import pack
 from hub.ref import AdapterRef
 from hub.store import Artifact, Store
+from hub.words import SELF, write_words
 from train.batches import Dataset
 from train.card import write_card
 from train.config import TrainConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compose.kind import Adapter
+    from hub.words import Counts
 
 __all__ = ["next_version", "publish", "publish_learned", "write_artifact"]
 
@@ -104,6 +106,7 @@ def write_artifact(
     evaluated_on: Dataset | None = None,
     labels: Sequence[str] = (),
     domains: Sequence[str] = (),
+    words: Counts | None = None,
     license: str | None = None,
     summary: str = "",
 ) -> Draft:
@@ -117,6 +120,8 @@ def write_artifact(
         What it was trained on: file or data set name -> `sha256:...`.
     evaluated_on
         The held-out rows that `result.best` was measured on; their digest goes into each metric.
+    words
+        Which words its texts use (see `hub.words`): by these it is found for a text.
 
     Raises
     ------
@@ -143,6 +148,8 @@ def write_artifact(
         summary=summary,
     )
     probes.write(directory, probes.record(model, adapter))
+    if words is not None:
+        write_words(directory, {SELF: words})
     write_card(directory / "README.md", draft, trainable=sum(p.numel() for p in adapter.parameters()))
     pack(directory, draft)
     return draft
@@ -191,6 +198,10 @@ def _metrics(config: TrainConfig, result: FitResult, data: Dataset | None) -> tu
         return ()
     counts = {"step", "tokens", "rows"}
     measured = {name: value for name, value in result.best.items() if name not in counts and math.isfinite(value)}
-    facts = {"dataset": Path(data.source).name.removesuffix(" (held out)") or "held out", "dataset_digest": data.digest, "split": "held-out"}
+    facts = {
+        "dataset": Path(data.source).name.removesuffix(" (held out)") or "held out",
+        "dataset_digest": data.digest,
+        "split": "held-out",
+    }
     n = int(data.items.sum())
     return tuple(Metric(**facts, metric=m, value=v, n=n, seeds=(config.seed,)) for m, v in measured.items())

@@ -15,7 +15,7 @@ from typing import Any
 
 from hub.errors import UsageError
 from train.config import TrainConfig
-from train.errors import ConfigError, NonFiniteLoss
+from train.errors import NonFiniteLoss
 from train.evaluate import higher_is_better
 from train.loop import CHECKPOINT, fit
 from train.method import trained
@@ -47,7 +47,7 @@ def race(
     budget: float,
     folder: Path,
     *,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None],
 ) -> list[Runner]:
     """Race methods on the run's data and base; the winner first.
 

@@ -27,14 +27,15 @@ import compose
 from hub.errors import Conflict, UsageError
 from hub.ref import AdapterRef
 from hub.store import Artifact, Store
+from hub.words import count_words
 from train.batches import Dataset
 from train.config import TrainConfig
 from train.data import Splits, load_splits
 from train.errors import DataError, NonFiniteLoss
 from train.guards import is_finite
 from train.heads import modules_to_save
-from train.method import Composite, Method, make_method
 from train.loop import CHECKPOINT, FitResult, fit
+from train.method import Composite, Method, make_method
 from train.publish import next_version, publish_learned
 from train.report import new_progress, plot_curves, write_page
 from train.seeds import derive
@@ -43,10 +44,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compose.kind import Adapter
+    from hub.words import Counts
 
 __all__ = ["Outcome", "Prepared", "prepare", "run"]
 
 log = logging.getLogger(__name__)
+_COUNTED = 5_000  # training rows whose words are counted
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,13 @@ def prepare(config: TrainConfig) -> Prepared:
     return Prepared(model, learner, tokenizer, splits, method, config)
 
 
+def _words(ready: Prepared) -> Counts:
+    """Which words the training rows use; those of the first rows are enough."""
+    tokens, decode = ready.splits.train.tokens, ready.tokenizer.decode
+    rows = range(min(_COUNTED, len(tokens.starts) - 1))
+    return count_words(decode(tokens.row(i), skip_special_tokens=True) for i in rows)
+
+
 def _check_fits(model: PreTrainedModel, tokenizer: Any, data: Dataset) -> None:
     longest, highest = int(data.lengths.max()), int(data.tokens.values.max())
     limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
@@ -179,7 +189,8 @@ def _check_packing(learner: Adapter | Composite, data: Dataset) -> None:
     members = learner.members.values() if isinstance(learner, Composite) else (learner,)
     if "position_ids" in data.columns and any(member.prompt() is not None for member in members):
         raise DataError(
-            "a prompt would stand before the first of the packed rows only", hint="leave data.packing out, or try prefix"
+            "a prompt would stand before the first of the packed rows only",
+            hint="leave data.packing out, or try prefix",
         )
 
 
@@ -216,6 +227,7 @@ def _leave(
         data=ready.splits.digests,
         evaluated_on=ready.splits.eval,
         labels=ready.splits.train.labels,
+        words=_words(ready),
         license=license,
     )
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from compose.atoms import Atoms, Below, Function
+from compose.atoms import Atoms, Below, Function, Replace
 from compose.kind import Adapter, KindConfig, KindError, register
 from compose.sites import Site, SiteMap
 from hub.errors import suggest
@@ -31,6 +31,9 @@ class BottleneckConfig(KindConfig):
     reduction_factor: float = Field(16, gt=0, description="hidden size / width of the bottleneck")
     bottleneck_size: int | None = Field(None, ge=1, description="width; overrides reduction_factor")
     non_linearity: str | None = Field(None, description="default: gelu for houlsby, relu else")
+    behind_norm: bool = Field(
+        False, description="read and write behind the norm that follows the residual add, as AdapterHub's Pfeiffer does"
+    )
     scaling: float = Field(1.0, description="s; the parallel adapter of MAM uses 4")
     init: Literal["houlsby", "lora"] | None = Field(
         None, description="houlsby: both normal(0.001); lora: up at zero. Default by style"
@@ -43,7 +46,8 @@ class Bottleneck(Adapter):
     """h + s (W_u f(W_d z + b_d) + b_u), W_d (m, d), W_u (d, m).
 
     h is the output of the linear that writes the residual stream (attn.o, mlp.down), before the residual add;
-    z = h, except for the parallel style, where z is the input of the feed-forward block.
+    z = h, except for the parallel style, where z is the input of the feed-forward block. With ``behind_norm`` the norm
+    N after the residual add becomes u -> N(u + F(N(u))), F the adapter, in families whose norms follow the add.
     """
 
     Config = BottleneckConfig
@@ -72,9 +76,10 @@ class Bottleneck(Adapter):
         self._act = ACT2FN[name]
         self._taps: dict[str, str | None] = {}
         chosen = self.targets(sites, default=_PLACES[self.config.style])
-        self.paths = tuple(s.path for s in chosen)
-        for site in chosen:
-            self._taps[site.path] = self._tap(site, sites) if self.config.style == "parallel" else None
+        self._places = {s.path if not self.config.behind_norm else _norm_behind(s, sites): s for s in chosen}
+        self.paths = tuple(self._places)
+        for path, site in self._places.items():
+            self._taps[path] = self._tap(site, sites) if self.config.style == "parallel" else None
             d = site.out_features
             m = self.config.bottleneck_size or max(1, round(d / self.config.reduction_factor))
             down, up = torch.empty(m, d), torch.zeros(d, m)
@@ -83,10 +88,10 @@ class Bottleneck(Adapter):
                     nn.init.trunc_normal_(weight, std=1e-3, a=-2e-3, b=2e-3, generator=self.generator)
             else:
                 nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=self.generator)
-            self.add(site.path, "down", down)
-            self.add(site.path, "down_b", torch.zeros(m))
-            self.add(site.path, "up", up)
-            self.add(site.path, "up_b", torch.zeros(d))
+            self.add(path, "down", down)
+            self.add(path, "down_b", torch.zeros(m))
+            self.add(path, "up", up)
+            self.add(path, "up_b", torch.zeros(d))
 
     @staticmethod
     def _tap(site: Site, sites: SiteMap) -> str:
@@ -110,4 +115,18 @@ class Bottleneck(Adapter):
             hidden = self._act(F.linear(z.to(down.dtype), down, down_b))  # (..., m)
             return self.config.scaling * F.linear(hidden, up, up_b)
 
+        if self.config.behind_norm:
+            norm = below.layer
+            return Atoms(function=Replace(lambda u: norm(u + fn(norm(u)).to(u.dtype))))
         return Atoms(function=Function(fn, self._taps[path]))
+
+
+def _norm_behind(site: Site, sites: SiteMap) -> str:
+    """Path of the norm that a post-norm family applies after the residual add behind ``site``."""
+    block = site.path.rsplit(".", 1)[0]
+    names = {"attn.o": ("LayerNorm", "sa_layer_norm"), "mlp.down": ("LayerNorm", "output_layer_norm")}
+    near = [f"{parent}.{n}" for n in names.get(site.role, ()) for parent in (block, block.rsplit(".", 1)[0])]
+    found = next((path for path in near if path in sites.norms), None)
+    if found is None:
+        raise KindError(f"no norm follows the residual add behind {site.path} in this {sites.model_type} model")
+    return found

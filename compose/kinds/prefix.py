@@ -21,6 +21,9 @@ class PrefixConfig(KindConfig):
     """Length of the prefix and how it is trained."""
 
     num_virtual_tokens: int = Field(20, ge=1, description="n")
+    move_positions: bool = Field(
+        True, description="the text stands behind the prefix, at n, n + 1, ...; else at 0, 1, ..."
+    )
     init_std: float = Field(1.0, ge=0, description="standard deviation of the initial keys and values")
 
 
@@ -66,6 +69,8 @@ class PrefixTuning(Adapter):
         if layers is not None:
             chosen = [(s, p) for s, p in chosen if s.layer in layers]
             self.peft_type = None  # type: ignore[misc]  # PEFT has no prefix for some layers only
+        if not self.config.move_positions:
+            self.peft_type = None  # type: ignore[misc]  # nor one that leaves the positions
         if not chosen:
             raise KindError(f"kind 'prefix' finds no self-attention in this {sites.model_type} model")
         _check_family(sites, model, [p for _, p in chosen])
@@ -83,7 +88,7 @@ class PrefixTuning(Adapter):
             return None
         parts: Tensor = self.at("", "P").view(self.config.num_virtual_tokens, -1, self.heads, self.head_dim)
         key, value = self._rows[self.paths.index(path)]
-        return Prefix(key=parts[:, key], value=parts[:, value])
+        return Prefix(parts[:, key], parts[:, value], moves=self.config.move_positions)
 
     @classmethod
     def peft_config(cls, config: KindConfig, sites: SiteMap) -> dict[str, Any]:

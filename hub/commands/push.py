@@ -118,18 +118,23 @@ def _published(store: Store, target: str, something_to_do: bool, facts: bool) ->
 
 def _publish(store: Store, directory: Path, given: dict[str, Any], repack: bool) -> Artifact:
     from hub.errors import UsageError
-    from hub.manifest import MANIFEST_NAME
+    from hub.gates import pushing
+    from hub.manifest import MANIFEST_NAME, read_manifest
     from hub.pack import pack
 
     if not (directory / MANIFEST_NAME).exists():
-        pack(directory, _draft(directory, given))
+        pack(directory, _draft(directory, given), gates=pushing())
     elif repack:
-        pack(directory, _draft_again(directory, given))
+        pack(directory, _draft_again(directory, given), gates=pushing())
     elif given:
         raise UsageError(
             f"{directory} has a {MANIFEST_NAME}, which states its facts",
             hint="add --repack to change them",
         )
+    else:
+        manifest = read_manifest(directory)
+        for gate in pushing():
+            gate(directory, manifest)
     return store.put(directory)
 
 
@@ -137,6 +142,7 @@ def _bumped(store: Store, remote: Remote | None, directory: Path, given: dict[st
     """Publish a directory under the version that follows from what changed since the last one, here or there."""
     from hub.bump import FIRST, Change, compare, highest, raised
     from hub.errors import UsageError
+    from hub.gates import pushing
     from hub.manifest import MANIFEST_NAME
     from hub.pack import measure, pack
     from hub.transfer import last_manifest
@@ -157,7 +163,7 @@ def _bumped(store: Store, remote: Remote | None, directory: Path, given: dict[st
         why = f" ({', '.join(change.reasons)})" if change.reasons else ""
         say(f"{before.ref} -> {version}: {change.level}{why}")
         draft = draft.model_copy(update={"version": version})
-    pack(directory, draft)
+    pack(directory, draft, gates=pushing())
     return store.put(directory)
 
 

@@ -74,8 +74,8 @@ def _measure(router: str, sets: Any, given: dict[str, Any], told: Told | None) -
     for name, found in sets.items():
         if bare := [i for i, row in enumerate(found, 1) if row.label is None]:
             raise UsageError(f"row {bare[0]} of {name!r} has no label", hint='rows are {"text": "...", "label": "..."}')
-        rows = [encode(tokenizer, [row.text], most=most) for row in found]
-        kept = [(r[0], row.label) for r, row in zip(rows, found, strict=True) if r]
+        encoded = [encode(tokenizer, [row.text], most=most) for row in found]
+        kept = [(ids[0], row.label) for ids, row in zip(encoded, found, strict=True) if ids]
         labelled[name] = Labelled([r for r, _ in kept], [str(label) for _, label in kept])
     classes = {name: artifact.manifest.labels for name, artifact in stored.artifacts.items()}
     return accuracies(stored.router, model, labelled, classes, pad=pad, told=told)

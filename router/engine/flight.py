@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from compose.expr import IDENTITY
 from hub.errors import HubError
@@ -284,9 +285,13 @@ def _active(host: Host, prepared: Prepared) -> list[str]:
 
 @contextmanager
 def _overheard(host: Host) -> Iterator[list[Any]]:
-    """What the backbone gives inside a call of the whole model."""
+    """The last hidden states inside a call of the whole model: what its language-modelling head is given."""
     heard: list[Any] = []
-    hook = host.backbone.register_forward_hook(lambda _module, _args, output: heard.append(output))
+
+    def hear(_module: Any, given: tuple[Tensor, ...]) -> None:
+        heard.append(BaseModelOutputWithPast(last_hidden_state=given[0]))
+
+    hook = host.model.get_output_embeddings().register_forward_pre_hook(hear)
     try:
         yield heard
     finally:

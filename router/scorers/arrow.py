@@ -87,6 +87,6 @@ def _direction(atoms: Atoms | None, adapter: Adapter, path: str) -> Tensor | Non
         if atoms.A is not None and atoms.B is not None:
             _, s, vh = core(Pair(atoms.A.detach(), atoms.B.detach(), atoms.scale))
         else:
-            dense = atoms.delta.detach().float() if atoms.delta is not None else torch.zeros(1, 1)
-            _, s, vh = torch.linalg.svd(dense.to_dense() if dense.is_sparse else dense, full_matrices=False)
+            assert atoms.delta is not None  # noqa: S101 - it has one or the other
+            _, s, vh = torch.linalg.svd(atoms.delta.dense().detach().float(), full_matrices=False)
     return vh[0].float() if float(s[0]) > 0 else None

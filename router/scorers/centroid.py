@@ -76,7 +76,8 @@ class Centroid(RowScorer):
         differences = h[:, None] - centres  # (B, E, d)
         if self.options.distance == "euclidean":
             return -differences.square().sum(-1)
-        return -0.5 * torch.einsum("bed,df,bef->be", differences, _precision(known).to(h), differences)
+        scores: Tensor = -0.5 * torch.einsum("bed,df,bef->be", differences, _precision(known).to(h), differences)
+        return scores
 
 
 def _precision(known: Sequence[Statistics]) -> Tensor:
@@ -86,7 +87,8 @@ def _precision(known: Sequence[Statistics]) -> Tensor:
     pooled = scatter / degrees
     level = pooled.diagonal().mean().clamp_min(1e-12)
     eye = torch.eye(len(pooled), dtype=pooled.dtype)
-    return torch.linalg.inv((1 - _SHRINK) * pooled + _SHRINK * level * eye)
+    precision: Tensor = torch.linalg.inv((1 - _SHRINK) * pooled + _SHRINK * level * eye)
+    return precision
 
 
 def _by_frequency(batch: Batch, known: Sequence[Statistics]) -> Tensor:

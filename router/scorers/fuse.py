@@ -81,4 +81,5 @@ class _Attention:
         query, key = (self.tensors[f"{path}/{part}"].to(y.device) for part in ("query", "key"))  # (n, d)
         q, k = y.float() @ query.T, deltas.float() @ key.T  # (B, T, n), (B, T, E, n)
         w = ((k @ q[..., None]) / q.shape[-1] ** 0.5).softmax(-2)  # (B, T, E, 1)
-        return y + (w.to(deltas.dtype) * deltas).sum(-2)
+        mixed: Tensor = y + (w.to(deltas.dtype) * deltas).sum(-2)
+        return mixed

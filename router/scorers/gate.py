@@ -55,9 +55,9 @@ class LearnedGate(SiteScorer):
             return weights
 
         def balance() -> Tensor:
-            mean = torch.stack(loads).mean()
+            mean: Tensor = self.options.balance * torch.stack(loads).mean()
             loads.clear()
-            return self.options.balance * mean
+            return mean
 
         learn(
             bench,

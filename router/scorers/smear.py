@@ -70,4 +70,6 @@ class Smear(RowScorer):
         """Logits (B, E)."""
         h = hidden_means(model, batch)
         weight = torch.stack([statistics[name]["weight"] for name in experts]).to(h)
-        return h.shape[1] ** 0.5 * h @ weight.T + torch.stack([statistics[name]["bias"] for name in experts]).to(h)
+        bias = torch.stack([statistics[name]["bias"] for name in experts]).to(h)
+        scores: Tensor = h.shape[1] ** 0.5 * h @ weight.T + bias
+        return scores

@@ -25,6 +25,10 @@ class Busy(HubError):
     """More requests wait than the server takes."""
 
 
+class Stopped(HubError):
+    """Nothing is computed any more."""
+
+
 @dataclass
 class Job:
     """A request under way. ``on_text`` and ``on_done`` are called in the batcher's thread."""
@@ -82,9 +86,11 @@ class Batcher:
     def submit(
         self, prepared: Prepared, on_done: Callable[[Answer], None], on_text: Callable[[str], None] | None = None
     ) -> Job:
-        """Queue a row; its adapters begin to be read now. Raises Busy."""
+        """Queue a row; its adapters begin to be read now. Raises Busy or Stopped."""
         job = Job(Row(prepared, self.engine.host.tokenizer, on_text), on_done, monotonic())
         with self._change:
+            if self._ending:
+                raise Stopped("the server has stopped")
             if len(self._waiting) >= self._most:
                 raise Busy(f"{self._most} requests are waiting already", hint="try again later")
             self._waiting.append(job)
@@ -103,6 +109,8 @@ class Batcher:
                 done.set_exception(error)
 
         with self._change:
+            if self._ending:
+                raise Stopped("the server has stopped")
             self._errands.append(run)
             self._change.notify()
         return done
@@ -110,17 +118,26 @@ class Batcher:
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while self._wait():
-            while self._errands:
-                self._errands.popleft()()
-            try:
-                self._board()
-                self._flight.step()
-            except HubError as error:
-                self._give_up(error)
-            except _BREAKDOWNS as error:
-                self._give_up(HubError(f"the batch broke down: {type(error).__name__}: {error}"))
-            self._land()
+        try:
+            while self._wait():
+                self._turn()
+        finally:
+            with self._change:
+                self._ending = True
+            for job in (*self._flying, *self._waiting):
+                job.on_done(Stopped("the server has stopped"))
+
+    def _turn(self) -> None:
+        while self._errands:
+            self._errands.popleft()()
+        try:
+            self._board()
+            self._flight.step()
+        except HubError as error:
+            self._give_up(error)
+        except _BREAKDOWNS as error:
+            self._give_up(HubError(f"the batch broke down: {type(error).__name__}: {error}"))
+        self._land()
 
     def _wait(self) -> bool:
         with self._change:

@@ -123,6 +123,7 @@ def _listen(app: FastAPI, host: str, port: int, *, access_log: bool) -> None:
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host.strip("[]"), port))
+        listener.listen(128)  # who connects from now on waits for the answer
         address, taken = listener.getsockname()[:2]
         click.echo(f"http://{f'[{address}]' if ':' in address else address}:{taken}")
         with suppress(KeyboardInterrupt):  # Ctrl-C is how a server is told to end

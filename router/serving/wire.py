@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hub.errors import Conflict, HubError, NotFound, UsageError
 from router.engine.request import Request, Result
-from router.serving.batcher import Busy
+from router.serving.batcher import Busy, Stopped
 
 MOST_ROWS = 256  # prompts times n of one request
 
@@ -174,9 +174,9 @@ def completion_choice(index: int, result: Result) -> dict[str, Any]:
     """A choice of /v1/completions."""
     found: dict[str, Any] = {
         "index": index,
-        "text": result.text,
+        "text": said(result),
         "logprobs": None,
-        "finish_reason": result.finish,
+        "finish_reason": result.finish or "stop",
     }
     if result.tokens:
         starts = [sum(len(t.text) for t in result.tokens[:i]) for i in range(len(result.tokens))]
@@ -193,9 +193,9 @@ def chat_choice(index: int, result: Result) -> dict[str, Any]:
     """A choice of /v1/chat/completions."""
     found: dict[str, Any] = {
         "index": index,
-        "message": {"role": "assistant", "content": result.text},
+        "message": {"role": "assistant", "content": said(result)},
         "logprobs": None,
-        "finish_reason": result.finish,
+        "finish_reason": result.finish or "stop",
     }
     if result.tokens:
         found["logprobs"] = {
@@ -212,6 +212,8 @@ def chat_choice(index: int, result: Result) -> dict[str, Any]:
 
 def classified(index: int, result: Result) -> dict[str, Any]:
     """An entry of /v1/classify."""
+    if result.text is not None:
+        return _routed({"index": index, "text": result.text}, result)
     if result.value is not None:
         return _routed({"index": index, "value": result.value}, result)
     return _routed({"index": index, "label": result.label, "scores": dict(result.scores)}, result)
@@ -221,11 +223,28 @@ def _token(text: str, log_prob: float) -> dict[str, Any]:
     return {"token": text, "logprob": log_prob, "bytes": list(text.encode())}
 
 
+def said(result: Result) -> str:
+    """The text of a row; a router may have chosen an adapter that answers with a label or a number instead."""
+    if result.text is not None:
+        return result.text
+    return result.label if result.label is not None else str(result.value)
+
+
 def _routed(choice: dict[str, Any], result: Result) -> dict[str, Any]:
     return {**choice, "route_weights": dict(result.weights)} if result.weights else choice
 
 
 # -- errors --------------------------------------------------------------------------------------------------------
+
+
+# The first class that an error is of: status, type, parameter, code.
+_ERRORS: tuple[tuple[type[HubError], int, str, str | None, str | None], ...] = (
+    (Busy, 429, "rate_limit_error", None, "rate_limit_exceeded"),
+    (Stopped, 503, "server_error", None, "stopped"),
+    (NotFound, 404, "invalid_request_error", "model", "model_not_found"),
+    (Conflict, 409, "invalid_request_error", None, None),
+    (HubError, 400, "invalid_request_error", None, None),
+)
 
 
 def error_of(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -234,15 +253,10 @@ def error_of(error: Exception) -> tuple[int, dict[str, Any]]:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"]) or None
         return 400, _error(f"{param or 'the body'}: {first['msg']}", param=param)
-    if isinstance(error, Busy):
-        return 429, _error(_sentence(error), kind="rate_limit_error", code="rate_limit_exceeded")
-    if isinstance(error, NotFound):
-        return 404, _error(_sentence(error), param="model", code="model_not_found")
-    if isinstance(error, Conflict):
-        return 409, _error(_sentence(error))
-    if isinstance(error, HubError):
-        return 400, _error(_sentence(error))
-    return 500, _error(f"{type(error).__name__}", kind="server_error", code="internal_error")
+    for cls, status, kind, param, code in _ERRORS:
+        if isinstance(error, cls):
+            return status, _error(_sentence(error), kind=kind, param=param, code=code)
+    return 500, _error(type(error).__name__, kind="server_error", code="internal_error")
 
 
 def refusal(status: int, message: str, code: str) -> tuple[int, dict[str, Any]]:

@@ -45,7 +45,7 @@ def data(seed: int, given: argparse.Namespace) -> Dataset:
 def jobs(model: Any, given: argparse.Namespace, count: int) -> list[Job]:
     """Fresh adapters, one seed each."""
     run = TrainConfig(batch_size=given.rows, duration=given.steps, schedule="constant", warmup=0, lr=1e-3)
-    options = {"r": given.rank, "target_modules": "all-linear"}
+    options = {"r": given.rank}
     made = [compose.create(model, "lora", options, name=f"a{i}", seed=i) for i in range(count)]
     return [Job(adapter, data(i, given), run) for i, adapter in enumerate(made)]
 
@@ -65,7 +65,16 @@ def peak(base: Any, given: argparse.Namespace, count: int) -> int:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shape = {"adapters": 8, "rows": 2, "prompt": 32, "width": 512, "layers": 8, "vocabulary": 2000, "rank": 8, "steps": 3}
+    shape = {
+        "adapters": 8,
+        "rows": 2,
+        "prompt": 16,
+        "width": 512,
+        "layers": 8,
+        "vocabulary": 2000,
+        "rank": 8,
+        "steps": 3,
+    }
     shape_options(parser, **shape, rounds=2)
     given = parser.parse_args()
     if given.threads:

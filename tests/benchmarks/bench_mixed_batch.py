@@ -1,9 +1,11 @@
 """A batch whose rows use different LoRA adapters: a decoding step and a prefill, against PEFT's ``adapter_names``.
 
-    python tests/benchmarks/bench_mixed_batch.py [--adapters 1,4,8,16,32,64] [--json FILE|-]
+    python tests/benchmarks/bench_mixed_batch.py [--adapters 1,4,8,16,32,64,256] [--kinds lora,ia3,...] [--plot FILE]
 
 Prints one row for each number of adapters and phase. ``ours`` and ``peft`` are ratios to the bare base: the median over
-rounds of (time of that round) / (time of the base in the same round), the three run in turn.
+rounds of (time of that round) / (time of the base in the same round), the three run in turn. With ``--kinds`` the
+adapters are of these kinds in turn, and PEFT, which has no such batch, is left out. More adapters than rows: the others
+are resident, and the rows use as many as there are rows.
 """
 
 from __future__ import annotations
@@ -30,17 +32,22 @@ Call = Callable[[], Any]
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--adapters", default="1,4,8,16,32,64", help="how many adapters, one table row each")
+    parser.add_argument("--adapters", default="1,4,8,16,32,64,256", help="how many adapters, one table row each")
+    parser.add_argument("--kinds", default="", help="kinds of the adapters in turn, e.g. lora,dora,ia3,bias,bottleneck")
+    parser.add_argument("--plot", metavar="FILE", help="draw ratio against number of adapters as SVG")
     shape_options(parser, rows=32, prompt=32, layers=8, width=512, vocabulary=1024, rank=8, rounds=25)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.manual_seed(0)
     counts = sorted({int(n) for n in options.adapters.split(",")})
-    bench = Bench(options, most=max(counts))
+    bench = (Mixed if options.kinds else Bench)(options, most=max(counts))
     with torch.inference_mode():
         rows = [row for count in counts for row in bench.measure(count)]
     found = {"machine": machine(), "model": vars(options), "rows": rows, "largest_difference": bench.difference}
-    report(found, ("adapters", "phase", "base_ms", "ours", "peft"), options.json, sys.stdout)
+    columns = ("adapters", "phase", "base_ms", "ours", "peft")
+    report(found, columns[:-1] if options.kinds else columns, options.json, sys.stdout)
+    if options.plot:
+        plot(rows, options)
 
 
 class Bench:
@@ -101,6 +108,70 @@ class Bench:
             if worst > 1e-4 * scale:
                 raise SystemExit(f"ours and PEFT's logits differ by {worst:g} in {phase}: nothing to compare")
             self.difference = max(self.difference, worst)
+
+
+class Mixed(Bench):
+    """The bare model, and one with adapters of several kinds."""
+
+    def __init__(self, options: argparse.Namespace, most: int) -> None:
+        self.options, self.difference = options, 0.0
+        self.bare = llama(options)
+        self.ours = copy.deepcopy(self.bare)
+        kinds, runtime = options.kinds.split(","), inject.runtime(self.ours)
+        for i in range(most):
+            kind = get_kind(kinds[i % len(kinds)])
+            wanted = {"r": options.rank, "target_modules": "all-linear"} if "r" in kind.Config.model_fields else {}
+            adapter = kind(make_config(kind, wanted), runtime.sites, self.ours, name=f"a{i}", seed=i)
+            for parameter in adapter.parameters():
+                parameter.data += 0.02 * torch.randn(parameter.shape)
+            runtime.add(f"a{i}", adapter).freeze()
+        self.ids = torch.randint(options.vocabulary, (options.rows, options.prompt))
+        self.token = torch.randint(options.vocabulary, (options.rows, 1))
+
+    def measure(self, count: int) -> list[dict[str, Any]]:
+        """Both phases; each row must be what its adapter alone computes."""
+        names = [f"a{i % count}" for i in range(self.options.rows)]
+        inject.activate(self.ours, names if count > 1 else names[0])
+        self._check_rows(names)
+        found = []
+        for phase in ("decode", "prefill"):
+            calls = {"base": self._call(self.bare, phase, {}), "ours": self._call(self.ours, phase, {})}
+            times = interleave(calls, self.options.rounds)
+            middle = sorted(times["base"])[len(times["base"]) // 2] * 1e3
+            slower = ratio(times["ours"], times["base"])
+            found.append({"adapters": count, "phase": phase, "ours": slower, "base_ms": middle})
+        return found
+
+    def _check_rows(self, names: list[str]) -> None:
+        together = self.ours(input_ids=self.ids).logits
+        for row in range(min(len(names), 8)):
+            inject.activate(self.ours, names[row])
+            alone = self.ours(input_ids=self.ids[row : row + 1]).logits[0]
+            worst = float((together[row] - alone).abs().max())
+            if worst > 1e-3 * float(alone.abs().max()):
+                raise SystemExit(f"row {row} differs by {worst:g} from {names[row]} alone: nothing to measure")
+            self.difference = max(self.difference, worst)
+        inject.activate(self.ours, names if len(set(names)) > 1 else names[0])
+
+
+def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Cost against the number of adapters, as SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for side, mark in (("ours", "-o"), ("peft", "--s")):
+        for phase in ("decode", "prefill"):
+            points = [(row["adapters"], row[side]) for row in rows if row["phase"] == phase and side in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), mark, label=f"{side}, {phase}")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(f"adapters in a batch of {options.rows} rows")
+    axes.set_ylabel("time / bare base")
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.legend()
+    figure.savefig(options.plot, format="svg")
+    print(f"wrote {options.plot}", file=sys.stderr)
 
 
 def _with_adapters(bare: PreTrainedModel, rank: int, count: int) -> tuple[Any, Any]:

@@ -1,9 +1,9 @@
-"""Every method on real data: accuracy, what trains, what is stored, seconds and peak memory, against full fine-tuning.
+"""Every method on real data: accuracy, what trains and is stored, seconds, peak memory, against full fine-tuning.
 
-    python tests/benchmarks/real_methods.py ENCODER DATA_DIR [--tasks sst2,ag_news] [--methods lora,bitfit] [--rows 4000]
+    python tests/benchmarks/real_methods.py ENCODER DATA_DIR [--tasks sst2,rte] [--methods lora,bitfit] [--rows 4000]
 
-ENCODER is a directory with a BERT-like encoder; DATA_DIR holds `sst2/`, `ag_news/`, ... with JSON lines. Each method has
-one learning rate for all data sets, written below; nothing is tuned on the rows that are measured on.
+ENCODER is a directory with a BERT-like encoder; DATA_DIR holds `sst2/`, `ag_news/`, ... with JSON lines. Each method
+has one learning rate for all data sets, written below; nothing is tuned on the rows that are measured on.
 """
 
 from __future__ import annotations
@@ -41,7 +41,14 @@ TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[str, str], int]] =
     "banking77": (("train.jsonl",), ("test.jsonl",), {}, 48),
 }
 # A step's size differs by what moves: whole weights, matrices beside them, vectors, inputs.
-RATES = {"full": 1e-4, "dense": 1e-4, "partial_freezing": 2e-4, "lt_sft": 2e-4, "diff_pruning": 2e-4, "feature_based": 5e-3}
+RATES = {
+    "full": 1e-4,
+    "dense": 1e-4,
+    "partial_freezing": 2e-4,
+    "lt_sft": 2e-4,
+    "diff_pruning": 2e-4,
+    "feature_based": 5e-3,
+}
 RATES |= {"bitfit": 2e-3, "ia3": 1e-2, "t_few": 1e-2, "prompt": 1e-2, "p_tuning": 2e-3, "prefix": 2e-3, "said": 2e-2}
 RATES |= {"krona": 5e-3, "ladder": 2e-3, "lst": 2e-3, "attention_fusion": 1e-2, "head": 5e-3, "sparse": 1e-2}
 DEFAULT_RATE = 1e-3
@@ -84,7 +91,13 @@ def load_task(folder: Path, name: str, tokenizer: Any, rows: int, held: int) -> 
 def one(base: str, method: str, data: tuple[Any, Any], seed: int, epochs: float, batch: int) -> dict[str, float]:
     """One run, from loading the base to the accuracy of its last state."""
     train, held = data
-    values = {"lr": RATES.get(method, DEFAULT_RATE), "batch_size": batch, "warmup": 0.1, "precision": "fp32", "schedule": "linear"}
+    values = {
+        "lr": RATES.get(method, DEFAULT_RATE),
+        "batch_size": batch,
+        "warmup": 0.1,
+        "precision": "fp32",
+        "schedule": "linear",
+    }
     run = TrainConfig(
         base=base, task="classification", method=method, options=OPTIONS.get(method, {}), seed=seed,
         duration=f"{epochs} epochs", gradient_checkpointing=False, group_by_length=True, **values,
@@ -137,7 +150,9 @@ def main() -> None:
             for seed in seeds:
                 found = one(given.encoder, name, data, seed, given.epochs, given.batch)
                 runs.append({"task": task, "method": name, "seed": seed, **found})
-                print(f"{task} {name} seed {seed}: {found['accuracy']:.1f}% in {found['seconds']:.0f} s", file=sys.stderr)
+                print(
+                    f"{task} {name} seed {seed}: {found['accuracy']:.1f}% in {found['seconds']:.0f} s", file=sys.stderr
+                )
                 if given.json:
                     Path(given.json).write_text(json.dumps(runs, indent=1) + "\n")
         print(table([run for run in runs if run["task"] == task], task), flush=True)
@@ -145,7 +160,12 @@ def main() -> None:
 
 def table(runs: list[dict[str, Any]], task: str) -> str:
     """One data set, best method first; counts leave out the task's head, which every method trains."""
-    lines = [f"### {task}", "", "| method | accuracy | trained | stored | seconds | peak memory |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"### {task}",
+        "",
+        "| method | accuracy | trained | stored | seconds | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
     by = {name: [run for run in runs if run["method"] == name] for name in dict.fromkeys(run["method"] for run in runs)}
 
     def mean(name: str, key: str) -> float:

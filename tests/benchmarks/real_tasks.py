@@ -52,7 +52,7 @@ TASKS = {
     "snli": ("snli/train_from_dev.jsonl", "snli/test_from_dev.jsonl"),
     "boolq": ("superglue/BoolQ/val.jsonl", None),
 }
-LENGTH = 64
+LENGTH = 48
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,18 @@ def test_mixed_batch(bench):
     assert len(table.splitlines()) == 3 + 4
 
 
+def test_mixed_kinds_and_the_plot(bench, tmp_path):
+    picture = tmp_path / "cost.svg"
+    shape = {**SMALL, "rank": 2}
+    report, _ = bench(
+        "bench_mixed_batch", "--adapters=2,6", "--kinds=lora,ia3,bottleneck", f"--plot={picture}", **shape
+    )
+    assert [row["adapters"] for row in report["rows"]] == [2, 2, 6, 6]
+    assert all(row["ours"] > 0 and "peft" not in row for row in report["rows"])
+    assert report["largest_difference"] < 1e-4
+    assert picture.read_text("utf-8").count("<svg") == 1
+
+
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_single(bench, quantize):
     report, _ = bench("bench_single", f"--quantize={quantize}", "--kinds=dora,prompt", **SMALL, tokens=2)
@@ -74,3 +86,19 @@ def test_a_wrong_option_ends_with_usage(bench):
     with pytest.raises(SystemExit) as ended:
         bench("bench_mixed_batch", "--adaptors=3")
     assert ended.value.code == 2
+
+
+def test_run(bench):
+    shape = {**SMALL, "rows": 3, "prompt": 12, "vocabulary": 4096, "rank": 2}
+    report, table = bench("bench_run", "--adapters=3", "--count=7", "--tokens=3", **shape)
+    assert [row["way"] for row in report["rows"]] == ["ours", "peft_mixed", "peft_in_turn"]
+    assert all(row["rows_per_s"] > 0 for row in report["rows"])
+    assert report["alike"] == report["of"] == 7
+    assert len(table.splitlines()) == 3 + 3
+
+
+def test_residency(bench):
+    shape = {**SMALL, "rows": 3, "vocabulary": 4096, "rank": 2}
+    report, _ = bench("bench_residency", "--counts=1,5", **shape)
+    assert [row["resident"] for row in report["rows"]] == [1, 5]
+    assert all(row[name] > 0 for row in report["rows"] for name in ("read_ms", "put_ms", "step"))

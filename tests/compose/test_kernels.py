@@ -165,3 +165,29 @@ def test_a_zero_row_is_left_as_it_is_bit_for_bit():
         out = BACKENDS[name](pairs, weights)(y.clone(), x)
         assert torch.equal(out[0], y[0]), name
         assert not torch.equal(out[1], y[1]), name
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "bias", "bottleneck", "dense", "sparse", "krona", "ladder"])
+@pytest.mark.parametrize("live", [True, False], ids=["live", "frozen"])
+def test_an_adapter_that_diverged_does_not_reach_other_rows(tiny, kind, live):
+    """NaN in one adapter of a mixed batch: the other rows keep their outputs and, while training, their gradients."""
+    model = tiny.model("llama")
+    good, bad = (tiny.adapter(model, kind, name, seed=i) for i, name in enumerate(("good", "bad")))
+    with torch.no_grad():
+        for parameter in bad.parameters():
+            parameter.fill_(torch.nan)
+    if not live:
+        good.freeze()
+        bad.freeze()
+    batch = tiny.batch("llama", tiny.rows(5, 4, 3))
+    inject.activate(model, ["good", "good", "good"])
+    expected = tiny.logits(model, batch)
+    inject.activate(model, ["good", "bad", "good"])
+    ours = model(**batch).logits
+    assert ours[1].isnan().all()
+    for i in (0, 2):
+        n = int(batch["attention_mask"][i].sum())
+        torch.testing.assert_close(ours[i, :n].detach(), expected[i], atol=1e-5, rtol=1e-5)
+    if live:
+        ours[0].square().sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in good.parameters())

@@ -116,6 +116,10 @@ def test_lifetimes_are_sound_and_tight(tree: Expr) -> None:
     assert len(set(exprs)) == len(exprs)  # equal sub-expressions are computed once
 
 
+def test_changes_of_weights_merge_whatever_their_kinds() -> None:
+    assert plan(parse("average(a, c)"), among(LEAVES)).steps[-2].kind is None
+
+
 def test_a_weight_of_zero_loads_nothing_but_is_still_checked() -> None:
     assert set(plan(parse("a + 0 * b"), among(LEAVES)).leaves) == {"a"}
     with pytest.raises(NotFound, match="nobody"):
@@ -125,7 +129,7 @@ def test_a_weight_of_zero_loads_nothing_but_is_still_checked() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("average(a, c)", r"average\(a, c\) merges parameters of one kind, but a is lora and c is ia3"),
+        ("average(a, d)", r"average\(a, d\) merges parameters of one kind, but a is lora and d is bottleneck"),
         ("b + average(a, average(d, d))", "a is lora and average.d, d. is bottleneck"),
         ("average(a + b, a)", r"merges the parameters of adapters, and a \+ b is none"),
         ("average(0.5 * a, b)", r"0\.5 \* a is none"),
@@ -264,10 +268,10 @@ def test_compositions_that_grow_without_end_are_refused() -> None:
 
 
 def test_errors_inside_a_composition_name_it() -> None:
-    leaves = {"ns/bad": composition("ns/bad", "a + averag(b)"), "ns/kinds": composition("ns/kinds", "average(a, c)")}
+    leaves = {"ns/bad": composition("ns/bad", "a + averag(b)"), "ns/kinds": composition("ns/kinds", "average(a, d)")}
     with pytest.raises(ExpressionError, match=r"in composition ns/bad: unknown function"):
         plan(parse("ns/bad"), among({**LEAVES, **leaves}))
-    with pytest.raises(PlanError, match=r"average\(a, c\)"):
+    with pytest.raises(PlanError, match=r"average\(a, d\)"):
         plan(parse("ns/kinds"), among({**LEAVES, **leaves}))
 
 

@@ -12,7 +12,10 @@ import resource
 import tempfile
 from pathlib import Path
 
+import packaging.specifiers  # noqa: F401  (another user cannot read it later)
+
 from hub.errors import HubError
+from hub.gc import collect, plan
 from hub.remotes import from_url
 from hub.store import Store
 from hub.transfer import pull
@@ -24,6 +27,12 @@ def act(job: str, store: Path, source: str) -> dict[str, object]:
             Store(store).put(source)
         elif job == "tag":
             Store(store).tag(source, "prod")
+        elif job == "yank":
+            Store(store).yank(source, "bad")
+        elif job == "delete":
+            Store(store).delete(source, "bad")
+        elif job == "gc":
+            collect(Store(store), plan(Store(store)))
         elif job == "pull":
             pull(Store(store), from_url(source), "acme/tone")
         else:
@@ -35,7 +44,7 @@ def act(job: str, store: Path, source: str) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("job", choices=["put", "tag", "pull", "list"])
+    parser.add_argument("job", choices=["put", "tag", "yank", "delete", "gc", "pull", "list"])
     parser.add_argument("store", type=Path)
     parser.add_argument("source")
     parser.add_argument("--file-limit", type=int)

@@ -33,13 +33,13 @@ BLOCK = 5  # rounds on one set of stores, before it is made anew
 CHUNK = 2**13  # bytes: an artifact travels in many pieces, so that kills fall between them
 
 
-def artifact(directory: Path, number: int) -> Path:
+def artifact(directory: Path, number: int, *, name: str = "acme/tone", version: str | None = None) -> Path:
     directory.mkdir(parents=True)
     values = np.random.default_rng(number).normal(size=(2, 2**14)).astype(np.float32)
     save_file({"q.lora_A.weight": values[:1], "q.lora_B.weight": values[1:]}, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text('{"r": 1}')
     (directory / "README.md").write_text(f"# {number}\n")
-    pack(directory, Draft(name="acme/tone", version=f"1.{number}", kind="lora"))
+    pack(directory, Draft(name=name, version=version or f"1.{number}", kind="lora"))
     return directory
 
 

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import hub
 from hub.errors import NotFound, StoreError
+from hub.gc import collect, plan
+from hub.named import Remotes
 from hub.remotes import from_url
 from hub.store import Store
 from hub.transfer import pull, push
@@ -139,6 +142,40 @@ def test_an_empty_read_only_place(disk: Path) -> None:
         store.get("acme/tone")
 
 
+def test_changes_and_collection_on_a_full_disk(disk: Path, victim) -> None:
+    """A change happens or does not; and a collection, which is what one runs then, needs no room."""
+    resize(disk, "size=8m")
+    store = Store(disk / "store")
+    for version in ("1.0.0", "1.1.0"):
+        store.put(victim(f"acme/tone@{version}", seed=int(version[2]), size=200_000))
+    store.delete("acme/tone@1.0.0", "wrong")
+    remotes = Remotes(disk / "store")
+    remotes.add("team", "memory://x")
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    log, names = store.ledger.path.read_bytes(), remotes.path.read_bytes()
+    for change in (
+        lambda: store.yank("acme/tone@1.1.0", "x" * 5000),
+        lambda: store.delete("acme/tone@1.1.0", "x" * 5000),
+        lambda: store.tag("acme/tone@1.1.0", "a" * 90),
+        lambda: remotes.add("other", "memory://" + "x" * 5000),
+        lambda: store.put(victim("acme/more@1.0.0", size=50_000)),
+    ):
+        try:
+            change()
+        except StoreError as error:
+            assert error.hint
+            assert "full" in error.message
+        assert Store(disk / "store").verify() == []
+    assert store.ledger.path.read_bytes().startswith(log)
+    assert json.loads(remotes.path.read_bytes()).items() >= json.loads(names).items()
+    assert collect(store, plan(store, grace=0), grace=0) > 200_000
+    assert store.verify() == []
+    assert str(store.put(victim("acme/more@1.0.0", size=50_000)).ref) == "acme/more@1.0.0"
+
+
 LIMITS = [0, 20, 200, 700, 4000, 40_000, 60_000, 150_000]
 
 
@@ -177,7 +214,8 @@ def test_no_permission(victim, public: Path) -> None:
     Store(store.root).get("acme/tone").materialize(source)
     source.chmod(0o755)
     assert run("list", store.root, "-", "--as-nobody") == {"ok": True, "refs": ["acme/tone@1.0.0"]}
-    for job, argument in (("tag", "acme/tone"), ("put", str(source))):
+    writes = [("tag", "acme/tone"), ("yank", "acme/tone"), ("delete", "acme/tone"), ("gc", "-"), ("put", str(source))]
+    for job, argument in writes:
         found = run(job, store.root, argument, "--as-nobody")
         assert found["error"] == "StoreError", found
         assert "permission" in found["message"]

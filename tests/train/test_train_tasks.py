@@ -38,12 +38,16 @@ def short(base, train, **changes):
 
 def sentences(rows):
     words = ("good", "bad", "fine", "poor")
-    return [[*("the very a".split() * 2)[: i % 5], words[i % 4], "film", words[(i // 4) % 4]] for i in range(rows)]
+    return [[*(["the", "very", "a"] * 2)[: i % 5], words[i % 4], "film", words[(i // 4) % 4]] for i in range(rows)]
 
 
 def test_tokens_are_tagged(bert_base, tmp_path):
     rows = [{"tokens": words, "tags": [TAGS.get(w, "O") for w in words]} for words in sentences(48)]
-    out = run(short(bert_base, write(tmp_path / "t.jsonl", rows), task="token_classification"), folder=tmp_path / "r", ref="me/t")
+    out = run(
+        short(bert_base, write(tmp_path / "t.jsonl", rows), task="token_classification"),
+        folder=tmp_path / "r",
+        ref="me/t",
+    )
     assert out.result.best["accuracy"] > 0.99
     assert out.artifact.manifest.labels == ("NEG", "O", "POS")
     assert out.artifact.manifest.task == "token_classification"

@@ -30,7 +30,8 @@ def methods(name: str | None, markdown: bool, as_json: bool) -> None:
     elif name is not None:
         _one(found[0])
     else:
-        rows = [(r["method"], r["kind"], ", ".join(o["name"] for o in r["options"]), r["paper"], r["what"]) for r in found]
+        own = [", ".join(option["name"] for option in row["options"]) for row in found]
+        rows = [(r["method"], r["kind"], o, r["paper"], r["what"]) for r, o in zip(found, own, strict=True)]
         click.echo(columns(("METHOD", "KIND", "OPTIONS", "PAPER", "WHAT IT IS"), rows))
 
 

@@ -57,11 +57,11 @@ def race(words: tuple[str, ...], names: str, budget: float, out: Path, json_path
     if json_path == "-":
         click.echo(text)
         return
-    rows = [
-        (str(place), r.method, f"{r.measured[metric]:.4g}" if r.measured else "-", f"{r.trainable:,}", str(r.rounds))
-        + (str(r.steps), f"{r.seconds:.1f}", r.ended)
-        for place, r in enumerate(runners, 1)
-    ]
+    rows = []
+    for place, r in enumerate(runners, 1):
+        value = f"{r.measured[metric]:.4g}" if r.measured else "-"
+        counts = (f"{r.trainable:,}", str(r.rounds), str(r.steps))
+        rows.append((str(place), r.method, value, *counts, f"{r.seconds:.1f}", r.ended))
     click.echo(columns(("PLACE", "METHOD", metric.upper(), "TRAINED", "ROUNDS", "STEPS", "SECONDS", "ENDED"), rows))
     click.echo(f"plot: {out / 'race.svg'}", err=True)
     if json_path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -48,6 +48,7 @@ class Spec(BaseModel):
     max_length: int = Field(ge=2, le=1 << 16)
     strength: float = 0.0
     base_task: str = "masked_lm"
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 class FewShotClassifier:
@@ -78,7 +79,7 @@ class FewShotClassifier:
                 t: view_dataset(t, examples, self.tokenizer, self.labels, max_length=self.spec.max_length)
                 for t in dict.fromkeys(view.template for view in self.views)
             }
-            return extract(reader, self.views, data, self.spec.words)
+            return extract(reader, self.views, data, self.spec.words, precision=self.spec.precision)
         finally:
             reader.close()
 

@@ -6,6 +6,7 @@ head, which stays fixed. Afterwards the joint head is fitted anew on the vectors
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch import Tensor
 import compose
 from compose.kind import Adapter
 from train.config import TrainConfig
+from train.fewshot.distil import Distil
 from train.fewshot.examples import Example
 from train.fewshot.head import fit_head
 from train.fewshot.reader import MaskReader
@@ -63,9 +65,12 @@ def refine(
     name: str,
     blocks: int = 3,
     max_length: int = 128,
+    soft: Tensor | None = None,
     seconds: float | None = None,
 ) -> Refined:
     """Train an adapter called `name` on `examples`, whose frozen `features` are known; it ends active.
+
+    With `soft` (N, C), a teacher's logits, it learns from these (see `tuning.Distil`) and not from the labels.
 
     Raises
     ------
@@ -73,7 +78,7 @@ def refine(
         See `train.loop.fit`.
     """
     index = {label: i for i, label in enumerate(labels)}
-    answers = torch.tensor([index[str(e.label)] for e in examples])
+    answers = torch.tensor([index[str(e.label)] for e in examples]) if soft is None else soft.softmax(-1)
     none = torch.zeros(len(examples), 0, len(labels))
     heads: list[tuple[Tensor, Tensor]] = []
     for state in features.states:
@@ -90,8 +95,12 @@ def refine(
         ]
         adapter = compose.create(model, "lora", adapter_options(model, blocks), name=name, seed=config.seed)
         compose.activate(model, name)
+        rows = joined(data, kept)
+        if soft is not None:
+            rows = dataclasses.replace(rows, columns={**rows.columns, "soft": soft.repeat(len(views), 1)})
+        method = Distil() if soft is not None else None
         with replay.on():
-            result = fit(ViewModel(reader, views, heads), adapter, joined(data, kept), None, config, seconds=seconds)
+            result = fit(ViewModel(reader, views, heads), adapter, rows, None, config, method=method, seconds=seconds)
     finally:
         reader.close()
     model.eval()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.batches import Dataset, Ragged
+from train.evaluate import amp
 from train.fewshot.examples import Example
 from train.fewshot.prompts import encode
 from train.fewshot.reader import MaskReader, mean_state
@@ -92,7 +93,12 @@ def pooled(pool: str, out: Any, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def extract(
-    reader: MaskReader, views: Sequence[View], datasets: Mapping[str | None, Dataset], words: Sequence[Sequence[int]]
+    reader: MaskReader,
+    views: Sequence[View],
+    datasets: Mapping[str | None, Dataset],
+    words: Sequence[Sequence[int]],
+    *,
+    precision: str = "fp32",
 ) -> Features:
     """Read every view of every row, in evaluation mode; views of one template share a pass.
 
@@ -107,12 +113,13 @@ def extract(
         said = [torch.empty(0)] * len(data)
         for rows, batch in data.batches(_BATCH):
             batch.pop("labels")
-            out = reader(**batch, hidden=any(view.pool != "mask" for view in mine))
+            with amp(reader.lm.device, precision):
+                out = reader(**batch, hidden=any(view.pool != "mask" for view in mine))
             for view in mine:
                 for row, state in zip(rows.tolist(), pooled(view.pool, out, batch["attention_mask"]), strict=True):
                     found[view][row] = state
             if words and template is not None:
-                scores = torch.stack([out.logits[:, 0, list(ids)].mean(1) for ids in words], 1)
+                scores = torch.stack([out.logits[:, 0, list(ids)].float().mean(1) for ids in words], 1)
                 for row, score in zip(rows.tolist(), scores, strict=True):
                     said[row] = score
         states |= {view: torch.stack(rows) for view, rows in found.items()}

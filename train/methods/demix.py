@@ -64,12 +64,18 @@ class Demix(Method):
             losses[ref] = evaluate(model, sample)["loss"]
         self.started_from = min(losses, key=lambda ref: losses[ref])
         closest = model.moduloom.adapter(self.started_from)  # type: ignore[attr-defined]
-        if closest.kind != learner.kind or closest.config != learner.config:
+        if closest.kind != learner.kind or _sizes(closest) != _sizes(learner):
             raise ConfigError(
                 f"{self.started_from} is a {closest.kind} of other options than the new {learner.kind} expert",
-                hint=f"give it {closest.config.model_dump(exclude_defaults=True)}",
+                hint=f"options: {_sizes(closest)}",
             )
         learner.load_state({key: value.clone() for key, value in closest.state().items()})
         compose.activate(model, NAME)
         for ref in self.own.start_from:
             compose.detach(model, ref)
+
+
+def _sizes(adapter: Adapter) -> dict[str, Any]:
+    """What must agree for tensors to mean the same in both; where they stand, their keys and shapes say."""
+    whole = adapter.config.model_dump(exclude={"target_modules", "layers", "modules_to_save"})
+    return {name: value for name, value in whole.items() if "dropout" not in name}

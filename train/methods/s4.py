@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from pydantic import Field
@@ -33,17 +34,17 @@ def spindle(layers: int) -> list[range]:
     >>> [len(group) for group in spindle(12)], [len(group) for group in spindle(4)], [len(g) for g in spindle(6)]
     ([2, 4, 4, 2], [1, 1, 1, 1], [1, 2, 2, 1])
     """
-    edges = [0, max(1, round(layers / 6)), layers // 2, layers - max(1, round(layers / 6)), layers]
-    return [range(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+    thin = max(1, round(layers / 6))
+    return [range(start, end) for start, end in pairwise((0, thin, layers // 2, layers - thin, layers))]
 
 
 @register("s4")
 class S4(Method):
-    """Four spindle-shaped groups of layers, equal budgets a layer: adapter + LoRA, adapter + prefix, adapter + prefix +
-    bias, prefix + bias + LoRA.
+    """Four spindle-shaped groups of layers with another design each, at equal budgets a layer.
 
-    A layer's budget is shared equally by its parts (a bias takes what it takes), each rounded to a whole rank, width or
-    virtual token. Stores ten adapters, each at its layers, and their composition.
+    From the bottom: adapter + LoRA, adapter + prefix, adapter + prefix + bias, prefix + bias + LoRA. A layer's budget
+    is shared equally by its parts (a bias takes what it takes), each rounded to a whole rank, width or virtual token.
+    Stores ten adapters, each at its layers, and their composition.
     """
 
     kind = "bottleneck >> lora >> prefix >> bias"
@@ -70,6 +71,8 @@ class S4(Method):
             for part in sized:
                 unit = _unit(sites, part)
                 size = max(1, round(left / len(sized) / unit))
+                if part == "lora":
+                    size = min(size, _largest_rank(sites))
                 carried = tuple(heads) if number == len(GROUPS) and part == sized[-1] else ()
                 member = self._member(model, sites, f"{part}{number}", layers, size, seed + len(members), carried)
                 members[member.name] = member
@@ -107,6 +110,10 @@ def _unit(sites: SiteMap, part: str) -> int:
         return sum(2 * s.out_features + 1 for s in first if s.role == "mlp.down")
     keys = next(s for s in first if s.role in ("attn.k", "attn.qkv"))
     return 2 * (keys.out_features if keys.role == "attn.k" else keys.out_features // 3)
+
+
+def _largest_rank(sites: SiteMap) -> int:
+    return min(min(s.in_features, s.out_features) for s in sites if s.role in ("attn.q", "attn.v", "attn.qkv"))
 
 
 def _count(adapter: Adapter) -> int:

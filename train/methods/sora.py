@@ -42,10 +42,10 @@ class Gate(nn.Module):
 
 @register("sora")
 class Sora(Method):
-    """s B (g * (A x)) with a sparse gate g: after each step g <- sign(g) relu(|g| - xi), the proximal step of the L1 norm.
+    """s B (g * (A x)) with a sparse gate g: after each step g <- sign(g) relu(|g| - xi), the proximal step of L1.
 
-    g starts as N(0, 1) and B as zero. At the end g is multiplied into A and ranks with g = 0 are dropped: stores A and B
-    of a plain LoRA, each site with the rank it kept.
+    g starts as N(0, 1) and B as zero. At the end g is multiplied into A and ranks with g = 0 are dropped: stores A and
+    B of a plain LoRA, each site with the rank it kept.
     """
 
     kind = "lora"
@@ -81,7 +81,7 @@ class Sora(Method):
 
     def finish(self, model: PreTrainedModel, learner: Adapter) -> Adapter:
         """A plain LoRA of the ranks that are left; where none is, of one whose A is zero."""
-        assert isinstance(learner, LowRank) and isinstance(learner.config, LowRankConfig)  # noqa: S101, PT018
+        assert isinstance(learner, LowRank) and isinstance(learner.config, LowRankConfig)  # noqa: S101
         kept = {
             path: function(learner, path, name).get_parameter("g").detach().nonzero().flatten()
             for path, name in attributes(learner, "A")

@@ -41,7 +41,8 @@ class TFew(Method):
         if not self.own.choices:
             return
         if len(set(self.own.choices)) < 2 or tokenizer is None:
-            raise ConfigError("t_few chooses among two or more different answers", hint="options.choices=[' yes', ' no']")
+            hint = "options.choices=[' yes', ' no']"
+            raise ConfigError("t_few chooses among two or more different answers", hint=hint)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         encoded = tokenizer(list(self.own.choices), add_special_tokens=False)["input_ids"]
         self._answers = [[*ids, *end] for ids in encoded]
@@ -70,7 +71,7 @@ class TFew(Method):
             ) from None
 
     def _all_answers(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> tuple[Tensor, Tensor, Tensor]:
-        """log p and log(1 - p) of every token of every answer to every prompt, zero where an answer has ended."""
+        """Log p and log(1 - p) of every token of every answer to every prompt, zero where an answer has ended."""
         device = batch["labels"].device
         lengths = torch.tensor([len(answer) for answer in self._answers], device=device)
         expanded = _expand(batch, self._answers, task)
@@ -80,9 +81,9 @@ class TFew(Method):
             target = F.pad(target[:, 1:], (0, 1), value=IGNORE)
         learned = target != IGNORE
         found = F.log_softmax(logits[learned].float(), -1).gather(1, target[learned][:, None])[:, 0]
-        shape = (*target.shape,)
-        log_p = torch.zeros(shape, device=device).masked_scatter(learned, found)
-        log_not = torch.zeros(shape, device=device).masked_scatter(learned, torch.log1p(-found.exp().clamp(max=1 - 1e-6)))
+        not_found = torch.log1p(-found.exp().clamp(max=1 - 1e-6))
+        blank = torch.zeros(target.shape, device=device)
+        log_p, log_not = blank.masked_scatter(learned, found), blank.masked_scatter(learned, not_found)
         whole = (len(batch["labels"]), len(lengths), -1)
         return log_p.view(whole), log_not.view(whole), lengths
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 import compose
 from compose.base import identity
 from hub.store import Artifact, Store
+from hub.words import count_words
 from train.config import TrainConfig
 from train.data import text_blocks
 from train.loop import fit
@@ -139,6 +140,7 @@ class Trainer:
                 store=self.store,
                 ref=f"{NAMESPACE}/{domain.name}@{next_version(self.store, f'{NAMESPACE}/{domain.name}')}",
                 data={domain.name: domain.digest},
+                words=count_words(_texts(domain.train)),
                 evaluated_on=evaluation,
                 domains=(domain.name,),
                 summary=f"Expert for {domain.name}, trained by hub quickstart on {len(domain.train)} documents.",

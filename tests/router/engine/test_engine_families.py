@@ -61,7 +61,7 @@ def test_heads_of_different_sizes_in_one_batch(tiny, tokenizer, family, tmp_path
         ids = torch.tensor([tokenizer(row.text).input_ids])
         compose.activate(engine.host.model, row.adapter)
         made = engine.host.model.generate(ids, max_new_tokens=4, do_sample=False, attention_mask=torch.ones_like(ids))
-        assert answer.text == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+        assert answer.text.split() == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).split()
     engine.host.forget()
     if not decodes:
         with pytest.raises(UsageError, match="cannot continue a text"):

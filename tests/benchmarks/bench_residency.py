@@ -1,0 +1,142 @@
+"""Many adapters on one base: memory beside their bytes, reading them from disk, and a step of decoding beside them.
+
+    python tests/benchmarks/bench_residency.py [--counts 1,100,1000] [--json FILE|-]
+
+``memory`` is what the process has grown by (RSS) divided by the adapters' bytes; ``read_ms`` is reading and checking
+one from disk, ``put_ms`` making it resident, ``swap_ms`` what a row takes longer if its adapter is not there and has to
+push another out; ``step`` is a decoding step of a mixed batch divided by that with the first number of residents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from bench_tools import llama, machine, report, shape_options
+
+import compose
+from router.engine.engine import Engine
+from router.engine.flight import Flight, Row
+from router.engine.request import Request
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--counts", default="1,100,1000", help="how many adapters are resident, one table row each")
+    shape_options(parser, rows=16, prompt=16, layers=8, width=512, vocabulary=4096, rank=8, rounds=15)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    torch.manual_seed(0)
+    counts = sorted({int(n) for n in options.counts.split(",")})
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(options, Path(place), most=max(counts) + options.rounds + 1)
+        rows = [bench.measure(count) for count in counts]
+    for row in rows:
+        row["step"] = row["step_ms"] / rows[0]["step_ms"]
+    found = {"machine": machine(), "model": vars(options), "adapter_bytes": bench.size, "rows": rows}
+    report(found, ("resident", "memory", "read_ms", "put_ms", "swap_ms", "step"), options.json, sys.stdout)
+
+
+class Bench:
+    """Adapters on disk, and an engine that comes to hold more and more of them."""
+
+    def __init__(self, options: argparse.Namespace, place: Path, most: int) -> None:
+        self.options = options
+        base = llama(options)
+        self.places = {f"a{i}": place / f"a{i}" for i in range(most)}
+        maker = compose.create(base, "lora", {"r": options.rank, "target_modules": "all-linear"}, name="maker")
+        for directory in self.places.values():
+            with torch.no_grad():
+                for parameter in maker.parameters():
+                    parameter.normal_(std=0.02)
+            compose.save(maker, directory, model=base)
+        compose.eject(base)
+        self.engine = Engine(
+            base, tokenizer=compose.tokenizer("builtin:tiny-lm"), adapters=self.places, rows=options.rows
+        )
+        self.size = self.engine.sources.known("a0").bytes
+        gc.collect()
+        self.before = psutil.Process().memory_info().rss
+
+    def measure(self, count: int) -> dict[str, Any]:
+        """Make so many resident and measure."""
+        held = self.engine.residency
+        names = list(self.places)[len(held.resident) : count]
+        reads, puts = [], []
+        for name in names:
+            known = self.engine.sources.known(name)
+            start = time.perf_counter()
+            adapter = known.read(self.engine.host)
+            reads.append(time.perf_counter() - start)
+            del adapter
+        for name in names:
+            known = self.engine.sources.known(name)
+            held.prefetch([known])
+            held._coming[name].result()
+            start = time.perf_counter()
+            with held.held([known]):
+                puts.append(time.perf_counter() - start)
+        gc.collect()
+        grown = psutil.Process().memory_info().rss - self.before
+        return {
+            "resident": len(held.resident),
+            "memory": grown / held.bytes,
+            "read_ms": median(reads) * 1e3,
+            "put_ms": median(puts) * 1e3,
+            "swap_ms": self._swap(count),
+            "step_ms": self._step(count),
+        }
+
+    def _step(self, count: int) -> float:
+        """Milliseconds of a step of a batch whose rows have adapters of their own."""
+        names = list(self.places)[:count]
+        asked = [
+            Request(text="To be", adapter=names[i % count], max_new_tokens=10**6) for i in range(self.options.rows)
+        ]
+        rows = [Row(self._endless(request), self.engine.host.tokenizer) for request in asked]
+        flight, times = Flight(self.engine.host), []
+        with self.engine.residency.held(self.engine.needed([row.prepared for row in rows])):
+            flight.admit(rows)
+            for _ in range(self.options.rounds):
+                start = time.perf_counter()
+                flight.step()
+                times.append(time.perf_counter() - start)
+        return min(times) * 1e3
+
+    def _endless(self, request: Request) -> Any:
+        from dataclasses import replace
+
+        ready = self.engine.prepare(replace(request, max_new_tokens=1))
+        return replace(ready, room=10**6)
+
+    def _swap(self, count: int) -> float:
+        """Milliseconds that a row takes longer if its adapter is not resident and another has to go."""
+        held, names = self.engine.residency, list(self.places)
+        there, absent = [], []
+        held.budget = held.bytes
+        for new in names[-self.options.rounds :]:
+            for times, name in ((absent, new), (there, new)):
+                start = time.perf_counter()
+                self.engine.run([Request(text="To be", adapter=name, max_new_tokens=1)])
+                times.append(time.perf_counter() - start)
+                self.engine.host.rest()
+        held.budget = None
+        for name in names[-self.options.rounds :]:
+            held.drop(name)
+        for name in names[:count]:
+            with held.held([self.engine.sources.known(name)]):
+                pass
+        return (median(absent) - median(there)) * 1e3
+
+
+if __name__ == "__main__":
+    main()

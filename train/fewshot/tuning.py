@@ -1,0 +1,152 @@
+"""Prompt-based fine-tuning of one adapter: a template, label words, and `train.loop.fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import compose
+from compose.kind import Adapter
+from train.batches import Dataset
+from train.config import TrainConfig
+from train.evaluate import amp
+from train.fewshot.reader import MaskReader, PromptModel
+from train.fewshot.refine import adapter_options, upper_blocks
+from train.fewshot.replay import Replay
+from train.fewshot.verbalizer import WordScores
+from train.loop import FitResult, fit
+from train.method import Method
+from train.seeds import generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Tuned", "WithLM", "mask_tokens", "scores_of", "tune"]
+
+
+class WithLM(Method):
+    """alpha CE + (1 - alpha) MLM (PET's auxiliary loss): each step also predicts masked words of unlabelled text."""
+
+    def __init__(
+        self, reader: MaskReader, data: Dataset, tokenizer: Any, *, alpha: float = 0.9999, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.reader, self.data, self.tokenizer, self.alpha = reader, data, tokenizer, alpha
+        self.random = generator(seed, "masks")
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
+        """Sum over the labelled rows; the MLM term is a mean over masked words, weighed by the rows."""
+        own = super().loss(model, batch, task)
+        rows = torch.randint(len(self.data), (len(batch["labels"]),), generator=self.random)
+        texts = self.data.batch(rows)
+        ids, target = mask_tokens(texts["input_ids"], self.tokenizer, self.random, texts["attention_mask"])
+        at = (target != -100).nonzero()
+        if not len(at):
+            return self.alpha * own
+        types = {"token_type_ids": texts["token_type_ids"]} if "token_type_ids" in texts else {}
+        logits = self.reader.lm(input_ids=ids, attention_mask=texts["attention_mask"], **types).logits
+        lm = F.cross_entropy(logits[at[:, 0], at[:, 1]].float(), target[at[:, 0], at[:, 1]])
+        return self.alpha * own + (1 - self.alpha) * lm * len(batch["labels"])
+
+
+def mask_tokens(
+    ids: Tensor, tokenizer: Any, random: torch.Generator, real: Tensor, share: float = 0.15
+) -> tuple[Tensor, Tensor]:
+    """BERT's masking (arXiv:1810.04805): of `share` of the tokens 80% become masks, 10% random words, 10% stay.
+
+    Returns (B, T) ids and (B, T) targets, -100 where nothing is predicted. Special tokens and padding are left alone.
+    """
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    chosen = (torch.rand(ids.shape, generator=random) < share) & ~special & real.bool()
+    kind = torch.rand(ids.shape, generator=random)
+    words = torch.randint(len(tokenizer), ids.shape, generator=random)
+    masked = torch.where(chosen & (kind < 0.8), torch.full_like(ids, tokenizer.mask_token_id), ids)
+    masked = torch.where(chosen & (kind >= 0.9), words, masked)
+    return masked, ids.masked_fill(~chosen, -100)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A trained adapter, frozen and active."""
+
+    adapter: Adapter
+    result: FitResult
+
+
+def tune(
+    model: PreTrainedModel,
+    scores: WordScores,
+    train: Dataset,
+    config: TrainConfig,
+    *,
+    name: str,
+    dev: Dataset | None = None,
+    blocks: int = 3,
+    method: Method | None = None,
+    model_of: Any = None,
+    seconds: float | None = None,
+) -> Tuned:
+    """Train a LoRA called `name` on prompts (see `prompts.prompt_dataset`); it ends active and frozen.
+
+    Blocks below the last `blocks` run once. `model_of(reader)` replaces the model that gives label logits. A method
+    that feeds other rows than those of `train` (`WithLM`) needs `blocks` to cover the model.
+    """
+    compose.activate(model, None)
+    replay = Replay(model, upper_blocks(model, blocks)[0])
+    reader = MaskReader(model, replay)
+    try:
+        reader.eval()
+
+        def kept(data: Dataset) -> Dataset:
+            rows = replay.record(data, lambda batch: reader(**inputs_of(batch)))
+            return replace(data, columns={**data.columns, "row": rows})
+
+        adapter = compose.create(model, "lora", adapter_options(model, blocks), name=name, seed=config.seed)
+        train, dev = kept(train), kept(dev) if dev is not None else None
+        compose.activate(model, name)
+        wrapped = PromptModel(reader, scores) if model_of is None else model_of(reader)
+        with replay.on():
+            result = fit(wrapped, adapter, train, dev, config, method=method, seconds=seconds)
+    finally:
+        reader.close()
+    model.eval()
+    return Tuned(adapter.freeze(), result)
+
+
+def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a reader takes of a batch."""
+    return {n: v for n, v in batch.items() if n in ("input_ids", "attention_mask", "token_type_ids", "mask_at")}
+
+
+@torch.no_grad()
+def scores_of(
+    model: PreTrainedModel, scores: WordScores, data: Dataset, size: int = 64, precision: str = "fp32"
+) -> Tensor:
+    """(N, C) label scores of prompts under whatever adapter is active."""
+    reader = MaskReader(model)
+    found = torch.zeros(len(data), len(scores.ids))
+    try:
+        reader.eval()
+        for rows, batch in data.batches(size):
+            with amp(model.device, precision):
+                out = reader(**inputs_of(batch))
+            found[rows] = scores(out.logits[:, 0].float())
+    finally:
+        reader.close()
+    return found
+
+
+def accuracy(logits: Tensor, data: Dataset) -> float:
+    """Share of rows whose best label is theirs."""
+    labels = torch.as_tensor(data.columns["labels"])
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def labels_of(names: Sequence[str | None], labels: Sequence[str]) -> Tensor:
+    """(N,) numbers of the labels."""
+    return torch.tensor([labels.index(str(name)) for name in names])
