@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compose import interop
+from compose import adapterhub, interop
 from compose.kind import Adapter, KindError
 from compose.leaves import Held
 from compose.outline import Outline
@@ -62,7 +62,7 @@ def convert(
     Parameters
     ----------
     source
-        What PEFT's ``save_pretrained`` has written; it is not changed.
+        What PEFT's ``save_pretrained``, or the adapters library's ``save_adapter``, has written; it is not changed.
     out
         An empty directory.
     base
@@ -84,6 +84,11 @@ def convert(
             f"{source} is a {task} adapter, and its files do not name the classes",
             hint="name them in order: --label first --label second ...",
         )
+    card = source / "README.md"
+    if card.is_file():
+        shutil.copyfile(card, out / card.name)
+    if adapterhub.is_adapterhub(interop._json(source / interop.CONFIG)):
+        return _convert_adapterhub(source, out, base, task, labels)
     found = read_onto(source, base, task=task, labels=labels)
     adapter = found.adapter
     core = adapter.state(heads=False)
@@ -93,7 +98,16 @@ def convert(
         interop._write_tensors(out / interop.EXTRA, heads)
     fields = interop.config_fields(adapter, found.outline.sites, base=found.outline.name, task=task)
     interop._write_config(out / interop.CONFIG, fields)
-    card = source / "README.md"
-    if card.is_file():
-        shutil.copyfile(card, out / card.name)
+    return adapter
+
+
+def _convert_adapterhub(source: Path, out: Path, base: str | Path, task: str | None, labels: Sequence[str]) -> Adapter:
+    """A directory of the adapters library; what it stores is computed with, so the base is loaded."""
+    from compose.base import load_base, name_of
+    from compose.inject import runtime
+
+    model = load_base(base, task=task, labels=labels or None)
+    sites = runtime(model).sites
+    adapter = interop.read(source, sites, model, name="imported")
+    interop.save(adapter, out, sites, base=name_of(model), task=task)
     return adapter

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from compose.sites import FINAL, SiteMap
 from compose.slot import Context, Slot
 from compose.stage import Coefficient, weighs_rows
 from compose.switch import Gate, Mixer, Routing, refuse_outside
+from compose.where import check_limits, covers
 from hub.errors import NotFound, did_you_mean
 
 ExprLike = Expr | str | None
@@ -133,6 +133,9 @@ class Runtime:
         for row in lowered:
             for name in row.refs:
                 self.adapter(name)
+            for node in row.walk():
+                if isinstance(node, Call):
+                    check_limits(self.sites, node, self.adapters)
         return lowered
 
     def _set(self, rows: tuple[Expr, ...], weights: Mapping[str, Coefficient], routing: Routing | None) -> None:
@@ -165,7 +168,9 @@ class Runtime:
             slot.per_row = slot.program is not None and weighs_rows(slot.program)
         self._side.attend()
         self._calls.rows = len(pairs)
-        self._calls.measures_past = self._inputs.set_prefixes(active, pairs)
+        self._calls.measures_past = self._inputs.set_prefixes(
+            active, lambda path: [self._row(i, path) for i in range(len(pairs))]
+        )
         self._calls.prompt = self._inputs.prompts(active, pairs)
         if self._calls.prompt is not None:
             self._calls.embedding = self.slot(self.sites.embedding)
@@ -226,9 +231,14 @@ class Runtime:
         """Rows told apart by the expressions or by the weights given by name."""
         return max([len(self.rows), *(w.shape[0] for w in self._tensors())])
 
-    def _row(self, i: int) -> Row:
-        """Adapters of row i with that row's weights (a number, or (T,) per token)."""
-        pairs = flatten(self.rows[i if len(self.rows) > 1 else 0], self.weights)
+    def covers(self, call: Call, path: str) -> bool:
+        """Whether a call that says where lets its argument act at ``path``."""
+        return covers(self.sites, call, path)
+
+    def _row(self, i: int, path: str | None = None) -> Row:
+        """Adapters of row i (at ``path``, or anywhere) with that row's weights (a number, or (T,) per token)."""
+        expr = self.rows[i if len(self.rows) > 1 else 0]
+        pairs = flatten(expr, self.weights, lambda call: path is None or self.covers(call, path))
         return [(c[i] if isinstance(c, Tensor) else c, n) for c, n in pairs]
 
     # -- the end ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.atoms import Prefix, Prompt
-from compose.attention import PrefixState, bias_owner, stack_prefixes, use_interface
+from compose.attention import bias_owner, stack_prefixes, use_interface
 from compose.kind import Adapter, KindError
 from compose.prompting import PromptState, stack_prompts
 from compose.sites import SiteMap
@@ -28,8 +28,11 @@ class Inputs:
         self._positions: dict[str, PositionSlot] = {}
         self._prefixed: list[nn.Module] = []
 
-    def set_prefixes(self, active: Mapping[str, Adapter], rows: Sequence[Row]) -> bool:
-        """Put the active prefixes where they act; whether the length of the cache has to be known in each call."""
+    def set_prefixes(self, active: Mapping[str, Adapter], rows: Callable[[str], Sequence[Row]]) -> bool:
+        """Put the active prefixes where they act; whether the length of the cache has to be known in each call.
+
+        ``rows`` gives the adapters of each row at a path.
+        """
         for module in self._prefixed:
             del module.moduloom_prefix
         self._prefixed.clear()
@@ -39,20 +42,24 @@ class Inputs:
                 if adapter.prefix(path):
                     holders.setdefault(path, []).append(name)
         use_interface(self._model, on=bool(holders))
-        state: PrefixState | None = None
+        shift: Tensor | None = None
         measures_past = False
         for path, names in holders.items():
             module = self._model.get_submodule(path)
             weighted = [
                 [(c, cast("Prefix", active[n].prefix(path))) for c, n in row if n in names and not is_zero(c)]
-                for row in rows
+                for row in rows(path)
             ]
+            if not any(weighted):
+                continue  # every row leaves it out here
             owner = bias_owner(self._model, path)
             measures_past |= owner is not None
             state = stack_prefixes(weighted, past=self._past, bias_owner=owner)
             module.moduloom_prefix = state
+            # positions are the whole model's, though a prefix may stand in some layers only
+            shift = state.shift if shift is None else torch.maximum(shift, state.shift)
             self._prefixed.append(module)
-        self._move_positions(None if state is None else state.shift[:, None])
+        self._move_positions(None if shift is None else shift[:, None])
         return measures_past
 
     def _past(self) -> int:

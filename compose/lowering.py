@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from compose.atoms import Atoms, Function, Replace, Side
-from compose.expr import Add, Call, Expr, Ref, Scale, Seq
+from compose.expr import Call, Expr, Ref, Scale, Seq
 from compose.kind import Adapter, KindError
 from compose.side import SideSlot
 from compose.slot import BelowView, Slot
 from compose.stage import Chain, Coefficient, Entry, Mix, Node, Stage, multiply, weighs_rows
 from compose.switch import Gate, Mixer, Switch
+from compose.where import limits
 
 Rows = Sequence[Expr]
 
@@ -29,16 +30,26 @@ class Scene(Protocol):
     def slot(self, path: str) -> Slot:
         """The slot at ``path``."""
 
+    def covers(self, call: Call, path: str) -> bool:
+        """Whether a call that says where lets its argument act at ``path``."""
 
-def flatten(expr: Expr, weights: Mapping[str, Coefficient]) -> list[tuple[Coefficient, str]]:
-    """Adapters of an expression in the order they are applied, each with the product of the factors around it."""
+
+def flatten(
+    expr: Expr, weights: Mapping[str, Coefficient], inside: Callable[[Call], bool] | None = None
+) -> list[tuple[Coefficient, str]]:
+    """Adapters of an expression in the order they are applied, each with the product of the factors around it.
+
+    ``inside`` answers for the calls that say where their argument acts; without it they are refused.
+    """
     if isinstance(expr, Ref):
         return [(weights.get(expr.text, 1.0), expr.text)]
     if isinstance(expr, Scale):
-        return [(multiply(c, expr.factor), name) for c, name in flatten(expr.of, weights)]
+        return [(multiply(c, expr.factor), name) for c, name in flatten(expr.of, weights, inside)]
     if isinstance(expr, Call):
-        raise unsupported(expr)
-    return [pair for child in expr.children for pair in flatten(child, weights)]
+        if inside is None or not limits(expr):
+            raise unsupported(expr)
+        return flatten(expr.args[0], weights, inside) if inside(expr) else []
+    return [pair for child in expr.children for pair in flatten(child, weights, inside)]
 
 
 def unsupported(call: Call) -> KindError:
@@ -123,18 +134,26 @@ class _Site:
         if isinstance(expr, Ref):
             return self._leaf(expr.text, under)
         if isinstance(expr, Scale):
-            inner = self.node(expr.of, under)
-            if inner is None or expr.factor == 0:
-                return None
-            if isinstance(inner, Stage):
-                return Stage([e.times(expr.factor) for e in inner.entries])
-            return Mix([(expr.factor, inner)])
-        if isinstance(expr, Add):
-            return self._side_by_side([self.node(term, under) for term in expr.terms])
+            return self._scaled(expr.factor, self.node(expr.of, under))
+        if isinstance(expr, Call):
+            return self.node(expr.args[0], under) if self._acts(expr) else None
         if isinstance(expr, Seq):
             return self._one_after_another(expr.stages, under)
-        assert isinstance(expr, Call)  # noqa: S101 - the tree has no other node
-        raise unsupported(expr)
+        return self._side_by_side([self.node(term, under) for term in expr.children])
+
+    @staticmethod
+    def _scaled(factor: float, node: Node | None) -> Node | None:
+        if node is None or factor == 0:
+            return None
+        if isinstance(node, Stage):
+            return Stage([e.times(factor) for e in node.entries])
+        return Mix([(factor, node)])
+
+    def _acts(self, call: Call) -> bool:
+        if not limits(call):
+            raise unsupported(call)
+        whole = any(self.path in self.scene.adapters[name].saved for name in call.refs)
+        return whole or self.scene.covers(call, self.path)
 
     def _leaf(self, name: str, under: _Under) -> Node | None:
         weight = self.scene.weights.get(name, 1.0)

@@ -26,7 +26,7 @@ class LinearMap(Protocol):
         """D whole."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dense:
     """A matrix (d_out, d_in)."""
 
@@ -45,7 +45,7 @@ class Dense:
         return self.weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sparse:
     """Values (n,) at flat indices (n,), sorted, of a matrix ``shape`` (d_out, d_in)."""
 
@@ -79,7 +79,7 @@ class Sparse:
         return zeros.index_put((self.indices,), self.values).view(self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kronecker:
     """s (L kron R), L (l1, l2), R (r1, r2): d_out = l1 r1, d_in = l2 r2.
 

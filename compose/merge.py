@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -23,10 +23,12 @@ from compose.lowering import unsupported
 from compose.parameter_space import deltas, tensors
 from compose.parameter_space.certificate import Certificate, SiteLoss
 from compose.parameter_space.job import Home, Job, Member, Progress
-from compose.parameter_space.method import Elementwise, Linear, Method, get_method, methods
+from compose.parameter_space.method import Elementwise, Factored, Linear, Method, get_method, methods
+from compose.shift import Shift
 from compose.sites import SiteMap
 from compose.slot import BelowView, Slot
 from compose.stage import Coefficient
+from compose.where import limits
 
 __all__ = [
     "Certificate",
@@ -149,6 +151,8 @@ def resolve(
         Called with each merge that needs a new adapter and a function that makes it: has to make it known by its text.
     """
     if isinstance(expr, Call):
+        if limits(expr):
+            return Call(expr.function, [resolve(home, expr.args[0], weights, keep)], expr.options)
         if get_function(expr.function).family != "merge":
             raise unsupported(expr)
         as_sum = _as_sum(home, expr)
@@ -203,7 +207,13 @@ def _execute(shop: Workshop, call: Call, name: str, text: str, progress: Progres
     if not job.adapters:
         raise job.refuse("there is no adapter in it")
     labels = _labels(job)
-    merged = Merged(*deltas.merge(job)) if _in_weights(shop, job) else Merged(tensors.merge(job))
+    if all(isinstance(a, Shift) for a in job.adapters) and job.rank is None and not isinstance(job.method, Factored):
+        shop.adapters.update({a.name: cast("Shift", a).as_dense(shop.sites, shop.model) for a in job.adapters})
+        return _named(Merged(tensors.merge(_job(shop, call, name, text, progress))), labels)
+    return _named(Merged(*deltas.merge(job)) if _in_weights(shop, job) else Merged(tensors.merge(job)), labels)
+
+
+def _named(merged: Merged, labels: tuple[str, ...]) -> Merged:
     merged.adapter.labels = labels
     return merged
 

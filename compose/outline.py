@@ -314,7 +314,7 @@ def _weighed(expr: Expr) -> Expr:
     if not isinstance(expr, Call):
         return _with(expr, children)
     family = get_function(expr.function).family
-    return add(*children) if family in ("route", "select") else Call(expr.function, children, expr.options)
+    return add(*children) if family == "route" else Call(expr.function, children, expr.options)
 
 
 def _with(expr: Expr, children: list[Expr]) -> Expr:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Moved
-from compose.kind import Adapter, KindConfig, original_module
+from compose.kind import Adapter, KindConfig, get_kind, make_config, original_module
 from compose.maps import LinearMap
 from compose.sites import SiteError, SiteMap, linear_shape
 
@@ -76,6 +76,23 @@ class Shift(Adapter):
                 self._tied[path, name] = first
                 if first == (path, name):
                     yield Place(path, name, _shape(module, name, parameter))
+
+    def as_dense(self, sites: SiteMap, model: PreTrainedModel) -> Shift:
+        """The same deltas, spread out: merges work on those."""
+        cls = cast("type[Shift]", get_kind("dense"))
+        if isinstance(self, cls):
+            return self
+        options = {name: getattr(self.config, name) for name in cls.Config.model_fields}
+        dense = cls(make_config(cls, options), sites, model, name=self.name).to(model.device)
+        for owner in dict.fromkeys(self._tied.values()):
+            shape = dense.at(*owner).shape
+            linear = owner[1] == "weight" and linear_shape(original_module(model, owner[0])) is not None
+            spread = self.map_at(*owner).dense() if linear else self.vector_at(*owner)
+            dense.at(*owner).data = spread.detach().reshape(shape).clone()
+        if self.saved:
+            dense.load_state({**dense.state(heads=False), **self.head_state()})
+        dense.labels = self.labels
+        return cast("Shift", dense.freeze())
 
     def own(self, path: str, name: str) -> tuple[str, str] | None:
         """Where the delta of this parameter is kept, or None if it does not move."""

@@ -175,7 +175,7 @@ class SiteMap:
             hits = {name: self._matching(name) for name in names}
             for name, found in hits.items():
                 if not found:
-                    raise self._nothing_for(name)
+                    raise self.nothing_for(name)
             wanted = {s.path for found in hits.values() for s in found}
             chosen = [s for s in self._everywhere() if s.path in wanted]
         if layers is not None:
@@ -202,7 +202,8 @@ class SiteMap:
     def _everywhere(self) -> Iterator[Site]:
         return (self[path] for path in self.paths)
 
-    def _nothing_for(self, name: str) -> SiteError:
+    def nothing_for(self, name: str) -> SiteError:
+        """The error for a target that matches nothing, with what is near it."""
         known = sorted({s.role for s in self} | {s.path.rsplit(".", 1)[-1] for s in self})
         near = difflib.get_close_matches(name, known, n=2)
         guess = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -128,6 +128,8 @@ class Index:
             yield connection
             if write:
                 connection.execute("COMMIT")
+        except UnicodeDecodeError as error:  # sqlite3 quotes damaged pages in its messages
+            raise sqlite3.DatabaseError(f"the index is damaged: {error}") from error
         finally:
             connection.close()  # rolls back what was not committed
 
@@ -139,7 +141,7 @@ class Index:
             if db.execute("PRAGMA user_version").fetchone()[0] != SCHEMA:
                 return None
             row = db.execute("SELECT offset, seq, head FROM state").fetchone()
-        return Position(*row)
+        return Position(*_of_types(row, int, int, str))
 
     def remove(self) -> None:
         """Delete a damaged index."""
@@ -189,7 +191,8 @@ class Index:
                 "SELECT version, digest, reason, final FROM tombstones WHERE name = ? ORDER BY version_key", (name,)
             ).fetchall()
         tombstones = tuple(Tombstone(version, digest, reason, bool(final)) for version, digest, reason, final in gone)
-        return Catalogue(name, tuple(Release(*row) for row in releases), dict(aliases), tombstones)
+        found = tuple(Release(*_of_types(row, str, str)) for row in releases)
+        return Catalogue(name, found, dict(_of_types(row, str, str) for row in aliases), tombstones)
 
     def count(self) -> int:
         """Number of artifacts."""
@@ -227,7 +230,15 @@ class Index:
             return {name: sorted(db.execute(f"SELECT * FROM {name}"), key=repr) for name in _NAMES}  # noqa: S608
 
 
+def _of_types(row: tuple[Any, ...] | None, *types: type) -> tuple[Any, ...]:
+    """A row whose first values are of these types; anything else is damage, after which the index is made anew."""
+    if row is None or not all(isinstance(value, kind) for value, kind in zip(row, types, strict=False)):
+        raise sqlite3.DatabaseError("the index holds values of other types")
+    return row
+
+
 def _split(row: tuple[Any, ...]) -> list[Any]:
+    _of_types(row, str, str, str, str, str, str)
     return [*row[:-1], tuple(sorted((row[-1] or "").split()))]
 
 

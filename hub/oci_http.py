@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlencode, urljoin, urlsplit
 
@@ -36,10 +38,12 @@ class Wire:
         try:
             import requests
             from oras.auth import get_auth_backend
+            from oras.logger import setup_logger
         except ImportError as error:
             raise UsageError(
                 f"oci:// needs a package that is not installed: {error}", hint='pip install "moduloom[oci]"'
             ) from error
+        setup_logger(quiet=True)  # errors are ours to tell
         self.url, self._host = url, host
         self.base = f"{'http' if _is_loopback(host) else 'https'}://{host}"
         self._session = requests.Session()
@@ -138,8 +142,8 @@ class Wire:
 
         kind = "basic" if answer.headers.get("Www-Authenticate", "").lower().startswith("basic") else "token"
         backend = self._backend(kind, self._session, self.base.startswith("http:"), tls_verify=True)
-        backend.load_configs(Container("any/name", registry=self._host))
         try:
+            backend.load_configs(Container("any/name", registry=self._host), configs=_login_files())
             headers, _ = backend.authenticate_request(answer, {}, refresh=True)
         except (ValueError, AttributeError):  # no login for this host: oras says so in several ways
             return {}
@@ -150,7 +154,7 @@ class Wire:
         status = answer.status_code
         if status < 400:
             return answer
-        said = " ".join(self._body(answer, about)[:300].decode(errors="replace").split()) if answer.content else ""
+        said = " ".join(self._body(answer, about)[:300].decode(errors="replace").split())
         text = f"{self.url} refuses {about} ({status}){': ' + said if said else ''}"
         answer.close()
         if status == 404:
@@ -210,3 +214,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return name == "localhost" or name.endswith(".localhost")
+
+
+def _login_files() -> list[str]:
+    """Files of logins beside ``~/.docker/config.json``, which oras reads by itself: docker's elsewhere, podman's."""
+    directories = {"DOCKER_CONFIG": "config.json", "XDG_RUNTIME_DIR": "containers/auth.json"}
+    found = [Path(os.environ[name], file) for name, file in directories.items() if os.environ.get(name)]
+    found += [Path(os.environ["REGISTRY_AUTH_FILE"])] if os.environ.get("REGISTRY_AUTH_FILE") else []
+    return [str(path) for path in found if path.exists()]

@@ -17,7 +17,7 @@ from weakref import finalize
 from hub import canonical, layout, oci
 from hub.artifact import Artifact
 from hub.disk import disk_errors
-from hub.errors import Conflict, NotFound
+from hub.errors import Conflict, IntegrityError, NotFound
 from hub.index import Facts, Index
 from hub.ledger import Position
 from hub.outline import outline
@@ -254,8 +254,14 @@ class Store(Vault):
         at = self._index.position()
         if at is not None and at.offset > self.ledger.end().offset:
             at = None  # the log is another one now
-        events = self.ledger.read(at)
-        self._index.apply(events, self._document, anew=at is None)
+        try:
+            self._index.apply(self.ledger.read(at), self._document, anew=at is None)
+        except IntegrityError:
+            if at is None:
+                raise
+            self._index.apply(
+                self.ledger.read(), self._document, anew=True
+            )  # it was the index's position that is wrong
 
     def _document(self, digest: str) -> Mapping[str, Any]:
         # Validated when it was admitted; the digest says that it has not changed since.
@@ -270,8 +276,8 @@ class Store(Vault):
         """
         from hub.search import digests
 
-        asked = {"limit": limit, "yanked": yanked, "newest": newest, "filters": filters}
-        chosen = self._ask(lambda index: digests(index, text, **asked))
+        asked = dict(filters)
+        chosen = self._ask(lambda i: digests(i, text, limit=limit, yanked=yanked, newest=newest, filters=asked))
         return [artifact for digest in chosen for artifact in self.list(digest=digest, yanked=True)]
 
     def scores(self, chosen: Iterable[Artifact], metric: str) -> dict[str, builtins.list[Score]]:

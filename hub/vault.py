@@ -70,9 +70,12 @@ class Vault:
         from hub.oci import LAYOUT
 
         with disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            if not (
+                mark := self.root / "oci-layout"
+            ).exists():  # first, so that nobody takes it for a foreign directory
+                atomic_write(mark, LAYOUT)
             self.blobs.directory.mkdir(parents=True, exist_ok=True)
-            if not (layout := self.root / "oci-layout").exists():
-                atomic_write(layout, LAYOUT)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -6,6 +6,8 @@ if TYPE_CHECKING:
     from router.bench import Batch as Batch
     from router.bench import Bench as Bench
     from router.dispatch import row_expressions as row_expressions
+    from router.engine.engine import Engine as Engine
+    from router.engine.request import Request as Request
     from router.ensemble import Ensemble as Ensemble
     from router.gating import Gating as Gating
     from router.gating import gate as gate
@@ -14,14 +16,16 @@ if TYPE_CHECKING:
 _HOMES = {
     "Batch": "router.bench",
     "Bench": "router.bench",
+    "Engine": "router.engine.engine",
     "Ensemble": "router.ensemble",
     "Gating": "router.gating",
+    "Request": "router.engine.request",
     "Router": "router.router",
     "gate": "router.gating",
     "row_expressions": "router.dispatch",
 }
 
-__all__ = ["Batch", "Bench", "Ensemble", "Gating", "Router", "gate", "row_expressions"]
+__all__ = ["Batch", "Bench", "Engine", "Ensemble", "Gating", "Request", "Router", "gate", "row_expressions"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -93,8 +93,7 @@ class Bench:
 
     def need_data(self) -> None:
         """Refuse experts without rows."""
-        if missing := [name for name in self.experts if not len(self.rows.get(name, ()))]:
-            raise UsageError(f"there is no text for {', '.join(missing)}", hint=f"--data {missing[0]}=FILE")
+        refuse_missing(self.experts, self.rows)
 
     def batches(self, name: str) -> Iterator[Batch]:
         """All rows of an expert, in order."""
@@ -117,6 +116,12 @@ class Bench:
         """Report progress to whoever listens."""
         if self.told is not None:
             self.told(what, done, total)
+
+
+def refuse_missing(experts: Iterable[str], rows: Mapping[str, Sequence[Any]]) -> None:
+    """UsageError naming the experts that have no rows."""
+    if missing := [name for name in experts if not len(rows.get(name, ()))]:
+        raise UsageError(f"there is no text for {', '.join(missing)}", hint=f"--data {missing[0]}=FILE")
 
 
 def sites_of(model: PreTrainedModel, experts: Experts) -> dict[str, int]:

@@ -67,38 +67,49 @@ def perplexities(
     router mixes probabilities by the running posterior (DEMix); the others weigh the experts inside the model.
     """
     names = list(router.experts)
-    members: list[Expr | None] = [None, average(router.experts), *map(tree, router.experts.values())]
-    losses: dict[str, Tensor] = {}  # set -> (2 + E,) nats
-    routed, counts, confusion = {}, {}, {}
-    for done, (name, rows) in enumerate(sets.items(), 1):
-        total, own, tokens = torch.zeros(len(members), dtype=torch.float64), 0.0, 0
-        weights = torch.zeros(len(names), dtype=torch.float64)
-        for batch in _batches(rows, pad, model):
-            tasks = (name,) * len(batch) if name in names else ()
-            asked = Batch(batch.input_ids, batch.attention_mask, tasks)
-            log_probs, valid = expert_log_probs(model, members, batch.input_ids, batch.attention_mask)
-            total -= log_probs.double().sum((1, 2)).cpu()
-            tokens += int(valid.sum())
-            own += _routed_nll(router, model, asked, log_probs[2:], valid)
-            weights += router.weights(model, asked).double().sum(0).cpu()
-        if not tokens:
-            raise UsageError(f"the texts of {name!r} have no token to predict", hint="give longer texts")
-        losses[name], routed[name], counts[name] = total / tokens, own / tokens, tokens
-        confusion[name] = dict(zip(names, (weights / len(rows)).tolist(), strict=True))
+    found: dict[str, _Losses] = {}
+    for name, rows in sets.items():
+        found[name] = _losses(router, model, name, rows, pad)
         if told is not None:
-            told("measure", done, len(sets))
-    best = names[int(torch.stack([found[2:] for found in losses.values()]).mean(0).argmin())]
-    table = []
-    for name, found in losses.items():
-        alone = dict(zip(names, found[2:].tolist(), strict=True))
+            told("measure", len(found), len(sets))
+    best = names[int(torch.stack([losses.alone[2:] for losses in found.values()]).mean(0).argmin())]
+    table, single = [], {}
+    for name, losses in found.items():
+        base, mean, *own = losses.alone.exp().tolist()
+        single[name] = alone = dict(zip(names, own, strict=True))
         oracle = name if name in alone else min(alone, key=alone.__getitem__)
-        figures = (float(found[0]), alone[best], float(found[1]), routed[name], alone[oracle])
-        table.append(
-            {"set": name, **{w: math.exp(x) for w, x in zip(WAYS, figures, strict=True)}, "expert": oracle}
-            | {"items": counts[name]}
-        )
-    single = {n: {e: math.exp(float(x)) for e, x in zip(names, found[2:], strict=True)} for n, found in losses.items()}
+        figures = (base, alone[best], mean, math.exp(losses.routed), alone[oracle])
+        values = dict(zip(WAYS, figures, strict=True))
+        table.append({"set": name, **values, "expert": oracle, "items": losses.tokens})
+    confusion = {name: dict(zip(names, losses.weights.tolist(), strict=True)) for name, losses in found.items()}
     return Report("perplexity", tuple(table), best, confusion, single)
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Nats a token on one set: of base, average and each expert (2 + E,), routed; and the experts' mean weights."""
+
+    alone: Tensor
+    routed: float
+    tokens: int
+    weights: Tensor
+
+
+def _losses(router: Router, model: PreTrainedModel, name: str, rows: Sequence[Tensor], pad: int) -> _Losses:
+    members: list[Expr | None] = [None, average(router.experts), *map(tree, router.experts.values())]
+    total = torch.zeros(len(members), dtype=torch.float64)
+    weights = torch.zeros(len(router.experts), dtype=torch.float64)
+    own, tokens = 0.0, 0
+    for batch in _batches(rows, pad, model):
+        asked = Batch(batch.input_ids, batch.attention_mask, (name,) * len(batch) if name in router.experts else ())
+        log_probs, valid = expert_log_probs(model, members, batch.input_ids, batch.attention_mask)
+        total -= log_probs.double().sum((1, 2)).cpu()
+        tokens += int(valid.sum())
+        own += _routed_nll(router, model, asked, log_probs[2:], valid)
+        weights += router.weights(model, asked).double().sum(0).cpu()
+    if not tokens:
+        raise UsageError(f"the texts of {name!r} have no token to predict", hint="give longer texts")
+    return _Losses(total / tokens, own / tokens, tokens, weights / len(rows))
 
 
 def _routed_nll(router: Router, model: PreTrainedModel, batch: Batch, experts: Tensor, valid: Tensor) -> float:

@@ -43,6 +43,7 @@ class Residency:
         self._host, self.budget = host, budget
         self._bytes: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._uses: Counter[str] = Counter()
+        self._unwanted: set[str] = set()
         self._coming: dict[str, Future[Adapter]] = {}
         self._lock = Lock()  # of what is coming: any thread may ask for it
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="moduloom-reader")
@@ -92,6 +93,8 @@ class Residency:
         """Let go of what :meth:`acquire` held."""
         self._uses.subtract(known.name for known in used)
         self._uses += Counter()  # without the zeros
+        for name in [name for name in self._unwanted if not self._uses[name]]:
+            self.drop(name)
 
     @contextmanager
     def held(self, wanted: Collection[Known]) -> Iterator[None]:
@@ -103,10 +106,14 @@ class Residency:
             self.release(wanted)
 
     def drop(self, name: str) -> None:
-        """Let one go now, unless it is in use."""
+        """Let one go: now, or once it is no longer in use."""
         with self._lock:
             self._coming.pop(name, None)
-        if name in self._bytes and not self._uses[name]:
+        if self._uses[name]:
+            self._unwanted.add(name)
+            return
+        self._unwanted.discard(name)
+        if name in self._bytes:
             self._remove(name)
 
     def close(self) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compose
+from compose.expr import Ref, add
 from compose.inject import runtime
 from hub.errors import Conflict, NotFound, UsageError, suggest
-from router.bench import Batch, Bench, Experts
+from router.bench import Batch, Bench, Experts, tree
 from router.dispatch import row_expressions
 from router.gating import Gating
 from router.scorer import RowScorer, Scorer, SiteScorer, Statistics, make_scorer
@@ -133,6 +134,38 @@ class Router:
         if not sites:
             raise UsageError(f"{self.scorer.name} mixes experts by their answers and has no weights to show")
         return total / sites
+
+    def span_weights(self, model: PreTrainedModel, batch: Batch, span: int) -> Tensor:
+        """Weights (B, T, E) of a scorer of rows that is asked anew for each span of `span` tokens, by itself."""
+        if span < 1:
+            raise UsageError(f"a span of {span} tokens holds nothing", hint="1 or more")
+        parts = []
+        for start in range(0, batch.input_ids.shape[1], span):
+            here = slice(start, start + span)
+            part = Batch(batch.input_ids[:, here], batch.attention_mask[:, here], batch.tasks)
+            parts.append(self.token_weights(model, part))
+        return torch.cat(parts, dim=1)
+
+    def activate_spans(self, model: PreTrainedModel, batch: Batch, span: int) -> None:
+        """Make the experts active for reading this batch, each span of its tokens with its own.
+
+        Raises
+        ------
+        UsageError
+            A method that weighs tokens at sites anyway, or an expert that is an expression.
+        KindError
+            An expert that acts on whole rows: a prompt, a prefix or a head.
+        """
+        trees = [tree(expert) for expert in self.experts.values()]
+        if not isinstance(self.scorer, RowScorer) or not all(isinstance(found, Ref) for found in trees):
+            raise UsageError(
+                f"spans are for methods that weigh rows and for plain adapters, not {self.scorer.name} over "
+                + ", ".join(map(str, trees)),
+                hint="Router.activate",
+            )
+        weights = self.span_weights(model, batch, span).float()
+        names = [name for found in trees for name in found.refs]
+        compose.activate(model, add(*trees), weights={name: weights[..., e] for e, name in enumerate(names)})
 
     def activate(self, model: PreTrainedModel, batch: Batch, *, record: Recorder | None = None) -> None:
         """Make the experts active for a batch, and for what is generated from it.

@@ -47,7 +47,7 @@ def assess(
     task = task or _agreed("task", {m.task for m in held if m.task})
     labels = next((m.labels for m in held if m.labels), ())
     options: dict[str, Any] = {"quantize": quantize, "precision": precision, "max_length": max_length}
-    config = TrainConfig(base=base, task=task, columns=dict(columns or {}), **options)  # type: ignore[arg-type]
+    config = TrainConfig(base=base, task=task, columns=dict(columns or {}), **options)
     tokenizer = compose.tokenizer(base)
     rows = encode(read_rows(data), config, tokenizer, labels=labels, source=data)
     model = compose.load(
@@ -57,7 +57,7 @@ def assess(
         dtype=precision,
         task=task,
         labels=(labels or rows.labels) or None,
-        **({"store": store} if store is not None else {}),
+        store=store,
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = rows.pad_id

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -95,9 +96,9 @@ def _correlation(a: Tensor, b: Tensor) -> float:
 
 def _ranks(values: Tensor) -> Tensor:
     """(N,) the rank of each value, equal values sharing their mean rank."""
-    _, group, count = values.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[group]
+    _, group, count = np.unique(values.numpy(), return_inverse=True, return_counts=True)
+    middle = count.cumsum() - (count - 1) / 2
+    return torch.from_numpy(middle[group])
 
 
 def perplexity(model: nn.Module, data: Dataset, *, batch_size: int = 32, precision: str = "fp32") -> float:

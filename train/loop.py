@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +69,7 @@ def fit(
     save_every: int = 0,
     resume: bool = False,
     seconds: float | None = None,
+    watch: Callable[[dict[str, Any]], None] | None = None,
 ) -> FitResult:
     """Train the adapter in place; it ends in its best state (without `eval_data`, in its last one).
 
@@ -89,6 +90,9 @@ def fit(
     seconds
         Stop, evaluate and (with `out`) leave a checkpoint once training has taken this long, interruptions left out.
 
+    watch
+        Called with each record as it is made, in every process.
+
     Raises
     ------
     DataError
@@ -107,7 +111,7 @@ def fit(
     result, checkpoint = loop.result, (out or Path()) / CHECKPOINT
     if resume:
         loop.load(checkpoint)
-    metrics = Metrics(out if loop.accelerator.is_main_process else None, result.history)
+    metrics = Metrics(out if loop.accelerator.is_main_process else None, result.history, watch)
     with _training(model, adapter, config), metrics, progress_bar(progress, loop.accelerator) as advance:
         advance(result.steps, result.total_steps, "")
         while result.steps < result.total_steps and result.stopped == "finished":

@@ -205,7 +205,7 @@ def _pass(model: PreTrainedModel, shares: Sequence[_Share], precision: str) -> N
     task = shares[0].run.job.train.task
     with amp(device, precision):
         logits = forward(model, _together(batches, shares[0].run.job.train.pad_id), task)
-        parts = logits.split([len(share.rows) for share in shares])
+        parts = torch.split(logits, [len(share.rows) for share in shares])
         loss = torch.zeros((), device=device)
         for share, batch, own in zip(shares, batches, parts, strict=True):
             out = _own(own, batch["labels"], share.run.job.train)

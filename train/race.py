@@ -18,7 +18,7 @@ from train.config import TrainConfig
 from train.errors import NonFiniteLoss
 from train.evaluate import higher_is_better
 from train.loop import CHECKPOINT, fit
-from train.method import trained
+from train.method import get_method, trained
 from train.run import Prepared, prepare
 
 __all__ = ["Runner", "plot_race", "race"]
@@ -69,6 +69,8 @@ def race(
         raise UsageError("a race needs two or more different methods", hint="--methods lora,bitfit,prefix")
     if "eval" not in config.data:
         raise UsageError("a race needs rows to measure on", hint="data.eval=FILE, or a fraction such as data.eval=0.2")
+    for name in names:
+        get_method(name)  # before the first one trains
     runs = {name: _of(config, name) for name in names}
     runners = {name: Runner(name, 0) for name in names}
     rounds, left = math.ceil(math.log2(len(names))), list(names)
@@ -101,8 +103,8 @@ def _train(runner: Runner, config: TrainConfig, until: float, folder: Path) -> R
         result = error.result
     best = {k: v for k, v in result.best.items() if k != "step"} if result.best else None
     ended = "" if result.stopped == "time" else result.stopped
-    facts = {"rounds": runner.rounds + 1, "steps": result.steps, "seconds": result.seconds, "ended": ended}
-    return replace(runner, trainable=trained(learner), measured=best, **facts)
+    done = replace(runner, rounds=runner.rounds + 1, steps=result.steps, seconds=result.seconds, ended=ended)
+    return replace(done, trainable=trained(learner), measured=best)
 
 
 def _place(runner: Runner, metric: str) -> float:

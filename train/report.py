@@ -22,8 +22,13 @@ __all__ = ["Metrics", "new_progress", "plot_curves", "progress_bar", "write_page
 class Metrics:
     """The records of a run, in memory and as lines of metrics.jsonl (rewritten when a run resumes)."""
 
-    def __init__(self, folder: Path | None, history: list[dict[str, Any]]) -> None:
-        self.history = history
+    def __init__(
+        self,
+        folder: Path | None,
+        history: list[dict[str, Any]],
+        watch: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.history, self._watch = history, watch
         self._path = folder / "metrics.jsonl" if folder is not None else None
         self._stream: IO[str] | None = None
 
@@ -42,6 +47,8 @@ class Metrics:
     def add(self, record: dict[str, Any]) -> None:
         """Keep one record; evaluations are written through at once."""
         self.history.append(record)
+        if self._watch is not None:
+            self._watch(record)
         if self._stream is not None:
             self._stream.write(_line(record))
             if "eval" in record:

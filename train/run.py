@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +39,10 @@ from train.method import Composite, Method, make_method
 from train.publish import next_version, publish_learned
 from train.report import new_progress, plot_curves, write_page
 from train.seeds import derive
+from train.tracking import tracking
 
 if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
     from transformers import PreTrainedModel
 
     from compose.kind import Adapter
@@ -93,13 +95,14 @@ def run(
     save_every: int = 0,
     license: str | None = None,
     console: Console | None = None,
+    trackers: Sequence[str | GeneralTracker] = (),
 ) -> Outcome:
     """Train what the configuration says, leave a folder, and publish the best adapter.
 
     Raises
     ------
     UsageError
-        The folder holds another run (and `resume` is not set).
+        The folder holds another run (and `resume` is not set); a tracker is not installed.
     NonFiniteLoss
         The best adapter so far lies in `folder/adapter`, unpublished.
     HubError
@@ -114,7 +117,9 @@ def run(
         options: dict[str, Any] = {"out": folder, "progress": progress, "save_every": save_every, "resume": resume}
         data = ready.splits
         try:
-            result = fit(ready.model, ready.adapter, data.train, data.eval, config, method=ready.method, **options)
+            with tracking(trackers, config, folder, name=ref.name) as watch:
+                options |= {"method": ready.method, "watch": watch}
+                result = fit(ready.model, ready.adapter, data.train, data.eval, config, **options)
         except NonFiniteLoss as error:
             if accelerator.is_main_process and is_finite(ready.adapter):
                 _leave(folder, ready, config, error.result, ref=ref, store=None, license=license)

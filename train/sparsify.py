@@ -32,7 +32,7 @@ def largest(values: Mapping[Place, Tensor], density: float) -> dict[Place, Tenso
     everything = torch.cat([value.detach().abs().flatten() for value in values.values()])
     mask = torch.zeros_like(everything, dtype=torch.bool)
     mask[everything.topk(count).indices] = True
-    parts = mask.split(sizes)
+    parts = torch.split(mask, sizes)
     return {place: part.view_as(value) for (place, value), part in zip(values.items(), parts, strict=True)}
 
 

@@ -25,11 +25,12 @@ from compose.weights import row_norm_squared
 
 @dataclass(frozen=True)
 class Made:
-    """The merged effect at one site, as factors, and what writing it so has lost."""
+    """The merged effect at one site, as factors (or whole, as a matrix), and what writing it so has lost."""
 
     pair: Pair
     gain: Tensor | None
     loss: SiteLoss
+    matrix: Tensor | None = None
 
 
 @torch.no_grad()
@@ -53,8 +54,12 @@ def merge_to_lora(job: Job) -> tuple[Adapter, Certificate]:
         effects = effects_at(job, path)
         if effects[0].factored:
             made[path] = shrink(effects[0], effects[0].pair_or_zero(), None, job.rank)
+        elif not job.rank:
+            raise job.refuse(
+                f"the change of {path} by {job.kinds} has full rank", "say which rank to write it in: rank=16"
+            )
         else:
-            made[path] = from_dense(job, path, effects[0].dense(), None, job.rank)
+            made[path] = from_dense(effects[0].dense(), None, job.rank)
     return _finish(job, made)
 
 
@@ -68,7 +73,7 @@ def _finish(job: Job, made: dict[str, Made]) -> tuple[Adapter, Certificate]:
 
 def _made(job: Job, paths: Sequence[str]) -> list[Made]:
     if isinstance(job.method, Elementwise):
-        return [_in_factors(job, *site) for site in _elementwise(job, job.method, paths)]
+        return [_in_factors(job, effects, dense) for _, effects, dense in _elementwise(job, job.method, paths)]
     return [_at_site(job, path) for path in job.steps(paths, "merge")]
 
 
@@ -77,7 +82,7 @@ def _at_site(job: Job, path: str) -> Made:
     if isinstance(job.method, Factored):
         return _factored(job, job.method, path, effects)
     assert isinstance(job.method, Linear)  # noqa: S101 - the third form is handled apart
-    return _linear(job, job.method, path, effects)
+    return _linear(job, job.method, effects)
 
 
 @torch.no_grad()
@@ -102,12 +107,12 @@ def effects_at(job: Job, path: str) -> list[Effect]:
     return effects
 
 
-def _linear(job: Job, method: Linear, path: str, effects: Sequence[Effect]) -> Made:
+def _linear(job: Job, method: Linear, effects: Sequence[Effect]) -> Made:
     c = method.coefficients(job.options, _gram(effects) if method.from_gram else len(effects))
     active = [(w, e) for w, e in zip(c, effects, strict=True) if w != 0]
     if any(e.node is not None for _, e in active):
         dense = sum((w * e.dense() for w, e in active), torch.zeros(effects[0].shape, device=effects[0].device))
-        return from_dense(job, path, dense, None, job.rank)
+        return from_dense(dense, None, job.rank)
     pair = factors.stack([e.pair_or_zero() for e in effects], c)
     gains = [w * e.gain for w, e in active if e.gain is not None]
     gain = torch.stack(gains).sum(0) if gains else None
@@ -147,21 +152,26 @@ def _elementwise(job: Job, method: Elementwise, paths: Sequence[str]) -> Iterato
         yield path, effects, at_place(method, o, effects, [places[0] for places in trims])
 
 
-def _in_factors(job: Job, path: str, effects: Sequence[Effect], dense: Tensor) -> Made:
+def _in_factors(job: Job, effects: Sequence[Effect], dense: Tensor) -> Made:
     gain: tuple[Tensor, Effect] | None = None
     if any(e.gain is not None for e in effects) and not any(e.node is not None for e in effects):
         # The diagonal part would need full rank: it goes into a gain, merged by the same rule.
         assert isinstance(job.method, Elementwise)  # noqa: S101 - narrows the type
         vectors = torch.stack([torch.zeros(e.rows, device=e.device) if e.gain is None else e.gain for e in effects])
         gain = job.method.combine(vectors[:, None], job.options)[0], effects[0]
-    return from_dense(job, path, dense, gain, job.rank or max(e.rank for e in effects))
+    whole = any(e.node is not None for e in effects)
+    return from_dense(dense, gain, job.rank or (0 if whole else max(e.rank for e in effects)))
 
 
-def from_dense(job: Job, path: str, dense: Tensor, gain: tuple[Tensor, Effect] | None, rank: int | None) -> Made:
-    """A dense merged delta as factors of the given rank, beside a gain on the site's W if there is one."""
-    if not rank:
-        raise job.refuse(f"the change of {path} by {job.kinds} has full rank", "say which rank to write it in: rank=16")
+def from_dense(dense: Tensor, gain: tuple[Tensor, Effect] | None, rank: int | None) -> Made:
+    """A dense merged delta as factors of the given rank, beside a gain on the site's W if there is one.
+
+    Without a rank it stays a matrix, which loses nothing.
+    """
     total = factors.energy(dense)
+    if not rank:
+        nothing = Pair(dense.new_zeros(0, dense.shape[1]), dense.new_zeros(dense.shape[0], 0), 1.0)
+        return Made(nothing, None, SiteLoss(min(dense.shape), total, 0.0), dense)
     rest = dense if gain is None else dense - gain[0][:, None] * gain[1].weight()
     pair, left_out = factors.from_dense(rest, min(rank, *rest.shape))
     loss = SiteLoss(pair.rank, total, left_out if rank < min(rest.shape) else 0.0)
@@ -182,7 +192,9 @@ def _factored(job: Job, method: Factored, path: str, effects: Sequence[Effect]) 
 
 
 def build(job: Job, made: dict[str, Made]) -> Adapter:
-    """A LoRA (or DoRA, with a gain) with these factors, lora_alpha = r, and the merged heads."""
+    """A LoRA (or DoRA, with a gain) with these factors, lora_alpha = r, and the merged heads; else whole matrices."""
+    if any(m.matrix is not None for m in made.values()):
+        return _whole(job, made)
     cls = get_kind("dora" if any(m.gain is not None for m in made.values()) else "lora")
     rank = max([1, *(m.pair.rank for m in made.values())])
     narrow, most = min(
@@ -206,6 +218,20 @@ def build(job: Job, made: dict[str, Made]) -> Adapter:
             pair, magnitude = _decomposed(job, path, pair, m.gain)
             adapter.at(path, "magnitude").data = magnitude
         adapter.at(path, "A").data, adapter.at(path, "B").data = pair.A.contiguous(), pair.B.contiguous()
+    if adapter.saved:
+        adapter.load_state({**adapter.state(heads=False), **merge_heads(job, adapter.head_state())})
+    return adapter.freeze()
+
+
+def _whole(job: Job, made: dict[str, Made]) -> Adapter:
+    """A dense adapter: some site has no low rank, and none was asked for."""
+    cls = get_kind("dense")
+    options = {"target_modules": tuple(made), "biases": False, "modules_to_save": saved_modules(job)}
+    adapter = cls(make_config(cls, options), job.home.sites, job.home.model, name=job.name).to(job.home.model.device)
+    for path, m in made.items():
+        site = effect_of(job.home, path, job.members[0].expr)
+        matrix = m.matrix if m.matrix is not None else Effect(site.layer, site.shape, m.pair, m.gain).dense()
+        adapter.at(path, "weight").data = matrix.contiguous()
     if adapter.saved:
         adapter.load_state({**adapter.state(heads=False), **merge_heads(job, adapter.head_state())})
     return adapter.freeze()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from hub.commands._output import documents, json_option, print_json, say, table
@@ -45,12 +47,12 @@ def search(
     from hub.store import Store
 
     store, text = Store(), " ".join(words)
-    filters |= {"type": type_, "license": license_, "metric": metric}
+    asked: dict[str, Any] = {**filters, "type": type_, "license": license_, "metric": metric}
     name = re.split("[<>]", metric)[0].strip() if metric else None
     if name is None:
-        found = store.search(text, limit=limit, newest=not all_versions, **filters)
+        found = store.search(text, limit=limit, newest=not all_versions, **asked)
     else:
-        found = store.list(text=text, sort=name, limit=limit, newest=not all_versions, **filters)
+        found = store.list(text=text, sort=name, limit=limit, newest=not all_versions, **asked)
     if as_json:
         print_json(documents(store, found, name))
     elif found:

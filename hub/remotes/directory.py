@@ -45,13 +45,19 @@ class DirectoryRemote:
 
     def catalogue(self, name: str) -> Catalogue:
         """Replay the log for one name."""
-        if self.path.exists() and not self._vault.exists and any(self.path.iterdir()):
+        if self._is_foreign():
             if (self.path / "module.json").exists():
                 hint = f"it is an artifact directory: `hub push {self.path}` publishes it"
             else:
                 hint = "give the directory that was pushed to, a HUB_HOME, or an empty or new directory"
             raise NotFound(f"{self.path} is no store (it has no log.jsonl)", path=self.path, hint=hint)
         return self._vault.catalogue(name)
+
+    def _is_foreign(self) -> bool:
+        """Whether something else lives here; hidden files may be those of another process that is making the store."""
+        if not self.path.exists() or self._vault.exists:
+            return False
+        return any(not entry.name.startswith(".") for entry in self.path.iterdir()) and not self._vault.exists
 
     def manifest(self, name: str, digest: str) -> bytes:
         """Read the manifest blob."""

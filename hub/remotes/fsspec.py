@@ -270,13 +270,15 @@ class FsspecRemote:
         except PermissionError as error:
             hint = "check the credentials of this client (environment, profile, role)"
             raise RemoteError(f"{self.url} refuses {about}: {_first_line(error)}", hint=hint) from error
-        except (OSError, *_failures()) as error:
+        except _failures() as error:
             hint = "check the network, the endpoint and the credentials of this client"
             raise RemoteError(f"{self.url} cannot be used for {about}: {_first_line(error)}", hint=hint) from error
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    return tuple(getattr(sys.modules[module], name) for module, name in _FAILURES.items() if module in sys.modules)
+    """What an operation may raise: OSError, and the errors of the clients that are loaded."""
+    loaded = (getattr(sys.modules[module], name) for module, name in _FAILURES.items() if module in sys.modules)
+    return (OSError, *loaded)
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,8 +11,6 @@ import click
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from router.stored import Stored
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 Told = Callable[[str, int, int], None]
@@ -47,29 +45,22 @@ def text_options(function: FunctionT) -> FunctionT:
     return function
 
 
-def load_with_members(
-    stored: Stored, base: str | None, quantize: str, allow_base_drift: bool
-) -> tuple[PreTrainedModel, Any]:
-    """The base with the members of a router resident on it, and its tokenizer."""
+def load_with_members(members: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """The base with artifacts resident under their names, and its tokenizer; `given` holds the `base_options`."""
     import compose
     from hub.errors import UsageError
 
-    name = base or (stored.base.repo if stored.base is not None else None)
-    if name is None:
+    facts = [artifact.manifest for artifact in members.values()]
+    base = given["base"] or next((m.base.repo for m in facts if m.base is not None), None)
+    if base is None:
         raise UsageError("nothing says which base the members were made for", hint="--base BASE")
-    task, labels = _task(stored)
-    model = compose.load(name, quantize=quantize, task=task, labels=labels)
-    stored.attach(model, allow_base_drift=allow_base_drift)
-    return model, compose.tokenizer(name)
-
-
-def _task(stored: Stored) -> tuple[str | None, tuple[str, ...] | None]:
-    facts = [artifact.manifest for artifact in stored.artifacts.values()]
     tasks = {m.task for m in facts if m.task}
-    if len(tasks) != 1:
-        return None, None
-    task = tasks.pop()
-    return task, (facts[0].labels or None) if task == "classification" else None
+    task = tasks.pop() if len(tasks) == 1 else None
+    labels = (facts[0].labels or None) if task == "classification" else None
+    model = compose.load(base, quantize=given["quantize"], task=task, labels=labels)
+    for name, artifact in members.items():
+        compose.attach(model, name, artifact, allow_base_drift=given["allow_base_drift"]).freeze()
+    return model, compose.tokenizer(base)
 
 
 @contextmanager

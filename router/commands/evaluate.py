@@ -65,7 +65,7 @@ def _measure(router: str, sets: Any, given: dict[str, Any], told: Told | None) -
         raise UsageError(
             f"the members are for {' and '.join(sorted(tasks))}: neither perplexity nor accuracy is theirs"
         )
-    model, tokenizer = load_with_members(stored, given["base"], given["quantize"], given["allow_base_drift"])
+    model, tokenizer = load_with_members(stored.artifacts, given)
     most, pad = given["max_length"], tokenizer.pad_token_id or 0
     if tasks == {"causal_lm"}:
         rows = {name: encode(tokenizer, [row.text for row in found], most=most) for name, found in sets.items()}

@@ -68,7 +68,7 @@ def _weights(stored: Any, text: str, given: dict[str, Any]) -> tuple[list[str], 
     from router.bench import Batch
     from router.texts import encode
 
-    model, tokenizer = load_with_members(stored, given["base"], given["quantize"], given["allow_base_drift"])
+    model, tokenizer = load_with_members(stored.artifacts, given)
     rows = encode(tokenizer, [text], most=given["max_length"])
     if not rows:
         raise UsageError("the text has fewer than two tokens", hint="give a longer one")

@@ -64,18 +64,15 @@ def _fit(
 ) -> Artifact:
     from compose.expr import Ref
     from hub.words import count_words
+    from router.bench import refuse_missing
     from router.router import Router
-    from router.stored import Stored, publish
+    from router.stored import publish
 
     texts = _texts(given["data"], found, given["max_rows"])
+    if scorer.needs_data:
+        refuse_missing(found, texts)
     names = {name: Ref(name) for name in found}
-    if scorer.needs_data and (missing := [name for name in names if name not in texts]):
-        from hub.errors import UsageError
-
-        raise UsageError(f"there is no text for {', '.join(missing)}", hint=f"--data {missing[0]}=FILE")
-    draft = Router(scorer, names, {}, gating)
-    pool = Stored(draft, {name: held.where for name, held in found.items()}, _base(found))
-    model, tokenizer = load_with_members(pool, given["base"], given["quantize"], given["allow_base_drift"])
+    model, tokenizer = load_with_members({name: held.where for name, held in found.items()}, given)
     bench = _bench(model, tokenizer, names, texts, given, told)
     router = Router(scorer, names, scorer.fit(bench), gating)
     words = {name: count_words(rows) for name, rows in texts.items()}
@@ -101,7 +98,7 @@ def add(router: str, adapter: str, ref: str, as_json: bool, **given: Any) -> Non
     from compose.leaves import Shelf
     from hub.errors import Conflict
     from hub.words import count_words, read_words
-    from router.stored import Stored, load, members_of, publish
+    from router.stored import load, members_of, publish
 
     shelf = Shelf()
     stored = load(router, shelf.store)
@@ -111,9 +108,8 @@ def add(router: str, adapter: str, ref: str, as_json: bool, **given: Any) -> Non
         raise Conflict(f"{router} has a member {name!r} already", hint=f"give it another name: other={adapter}")
     found = members_of([*old, f"{name}={new.text}"], shelf)
     texts = _texts(given["data"], {name: new}, given["max_rows"])
-    alone = Stored(stored.router, {name: new.where}, _base(found))  # type: ignore[dict-item]
     with bar() as told:
-        model, tokenizer = load_with_members(alone, given["base"], given["quantize"], given["allow_base_drift"])
+        model, tokenizer = load_with_members({name: new.where}, given)
         bench = _bench(model, tokenizer, {name: Ref(name)}, texts, given, told)
         grown = stored.router.add(name, bench)
     words = read_words(shelf.store.get(router))
@@ -168,10 +164,6 @@ def _gating(own: Any, experts: int, given: dict[str, Any]) -> Any:
 
     asked = {key: given[key] for key in ("top_k", "threshold", "temperature") if given[key] is not None}
     return replace(within(own, experts), **asked).check(experts)
-
-
-def _base(found: Any) -> Any:
-    return next((held.manifest.base for held in found.values() if held.manifest.base is not None), None)
 
 
 def _tell(artifact: Artifact, as_json: bool) -> None:

@@ -118,7 +118,9 @@ class Engine:
     def route(self, rows: Sequence[Prepared]) -> list[Prepared | HubError]:
         """Let routers choose for the rows that are open; the others come back as they are. The base must be at rest."""
         found: list[Prepared | HubError] = list(rows)
-        waiting = [i for i, row in enumerate(rows) if row.open or (row.gate is not None and row.request.weights)]
+        waiting = [
+            i for i, row in enumerate(rows) if row.open or (row.target.routing is not None and row.request.weights)
+        ]
         for batch in self.batches([rows[i] for i in waiting]):
             groups: dict[Routing, list[int]] = {}
             for i in (waiting[k] for k in batch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from compose.expr import IDENTITY
 from hub.errors import HubError
 from router.engine.detokenize import Detokenizer
 from router.engine.heads import blend, heads_of, pick
 from router.engine.host import Host
+from router.engine.mixture import Mixture
 from router.engine.prepare import Prepared
 from router.engine.request import Result, Token
 from router.engine.sampling import Draw, best_tokens, choose
@@ -126,7 +127,9 @@ class Flight:
             Something that cannot be activated, or NaN; the rows that were under way go on.
         """
         fresh = Flight(self.host)
-        if self.host.decodes:
+        if isinstance(rows[0].prepared.gate, Mixture):
+            fresh._mix(rows, rows[0].prepared.gate)
+        elif self.host.decodes:
             fresh._decode_first(rows)
         else:
             fresh._classify_all(rows)
@@ -178,6 +181,18 @@ class Flight:
         self._choose(out.logits[:, -1].float())
         self._compact(all_ended=True)
 
+    def _mix(self, rows: Sequence[Row], mixture: Mixture) -> None:
+        """Rows of an ensemble, from the first token to the last: its experts fill a batch by themselves."""
+        ids, mask = _pad([row.prepared for row in rows], self.host.pad, self.host.model.device, left=True)
+        with torch.inference_mode(False), torch.no_grad():
+            made, weights = mixture.generate(self.host, ids.clone(), mask.clone(), max(r.prepared.room for r in rows))
+        for row, tokens, weight in zip(rows, made, weights, strict=True):
+            if row.prepared.request.weights:
+                row.prepared = replace(row.prepared, weights=weight)
+            for token in tokens:
+                if not row.over:
+                    row.take(token, ids, self.host.ends)
+
     def _classify_all(self, rows: Sequence[Row]) -> None:
         """Texts of an encoder: (B, T), padded on the right."""
         host, prepared = self.host, [row.prepared for row in rows]
@@ -215,15 +230,13 @@ class Flight:
                     rows[i].result = _answered(rows[i].prepared, logits)
 
     def _activate(self, rows: Sequence[Row]) -> None:
-        """Make active what is applied to each row; nothing to one that has ended and whose adapters are gone."""
-        gate, resident = rows[0].prepared.gate, self.host.runtime.adapters.keys()
-        if gate is not None:
+        """Make active what is applied to each row."""
+        gate = rows[0].prepared.gate
+        if gate is None:
+            self.host.activate([row.prepared.expr for row in rows])
+        else:
             self.host.forget()
             gate.router.activate(self.host.model, None)
-            return
-        exprs = [row.prepared.expr for row in rows]
-        gone = [row.over and not resident >= set(expr.refs) for row, expr in zip(rows, exprs, strict=True)]
-        self.host.activate([IDENTITY if g else expr for g, expr in zip(gone, exprs, strict=True)])
 
     # -- decoding --------------------------------------------------------------------------------------------------
 
@@ -267,8 +280,6 @@ class Flight:
         """Whether these rows can join the ones under way: plain caches, and no prompt before the text."""
         if not self.rows:
             return True
-        if any(row.prepared.gate is not self.rows[0].prepared.gate for row in rows):
-            return False
         adapters = self.host.runtime.adapters
         plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
         return (

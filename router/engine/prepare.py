@@ -37,8 +37,8 @@ class Prepared:
 
     @property
     def gate(self) -> Any:
-        """The router that weighs each of its tokens; None for any other row."""
-        return None if self.open else self.target.routing
+        """The ensemble, or the router that weighs each token: rows of one are computed by themselves. Else None."""
+        return self.target.mixture or (None if self.open else self.target.routing)
 
     @property
     def generates(self) -> bool:
@@ -63,6 +63,8 @@ def prepare(host: Host, request: Request, target: Target) -> Prepared:
             ref=target.text or None,
             hint="name an adapter that was trained with task: classification",
         )
+    if target.mixture is not None:
+        target.mixture.check(request)
     ids, types = _encode(host, request, target)
     if not ids:
         raise HubError("the text is empty", hint="give at least one token")

@@ -126,10 +126,15 @@ class Sources:
         """The store's artifact that a ref, or a name offered for one, stands for; None for other adapters."""
         source = self._given.get(text)
         if source is None:
-            return None if text in self._host.runtime.adapters else self._artifact(text)
+            return None if self._in_memory(text) else self._artifact(text)
         if isinstance(source, str | Path) and not Path(source).is_dir():
             return self._artifact(str(source))
         return source if isinstance(source, Artifact) else None
+
+    def _in_memory(self, text: str) -> bool:
+        """Whether somebody else has put it on the base, and not a reading of ours that was withdrawn since."""
+        read = self._named.get(text)
+        return text in self._host.runtime.adapters and (read is None or isinstance(read.source, Adapter))
 
     def _artifact(self, text: str) -> Artifact:
         ref = AdapterRef.parse(text)

@@ -14,6 +14,7 @@ from hub.errors import UsageError
 from hub.manifest import BaseIdentity
 from hub.store import Artifact
 from router.engine.host import Host
+from router.engine.mixture import Mixture, refuse_heads
 from router.engine.sources import Known, Sources
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Target:
         See `Known`.
     routing
         Where a router has yet to choose: `expr` is then of no meaning.
+    mixture
+        Where output probabilities are mixed: likewise.
     """
 
     text: str
@@ -45,6 +48,7 @@ class Target:
     task: str = "generate"
     max_length: int | None = None
     routing: Routing | None = None
+    mixture: Mixture | None = None
 
 
 class Targets:
@@ -101,11 +105,14 @@ class Targets:
 
         made = plan(tree, resolve, check_base=self._check, allow_base_drift=self._allow_drift)
         expr = substitute(made.expression, lambda ref: Ref(known[ref.text].name))
-        _refuse_ensembles(expr)
+        mixture = _mixture(expr)
         leaves = [known[ref] for ref in made.leaves]
         labels, task = _answers(expr, {leaf.name: leaf for leaf in leaves}.__getitem__)
         lengths = [leaf.max_length for leaf in leaves if leaf.max_length is not None]
         names = tuple(dict.fromkeys(leaf.name for leaf in leaves))
+        if mixture is not None:
+            refuse_heads(text, task)
+            return Target(text, IDENTITY, names, mixture=mixture)
         return Target(text, expr, names, labels, task, min(lengths, default=None))
 
     def _router(self, text: str, artifact: Artifact) -> Target:
@@ -123,14 +130,24 @@ class Targets:
         compare(made_for, self._host.identity, ref=text, allow_drift=self._allow_drift)
 
 
-def _refuse_ensembles(expr: Expr) -> None:
+def _mixture(expr: Expr) -> Mixture | None:
+    """The ensemble that an expression is; UsageError for other functions that do not run inside a forward pass."""
+    if isinstance(expr, Call) and get_function(expr.function).family == "ensemble":
+        for expert in expr.args:
+            _refuse_calls(expert)
+        return Mixture.of(expr)
+    _refuse_calls(expr)
+    return None
+
+
+def _refuse_calls(expr: Expr) -> None:
     if isinstance(expr, Call) and get_function(expr.function).family != "merge":
         raise UsageError(
-            f"{expr.function}(...) does not run inside one forward pass, so it cannot be mixed with other rows",
-            hint="router.Ensemble mixes output probabilities; `hub route fit` makes a router of its members",
+            f"{expr.function}(...) does not run inside one forward pass",
+            hint="`hub route fit` makes a router of its members, which can be named here",
         )
     for child in expr.children:
-        _refuse_ensembles(child)
+        _refuse_calls(child)
 
 
 def _answers(expr: Expr, known: Callable[[str], Known]) -> tuple[tuple[str, ...], str]:

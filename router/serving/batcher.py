@@ -56,6 +56,7 @@ class Batcher:
         self.engine, self.metrics, self._most = engine, metrics, waiting
         self._waiting: deque[Job] = deque()
         self._flying: list[Job] = []
+        self._leaving: list[Job] = []
         self._errands: deque[Callable[[], None]] = deque()
         self._change = threading.Condition()
         self._ending = False
@@ -141,7 +142,7 @@ class Batcher:
 
     def _wait(self) -> bool:
         with self._change:
-            while not (self._ending or self._waiting or self._flying or self._errands):
+            while not (self._ending or self._waiting or self._flying or self._leaving or self._errands):
                 self._change.wait()
             return not self._ending
 
@@ -172,9 +173,9 @@ class Batcher:
         return chosen
 
     def _fits(self, rows: list[Prepared]) -> bool:
-        tokens = len(rows) * max(len(row.ids) for row in rows)
-        engine = self.engine
-        return self._flight.takes_more() and tokens <= engine.tokens and engine.residency.fits(engine.needed(rows))
+        tokens, engine = len(rows) * max(len(row.ids) for row in rows), self.engine
+        together = all(row.gate is rows[0].gate for row in rows) and self._flight.takes_more()
+        return together and tokens <= engine.tokens and engine.residency.fits(engine.needed(rows))
 
     def _admit(self, jobs: list[Job]) -> None:
         """Read rows; where the batch fails each is tried alone, so that an error belongs to the row that causes it."""
@@ -212,13 +213,16 @@ class Batcher:
             self._flying.remove(job)
 
     def _land(self) -> None:
-        """Tell the rows that have ended."""
+        """Tell the rows that have ended; what they used is let go once they have left the batch."""
         for job in [job for job in self._flying if job.row.over]:
             self._flying.remove(job)
-            self._release(job)
+            self._leaving.append(job)
             if not job.row.cancelled:
                 self.metrics.seconds.observe(monotonic() - job.since)
                 job.on_done(job.row.answer)
+        for job in [job for job in self._leaving if job.row not in self._flight.rows]:
+            self._leaving.remove(job)
+            self._release(job)
 
     def _release(self, job: Job) -> None:
         if job.held:

@@ -4,27 +4,32 @@
 
 ``memory`` is what the process has grown by (RSS) divided by the adapters' bytes; ``read_ms`` is reading and checking
 one from disk, ``put_ms`` making it resident, ``swap_ms`` what a row takes longer if its adapter is not there and has to
-push another out; ``step`` is a decoding step of a mixed batch divided by that with the first number of residents.
+push another out, ``peft_ms`` PEFT's load_adapter of the same files; ``step`` is a step of decoding rows with adapters
+of their own divided by one of the bare base.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import psutil
 import torch
-from bench_tools import llama, machine, report, shape_options
+from bench_tools import interleave, llama, machine, ratio, report, shape_options
+from peft import PeftModel
 
 import compose
 from router.engine.engine import Engine
 from router.engine.flight import Flight, Row
+from router.engine.prepare import Prepared
 from router.engine.request import Request
 
 
@@ -40,10 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as place:
         bench = Bench(options, Path(place), most=max(counts) + options.rounds + 1)
         rows = [bench.measure(count) for count in counts]
-    for row in rows:
-        row["step"] = row["step_ms"] / rows[0]["step_ms"]
     found = {"machine": machine(), "model": vars(options), "adapter_bytes": bench.size, "rows": rows}
-    report(found, ("resident", "memory", "read_ms", "put_ms", "swap_ms", "step"), options.json, sys.stdout)
+    report(found, ("resident", "memory", "read_ms", "put_ms", "swap_ms", "peft_ms", "step"), options.json, sys.stdout)
 
 
 class Bench:
@@ -60,6 +63,8 @@ class Bench:
                     parameter.normal_(std=0.02)
             compose.save(maker, directory, model=base)
         compose.eject(base)
+        self.bare = Engine(copy.deepcopy(base), tokenizer=compose.tokenizer("builtin:tiny-lm"))
+        self.peft = PeftModel.from_pretrained(copy.deepcopy(base), self.places["a0"], adapter_name="a0")
         self.engine = Engine(
             base, tokenizer=compose.tokenizer("builtin:tiny-lm"), adapters=self.places, rows=options.rows
         )
@@ -93,30 +98,37 @@ class Bench:
             "read_ms": median(reads) * 1e3,
             "put_ms": median(puts) * 1e3,
             "swap_ms": self._swap(count),
-            "step_ms": self._step(count),
+            "peft_ms": self._load_in_peft(),
+            "step": self._step(count),
         }
 
     def _step(self, count: int) -> float:
-        """Milliseconds of a step of a batch whose rows have adapters of their own."""
+        """A step of decoding rows with adapters of their own, divided by one of the bare base in the same round."""
         names = list(self.places)[:count]
-        asked = [
-            Request(text="To be", adapter=names[i % count], max_new_tokens=10**6) for i in range(self.options.rows)
-        ]
-        rows = [Row(self._endless(request), self.engine.host.tokenizer) for request in asked]
-        flight, times = Flight(self.engine.host), []
+        adapters = [names[i % count] for i in range(self.options.rows)]
+        rows = [Row(self._endless(self.engine, name), self.engine.host.tokenizer) for name in adapters]
+        bare = [Row(self._endless(self.bare, None), self.bare.host.tokenizer) for _ in rows]
+        ours, base = Flight(self.engine.host), Flight(self.bare.host)
         with self.engine.residency.held(self.engine.needed([row.prepared for row in rows])):
-            flight.admit(rows)
-            for _ in range(self.options.rounds):
-                start = time.perf_counter()
-                flight.step()
-                times.append(time.perf_counter() - start)
-        return min(times) * 1e3
+            ours.admit(rows)
+            base.admit(bare)
+            times = interleave({"ours": ours.step, "base": base.step}, self.options.rounds)
+        return ratio(times["ours"], times["base"])
 
-    def _endless(self, request: Request) -> Any:
-        from dataclasses import replace
+    @staticmethod
+    def _endless(engine: Engine, adapter: str | None) -> Prepared:
+        """A row that does not end by itself."""
+        return replace(engine.prepare(Request(text="To be", adapter=adapter, max_new_tokens=1)), room=10**6)
 
-        ready = self.engine.prepare(replace(request, max_new_tokens=1))
-        return replace(ready, room=10**6)
+    def _load_in_peft(self) -> float:
+        """Milliseconds of PEFT's load_adapter, from the same directories."""
+        times = []
+        for name in list(self.places)[1 : self.options.rounds + 1]:
+            start = time.perf_counter()
+            self.peft.load_adapter(self.places[name], name)
+            times.append(time.perf_counter() - start)
+            self.peft.delete_adapter(name)
+        return median(times) * 1e3
 
     def _swap(self, count: int) -> float:
         """Milliseconds that a row takes longer if its adapter is not resident and another has to go."""

@@ -1,10 +1,10 @@
 """DEMix on real text: experts of many domains on the built-in base, and domains that no expert has seen.
 
-    python tests/benchmarks/real_domains.py DATA_DIR [--novel a,b] [--steps 100] [--seed 0] [--json FILE|-]
+    python tests/benchmarks/real_domains.py DATA_DIR [--known a,b] [--novel c] [--steps 100] [--json FILE|-]
 
 DATA_DIR holds a folder for each domain with train.jsonl and test.jsonl, rows {"text": ...}. One LoRA is trained for
-each domain that is not novel, and one more, of four times their rank, on the union of their texts for as many tokens as
-all of them together (``dense``). The table gives perplexity on test texts (their first 512 tokens) of
+each known domain, and one more, of four times their rank, on the union of their texts for as many tokens as
+all of them together (``dense``). The table gives perplexity on test texts (their first tokens) of
 
 base      the bare base
 dense     the one adapter of the union
@@ -41,26 +41,27 @@ from train.loop import fit
 BASE = "builtin:tiny-lm"
 NOVEL = "brown_editorial,brown_romance,political_speeches,web_overheard"
 WAYS = ("base", "dense", "average", "uniform", "top1", "demix", "oracle")
-CONTEXT = 512
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
+    parser.add_argument("--known", help="domains with an expert [all that are not novel]")
     parser.add_argument("--novel", default=NOVEL, help="domains without an expert")
     parser.add_argument("--steps", type=int, default=100, help="steps of 4 x 256 tokens for each expert")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--texts", type=int, default=16, help="test texts of each domain")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of each test text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE|-")
     options = parser.parse_args(argv)
     started = time.process_time()
     novel = [name for name in options.novel.split(",") if name]
     domains = sorted(path.name for path in options.data.iterdir() if (path / "train.jsonl").exists())
-    if absent := set(novel) - set(domains):
+    known = options.known.split(",") if options.known else [name for name in domains if name not in novel]
+    if absent := {*known, *novel} - set(domains):
         raise SystemExit(f"{options.data} has no {', '.join(sorted(absent))}")
-    known = [name for name in domains if name not in novel]
     study = Study(options)
     for name in known:
         study.train(name, texts(options.data / name / "train.jsonl"), options.steps, options.rank, 5e-3)
@@ -118,10 +119,10 @@ class Study:
         rows = [torch.tensor(self._ids(text)) for text in texts(self.options.data / domain / "test.jsonl")]
         batch = Batch.of([row for row in rows if len(row) > 1][: self.options.texts], pad=1)
         even = " + ".join(f"{1 / len(known)} * {name}" for name in known)
-        log_probs, valid = expert_log_probs(
-            self.model, [None, "dense", even, *known], batch.input_ids, batch.attention_mask
-        )
-        score = mix(log_probs[3:], valid, log_prior=log_prior(None, len(known)))
+        ids, mask = batch.input_ids, batch.attention_mask
+        log_probs, valid = expert_log_probs(self.model, known, ids, mask)
+        others = [expert_log_probs(self.model, [other], ids, mask)[0][0] for other in (None, "dense", even)]
+        score = mix(log_probs, valid, log_prior=log_prior(None, len(known)))
         self.worst_regret = max(self.worst_regret, float(score.regret.max()))
         tokens = float(valid.sum())
 
@@ -131,7 +132,7 @@ class Study:
         own = [perplexity(nll) for nll in score.expert_nll]
         return {
             "domain": domain,
-            **{way: perplexity(-log_probs[i].double()) for i, way in enumerate(("base", "dense", "average"))},
+            **{way: perplexity(-p.double()) for way, p in zip(("base", "dense", "average"), others, strict=True)},
             "uniform": perplexity(score.reweighed(temperature=math.inf).nll),
             "top1": perplexity(self._top1(score)),
             "demix": perplexity(score.nll),
@@ -155,7 +156,7 @@ class Study:
         return f"{float(final[known.index(domain)]):.2f}"
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, truncation=True, max_length=CONTEXT).input_ids)
+        return list(self.tokenizer(text, truncation=True, max_length=self.options.tokens).input_ids)
 
 
 def mean(label: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def setfit(base, task, method, seed, split, test, args):
     encoder = SentenceTransformer(modules=[body, models.Pooling(body.get_word_embedding_dimension())], device="cpu")
     model = SetFitModel(model_body=encoder, model_head=LogisticRegression(max_iter=1000))
     data = Dataset.from_list([{"text": text(e), "label": split.labels.index(e.label)} for e in split.train])
-    options = {"report_to": "none", "save_strategy": "no", "output_dir": args.scratch, "disable_tqdm": True}
+    options = {"report_to": "none", "save_strategy": "no", "output_dir": args.scratch}
     steps = {} if args.setfit_steps < 0 else {"max_steps": args.setfit_steps}
     started = time.process_time()
     Trainer(

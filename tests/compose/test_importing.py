@@ -7,6 +7,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import compose
@@ -66,6 +67,27 @@ def test_what_peft_saved_does_the_same_here(name: str, saved, cli) -> None:
     with torch.no_grad():
         found = model(input_ids=IDS).logits[:, -len(IDS[0]) :]
     torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*drawn with seed 0")
+@pytest.mark.parametrize("name", ["houlsby", "lora", "prefix"])
+def test_what_the_adapters_library_saved_does_the_same_here(name: str, cli, tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "adapterhub"
+    shape = {"vocab_size": 53, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "max_position_embeddings": 24, "pad_token_id": 1}
+    base = transformers.BertModel(transformers.BertConfig(**shape))
+    base.load_state_dict(load_file(golden / "base.safetensors"))
+    base.save_pretrained(tmp_path / "base")
+    facts = ("--name", "acme/old", "--version", "1.0", "--base", str(tmp_path / "base"), "--task", "masked_lm")
+    result = cli("import", str(golden / name), *facts)
+    assert result.exit_code == 0, result.output
+    wanted = load_file(golden / "outputs.safetensors")
+    model = compose.load(tmp_path / "base", "acme/old")
+    batch = {"input_ids": wanted["ids"], "attention_mask": wanted["mask"]}
+    with torch.no_grad():
+        found = model(**batch, output_hidden_states=True).hidden_states[-1]
+    mask = wanted["mask"].bool()
+    torch.testing.assert_close(found[mask], wanted[name][mask], atol=1e-4, rtol=1e-4)
 
 
 def test_missing_facts_are_asked_for(saved, cli) -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compose import inject
 from compose.kernels import BACKENDS, Pair, choose, expand
 
 PER_ROW = sorted(BACKENDS)

@@ -155,13 +155,14 @@ def test_changes_and_collection_on_a_full_disk(disk: Path, victim) -> None:
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
+    more = victim("acme/more@1.0.0", size=50_000)
     log, names = store.ledger.path.read_bytes(), remotes.path.read_bytes()
     for change in (
         lambda: store.yank("acme/tone@1.1.0", "x" * 5000),
         lambda: store.delete("acme/tone@1.1.0", "x" * 5000),
         lambda: store.tag("acme/tone@1.1.0", "a" * 90),
         lambda: remotes.add("other", "memory://" + "x" * 5000),
-        lambda: store.put(victim("acme/more@1.0.0", size=50_000)),
+        lambda: store.put(more),
     ):
         try:
             change()
@@ -173,7 +174,7 @@ def test_changes_and_collection_on_a_full_disk(disk: Path, victim) -> None:
     assert json.loads(remotes.path.read_bytes()).items() >= json.loads(names).items()
     assert collect(store, plan(store, grace=0), grace=0) > 200_000
     assert store.verify() == []
-    assert str(store.put(victim("acme/more@1.0.0", size=50_000)).ref) == "acme/more@1.0.0"
+    assert str(store.put(more).ref) == "acme/more@1.0.0"
 
 
 LIMITS = [0, 20, 200, 700, 4000, 40_000, 60_000, 150_000]

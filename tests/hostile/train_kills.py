@@ -71,13 +71,13 @@ def main() -> None:
     notes.write_text("".join(f"Note {i}: the adapter of site {i % 7} is loaded, then active.\n" for i in range(60)))
     data = {"train": str(notes), "eval": 0.2}
     values = {"max_length": 32, "batch_size": 4, "eval_every": 3, "schedule": "cosine"}
-    config = TrainConfig(data=data, duration=8 + 2 * given.kills, options={"r": 2, "lora_dropout": 0.1}, **values)
+    config = TrainConfig(data=data, duration=8 + 4 * given.kills, options={"r": 2, "lora_dropout": 0.1}, **values)
     compose.load(config.base)  # what a fork imports and unpacks, it need not
     started = time.perf_counter()
     assert os.waitpid(child(config, given.directory / "whole", resume=False), 0)[1] == 0
     seconds = time.perf_counter() - started
     dice = random.Random(given.seed)
-    hits = disturbed(config, given.directory / "killed", given.kills, max(0.5, seconds / 3), dice)
+    hits = disturbed(config, given.directory / "killed", given.kills, max(0.8, 3 * seconds / given.kills), dice)
     found = {p: Store(given.directory / p / "store").get("me/notes@1.0.0").digest for p in ("whole", "killed")}
     sys.stdout.write(json.dumps({**found, "hits": hits, "seconds": seconds}) + "\n")
 

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -120,34 +121,50 @@ def s3_url(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
     return f"s3://{bucket}/adapters"
 
 
-@pytest.fixture(scope="session")
-def oci_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Debian's docker-registry on loopback; gives ``host:port`` and the directory of its blobs."""
+@contextmanager
+def docker_registry(place: Path, more: str = "") -> Iterator[str]:
+    """Debian's docker-registry on loopback; gives ``host:port``."""
     pytest.importorskip("oras", reason="the extra `oci` is not installed")
     program = shutil.which("docker-registry")
     if program is None:
         pytest.skip("the program docker-registry is not installed")
-    place = tmp_path_factory.mktemp("oci")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{free.getsockname()[1]}"
     (place / "config.yml").write_text(
         f"version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\nhttp: {{addr: '{host}'}}\n"
-        f"storage: {{filesystem: {{rootdirectory: {place}}}, delete: {{enabled: true}}}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {place}}}, delete: {{enabled: true}}}}\n{more}"
     )
-    log = (place / "log").open("wb")
-    server = subprocess.Popen([program, "serve", str(place / "config.yml")], stdout=log, stderr=log)
-    for _ in range(500):
-        try:
-            urllib.request.urlopen(f"http://{host}/v2/").close()
-            break
-        except urllib.error.URLError:
-            assert server.poll() is None, (place / "log").read_text()
-            time.sleep(0.02)
-    yield host, place / "docker/registry/v2/blobs/sha256"
-    server.kill()
-    server.wait()
-    log.close()
+    with (place / "log").open("wb") as log:
+        server = subprocess.Popen([program, "serve", str(place / "config.yml")], stdout=log, stderr=log)
+        for _ in range(500):
+            try:
+                urllib.request.urlopen(f"http://{host}/v2/").close()
+                break
+            except urllib.error.HTTPError:  # it wants a login, so it is there
+                break
+            except urllib.error.URLError:
+                assert server.poll() is None, (place / "log").read_text()
+                time.sleep(0.02)
+        yield host
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="session")
+def oci_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A registry for all tests; gives ``host:port`` and the directory of its blobs."""
+    place = tmp_path_factory.mktemp("oci")
+    with docker_registry(place) as host:
+        yield host, place / "docker/registry/v2/blobs/sha256"
+
+
+@pytest.fixture
+def oci_private(tmp_path: Path) -> Iterator[str]:
+    """A registry that knows the user ``me`` with the password ``secret``, and nobody else; gives ``host:port``."""
+    (tmp_path / "htpasswd").write_text("me:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n")
+    with docker_registry(tmp_path, f"auth: {{htpasswd: {{realm: here, path: {tmp_path}/htpasswd}}}}\n") as host:
+        yield host
 
 
 @pytest.fixture

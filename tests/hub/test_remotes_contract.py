@@ -409,6 +409,32 @@ def test_two_publish_the_same_version_at_once(url: str, packed, tmp_path: Path) 
     assert isinstance(outcomes[1 - winner], Conflict)
 
 
+def test_many_publish_at_once(url: str, packed, tmp_path: Path) -> None:
+    """Nobody's version is lost, whoever comes between."""
+    stores = [Store(tmp_path / f"writer-{i}") for i in range(4)]
+    for i, writer in enumerate(stores):
+        writer.put(packed(f"acme/tone@1.{i}", seed=i)[0])
+    failed: list[HubError] = []
+    ready = threading.Barrier(len(stores))
+
+    def work(writer: Store) -> None:
+        remote = from_url(url)
+        ready.wait()
+        try:
+            push(writer, remote, "acme/tone")
+        except HubError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(writer,)) for writer in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    found = {release.version: release.digest for release in from_url(url).catalogue("acme/tone").releases}
+    assert found == {f"1.{i}": writer.get("acme/tone").digest for i, writer in enumerate(stores)}
+
+
 def test_unknown_scheme() -> None:
     with pytest.raises(UsageError) as caught:
         from_url("fille:///tmp/x")

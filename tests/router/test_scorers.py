@@ -118,6 +118,29 @@ def test_centroid_finds_where_a_row_is_from(options, bench, batch):
     assert router.weights(bench.model, batch).argmax(1).tolist() == [1, 2, 0]
 
 
+def test_spans_are_weighed_by_themselves(bench):
+    """A row of two halves from two places: each half gets its own expert, and a span of the whole row is the row."""
+    router = Router.fit("centroid", bench, options={"embed": "tokens"}, gating=Gating(top_k=1))
+    row = torch.cat([bench.rows["a"][0], bench.rows["d"][0]])
+    batch = Batch.of([row, row.flip(0)])
+    weights = router.span_weights(bench.model, batch, 9)
+    assert weights.argmax(-1).tolist() == [[0] * 9 + [2] * 9, [2] * 9 + [0] * 9]
+    router.activate_spans(bench.model, batch, 18)
+    with torch.no_grad():
+        whole = bench.model(input_ids=batch.input_ids).logits
+        assert close(answers(router, bench, batch), whole)
+        router.activate_spans(bench.model, batch, 9)
+        spans = bench.model(input_ids=batch.input_ids).logits
+        compose.activate(bench.model, "a")
+        assert torch.allclose(spans[0, :9], bench.model(input_ids=batch.input_ids).logits[0, :9], atol=5e-5)
+    assert not torch.allclose(spans, whole, atol=1e-3)
+    for wrong in ("arrow", "phatgoose"):
+        with pytest.raises(UsageError, match="spans are for methods that weigh rows"):
+            fit(wrong, bench).activate_spans(bench.model, batch, 9)
+    with pytest.raises(UsageError, match="span of 0"):
+        router.span_weights(bench.model, batch, 0)
+
+
 def test_likelihood_is_the_posterior_of_the_ensemble(bench, batch):
     from router import Ensemble
 

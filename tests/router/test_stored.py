@@ -249,3 +249,38 @@ def test_help_and_methods_do_not_load_models(place):
     listed = json.loads(hub("route", "methods", "--json").stdout)
     assert {row["method"] for row in listed} >= {"arrow", "centroid", "fuse", "gate", "likelihood", "phatgoose", "task"}
     assert "did you mean fit" in hub("route", "fti", code=2).stderr
+
+
+def test_eval_of_classifiers_counts_the_names_of_classes(place, tmp_path):
+    """Two experts with heads of their own: one says the right class of its rows, so the given task is the oracle."""
+    model = compose.load(TINY, dtype="fp32", task="classification", labels=("no", "yes"))
+    base, store = compose.identity(model), Store()
+    for seed, name in enumerate(("first", "second")):
+        options = {"r": 2, "target_modules": "all-linear", "modules_to_save": ("score",)}
+        adapter = compose.create(model, "lora", options, name=name, seed=seed)
+        with torch.no_grad():
+            adapter.head("score").weight.normal_(generator=torch.Generator().manual_seed(seed))
+        compose.save(adapter.freeze(), tmp_path / name, model=model, task="classification")
+        facts = {"task": "classification", "labels": ("no", "yes"), "placement": tuple(adapter.paths), "base": base}
+        pack(tmp_path / name, Draft(name=f"ns/{name}", version="1.0.0", kind="lora", **facts))
+        store.put(tmp_path / name)
+    tokenizer, said = compose.tokenizer(TINY), {}
+    for name in ("first", "second"):
+        compose.activate(model, name)
+        rows = []
+        for text in ("one small step", "a giant leap", "the eagle has landed"):
+            with torch.no_grad():
+                best = int(model(input_ids=torch.tensor([tokenizer(text).input_ids])).logits[0].argmax())
+            rows.append({"text": text, "label": ("no", "yes")[best]})
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        said[name] = rows
+    fit("task", members=("ns/first", "ns/second"))
+    sets = ("--data", "first=first.jsonl", "--data", "second=second.jsonl")
+    found = json.loads(hub("route", "eval", "ns/router", *sets, "--json", "-").stdout)
+    assert found["metric"] == "accuracy"
+    assert [row["routed"] for row in found["rows"]] == [1.0, 1.0] == [row["oracle"] for row in found["rows"]]
+    agree = sum(a == b for a, b in zip(said["first"], said["second"], strict=True)) / 3
+    assert found["single"]["first"]["second"] == pytest.approx(agree)
+    assert found["confusion"]["second"] == {"first": 0.0, "second": 1.0}
+    (tmp_path / "bare.jsonl").write_text('{"text": "no label"}', encoding="utf-8")
+    assert "has no label" in hub("route", "eval", "ns/router", "--data", "first=bare.jsonl", code=2).stderr

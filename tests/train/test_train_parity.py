@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import compose
 from compose.locate import locate
-from train.batches import epoch_order
+from train.batches import IGNORE, Dataset, Ragged, epoch_order
 from train.config import TrainConfig
 from train.data import text_blocks
 from train.loop import fit
+from train.method import make_method
 
 peft = pytest.importorskip("peft", reason="parity is measured against peft")
 
@@ -67,3 +68,26 @@ def test_twenty_steps_equal_those_of_peft(tokenizer, quantize, within):
     theirs = losses_of_peer(peer(initial, quantize), data, config)
     assert ours[-1] < 0.6 * ours[0]
     assert ours == pytest.approx(theirs, abs=within)
+
+
+@pytest.mark.parametrize("name", ["rslora", "dora", "ia3", "prefix", "prompt", "krona"])
+def test_other_methods_equal_those_of_peft(tiny, name, tmp_path):
+    """The peer reads our fresh adapter from disk, and trains on."""
+    random = torch.Generator().manual_seed(0)
+    ids = [torch.randint(4, 53, (n,), generator=random).tolist() for n in torch.arange(80) % 7 + 4]
+    labels = [[IGNORE, *row[1:]] for row in ids]  # PEFT lets the last virtual token predict the first real one
+    data = Dataset({"input_ids": Ragged.of(ids), "labels": Ragged.of(labels)}, "causal_lm", pad_id=1)
+    sizes = {"prefix": {"hidden": 0, "num_virtual_tokens": 4}, "prompt": {"num_virtual_tokens": 4}, "ia3": {}}
+    options = sizes.get(name, {"r": 4})
+    config = TrainConfig(
+        method=name, options=options, duration=STEPS, batch_size=ROWS, lr=1e-2, schedule="constant", warmup=0.0
+    )
+    method, config = make_method(config)
+    model = tiny.model("llama")
+    learner = method.build(model, seed=5)
+    compose.save(learner, tmp_path, model=model, task="causal_lm")
+    other = peft.PeftModel.from_pretrained(tiny.model("llama"), tmp_path, is_trainable=True)
+    theirs = losses_of_peer(other, data, config)
+    ours = [record["loss"] for record in fit(model, learner, data, None, config, method=method).history]
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert sum(ours[-4:]) < sum(ours[:4]) - 0.2

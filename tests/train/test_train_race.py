@@ -79,16 +79,16 @@ def test_a_race_from_the_shell_leaves_a_table_and_a_plot(notes, tmp_path):
 
 
 def test_eval_measures_an_adapter_as_its_run_did(notes, tmp_path):
-    config = TrainConfig(data={"train": notes, "eval": notes}, options={"r": 2}, **{**LM, "duration": 4, "eval_every": 4})
+    values = {**LM, "duration": 4, "eval_every": 4}
+    config = TrainConfig(data={"train": notes, "eval": notes}, options={"r": 2}, **values)
     out = run(config, folder=tmp_path / "run", ref="me/notes@1.0.0")
     page = (tmp_path / "run" / "curves.html").read_text()
     assert "<svg" in page
     assert f"{out.result.best['loss']:.4g}" in page
     found = json.loads(hub("eval", "me/notes@1.0.0", notes, "--max-length", "32", "--json", "-").stdout)
     assert found["measures"]["loss"] == pytest.approx(out.result.best["loss"], rel=1e-5)
-    bare = json.loads(
-        hub("eval", "none", notes, "--base", "builtin:tiny-lm", "--task", "causal_lm", "--max-length", "32", "--json", "-").stdout
-    )
+    facts = ("--base", "builtin:tiny-lm", "--task", "causal_lm", "--max-length", "32", "--json", "-")
+    bare = json.loads(hub("eval", "none", notes, *facts).stdout)
     assert bare["measures"]["loss"] > found["measures"]["loss"]
     half = json.loads(hub("eval", "0.5 * me/notes@1.0.0", notes, "--max-length", "32", "--json", "-").stdout)
     assert found["measures"]["loss"] < half["measures"]["loss"] < bare["measures"]["loss"]

@@ -41,6 +41,7 @@ def _print_fields(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 )
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint, exactly.")
 @click.option("--dry-run", is_flag=True, help="Show sites, counts, memory, time and the first example; train nothing.")
+@click.option("--track", "trackers", multiple=True, metavar="NAME", help="Also log to tensorboard, wandb, mlflow, ...")
 @click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is stdout.")
 @click.option(
     "--fields", is_flag=True, expose_value=False, is_eager=True, callback=_print_fields, help="List all keys."
@@ -54,6 +55,7 @@ def train(
     save_every: int,
     resume: bool,
     dry_run: bool,
+    trackers: tuple[str, ...],
     json_path: str | None,
 ) -> None:
     """Train an adapter from a YAML file, evaluate it, keep the best and publish it.
@@ -88,6 +90,7 @@ def train(
         resume=resume,
         save_every=save_every,
         license=license_,
+        trackers=trackers,
     )
     _report(outcome.as_dict(), json_path)
 

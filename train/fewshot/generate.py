@@ -47,7 +47,10 @@ def source_texts(example: Example, word: str) -> list[str]:
 def beam_search(
     model: Any, tokenizer: Any, texts: Sequence[str], *, beam: int = 100, max_tokens: int = _LENGTH
 ) -> list[Beam]:
-    """Fillings `<X> ... <Y> ... <Z>` by their summed log p over `texts`, best first; unfinished ones are dropped."""
+    """Fillings `<X> ... <Y> ... <Z>` by their summed log p over `texts`, best first.
+
+    After `<X>` come at most `max_tokens` tokens: where there is room for the sentinels alone, they are written.
+    """
     first, second, third = (sentinel(tokenizer, i) for i in range(3))
     batch = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
     mask = batch["attention_mask"]
@@ -55,11 +58,14 @@ def beam_search(
     start = model.config.decoder_start_token_id
     banned = [i for i in tokenizer.all_special_ids if i not in (second, third)]
     beams, done = [Beam((first,), 0.0)], list[Beam]()
-    for _ in range(max_tokens):
+    for written in range(max_tokens):
         scores = torch.stack([_next(model, states, mask, [start, *b.tokens]) + b.score for b in beams])  # (A, V)
         scores[:, banned] = -torch.inf
         for row, b in enumerate(beams):
-            scores[row, third if second not in b.tokens else second] = -torch.inf  # the sentinels come in order
+            due = third if second in b.tokens else second
+            if max_tokens - written <= (1 if second in b.tokens else 2):  # room for the sentinels alone
+                scores[row, torch.arange(scores.shape[1]) != due] = -torch.inf
+            scores[row, second if second in b.tokens else third] = -torch.inf  # the sentinels come in order
         values, where = scores.flatten().topk(min(beam, int((scores > -torch.inf).sum())))
         grown = []
         for value, at in zip(values.tolist(), where.tolist(), strict=True):

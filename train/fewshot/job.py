@@ -165,5 +165,4 @@ def learn(job: Job, method: str) -> Learned:
 
 def _bf16_is_native() -> bool:
     """Whether this processor has AVX512-BF16 or AMX; on others bf16 is emulated and slow."""
-    found: bool = torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu._is_amx_tile_supported()
-    return found
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -23,10 +23,10 @@ from train.fewshot.examples import Example
 from train.fewshot.head import choose_head
 from train.fewshot.job import Job, Learned
 from train.fewshot.prompts import encode, to_dataset
-from train.fewshot.reader import MaskReader
+from train.fewshot.reader import MaskReader, inputs_of
 from train.fewshot.splits import folds
 from train.fewshot.template import Template
-from train.fewshot.tuning import inputs_of, tune
+from train.fewshot.tuning import tune
 from train.fewshot.verbalizer import WordScores
 from train.fewshot.views import View
 from train.method import Method

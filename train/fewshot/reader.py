@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from train.errors import TrainError
 from train.fewshot.replay import Replay
 from train.fewshot.verbalizer import WordScores
 
-__all__ = ["MaskReader", "PromptModel", "mean_state"]
+__all__ = ["MaskReader", "PromptModel", "inputs_of", "mean_state"]
 
 
 class MaskReader(nn.Module):
@@ -29,29 +29,18 @@ class MaskReader(nn.Module):
 
     def __init__(self, lm: nn.Module, replay: Replay | None = None) -> None:
         super().__init__()
-        self._lm = (lm,)  # in a tuple: parameters and modes stay the model's own
+        self.lm: Any = lm
         self.replay = replay
-        output = cast("Any", lm).get_output_embeddings()
+        output = self.lm.get_output_embeddings()
         if output is None:
             raise TrainError(f"{type(lm).__name__} has no output embedding to read words from", hint="a masked-LM base")
         self._at: Tensor | None = None
         self._states = torch.empty(0)
         self._hook = output.register_forward_pre_hook(self._only_masks)
 
-    @property
-    def lm(self) -> Any:
-        """The language model."""
-        return self._lm[0]
-
     def close(self) -> None:
         """Take the hook off the model."""
         self._hook.remove()
-
-    def train(self, mode: bool = True) -> MaskReader:
-        """Switch the language model's mode too."""
-        super().train(mode)
-        self.lm.train(mode)
-        return self
 
     def forward(self, mask_at: Tensor, row: Tensor | None = None, *, hidden: bool = False, **inputs: Tensor) -> Any:
         """`.logits` (B, k, V) at `mask_at` (B, k), and `.states` (B, k, d), what the output embedding was fed there.
@@ -88,10 +77,10 @@ class PromptModel(nn.Module):
         """`.logits` (B, C): the words' logits at the one mask."""
         return SimpleNamespace(logits=self.scores(self.reader(mask_at, row, **inputs).logits[:, 0]))
 
-    def train(self, mode: bool = True) -> PromptModel:
-        """Switch the language model's mode too."""
-        super().train(mode)
-        return self
+
+def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a reader takes of a batch."""
+    return {n: v for n, v in batch.items() if n in ("input_ids", "attention_mask", "token_type_ids", "mask_at")}
 
 
 def mean_state(hidden: Tensor, attention_mask: Tensor) -> Tensor:

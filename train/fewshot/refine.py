@@ -17,10 +17,11 @@ from torch import Tensor
 import compose
 from compose.kind import Adapter
 from train.config import TrainConfig
+from train.evaluate import amp
 from train.fewshot.distil import Distil
 from train.fewshot.examples import Example
 from train.fewshot.head import fit_head
-from train.fewshot.reader import MaskReader
+from train.fewshot.reader import MaskReader, inputs_of
 from train.fewshot.replay import Replay, blocks_of
 from train.fewshot.views import Features, View, ViewModel, joined, view_dataset
 from train.loop import FitResult, fit
@@ -90,9 +91,8 @@ def refine(
     try:
         data = [view_dataset(v.template, examples, tokenizer, labels, max_length=max_length) for v in views]
         reader.eval()
-        kept = [
-            replay.record(d, lambda batch: reader(**{n: v for n, v in batch.items() if n != "labels"})) for d in data
-        ]
+        with amp(model.device, config.precision):
+            kept = [replay.record(d, lambda batch: reader(**inputs_of(batch))) for d in data]
         adapter = compose.create(model, "lora", adapter_options(model, blocks), name=name, seed=config.seed)
         compose.activate(model, name)
         rows = joined(data, kept)

@@ -114,7 +114,7 @@ def run(
         **learned.facts,
     }
     if name is not None:
-        artifact = publish(learned, request, name, measured, store or Store())
+        artifact = publish(learned, request, name, {**measured, "n": len(test)}, store or Store())
         found |= {"ref": str(artifact.ref), "digest": artifact.digest}
     return {**found, "seconds": round(time.perf_counter() - started, 2)}
 
@@ -156,7 +156,7 @@ def publish(
         draft = draft.model_copy(
             update={
                 "method": f"few-shot/{learned.method}",
-                "task": spec.base_task,
+                "task": None,  # the base is loaded as it was saved
                 "hyperparameters": {**draft.hyperparameters, "few_shot": {"k": request.k, **learned.facts}},
                 "metrics": _metrics(request, measured, file_digests(request.test or request.data)),
                 "summary": f"A classifier of {len(spec.labels)} labels: `hub few-shot predict {ref} --text ...`",

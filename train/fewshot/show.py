@@ -48,6 +48,9 @@ def _filled(template: Template, examples: Sequence[Example], tokenizer: object) 
 
 def _word(tokenizer: object, word: str) -> str:
     ids = word_ids(tokenizer, word)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in ids:
+        return f"{word} (unknown to this base)"
     if len(ids) == 1:
         return f"{word} (one token)"
     near = ", ".join(nearest_single_tokens(tokenizer, word))

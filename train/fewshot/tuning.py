@@ -15,7 +15,7 @@ from compose.kind import Adapter
 from train.batches import Dataset
 from train.config import TrainConfig
 from train.evaluate import amp
-from train.fewshot.reader import MaskReader, PromptModel
+from train.fewshot.reader import MaskReader, PromptModel, inputs_of
 from train.fewshot.refine import adapter_options, upper_blocks
 from train.fewshot.replay import Replay
 from train.fewshot.verbalizer import WordScores
@@ -103,7 +103,8 @@ def tune(
         reader.eval()
 
         def kept(data: Dataset) -> Dataset:
-            rows = replay.record(data, lambda batch: reader(**inputs_of(batch)))
+            with amp(model.device, config.precision):
+                rows = replay.record(data, lambda batch: reader(**inputs_of(batch)))
             return replace(data, columns={**data.columns, "row": rows})
 
         adapter = compose.create(model, "lora", adapter_options(model, blocks), name=name, seed=config.seed)
@@ -116,11 +117,6 @@ def tune(
         reader.close()
     model.eval()
     return Tuned(adapter.freeze(), result)
-
-
-def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a reader takes of a batch."""
-    return {n: v for n, v in batch.items() if n in ("input_ids", "attention_mask", "token_type_ids", "mask_at")}
 
 
 @torch.no_grad()

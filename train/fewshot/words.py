@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import compose
+from train.evaluate import amp
 from train.fewshot.job import Job
 from train.fewshot.prompts import prompt_dataset
-from train.fewshot.reader import MaskReader
+from train.fewshot.reader import MaskReader, inputs_of
 from train.fewshot.template import Template
-from train.fewshot.tuning import inputs_of
 from train.fewshot.verbalizer import VerbalizerError, WordScores
 
 __all__ = ["assignments", "candidate_words", "find_words", "scores_for"]
@@ -83,7 +83,9 @@ def mask_logits(job: Job, template: str) -> Tensor:
     try:
         reader.eval()
         for rows, batch in data.batches(32):
-            for row, one in zip(rows.tolist(), reader(**inputs_of(batch)).logits[:, 0].float(), strict=True):
+            with amp(job.model.device, job.precision):
+                logits = reader(**inputs_of(batch)).logits[:, 0]
+            for row, one in zip(rows.tolist(), logits.float(), strict=True):
                 rows_of[row] = one
     finally:
         reader.close()

@@ -63,7 +63,7 @@ class Demix(Method):
             compose.activate(model, ref)
             losses[ref] = evaluate(model, sample)["loss"]
         self.started_from = min(losses, key=lambda ref: losses[ref])
-        closest = model.moduloom.adapter(self.started_from)  # type: ignore[attr-defined]
+        closest = model.moduloom.adapter(self.started_from)
         if closest.kind != learner.kind or _sizes(closest) != _sizes(learner):
             raise ConfigError(
                 f"{self.started_from} is a {closest.kind} of other options than the new {learner.kind} expert",

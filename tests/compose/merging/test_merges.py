@@ -250,7 +250,6 @@ def test_progress_is_reported(lab: Any) -> None:
         ("svd(i, rank=3)", "a rank is for low-rank deltas"),
         ("knots(a, d)", r"d changes model.* by more than a pair"),
         ("ties(a, c)", "moves the bias"),
-        ("ties(a >> i, a)", "full rank"),
         ("svd(a, p)", "no parameters in common"),
         ("cat(2 * p, q)", "there or not"),
         ("cat(p >> q)", "one adapter after the other"),

@@ -18,10 +18,10 @@ def test_they_follow_another_writer(store, packed) -> None:
     other = Store(store.root)
     found = Catalogues(Store(store.root), 16)
     chance = random.Random(0)
-    for step in range(40):
+    for step in range(60):
         name = chance.choice(NAMES)
         versions = [release.version for release in other.catalogue(name).releases]
-        verb = chance.choice(("put", "yank", "unyank", "tag", "untag"))
+        verb = chance.choice(("put", "put", "yank", "unyank", "tag", "untag", "delete", "evict"))
         try:
             if verb == "put" or not versions:
                 other.put(packed(f"{name}@1.{step}", seed=step)[0])
@@ -29,10 +29,12 @@ def test_they_follow_another_writer(store, packed) -> None:
                 other.tag(f"{name}@{chance.choice(versions)}", chance.choice(("prod", "best")))
             elif verb == "untag":
                 other.untag(name, "prod")
+            elif verb in ("delete", "evict"):
+                other.bury(f"{name}@{chance.choice(versions)}", "old", final=verb == "delete")
             else:
                 ref = AdapterRef.parse(name).at(version=chance.choice(versions))
                 other.yank(ref, "bad" if verb == "yank" else None)
-        except HubError:  # there is no such alias
+        except HubError:  # there is no such alias, or one stands on it
             continue
         if chance.random() < 0.7:  # sometimes several changes come between two looks
             for each in NAMES:

@@ -9,6 +9,7 @@ import compose
 from hub.errors import HubError, UsageError
 from router.engine.engine import Engine
 from router.engine.request import Request
+from router.ensemble import Ensemble
 
 BASE = "builtin:tiny-lm"
 
@@ -111,7 +112,9 @@ def test_scores_of_tokens_are_log_probabilities(engine):
     [
         ("lwa", "law"),
         ("mood + topic", "different labels"),
-        ("ensemble.demix(law, code)", "one forward pass"),
+        ("0.5 * ensemble.demix(law, code)", "outermost"),
+        ('ensemble.demix(law, code, prior="updating")', "rows before"),
+        ("ensemble.mean(mood, law)", "classify"),
         ("0.5 *", "something is missing here"),
     ],
 )
@@ -121,6 +124,24 @@ def test_a_row_that_cannot_run_says_why_and_leaves_the_others_alone(engine, adap
     assert isinstance(bad, HubError)
     assert words in f"{bad.message} {bad.hint}"
     assert same(fine, engine.run([good])[0])
+
+
+def test_an_ensemble_is_answered_beside_other_rows(engine):
+    text, expr = "The parties agree", "ensemble.demix(law, code, gamma=0.9)"
+    asked = [
+        Request(text=text, adapter=expr, max_new_tokens=6, weights=True),
+        Request(text="To be", adapter="law", max_new_tokens=3),
+        Request(text="def main(", adapter=expr, max_new_tokens=4),
+    ]
+    answers = engine.run(asked)
+    assert all(same(a, engine.run([r])[0]) for a, r in zip(answers, asked, strict=True))
+    ids = engine.host.tokenizer(text, return_tensors="pt")["input_ids"]
+    experts = ["local/law@1.0.0", "local/code@1.0.0"]
+    made = Ensemble(engine.host.model, experts, gamma=0.9).generate(ids, max_new_tokens=6, do_sample=False)
+    assert answers[0].text == engine.host.tokenizer.decode(made.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+    assert list(answers[0].weights.values()) == pytest.approx(made.posterior[0, 0].tolist(), abs=1e-4)
+    with pytest.raises(UsageError, match="greedily"):
+        engine.run([Request(text=text, adapter=expr, temperature=1.0)])
 
 
 def test_texts_that_do_not_fit(engine):
@@ -155,3 +176,13 @@ def test_two_hundred_adapters_through_a_residency_of_eight(shelf, tmp_path):
     assert [r.text for r in tight.run(requests[:20])] == alone[:20]  # read again
     roomy.close()
     tight.close()
+
+
+def test_what_is_dropped_while_it_is_used_goes_afterwards(engine):
+    known = engine.sources.known("local/tone")
+    held = engine.residency
+    with held.held([known]):
+        held.drop(known.name)
+        assert known.name in held.resident
+    assert known.name not in held.resident
+    assert known.name not in engine.host.runtime.adapters

@@ -268,3 +268,20 @@ def test_a_token_is_asked_for_and_an_open_address_needs_one(shelf):
     found = CliRunner().invoke(main, ["serve", BASE, "--host", "0.0.0.0"])
     assert found.exit_code == 2
     assert "without a token" in found.output
+
+
+def test_adapters_come_and_go_under_a_tight_budget(shelf, engine):
+    names = ["law", "code", "tone", "lead", "0.5 * law + code", "ensemble.mean(law, code)", "ties(law, law)"]
+    tight = Engine(BASE, store=shelf.store, dtype="fp32", rows=3)
+    tight.residency.budget = max(tight.sources.known(name).bytes for name in ("law", "code", "tone", "lead"))
+    asked = [(names[i % len(names)], 2 + i % 5) for i in range(35)]
+    wanted = engine.run([Request(text="To be", adapter=n, max_new_tokens=m) for n, m in asked])
+    running = Running(tight)
+    try:
+        client = Client(running.address)
+        with ThreadPoolExecutor(12) as pool:
+            told = list(pool.map(lambda a: ask(client, model=a[0], prompt="To be", max_tokens=a[1]).json(), asked))
+    finally:
+        running.stop()
+    assert [t["choices"][0]["text"] for t in told] == [w.text for w in wanted]
+    assert tight.residency.counts.evicted > 3

@@ -1,0 +1,63 @@
+"""``at(a, layers=[...], sites=[...])``: an adapter, or an expression, where it says; the base elsewhere.
+
+At a module in layer l with role or path s the result is a where l is in ``layers`` and s is named by ``sites``, and the
+identity otherwise. ``layers`` says nothing of modules outside the blocks; whole modules (a head) always come along.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from compose.expr import Add, Call, Expr, Scale, Seq, add, seq
+from compose.function import CallError, FunctionSpec, Options, register
+
+
+class AtOptions(Options):
+    """Options of ``at``."""
+
+    layers: tuple[int, ...] | None = Field(None, description="numbers of layers, from 0")
+    sites: tuple[str, ...] | None = Field(
+        None, description='roles ("attn.q"), or ends of paths ("q_proj", "self_attn")'
+    )
+
+
+def _check(call: Call, options: AtOptions) -> None:  # noqa: ARG001
+    if options.layers is None and options.sites is None:
+        raise CallError("at says neither layers nor sites", hint="at(a, layers=[0, 1]) or at(a, sites=[attn.q])")
+    for name, given in (("layers", options.layers), ("sites", options.sites)):
+        if given is not None and not given:
+            raise CallError(
+                f"{name} is empty, so nothing would act anywhere", option=name, hint="leave the adapter out"
+            )
+    if options.layers is not None and min(options.layers) < 0:
+        raise CallError(f"there is no layer {min(options.layers)}", option="layers", hint="layers are numbered from 0")
+
+
+def _canonical(call: Call, options: AtOptions) -> Expr:
+    # It distributes over all that acts site by site, so it stands at the leaves.
+    given = {"layers": options.layers, "sites": options.sites}
+    sorted_ = {name: sorted(set(values)) for name, values in given.items() if values is not None}
+
+    def inside(expr: Expr) -> Expr:
+        if isinstance(expr, Scale):
+            return Scale(expr.factor, inside(expr.of))
+        if isinstance(expr, Add):
+            return add(*map(inside, expr.terms))
+        if isinstance(expr, Seq):
+            return seq(*map(inside, expr.stages))
+        return Call(call.function, [expr], sorted_)
+
+    return inside(call.args[0])
+
+
+AT = register(
+    FunctionSpec(
+        "at",
+        "select",
+        "The adapter at the named layers and sites, the base elsewhere.",
+        AtOptions,
+        maximum=1,
+        check=_check,
+        canonical=_canonical,
+    )
+)

@@ -1,0 +1,75 @@
+"""Rows answered by an ensemble: the experts' output probabilities mixed, each row by its own posterior."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from compose.expr import Call, Expr
+from compose.function import bind
+from hub.errors import HubError, UsageError
+from router.engine.host import Host
+from router.engine.request import Request
+from router.ensemble import Ensemble
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """An ``ensemble.demix`` or ``ensemble.mean`` over residents; its rows are computed by themselves.
+
+    Attributes
+    ----------
+    experts
+        Over the names of residents.
+    options
+        Of `router.ensemble.Ensemble`.
+    """
+
+    experts: tuple[Expr, ...]
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, call: Call) -> Mixture:
+        """The mixture that a call stands for.
+
+        Raises
+        ------
+        UsageError
+            A prior that depends on the rows before: here a row's answer depends on that row alone.
+        """
+        found: Any = bind(call)
+        if call.function == "ensemble.mean":
+            return cls(call.args, {"temperature": math.inf})  # the posterior stays what the uniform prior is
+        if found.prior in ("updating", "cached"):
+            raise UsageError(
+                f"the prior {found.prior!r} depends on the rows before, and rows are answered in any order",
+                hint='prior="uniform", or one probability per expert',
+            )
+        prior = found.prior if isinstance(found.prior, str) else list(found.prior)
+        return cls(call.args, {"prior": prior, "gamma": found.gamma, "temperature": found.temperature})
+
+    @staticmethod
+    def check(request: Request) -> None:
+        """Refuse what an ensemble does not do."""
+        if request.temperature > 0 or request.scores:
+            raise UsageError("an ensemble decodes greedily and gives no scores", hint="temperature 0, scores 0")
+
+    def generate(
+        self, host: Host, ids: Tensor, mask: Tensor, room: int
+    ) -> tuple[list[list[int]], list[dict[str, float]]]:
+        """Tokens after the prompts (B, T), padded on the left, and each expert's weight when the row had been read."""
+        host.forget()
+        ensemble = Ensemble(host.model, self.experts, **self.options)
+        made = ensemble.generate(ids, mask, max_new_tokens=room, do_sample=False)
+        first = made.posterior[:, 0].tolist()
+        weights = [{str(e): w for e, w in zip(self.experts, row, strict=True)} for row in first]
+        return made.sequences[:, ids.shape[1] :].tolist(), weights
+
+
+def refuse_heads(text: str, task: str) -> None:
+    """An ensemble continues texts."""
+    if task != "generate":
+        raise HubError(f"{text} mixes the next token's probabilities, and its members classify", ref=text)
