@@ -113,7 +113,7 @@ def _place(path: str, sites: SiteMap) -> str:
     found = [p for p in sites.modules if p == path or p.endswith("." + path)]
     if len(found) != 1:
         raise KindError(f"{path} is {'no module' if not found else 'not one module'} of this {sites.model_type} model")
-    return found[0]
+    return str(found[0])
 
 
 def _bottleneck(config: Mapping[str, Any], tensors: Mapping[tuple[str, str], Tensor], sites: SiteMap) -> Part:

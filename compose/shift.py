@@ -144,7 +144,9 @@ def _chosen(config: ShiftConfig, sites: SiteMap, model: PreTrainedModel) -> list
     """Module paths in model order."""
     wanted, carried = config.target_modules, tuple(f".{name}." for name in config.modules_to_save)
     blocks = {s.path: s.layer for s in sites} | {p: sites.layer_of(p) for p in sites.norms}
-    everything = {**blocks, **dict.fromkeys(sites.outside), sites.embedding: None}
+    everything = {**blocks, **dict.fromkeys(sites.outside)}
+    if sites.input_table is not None:
+        everything[sites.embedding] = None
     if wanted is None:
         chosen = {p for p, layer in blocks.items() if layer is not None}
     elif wanted == "all":

@@ -1,7 +1,7 @@
 """Write docs/coverage.md by trying: every kind x operator x family on tiny random models.
 
-``python docs/coverage.py`` writes the page; ``--check`` only says whether it is current. What a cell says was computed a
-moment before: the composition was activated and run, and its law held; or it was refused, and that is the reason.
+``python docs/coverage.py`` writes the page; ``--check`` only says whether it is current. What a cell says was computed
+a moment before: the composition was activated and run, and its law held; or it was refused, and that is the reason.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def put(model: Any, kind: str, name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     home.add(name, adapter.freeze())
 
 
@@ -173,8 +173,8 @@ def page(progress: Callable[[str], None]) -> Iterator[str]:
     yield "# What works where\n"
     yield (
         "Made by `python docs/coverage.py`, which tries every cell on a tiny random model: `yes` means that the "
-        "composition ran, changed the outputs and equalled what the algebra says it equals. A number is a refusal, with "
-        "its reason below.\n"
+        "composition ran, changed the outputs and equalled what the algebra says it equals. A number is a refusal, "
+        "with its reason below.\n"
     )
     tried = {kind: {family: column(kind, family) for family in _told(FAMILIES, kind, progress)} for kind in names}
     for label in (*OPERATORS, "lower_to_lora"):

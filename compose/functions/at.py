@@ -22,8 +22,6 @@ class AtOptions(Options):
 
 
 def _check(call: Call, options: AtOptions) -> None:  # noqa: ARG001
-    if options.layers is None and options.sites is None:
-        raise CallError("at says neither layers nor sites", hint="at(a, layers=[0, 1]) or at(a, sites=[attn.q])")
     for name, given in (("layers", options.layers), ("sites", options.sites)):
         if given is not None and not given:
             raise CallError(
@@ -35,8 +33,11 @@ def _check(call: Call, options: AtOptions) -> None:  # noqa: ARG001
 
 def _canonical(call: Call, options: AtOptions) -> Expr:
     # It distributes over all that acts site by site, so it stands at the leaves.
-    given = {"layers": options.layers, "sites": options.sites}
-    sorted_ = {name: sorted(set(values)) for name, values in given.items() if values is not None}
+    where: dict[str, list[int] | list[str]] = {}
+    if options.layers is not None:
+        where["layers"] = sorted(set(options.layers))
+    if options.sites is not None:
+        where["sites"] = sorted(set(options.sites))
 
     def inside(expr: Expr) -> Expr:
         if isinstance(expr, Scale):
@@ -45,7 +46,7 @@ def _canonical(call: Call, options: AtOptions) -> Expr:
             return add(*map(inside, expr.terms))
         if isinstance(expr, Seq):
             return seq(*map(inside, expr.stages))
-        return Call(call.function, [expr], sorted_)
+        return Call(call.function, [expr], where) if where else expr
 
     return inside(call.args[0])
 

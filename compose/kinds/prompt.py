@@ -88,6 +88,8 @@ class PromptTuning(Adapter):
             raise KindError("a prompt stands before the input embeddings: it takes no target_modules and no layers")
         if c.slot_token is not None and c.instance is not None:
             raise KindError("a prompt stands at slots of a template or is made from the text before it: not both")
+        if sites.input_table is None:
+            raise KindError(f"kind 'prompt' cannot work on {sites.model_type}, whose input is not looked up in a table")
         self.paths = (sites.embedding,)
         table = model.get_input_embeddings().weight
         vocabulary, width = table.shape

@@ -65,12 +65,12 @@ def test_it_distributes_and_has_one_form():
     spread = normalize(parse("at(0.5 * a + (b >> c), layers=[2, 0, 2])"))
     assert spread == normalize(parse("0.5 * at(a, layers=[0, 2]) + (at(b, layers=[0, 2]) >> at(c, layers=[0, 2]))"))
     assert normalize(spread) == spread
+    assert normalize(parse("at(a)")) == parse("a")
 
 
 @pytest.mark.parametrize(
     ("text", "error", "says"),
     [
-        ("at(a)", ExpressionError, "neither layers nor sites"),
         ("at(a, layers=[])", ExpressionError, "layers is empty"),
         ("at(a, layers=[-1])", ExpressionError, "no layer -1"),
         ("at(a, layers=[9])", SiteError, "no layer 9"),
