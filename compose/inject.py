@@ -7,9 +7,11 @@ layers where some adapter acts and stay until :func:`eject` puts every module, p
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -88,6 +90,7 @@ class Runtime:
 
     def _keep(self, name: str, adapter: Adapter) -> None:
         adapter.name = name
+        adapter.home = weakref.ref(self)
         adapter.to(self.model.device).train(self.model.training)
         self.adapters[name] = adapter
         self._bank[_key(name)] = adapter
@@ -166,6 +169,7 @@ class Runtime:
                 continue
             slot.program = site_program(self, path, self.rows)
             slot.per_row = slot.program is not None and weighs_rows(slot.program)
+            slot.lay_out()
         self._side.attend()
         self._calls.rows = len(pairs)
         self._calls.measures_past = self._inputs.set_prefixes(
@@ -176,7 +180,14 @@ class Runtime:
             self._calls.embedding = self.slot(self.sites.embedding)
         self._lowered = self._revisions()
 
+    def adapter_changed(self) -> None:
+        """Lower anew at once, if what is active has changed and does not train: calls then find all in place."""
+        if self._lowered is not None and not self.live and self._lowered != self._revisions():
+            self.refresh()
+
     def _before_call(self) -> None:
+        if torch.compiler.is_compiling() and self._lowered is not None and not self.live:
+            return  # a look at revisions would compile each of them; adapters tell when they change
         if self.live or self._lowered != self._revisions():  # live parameters have moved since the last lowering
             self.refresh()
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
@@ -80,6 +81,7 @@ class Adapter(nn.Module):
         self.labels: tuple[str, ...] = ()  # names of the classes of its head, where known
         self._frozen = False
         self.revision = 0  # moves when what a model has lowered is no longer so
+        self.home: weakref.ref[Any] | None = None  # the runtime it is resident in, which then lowers it anew
         self._keys: dict[str, str] = {}  # attribute -> key on disk
         self._generator = torch.Generator().manual_seed(0 if seed is None else seed)
         self.paths: tuple[str, ...] = ()
@@ -136,14 +138,23 @@ class Adapter(nn.Module):
     def freeze(self) -> Adapter:
         """Stop training: factors are gathered once and cached. Undone by :meth:`unfreeze`."""
         self._frozen = True
-        self.revision += 1
-        return self.requires_grad_(False)
+        self.requires_grad_(False)
+        self.changed()
+        return self
 
     def unfreeze(self) -> Adapter:
         """Train (again)."""
         self._frozen = False
+        self.requires_grad_(True)
+        self.changed()
+        return self
+
+    def changed(self) -> None:
+        """Say that what a model has lowered of this adapter is no longer so."""
         self.revision += 1
-        return self.requires_grad_(True)
+        home = None if self.home is None else self.home()
+        if home is not None:
+            home.adapter_changed()
 
     def targets(self, sites: SiteMap, *, default: tuple[str, ...] | None = None) -> list[Site]:
         """Sites the config asks for, or the default roles (those of them that the family has)."""
@@ -224,7 +235,6 @@ class Adapter(nn.Module):
                 hint="hub show REF prints the base and the placement it was made for",
             )
         self.check_tensors(tensors)
-        self.revision += 1
         with torch.no_grad():
             for attribute, key in self._keys.items():
                 own = cast("Tensor", getattr(self, attribute))
@@ -239,6 +249,7 @@ class Adapter(nn.Module):
                 if (output := heads.output_layer(head)) is not None:
                     heads.widen(head, len(state[f"{output[0]}weight"]))
                 head.load_state_dict({k: v.to(device=here, copy=True) for k, v in state.items()}, assign=True)
+        self.changed()
 
     def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse tensors of other shapes than this base wants; a carried head may have other classes.

@@ -93,6 +93,9 @@ class SideSlot:
         """The backbone's: they tell where it lives."""
         return self.base_layer.parameters()
 
+    def lay_out(self) -> None:
+        """Nothing to prepare: side networks are functions."""
+
     def clear(self) -> None:
         """Forget the program."""
         self.program, self.per_row = None, False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compose.kernels import expand
 from compose.kind import KindError
-from compose.stage import Chain, Node, Stage, State
+from compose.stage import Chain, Node, Stage, State, stages
 from compose.switch import Switch
 from compose.weights import bias_of, row_norm_squared
 
@@ -93,6 +93,14 @@ class Slot(nn.Module):
 
     def _below(self, x: Tensor) -> State:
         return State(self.base_layer(x), bias_of(self.base_layer))
+
+    def lay_out(self) -> None:
+        """Prepare the program for activations of the dtype that the layer computes in."""
+        weight = getattr(self.base_layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype != torch.int8:  # which takes whatever comes
+            like = torch.empty(0, dtype=compute_dtype(self.base_layer), device=weight.device)
+            for stage in stages(self.program):
+                stage.lay_out(like)
 
     def row_norm_squared(self) -> Tensor:
         """||W||^2 of each row, computed once."""

@@ -66,7 +66,9 @@ def multiply(a: Coefficient, b: Coefficient) -> Coefficient:
 def weight_matrix(entries: Sequence[Entry], like: Tensor) -> Tensor:
     """Coefficients side by side: (R, E) or, if any is per token, (R, T, E). All-number stages give (1, E)."""
     tensors = [e.coefficient for e in entries if isinstance(e.coefficient, Tensor)]
-    shape = max((t.shape for t in tensors), key=len, default=torch.Size([1]))
+    shape = torch.Size([1])
+    for t in tensors:
+        shape = t.shape if len(t.shape) > len(shape) or len(shape) == 1 else shape
     columns = []
     for e in entries:
         c = e.coefficient
@@ -152,13 +154,35 @@ class Stage:
 
     def _apply_map(self, entry: Entry, x: Tensor, like: Tensor) -> Tensor:
         """W D x, computed only for the rows whose weight is not zero."""
-        tag = (entry.key, x.dtype)
-        delta = cast("LinearMap", entry.atoms.delta) if entry.live else self._maps.get(tag)
-        if delta is None:
-            with self._to_keep():
-                delta = self._maps[tag] = cast("LinearMap", entry.atoms.delta).to(x.dtype)
+        delta = cast("LinearMap", entry.atoms.delta) if entry.live else self._map(entry, x.dtype)
         w, rows = _used_rows(entry.coefficient, x.shape[0])
         return weigh(_on_rows(lambda x_, y_: delta(x_).to(y_.dtype), rows, x, like), w)
+
+    def _map(self, entry: Entry, dtype: torch.dtype) -> LinearMap:
+        tag = (entry.key, dtype)
+        if tag not in self._maps:
+            with self._to_keep():
+                self._maps[tag] = cast("LinearMap", entry.atoms.delta).to(dtype)
+        return self._maps[tag]
+
+    def lay_out(self, like: Tensor) -> None:
+        """Do now what else the first call on activations such as ``like`` does, so that calls are all the same."""
+        if not self._keeps:
+            return
+        if self.low_rank and not any(e.atoms.dropout for e in self.low_rank):
+            self._layout_for(like)
+        for label, entries, one in (("inputs", self.inputs, True), ("gains", self.gains, True)):
+            if entries:
+                self._mixture(label, entries, like, plus_one=one)
+        if self.gains:
+            scaling = [e for e in self.gains if e.atoms.gain_scales_bias]
+            for label, entries, one in (("biasless", self.biasless, False), ("scaling", scaling, True)):
+                if entries:
+                    self._mixture(label, entries, like, plus_one=one)
+        if self.biases:
+            self._mixture("biases", self.biases, like, plus_one=False)
+        for e in self.deltas:
+            self._map(e, like.dtype)
 
     def _replacement(self) -> Replace | None:
         if len(self.heads) != 1 or len(self.entries) != 1 or isinstance(self.entries[0].coefficient, Tensor):
@@ -167,21 +191,23 @@ class Stage:
 
     def _mixed(self, label: str, entries: Sequence[Entry], like: Tensor, *, plus_one: bool = False) -> Tensor:
         """Sum_e w_e t_e over vectors t (gains enter as g - 1): (d,) for numbers, else (B, 1 or T, d)."""
-        tag = (label, like.dtype)
-        if tag in self._kept:
-            mixed = self._kept[tag]
-        else:
-            with self._to_keep():
-                vectors = torch.stack([_vector(label, e.atoms) for e in entries])  # (E, d)
-                w = weight_matrix(entries, like)
-                mixed = mix(w, vectors).to(like.dtype)  # (R, [T,] d)
-                mixed = mixed + 1 if plus_one else mixed
-            if self._keeps:
-                self._kept[tag] = mixed
+        mixed = self._mixture(label, entries, like, plus_one=plus_one)
         if mixed.shape[0] == 1 and mixed.dim() == 2:
             return mixed[0]
         mixed = expand(mixed, like.shape[0])
         return mixed[:, None] if mixed.dim() == 2 else mixed
+
+    def _mixture(self, label: str, entries: Sequence[Entry], like: Tensor, *, plus_one: bool) -> Tensor:
+        tag = (label, like.dtype)
+        if tag in self._kept:
+            return self._kept[tag]
+        with self._to_keep():
+            vectors = torch.stack([_vector(label, e.atoms) for e in entries])  # (E, d)
+            mixed = mix(weight_matrix(entries, like), vectors).to(like.dtype)  # (R, [T,] d)
+            mixed = mixed + 1 if plus_one else mixed
+        if self._keeps:
+            self._kept[tag] = mixed
+        return mixed
 
     def _add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
         if any(e.atoms.dropout for e in self.low_rank):
@@ -195,11 +221,14 @@ class Stage:
 
     def add(self, y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
         """Y plus the low-rank mixture of frozen factors, laid out once; ``fresh``: y may be written over."""
+        return self._layout_for(x)(y, x, fresh=fresh)
+
+    def _layout_for(self, x: Tensor) -> Prepared:
         prepared = self._prepared.get(x.dtype)
         if prepared is None:
             with self._to_keep():
                 prepared = self._prepared[x.dtype] = self._prepare(x.dtype, x)
-        return prepared(y, x, fresh=fresh)
+        return prepared
 
     def _to_keep(self) -> AbstractContextManager[Any]:
         """Tensors that are kept must not be of inference mode: autograd may meet them in a later call."""
@@ -320,6 +349,14 @@ class Mix:
                 delta = weigh(torch.broadcast_to(ci if c0 is None else ci - c0, y0.shape), weight)
                 c = delta if c is None else c + delta
         return State(y, c)
+
+
+def stages(node: Node | None) -> list[Stage]:
+    """All stages of a compiled node."""
+    if isinstance(node, Stage):
+        return [node]
+    parts = node.parts if isinstance(node, Chain) else [n for _, n in node.terms] if isinstance(node, Mix) else []
+    return [stage for part in parts for stage in stages(part)]
 
 
 def weighs_rows(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Write docs/cli.md from the commands themselves: ``python docs/generate.py`` (``--check`` only compares)."""
+"""Write docs/cli.md and the table in docs/methods.md: ``python docs/generate.py`` (``--check`` only compares)."""
 
 from __future__ import annotations
 
@@ -38,16 +38,30 @@ def _help(command: click.Command, name: str, parent: click.Context) -> Iterator[
                 yield from _help(found, inner, context)
 
 
+def methods() -> str:
+    """docs/methods.md with the table of methods made anew between its two marks."""
+    from train import listing
+
+    start, end = "<!-- methods: begin -->", "<!-- methods: end -->"
+    head, rest = (HOME / "methods.md").read_text(encoding="utf-8").split(start)
+    return f"{head}{start}\n{listing.markdown(listing.rows())}{end}{rest.split(end)[1]}"
+
+
+PAGES = {"cli.md": cli, "methods.md": methods}
+
+
 def run(check: bool) -> int:
-    """Write the page, or say whether it is what the commands say."""
-    path, text = HOME / "cli.md", cli()
-    if not check:
-        path.write_text(text, encoding="utf-8")
-        return 0
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return 0
-    sys.stderr.write("docs/cli.md is not what the commands say: run `python docs/generate.py`\n")
-    return 1
+    """Write the pages, or say which are not what the code says."""
+    stale = []
+    for name, make in PAGES.items():
+        path, text = HOME / name, make()
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+    for name in stale:
+        sys.stderr.write(f"docs/{name} is not what the code says: run `python docs/generate.py`\n")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

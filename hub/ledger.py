@@ -19,7 +19,9 @@ from hub.errors import IntegrityError
 
 GENESIS = "sha256:" + "0" * 64
 Op = Literal["publish", "alias", "yank", "unyank", "delete", "evict"]
-_OPS = frozenset(get_args(Op))
+# What a line of each operation must say.
+_NEEDED = dict.fromkeys(get_args(Op), ("name", "digest", "version"))
+_NEEDED |= {"alias": ("name", "alias"), "yank": ("name", "digest"), "unyank": ("name", "digest")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,9 @@ def load_line(line: bytes, *, what: str) -> dict[str, Any]:
         value = json.loads(line)
     except ValueError as error:
         raise IntegrityError(f"{what} holds a line that is not JSON: {error}", path=what) from error
-    if not isinstance(value, dict) or value.get("op") not in _OPS or "name" not in value:
+    op = value.get("op") if isinstance(value, dict) else None
+    needed = _NEEDED.get(op) if isinstance(op, str) else None
+    if needed is None or not all(isinstance(value.get(name), str) for name in needed):
         raise IntegrityError(
             f"{what} holds an entry that this version does not know: {line[:80]!r}",
             path=what,

@@ -258,6 +258,10 @@ class Roots:
         if not self.path.exists():
             return []
         found = canonical.loads(read_capped(self.path, _MAX), what=str(self.path))
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            raise ManifestError(
+                f"{self.path} is not a list of paths", path=self.path, hint="remove it, then `hub sync`"
+            )
         return [path for path in map(Path, found) if path.exists()]
 
     def add(self, store: Store, lock: Path) -> None:

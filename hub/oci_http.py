@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import urlencode, urljoin, urlsplit
 
 from hub import canonical
-from hub.errors import Conflict, HubError, IntegrityError, NotFound, RemoteError, UsageError
+from hub.errors import Conflict, HubError, IntegrityError, ManifestError, NotFound, RefError, RemoteError, UsageError
 from hub.files import CHUNK
+from hub.ref import check_digest
 from hub.staging import Advance
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = (10.0, 120.0)  # seconds to connect, and between two bytes
 MAX_PAGES = 1000
+_ODD = "is it an OCI registry? look at the URL"
 
 
 class Wire:
@@ -65,26 +67,44 @@ class Wire:
                     break
                 data = self._body(self._good(answer, path), path)
                 link = answer.links.get("next", {}).get("url")
-            found += [str(text) for text in canonical.loads(data, what=f"{self.url}{path}").get(field) or ()]
+            found += self._texts(data, path, field)
             if link is None:
                 break
             url = urljoin(url, link)
         return found
+
+    def _texts(self, data: bytes, path: str, field: str) -> list[str]:
+        try:
+            document = canonical.loads(data, what=f"{self.url}{path}")
+        except ManifestError as error:
+            raise RemoteError(error.message, hint=_ODD) from error
+        texts = document.get(field) if isinstance(document, dict) else None
+        if texts is None:  # what docker-registry says of a repository without tags
+            return []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise RemoteError(f"{self.url}{path} is not a list of texts", hint=_ODD)
+        return texts
 
     def digest(self, path: str, accept: str) -> str | None:
         """Digest that a manifest's tag stands for now; None where there is no such tag."""
         with self._send("HEAD", self.base + path, headers={"Accept": accept}) as answer:
             if answer.status_code == 404:
                 return None
-            found = self._good(answer, path).headers.get("Docker-Content-Digest")
-        return found or canonical.digest(self.get(path, path, accept=accept))
+            found: str | None = self._good(answer, path).headers.get("Docker-Content-Digest")
+        if found is None:
+            return canonical.digest(self.get(path, path, accept=accept))
+        try:
+            return check_digest(found)
+        except RefError as error:
+            raise RemoteError(f"{self.url} names no digest of {path}: {error.message}", hint=_ODD) from error
 
     def size(self, path: str) -> int | None:
         """Bytes of a blob; None where it is not there."""
         with self._send("HEAD", self.base + path) as answer:
             if answer.status_code == 404:
                 return None
-            return int(self._good(answer, path).headers.get("Content-Length", -1))
+            found = self._good(answer, path).headers.get("Content-Length", "")
+        return int(found) if found.isdecimal() else -1
 
     def get(self, path: str, about: str, *, accept: str = "*/*") -> bytes:
         """All bytes of a small answer."""

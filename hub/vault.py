@@ -277,14 +277,17 @@ class Vault:
                 self._commit(Event("alias", ref.id, target, alias=alias))
         return before
 
-    def yank(self, ref: str | AdapterRef, reason: str | None) -> Release:
-        """Yank a release with a reason, or take that back (None). It stays readable by an exact pin."""
+    def yank(self, ref: str | AdapterRef, reason: str | None, *, note: str | None = None) -> Release:
+        """Yank a release with a reason, or take that back (None; the log keeps the note why).
+
+        It stays readable by an exact pin.
+        """
         ref = AdapterRef.parse(ref)
         with self.lock():
             release = self.resolve(ref)
             if release.yanked != reason:
                 op: Op = "unyank" if reason is None else "yank"
-                self._commit(Event(op, ref.id, release.digest, version=release.version, reason=reason))
+                self._commit(Event(op, ref.id, release.digest, version=release.version, reason=reason or note))
         return Release(release.version, release.digest, reason)
 
     def bury(self, ref: str | AdapterRef, reason: str | None, *, final: bool = True) -> Release:

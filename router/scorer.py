@@ -71,6 +71,10 @@ class Scorer(ABC):
         """Statistics of one expert, whatever the others are."""
         return {}
 
+    def wanted(self, expert: str) -> tuple[str, ...]:
+        """Names that the statistics of an expert (or of `SHARED`) must have: files from outside are held to it."""
+        return ()
+
     @property
     def shown_options(self) -> dict[str, Any]:
         """Options that differ from their defaults, JSON-ready."""

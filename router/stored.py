@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,7 +30,6 @@ from hub.pack import pack
 from hub.ref import AdapterRef
 from hub.store import Artifact, Store
 from hub.words import write_words
-from router.bench import Batch
 from router.gating import Gating
 from router.router import Router
 from router.scorer import SHARED, Statistics, make_scorer
@@ -261,7 +259,15 @@ def load(ref: str | AdapterRef, store: Store | None = None) -> Stored:
         raise IntegrityError(f"{artifact.ref}: two members have one name", ref=artifact.ref)
     scorer = make_scorer(found.method, found.options)
     gating = Gating(found.top_k, found.threshold, found.temperature)
-    router = Router(scorer, {name: Ref(name) for name in artifacts}, _statistics(artifact, list(artifacts)), gating)
+    statistics = _statistics(artifact, list(artifacts))
+    for name, known in statistics.items():
+        if missing := [key for key in scorer.wanted(name) if key not in known]:
+            raise IntegrityError(
+                f"{artifact.ref}: {STATISTICS} lacks {', '.join(missing)} of {name!r}, which {found.method} needs",
+                ref=artifact.ref,
+                hint="fit it again: hub route fit",
+            )
+    router = Router(scorer, {name: Ref(name) for name in artifacts}, statistics, gating)
     return Stored(router, artifacts, artifact.manifest.base, artifact.manifest)
 
 
@@ -293,28 +299,3 @@ def _statistics(artifact: Artifact, names: Sequence[str]) -> dict[str, Statistic
         else:
             raise IntegrityError(f"{artifact.ref}: {STATISTICS} holds {key!r}, which is no member's", ref=artifact.ref)
     return dict(found)
-
-
-class RowChooser:
-    """A stored router that weighs texts, for engines that take the choice for each row (see `router.engine.targets`).
-
-    Attributes
-    ----------
-    members : refs of the adapters, in the router's order.
-    """
-
-    def __init__(self, stored: Stored, model: PreTrainedModel, tokenizer: Any, *, max_length: int = 512) -> None:
-        if stored.router.level != "row":
-            raise UsageError(
-                f"{stored.router.scorer.name} weighs experts anew for each token, not for rows",
-                hint="activate it: Router.activate(model, batch)",
-            )
-        self._router, self._model, self._tokenizer, self._most = stored.router, model, tokenizer, max_length
-        self.members = tuple(str(stored.artifacts[name].ref) for name in stored.router.experts)
-
-    def weigh(self, texts: Sequence[str]) -> list[dict[str, float]]:
-        """Weights of the members by ref for each text; zeros are left out."""
-        rows = [torch.tensor(self._tokenizer(text, truncation=True, max_length=self._most).input_ids) for text in texts]
-        batch = Batch.of(rows, pad=self._tokenizer.pad_token_id or 0).to(self._model.device)
-        weights = self._router.weights(self._model, batch).tolist()
-        return [{ref: w for ref, w in zip(self.members, row, strict=True) if w > 0} for row in weights]

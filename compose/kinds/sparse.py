@@ -64,7 +64,7 @@ class SparseShift(Shift):
         parameter = self.at(path, name)
         parameter.data = moved.to(parameter)
         self.set_fixed(path, f"{name}_at", order.values.to(parameter.device, _index_dtype(numel)))
-        self.revision += 1
+        self.changed()
 
     def _numel(self, path: str, name: str) -> int:
         return int(torch.Size(self._shapes[f"{path}:{name}"]).numel())

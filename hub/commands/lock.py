@@ -104,7 +104,7 @@ def outdated(source: str | None, path: Path, as_json: bool) -> None:
         rows = [_newer(store, remote, name) for name in store.names()]
     else:
         raise UsageError(f"there is no {path}, and no remote to compare the store with", hint="add --from REMOTE")
-    found = [row for row in rows if row["yanked"] or row["latest"] not in (None, row["current"])]
+    found = [row for row in rows if row["yanked"] or _is_newer(row["latest"], row["current"])]
     if as_json:
         print_json(found)
     elif found:
@@ -150,6 +150,12 @@ def _newer(store: Store, remote: Remote, name: str) -> dict[str, Any]:
     latest = _version(name, there)
     yanked = release.yanked if release else None
     return {"name": name, "current": current, "wanted": latest, "latest": latest, "yanked": yanked}
+
+
+def _is_newer(latest: str | None, current: str | None) -> bool:
+    from hub.ref import version_key
+
+    return latest is not None and (current is None or version_key(latest) > version_key(current))
 
 
 def _version(ref: str, catalogue: Catalogue) -> str | None:

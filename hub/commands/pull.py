@@ -41,9 +41,14 @@ def pull(ref: str, source: str | None, out: Path | None, requires: bool, as_json
     else:
         from hub.named import Remotes
         from hub.progress import bars
+        from hub.ref import AdapterRef
+        from hub.transfer import find
         from hub.transfer import pull as transfer
 
         remote = Remotes().open(source)
+        withdrawn = find(remote, AdapterRef.parse(ref)).yanked
+        if withdrawn is not None:
+            warn(f"{ref} is yanked in {source}: {withdrawn}")
         with bars() as progress:
             artifact = transfer(store, remote, ref, progress=progress, requires=requires)
     for warning in artifact.manifest.warnings:

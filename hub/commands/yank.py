@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("ref")
 @click.option("--reason", help="Why; shown to whoever asks for it.")
-@click.option("--undo", is_flag=True, help="Take the yank back.")
+@click.option("--undo", is_flag=True, help="Take the yank back; the log keeps the --reason, if there is one.")
 @click.option("--at", "place", metavar="REMOTE", help="There, instead of in the store: a name, a URL or a path.")
 @json_option
 def yank(ref: str, reason: str | None, undo: bool, place: str | None, as_json: bool) -> None:
@@ -31,10 +31,12 @@ def yank(ref: str, reason: str | None, undo: bool, place: str | None, as_json: b
     parsed = AdapterRef.parse(ref)
     if parsed.pin is None:
         raise UsageError(f"{ref} does not name one version", hint=f"write {parsed.id}@VERSION")
-    if undo == (reason is not None):
-        raise UsageError("give either --reason TEXT or --undo")
-    why = None if undo else reason
-    release = Store().yank(parsed, why) if place is None else _there(place, parsed, why)
+    if not undo and reason is None:
+        raise UsageError("give --reason TEXT, or --undo")
+    if place is not None and undo and reason is not None:
+        raise UsageError("only the log of a store keeps why a yank was taken back: leave --reason out, with --at")
+    why, note = (None, reason) if undo else (reason, None)
+    release = Store().yank(parsed, why, note=note) if place is None else _there(place, parsed, why)
     exact = parsed.at(version=release.version)
     if as_json:
         print_json({"ref": str(exact), "digest": release.digest, "yanked": why, "at": place})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from hub.staging import Advance
 if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest
 
+_creating = threading.Lock()  # memory:// looks and writes in two steps
 _TRIES = 20  # events of others that may come between ours and the log we saw
 _MAX_EVENT = 2**16  # bytes
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}  # scheme -> extra that brings it
@@ -191,7 +193,7 @@ class FsspecRemote:
         """Create an object where there is none; False where somebody was faster."""
         fs, _ = self._place
         try:
-            with self._translated(path):
+            with _creating, self._translated(path):
                 fs.pipe_file(path, data, **_ABSENT.get(self.scheme, {"mode": "create"}))
         except RemoteError:
             with self._translated(path):

@@ -14,7 +14,7 @@ from hub.errors import UsageError
 from router.bench import Batch, Bench, Experts
 from router.embed import hidden_means, token_counts
 from router.gating import Gating
-from router.scorer import RowScorer, ScorerOptions, Statistics, register
+from router.scorer import SHARED, RowScorer, ScorerOptions, Statistics, register
 
 _SHRINK = 0.1  # of the pooled covariance towards a multiple of the identity: it has to be inverted
 _SMOOTH = 0.1  # added to each token's count
@@ -58,6 +58,14 @@ class Centroid(RowScorer):
             centred = points - mean
             found["scatter"] = (centred.T @ centred).float()
         return found
+
+    def wanted(self, expert: str) -> tuple[str, ...]:
+        """Counts of tokens, or the moments that the distance asks for."""
+        if expert == SHARED:
+            return ()
+        if self.options.embed == "tokens":
+            return ("tokens",)
+        return ("mean", "count", "scatter") if self.options.distance == "mahalanobis" else ("mean",)
 
     def score(
         self, model: PreTrainedModel, batch: Batch, experts: Experts, statistics: Mapping[str, Statistics]

@@ -67,7 +67,7 @@ class Fuse(SiteScorer):
 
     def mixer(self, statistics: Mapping[str, Statistics]) -> _Attention:
         """The attention."""
-        return _Attention(statistics[SHARED])
+        return _Attention(statistics.get(SHARED, {}))
 
 
 class _Attention:
@@ -78,6 +78,8 @@ class _Attention:
 
     def mix(self, path: str, y: Tensor, deltas: Tensor) -> Tensor:
         """Y (B, T, d) plus the attended deltas (B, T, E, d)."""
+        if f"{path}/query" not in self.tensors or f"{path}/key" not in self.tensors:
+            raise UsageError(f"no attention was learned at {path}", hint="fit it again with these experts")
         query, key = (self.tensors[f"{path}/{part}"].to(y.device) for part in ("query", "key"))  # (n, d)
         q, k = y.float() @ query.T, deltas.float() @ key.T  # (B, T, n), (B, T, E, n)
         w = ((k @ q[..., None]) / q.shape[-1] ** 0.5).softmax(-2)  # (B, T, E, 1)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from router.bench import Batch, Bench, Experts
 from router.embed import hidden_means
-from router.scorer import RowScorer, ScorerOptions, Statistics, register
+from router.scorer import SHARED, RowScorer, ScorerOptions, Statistics, register
 from router.sitewise import learn
 
 
@@ -63,6 +63,10 @@ class Smear(RowScorer):
         return {
             name: {"weight": weight.detach()[i].cpu(), "bias": bias.detach()[i].cpu()} for i, name in enumerate(names)
         }
+
+    def wanted(self, expert: str) -> tuple[str, ...]:
+        """The expert's vector and bias."""
+        return () if expert == SHARED else ("weight", "bias")
 
     def score(
         self, model: PreTrainedModel, batch: Batch, experts: Experts, statistics: Mapping[str, Statistics]

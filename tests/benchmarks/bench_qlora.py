@@ -19,11 +19,11 @@ import sys
 import tempfile
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-warnings.filterwarnings("ignore")
 
 import torch
 from bench_tools import llama, machine, shape_options
@@ -75,7 +75,7 @@ def ours(folder: Path, given: argparse.Namespace) -> tuple[list[float], list[flo
             adapter.at(path, "A").copy_(initial(adapter.at(path, "A").shape, index))
     compose.activate(model, "a")
     losses = [record["loss"] for record in fit(model, adapter, dataset(given), None, run, method=Timed()).history]
-    return losses, [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    return losses, [b - a for a, b in pairwise(marks)]
 
 
 def peer(folder: Path, given: argparse.Namespace) -> tuple[list[float], list[float]]:
@@ -91,7 +91,9 @@ def peer(folder: Path, given: argparse.Namespace) -> tuple[list[float], list[flo
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
     model.train()  # before its first forward: in eval mode a CPU's weights are repacked and lose their gradient
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=given.checkpointing > 0)
-    model = get_peft_model(model, LoraConfig(r=given.rank, lora_alpha=given.rank, target_modules=TARGETS, lora_dropout=0))
+    model = get_peft_model(
+        model, LoraConfig(r=given.rank, lora_alpha=given.rank, target_modules=TARGETS, lora_dropout=0)
+    )
     with torch.no_grad():
         factors = [p for name, p in model.named_parameters() if "lora_A" in name]
         for index, parameter in enumerate(factors):
@@ -112,14 +114,23 @@ def peer(folder: Path, given: argparse.Namespace) -> tuple[list[float], list[flo
             return SequentialSampler(rows)
 
     arguments = TrainingArguments(
-        output_dir=str(folder / "out"), per_device_train_batch_size=given.rows, max_steps=given.steps, learning_rate=RATE,
-        lr_scheduler_type="constant", max_grad_norm=CLIP, logging_steps=1, save_strategy="no", report_to=[],
-        disable_tqdm=True, gradient_checkpointing=given.checkpointing > 0, optim="adamw_torch",
-    )  # fmt: skip
+        output_dir=str(folder / "out"),
+        per_device_train_batch_size=given.rows,
+        max_steps=given.steps,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=CLIP,
+        gradient_checkpointing=given.checkpointing > 0,
+        optim="adamw_torch",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
     trainer = InOrder(model, arguments, train_dataset=rows, callbacks=[Mark()])
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    return losses, [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    return losses, [b - a for a, b in pairwise(marks)]
 
 
 def initial(shape: Any, index: int) -> torch.Tensor:
@@ -129,6 +140,7 @@ def initial(shape: Any, index: int) -> torch.Tensor:
 
 def child(given: argparse.Namespace) -> None:
     """One side, once."""
+    warnings.filterwarnings("ignore")
     torch.set_num_threads(given.threads or torch.get_num_threads())
     import accelerate
     import bitsandbytes
@@ -138,7 +150,14 @@ def child(given: argparse.Namespace) -> None:
     import compose.api
     import train.loop
 
-    _ = (accelerate, bitsandbytes, peft, transformers.Trainer, compose.api, train.loop)  # their memory counts for neither
+    _ = (
+        accelerate,
+        bitsandbytes,
+        peft,
+        transformers.Trainer,
+        compose.api,
+        train.loop,
+    )  # their memory counts for neither
     before = resident("VmRSS", reset=True)
     losses, seconds = {"ours": ours, "peer": peer}[given.side](Path(given.folder), given)
     cuda = torch.cuda.is_available()

@@ -22,13 +22,29 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore")
 
-TASKS = {
-    "sst2": ("train_sentences.jsonl", "dev.jsonl", ("text", None), ("{text} It was {mask}.", {"positive": "great", "negative": "terrible"})),
-    "ag_news": ("train.jsonl", "test.jsonl", ("text", None), ("{mask} news: {text}", {"World": "world", "Sports": "sports", "Business": "business", "Sci/Tech": "technology"})),
-    "rte": ("train.jsonl", "dev.jsonl", ("premise", "hypothesis"), ("{text} ? {mask} , {text2}", {"entailment": "yes", "not_entailment": "no"})),
+SST2 = ("{text} It was {mask}.", {"positive": "great", "negative": "terrible"})
+NEWS = ("{mask} news: {text}", {"World": "world", "Sports": "sports", "Business": "business", "Sci/Tech": "technology"})
+RTE = ("{text} ? {mask} , {text2}", {"entailment": "yes", "not_entailment": "no"})
+TASKS = {  # training file, test file, columns, the written template and words
+    "sst2": ("train_sentences.jsonl", "dev.jsonl", ("text", None), SST2),
+    "ag_news": ("train.jsonl", "test.jsonl", ("text", None), NEWS),
+    "rte": ("train.jsonl", "dev.jsonl", ("premise", "hypothesis"), RTE),
     "banking77": ("train.jsonl", "test.jsonl", ("text", None), None),
-}  # fmt: skip
-METHODS = ("majority", "zero-shot", "fine-tune", "feature", "setfit", "lm-bff", "lm-bff-auto-words", "lm-bff-demo", "pet", "pet-unlabeled", "ipet", "auto")  # fmt: skip
+}
+METHODS = (
+    "majority",
+    "zero-shot",
+    "fine-tune",
+    "feature",
+    "setfit",
+    "lm-bff",
+    "lm-bff-auto-words",
+    "lm-bff-demo",
+    "pet",
+    "pet-unlabeled",
+    "ipet",
+    "auto",
+)
 MANUAL = ("lm-bff", "lm-bff-demo")  # with the written words, as the papers'; the others use the labels' names
 K = 16
 

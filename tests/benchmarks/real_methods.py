@@ -88,20 +88,24 @@ def load_task(folder: Path, name: str, tokenizer: Any, rows: int, held: int) -> 
     return learned, encode(some(test, held), config, tokenizer, labels=learned.labels, source=f"{name}/held out")
 
 
-def one(base: str, method: str, data: tuple[Any, Any], seed: int, epochs: float, batch: int) -> dict[str, float]:
+def one(base: str, method: str, data: tuple[Any, Any], seed: int, given: argparse.Namespace) -> dict[str, float]:
     """One run, from loading the base to the accuracy of its last state."""
     train, held = data
-    values = {
-        "lr": RATES.get(method, DEFAULT_RATE),
-        "batch_size": batch,
-        "warmup": 0.1,
-        "precision": "fp32",
-        "schedule": "linear",
-    }
     run = TrainConfig(
-        base=base, task="classification", method=method, options=OPTIONS.get(method, {}), seed=seed,
-        duration=f"{epochs} epochs", gradient_checkpointing=False, group_by_length=True, **values,
-    )  # fmt: skip
+        base=base,
+        task="classification",
+        method=method,
+        options=OPTIONS.get(method, {}),
+        precision="fp32",
+        batch_size=given.batch,
+        duration=f"{given.epochs} epochs",
+        lr=given.lr or RATES.get(method, DEFAULT_RATE),
+        schedule="linear",
+        warmup=0.1,
+        gradient_checkpointing=False,
+        group_by_length=True,
+        seed=seed,
+    )
     way, run = make_method(run)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -120,9 +124,8 @@ def one(base: str, method: str, data: tuple[Any, Any], seed: int, epochs: float,
     head = sum(v.numel() for m in members for v in m.head_state().values())
     total = sum(v.numel() for m in members for v in m.state().values())
     accuracy = evaluate(model, held, batch_size=64)["accuracy"]
-    return {
-        "accuracy": 100 * accuracy, "trainable": trainable, "stored": total, "head": head, "seconds": seconds, "memory": memory,
-    }  # fmt: skip
+    counts = {"trainable": trainable, "stored": total, "head": head}
+    return {"accuracy": 100 * accuracy, **counts, "seconds": seconds, "memory": memory}
 
 
 def main() -> None:
@@ -137,6 +140,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--lr", type=float, help="one learning rate for all methods, instead of those in this file")
     parser.add_argument("--json", metavar="FILE", help="also write every run here, as it ends")
     given = parser.parse_args()
     logging.getLogger("train").setLevel(logging.ERROR)
@@ -148,7 +152,7 @@ def main() -> None:
         data = load_task(given.data, task, tokenizer, given.rows, given.held)
         for name in names:
             for seed in seeds:
-                found = one(given.encoder, name, data, seed, given.epochs, given.batch)
+                found = one(given.encoder, name, data, seed, given)
                 runs.append({"task": task, "method": name, "seed": seed, **found})
                 print(
                     f"{task} {name} seed {seed}: {found['accuracy']:.1f}% in {found['seconds']:.0f} s", file=sys.stderr

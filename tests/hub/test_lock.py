@@ -10,7 +10,7 @@ from hub.lock import Lock, Resolver, sync
 from hub.progress import quiet
 from hub.remotes import from_url
 from hub.store import Store
-from hub.transfer import push
+from hub.transfer import pull, push
 
 
 def run(*arguments: str) -> Result:
@@ -83,6 +83,19 @@ def test_what_is_locked_stays_until_told(project: Path, place: str, store: Store
     assert [pin["version"] for pin in upgraded["modules"] if pin["name"] == "acme/tone"] == ["1.0", "2.1"]
     assert [found["name"] for found in data("outdated")] == ["acme/tone"]  # the range of acme/both holds 1.0 back
     assert "1.0" in run("outdated").stdout
+
+
+def test_outdated_without_a_lock(store: Store, place: str, tmp_path: Path, monkeypatch, publish) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HUB_HOME", str(store.root))
+    publish("acme/tone@3.0", seed=30)  # newer than the remote's, so it is not outdated
+    assert run("outdated").exit_code == 2
+    assert data("outdated", "--from", place) == []
+    other = Store(tmp_path / "other")
+    pull(other, from_url(place), "acme/tone@1.0")
+    monkeypatch.setenv("HUB_HOME", str(other.root))
+    [found] = data("outdated", "--from", place)
+    assert (found["current"], found["latest"]) == ("1.0", "2.0")
 
 
 def test_sync_refuses_an_old_lock(project: Path) -> None:

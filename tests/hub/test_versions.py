@@ -86,11 +86,18 @@ def test_yank_by_text_and_at_a_remote(publish, store: Store, tmp_path: Path, mon
     assert store.yank("acme/tone@1.0", "bad").yanked == "bad"
     assert store.yank("acme/tone@1.0", None).yanked is None
     monkeypatch.setenv("HUB_HOME", str(store.root))
+    data("yank", "acme/tone@1.0", "--reason", "bad")
+    assert data("yank", "acme/tone@1.0", "--undo", "--reason", "a false alarm")["yanked"] is None
+    assert [(event.op, event.reason) for event, _ in store.ledger.read()][-1] == ("unyank", "a false alarm")
+    assert store.get("acme/tone").facts.yanked is None
+    assert run("yank", "acme/tone@1.0").exit_code == 2
+    assert run("yank", "acme/tone@1.0", "--undo", "--reason", "x", "--at", "/x").exit_code == 2
     place = str(tmp_path / "remote")
     push(store, from_url(place), "acme/tone@1.0")
     assert data("yank", "acme/tone@1.0", "--reason", "bad", "--at", place)["yanked"] == "bad"
     assert from_url(place).catalogue("acme/tone").releases[0].yanked == "bad"
     assert store.get("acme/tone").facts.yanked is None
+    assert "warning: acme/tone@1.0 is yanked in" in run("pull", "acme/tone@1.0", "--from", place).stderr
     assert data("yank", "acme/tone@1.0", "--undo", "--at", place)["yanked"] is None
     assert from_url(place).catalogue("acme/tone").releases[0].yanked is None
 

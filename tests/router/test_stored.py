@@ -12,13 +12,13 @@ import torch
 from click.testing import CliRunner
 
 import compose
-from hub.errors import BaseMismatch, NotFound, UsageError
+from hub.errors import BaseMismatch, IntegrityError, NotFound, UsageError
 from hub.manifest import Draft
 from hub.pack import pack
 from hub.store import Store
 from router.bench import Batch
 from router.like import rank
-from router.stored import RowChooser, load
+from router.stored import load
 
 TINY = "builtin:tiny-lm"
 TEXTS = {
@@ -167,6 +167,26 @@ def test_members_that_are_gone_or_yanked_are_named(place, tmp_path, monkeypatch)
         members_of(["ns/law", "ns/other"], Shelf())
 
 
+def test_files_that_make_no_router_are_refused(place, tmp_path):
+    fit("centroid", *DATA)
+    artifact = Store().get("ns/router")
+    for number, (file, content, told) in enumerate(
+        [
+            ("router.json", '{"method": "centroid", "members": []}', "members"),
+            ("router.json", '{"method": "centroid", "memmbers": 1}', "members|memmbers"),
+            ("router.safetensors", None, "lacks mean of 'law'"),
+        ]
+    ):
+        out = artifact.materialize(tmp_path / f"out{number}")
+        (out / file).unlink()
+        if content is not None:
+            (out / file).write_text(content, encoding="utf-8")
+        pack(out, artifact.manifest.draft().model_copy(update={"version": f"2.{number}"}))
+        broken = Store().put(out)
+        with pytest.raises(IntegrityError, match=told):
+            load(broken.ref)
+
+
 def test_eval_stands_beside_what_has_to_be_beaten(place):
     fit("likelihood")
     said = hub("route", "eval", "ns/router", *DATA, "--max-rows", "2", "--json", "-", "--plot", "c.svg")
@@ -208,20 +228,6 @@ def test_like_ranks_by_words_alone(place):
     assert best["ref"] == "ns/code@1.0.0" and best["score"] > 0 > worst["score"]
     with pytest.raises(UsageError, match="no words"):
         rank(Store(), "  ")
-
-
-def test_an_engine_gets_weights_by_ref(place):
-    fit("centroid", *DATA)
-    stored = load("ns/router")
-    model = compose.load(TINY, dtype="fp32")
-    stored.attach(model)
-    chooser = RowChooser(stored, model, compose.tokenizer(TINY))
-    assert chooser.members == ("ns/law@1.0.0", "ns/code@1.0.0")
-    law, code = chooser.weigh([TEXTS["law"][0], TEXTS["code"][0]])
-    assert law["ns/law@1.0.0"] > 0.5 and code["ns/code@1.0.0"] > 0.5
-    fit("arrow", ref="ns/sites@1.0.0")
-    with pytest.raises(UsageError, match="for each token"):
-        RowChooser(load("ns/sites"), model, compose.tokenizer(TINY))
 
 
 @pytest.mark.parametrize(

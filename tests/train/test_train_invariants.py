@@ -307,3 +307,18 @@ def test_an_unknown_option_names_those_of_method_and_kind(tiny, config):
     assert "lora_alpha" in caught.value.hint
     with pytest.raises(ConfigError, match="method 'adamix', option copies"):
         make_method(config(method="adamix", options={"copies": 0}))
+
+
+def test_a_ladder_starts_as_a_pruned_copy_of_the_blocks(tiny, config):
+    model, learner, method, _ = begun(tiny, config, "lst", {"reduction_factor": 4})
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "moduloom" not in name}
+    method.warm(model, learner, toy_rows())
+    chosen = learner.at("", "in").argmax(1)
+    assert torch.equal(learner.at("", "in").sum(1), torch.ones(8))
+    up, inner = learner.at("", "1.up"), model.model.layers[1].mlp.up_proj.weight[:, chosen]
+    assert all(any(torch.equal(row, other) for other in inner) for row in up)
+    down, whole = learner.at("", "1.down"), model.model.layers[1].mlp.down_proj.weight[chosen]
+    assert all(any(torch.equal(column, other) for other in whole.T) for column in down.T)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[name], value) and after[name].grad is None for name, value in before.items())
+    assert not any(p.requires_grad for p in model.model.layers.parameters())

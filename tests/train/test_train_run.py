@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import compose
+from compose import probes
 from hub.errors import Conflict, HubError, UsageError
 from hub.store import Store
 from train.config import TrainConfig, load_config
@@ -66,6 +67,11 @@ def test_a_run_leaves_a_folder_and_an_artifact_that_reloads_with_equal_results(n
     bare = evaluate(compose.load(config.base, quantize=quantize, dtype=config.precision), held)
     assert out.result.best["loss"] < bare["loss"] - 0.1
 
+    outcome = probes.check("me/notes@1.2.0")  # on the base held as it was in training
+    assert outcome.same, outcome
+    assert outcome.held == quantize
+    assert probes.check("me/notes", quantize="int8").error > outcome.error
+
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_a_classifier_stores_its_head_and_its_labels(bert_base, reviews, tmp_path, quantize):
@@ -87,6 +93,7 @@ def test_a_classifier_stores_its_head_and_its_labels(bert_base, reviews, tmp_pat
     with torch.no_grad():
         guesses = model(**words).logits.argmax(-1).tolist()
     assert [model.config.id2label[g] for g in guesses] == ["pos", "neg"]
+    assert probes.check("me/reviews", base=bert_base).same
     held = load_splits(config, compose.tokenizer(bert_base)).eval
     again = evaluate(model, held, batch_size=2 * config.batch_size)
     assert again["loss"] == pytest.approx(out.result.best["loss"], rel=1e-5)

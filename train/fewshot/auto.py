@@ -37,7 +37,7 @@ def views_of(job: Job) -> tuple[View, ...]:
     """The plain text, and each template read at its mask and as a whole."""
     if not job.masked:
         return (View(None, "mean"), View(None, "last"))
-    return (View(), *(View(t, pool) for t in job.patterns for pool in ("mask", "mean")))  # type: ignore[arg-type]
+    return (View(), *(View(t, pool) for t in job.patterns for pool in ("mask", "mean")))
 
 
 def zero_shot(job: Job) -> Learned:

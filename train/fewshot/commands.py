@@ -81,6 +81,7 @@ _base = click.option(
     "--method", default="auto", show_default=True, help="auto, feature, zero-shot, fine-tune, lm-bff, pet, ..."
 )
 @click.option("--template", "templates", multiple=True, metavar="TEXT", help="Such as '{text} It was {mask}.'")
+@click.option("--writer", metavar="T5", help="A T5 that writes templates for lm-bff: directory or id.")
 @click.option("--budget", default="60s", show_default=True, callback=_budget, help="Time that learning may take.")
 @click.option("--test", metavar="FILE", help="Rows to measure on [the rows of DATA that were not drawn].")
 @click.option("--unlabeled", metavar="FILE", help="Texts without labels: with pet and ipet, what is distilled on.")

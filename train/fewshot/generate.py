@@ -24,6 +24,7 @@ from train.fewshot.template import Template
 __all__ = ["Beam", "beam_search", "source_texts", "templates"]
 
 _LENGTH = 20
+_ROWS = 256  # of a pass: beams times examples
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def beam_search(
     banned = [i for i in tokenizer.all_special_ids if i not in (second, third)]
     beams, done = [Beam((first,), 0.0)], list[Beam]()
     for written in range(max_tokens):
-        scores = torch.stack([_next(model, states, mask, [start, *b.tokens]) + b.score for b in beams])  # (A, V)
+        scores = _next(model, states, mask, [[start, *b.tokens] for b in beams])  # (A, V)
+        scores += torch.tensor([b.score for b in beams])[:, None]
         scores[:, banned] = -torch.inf
         for row, b in enumerate(beams):
             due = third if second in b.tokens else second
@@ -67,7 +69,7 @@ def beam_search(
                 scores[row, torch.arange(scores.shape[1]) != due] = -torch.inf
             scores[row, second if second in b.tokens else third] = -torch.inf  # the sentinels come in order
         values, where = scores.flatten().topk(min(beam, int((scores > -torch.inf).sum())))
-        grown = []
+        grown: list[Beam] = []
         for value, at in zip(values.tolist(), where.tolist(), strict=True):
             row, token = divmod(at, scores.shape[1])
             (done if token == third else grown).append(Beam((*beams[row].tokens, token), value))
@@ -77,12 +79,20 @@ def beam_search(
     return sorted(done, key=lambda b: -b.score)[:beam]
 
 
-def _next(model: Any, states: Tensor, mask: Tensor, prefix: Sequence[int]) -> Tensor:
-    """(V,) log p of the next token after `prefix`, summed over the examples."""
-    ids = torch.tensor([list(prefix)] * len(states))
-    out = model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=ids)
-    total: Tensor = out.logits[:, -1].float().log_softmax(-1).sum(0)
-    return total
+def _next(model: Any, states: Tensor, mask: Tensor, prefixes: Sequence[Sequence[int]]) -> Tensor:
+    """(A, V) log p of the next token after each prefix, summed over the N examples."""
+    found = []
+    count = len(states)
+    for part in torch.split(torch.tensor(prefixes), max(1, _ROWS // count)):
+        rows = len(part)
+        out = model(
+            encoder_outputs=(states.repeat(rows, 1, 1),),
+            attention_mask=mask.repeat(rows, 1),
+            decoder_input_ids=part.repeat_interleave(count, 0),
+        )
+        log_p = out.logits[:, -1].float().log_softmax(-1)  # (rows N, V)
+        found.append(log_p.view(rows, count, -1).sum(1))
+    return torch.cat(found)
 
 
 def templates(

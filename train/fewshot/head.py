@@ -92,7 +92,7 @@ def fit_head(
         return loss
 
     with torch.enable_grad():
-        optimizer.step(objective)  # type: ignore[arg-type]
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
     full = basis @ weight.detach()
     s = float(strength.detach()) if speaks else 0.0
     widths = [state.shape[1] for state in features.states]

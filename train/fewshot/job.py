@@ -50,6 +50,8 @@ class Job:
     ----------
     templates, words
         What the user wrote; defaults fit most tasks, and labels speak for themselves.
+    writer
+        A T5 that writes templates for LM-BFF.
     budget
         Seconds that learning may take, loading left out.
     """
@@ -63,6 +65,7 @@ class Job:
     unlabeled: tuple[Example, ...] = ()
     templates: tuple[str, ...] = ()
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    writer: str | None = None
     seed: int = 13
     budget: float = 60.0
     max_length: int = 128

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import compose
 from train.fewshot.demonstrations import demonstrated
+from train.fewshot.generate import templates
 from train.fewshot.head import Head, words_alone
 from train.fewshot.job import Job, Learned
 from train.fewshot.prompts import prompt_dataset
@@ -24,21 +25,35 @@ from train.fewshot.words import scores_for
 from train.loop import fit
 from train.seeds import derive, generator
 
-__all__ = ["best_template", "demonstrated_logits", "ensemble_logits", "fine_tune", "lm_bff", "lm_bff_demo"]
+__all__ = ["best_template", "demonstrated_logits", "ensemble_logits", "fine_tune", "lm_bff", "lm_bff_demo", "written"]
 
 _STEPS = 60
 _SAMPLES = 16  # demonstrations averaged over at inference; 4 for pairs
 _BLOCKS = 3
+_BEAM = 100
 
 
 def lm_bff(job: Job) -> Learned:
-    """Fine-tune on the best template; it is the one with the highest accuracy on the dev rows, else of the examples."""
+    """Fine-tune on the template with the highest zero-shot accuracy on the dev rows, or else on the examples.
+
+    The candidates are the job's patterns, or what its `writer` writes.
+    """
     scores = scores_for(job)
-    template = best_template(job, scores)
+    template = best_template(job, scores, written(job, scores) if job.writer else ())
     tuned, config = _tuned(job, template, scores, "fewshot")
     classifier = job.classifier([View(template, "mask")], words_alone(len(job.labels)), scores.ids)
     facts = _facts(job, template, scores)
     return Learned(classifier, tuned.adapter, "lm-bff", config, tuned.result, facts)
+
+
+def written(job: Job, scores: WordScores, most: int = 20) -> list[str]:
+    """The templates a T5 writes for the examples and these label words, the most likely first."""
+    writer = compose.load(str(job.writer), task="seq2seq", dtype="fp32")
+    words = list(_facts(job, "", scores)["demonstrated_words"].values())
+    tokenizer = compose.tokenizer(str(job.writer))
+    found = templates(writer, tokenizer, job.examples, words, job.labels, beam=_BEAM)
+    job.say(f"{job.writer} wrote {len(found)} templates; the best: {found[0][0].format() if found else 'none'}")
+    return [template.format() for template, _ in found[:most]]
 
 
 def best_template(job: Job, scores: WordScores, candidates: Sequence[str] = ()) -> str:

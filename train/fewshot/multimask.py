@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,7 @@ def _fill(reader: MaskReader, batch: dict[str, Tensor], target: Tensor, order: O
         log_p = reader(**{**batch, "input_ids": ids}).logits.float().log_softmax(-1)
         own = log_p.gather(2, target[..., None])[..., 0]  # (P, k)
         if order == "parallel":
-            return own.sum(1)
+            return cast("Tensor", own.sum(1))
         best = torch.full((len(target),), step) if order == "ltr" else own.masked_fill(~open_, -torch.inf).argmax(1)
         total += own.gather(1, best[:, None])[:, 0]
         open_.scatter_(1, best[:, None], False)
@@ -132,7 +132,7 @@ def multi_mask(job: Job, steps: int = 40) -> Learned:
         data,
         config,
         name="fewshot",
-        method=Hinge(),
+        method_of=lambda _reader: Hinge(),
         model_of=lambda reader: MultiMaskModel(reader, words),
         seconds=job.left * 0.8,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +21,12 @@ from train.fewshot.head import fit_head
 from train.fewshot.job import Job, Learned
 from train.fewshot.prompts import prompt_dataset
 from train.fewshot.refine import refine
+from train.fewshot.replay import blocks_of
 from train.fewshot.stages import Pipeline, Stage, Tensors
 from train.fewshot.template import Template
-from train.fewshot.tuning import accuracy, scores_of, tune
+from train.fewshot.tuning import WithLM, accuracy, scores_of, tune
 from train.fewshot.verbalizer import WordScores
-from train.fewshot.views import View
+from train.fewshot.views import View, view_dataset
 from train.fewshot.words import scores_for
 
 __all__ = ["Recipe", "distil", "ensemble_mean", "member", "pet"]
@@ -34,13 +36,17 @@ _LEAST_UNLABELED = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of a PET run."""
+    """Sizes of a PET run.
+
+    With `lm_alpha` (the paper's is 0.9999) the loss is alpha CE + (1 - alpha) MLM on the unlabelled texts.
+    """
 
     repetitions: int = 1
     steps: int = 40
     weighted: bool = False
     distil_steps: int = 60
     blocks: int = 3
+    lm_alpha: float | None = None
 
 
 def ensemble_mean(logits: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -70,7 +76,12 @@ def member(
     before = accuracy(scores_of(job.model, scores, train, precision=job.precision), train)
     name = "member"
     config = job.config(recipe.steps, seed=seed)
-    tune(job.model, scores, train, config, name=name, blocks=recipe.blocks)
+    blocks, method_of = recipe.blocks, None
+    if recipe.lm_alpha is not None:
+        plain = view_dataset(None, to_label, job.tokenizer, job.labels, max_length=job.max_length)
+        alpha, blocks = recipe.lm_alpha, len(blocks_of(job.model) or ())
+        method_of = partial(WithLM, data=plain, tokenizer=job.tokenizer, alpha=alpha, seed=seed)
+    tune(job.model, scores, train, config, name=name, blocks=blocks, method_of=method_of)
     texts = prompt_dataset(parsed, to_label, job.tokenizer, job.labels, max_length=job.max_length)
     logits = scores_of(job.model, scores, texts, precision=job.precision)
     compose.activate(job.model, None)

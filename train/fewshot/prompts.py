@@ -160,7 +160,8 @@ def _assemble(parts: Sequence[_Part], tokenizer: Any, max_length: int) -> Encode
         raise TemplateError(f"the words of the template take {fixed} of {max_length} tokens", hint=hint)
     for part, length in zip(texts, lengths_after_cut([len(p.ids) for p in texts], max_length - fixed), strict=True):
         part.ids = part.ids[:length]
-    ids, types, at, segment = list(before), [0] * len(before), (), 0
+    ids, types, segment = list(before), [0] * len(before), 0
+    at: tuple[int, ...] = ()
     for part in parts:
         if part.mask:
             at = tuple(range(len(ids), len(ids) + len(part.ids)))

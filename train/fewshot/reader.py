@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,9 @@ class MaskReader(nn.Module):
 
     def __init__(self, lm: nn.Module, replay: Replay | None = None) -> None:
         super().__init__()
-        self.lm: Any = lm
+        self.lm = lm
         self.replay = replay
-        output = self.lm.get_output_embeddings()
+        output: nn.Module | None = cast("Any", lm).get_output_embeddings()
         if output is None:
             raise TrainError(f"{type(lm).__name__} has no output embedding to read words from", hint="a masked-LM base")
         self._at: Tensor | None = None

@@ -55,6 +55,7 @@ class Request:
     templates: tuple[str, ...] = ()
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
     max_length: int = 128
+    writer: str | None = None
 
 
 def run(
@@ -97,6 +98,7 @@ def run(
         words=request.words,
         seed=request.seed,
         budget=request.budget,
+        writer=request.writer,
         max_length=_positions(model, request.max_length),
         say=say,
     )

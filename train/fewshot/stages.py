@@ -121,9 +121,10 @@ class Pipeline:
         if path is None or not path.is_file():
             return None
         try:
-            return load(path.read_bytes())
+            kept: Tensors = load(path.read_bytes())
         except SafetensorError:  # torn by a crash of the disk: made again
             return None
+        return kept
 
     def _keep(self, name: str, tensors: Tensors) -> None:
         path = self._path(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,14 +87,15 @@ def tune(
     name: str,
     dev: Dataset | None = None,
     blocks: int = 3,
-    method: Method | None = None,
-    model_of: Any = None,
+    method_of: Callable[[MaskReader], Method] | None = None,
+    model_of: Callable[[MaskReader], nn.Module] | None = None,
     seconds: float | None = None,
 ) -> Tuned:
     """Train a LoRA called `name` on prompts (see `prompts.prompt_dataset`); it ends active and frozen.
 
-    Blocks below the last `blocks` run once. `model_of(reader)` replaces the model that gives label logits. A method
-    that feeds other rows than those of `train` (`WithLM`) needs `blocks` to cover the model.
+    Blocks below the last `blocks` run once. `model_of(reader)` replaces the model that gives label logits, and
+    `method_of(reader)` the loss; one that feeds other rows than those of `train` (`WithLM`) needs `blocks` to cover
+    the model.
     """
     compose.activate(model, None)
     replay = Replay(model, upper_blocks(model, blocks)[0])
@@ -112,6 +113,7 @@ def tune(
         compose.activate(model, name)
         wrapped = PromptModel(reader, scores) if model_of is None else model_of(reader)
         with replay.on():
+            method = None if method_of is None else method_of(reader)
             result = fit(wrapped, adapter, train, dev, config, method=method, seconds=seconds)
     finally:
         reader.close()
@@ -141,8 +143,3 @@ def accuracy(logits: Tensor, data: Dataset) -> float:
     """Share of rows whose best label is theirs."""
     labels = torch.as_tensor(data.columns["labels"])
     return float((logits.argmax(1) == labels).double().mean())
-
-
-def labels_of(names: Sequence[str | None], labels: Sequence[str]) -> Tensor:
-    """(N,) numbers of the labels."""
-    return torch.tensor([labels.index(str(name)) for name in names])

@@ -113,7 +113,7 @@ def extract(
         said = [torch.empty(0)] * len(data)
         for rows, batch in data.batches(_BATCH):
             batch.pop("labels")
-            with amp(reader.lm.device, precision):
+            with amp(next(reader.parameters()).device, precision):
                 out = reader(**batch, hidden=any(view.pool != "mask" for view in mine))
             for view in mine:
                 for row, state in zip(rows.tolist(), pooled(view.pool, out, batch["attention_mask"]), strict=True):

@@ -53,7 +53,7 @@ def assignments(logits: Tensor, labels: Tensor, words: Sequence[Sequence[int]], 
 
 def _score(logits: Tensor, labels: Tensor, table: Tensor, chunk: int = 20_000) -> tuple[Tensor, Tensor]:
     hits, sums = [], []
-    for part in table.split(chunk):
+    for part in torch.split(table, chunk):
         scores = logits[:, part]  # (N, A, C)
         hits.append((scores.argmax(-1) == labels[:, None]).sum(0))
         right = scores.log_softmax(-1).gather(2, labels[:, None, None].expand(-1, len(part), 1))

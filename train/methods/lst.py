@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from train.method import Method, register
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import compose
+from compose.inject import runtime
+from compose.kind import Adapter, original_module
+from compose.kinds.ladder import Ladder
+from train.batches import Dataset
+from train.method import NAME, Method, MethodOptions, register
+from train.objective import forward, loss_sum
+
+log = logging.getLogger(__name__)
+_ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
+
+
+class LstOptions(MethodOptions):
+    """Where the side network starts."""
+
+    fisher_rows: int = Field(
+        32, ge=0, description="training rows that say which of the model's weights to copy; 0: start from fresh values"
+    )
 
 
 @register("lst")
@@ -12,14 +36,95 @@ class LadderSideTuning(Method):
     """A small side network of width d / 8 that reads the frozen model's hidden states through learned gates.
 
     s_i = Block_i(mu_i s_(i-1) + (1 - mu_i) D_i h_i), mu = sigmoid(a / T), a = 0 at first, T = 0.1. No gradient enters
-    the model, so its activations are not kept: that is what saves memory. The blocks start from fresh values. Stores
-    the side network.
+    the model, so its activations are not kept: that is what saves memory. The blocks start as the model's own, cut down
+    to the rows and columns of highest Fisher information (the squared gradient of the loss), the D_i choosing the same
+    dimensions. Stores the side network.
     """
 
     kind = "ladder"
     paper = "arXiv:2206.06522"
+    Options = LstOptions
+    own: LstOptions
 
     def logits(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
         """The frozen model is read without dropout, which could only blur what the ladder sees."""
         model.eval()
         return super().logits(model, batch, task)
+
+    def warm(self, model: PreTrainedModel, learner: Adapter, data: Dataset) -> None:
+        """Cut the blocks out of the model's."""
+        assert isinstance(learner, Ladder)  # noqa: S101 - narrows the type
+        if not self.own.fisher_rows:
+            return
+        blocks = [_weights(model, layer) for layer in learner.rungs]
+        if any(weight is None for block in blocks for weight in block.values()):
+            log.warning("lst: this base's blocks cannot be cut (fused, quantized or gated): the ladder starts fresh")
+            return
+        held = [{role: weight for role, weight in block.items() if weight is not None} for block in blocks]
+        compose.activate(model, None)
+        with _gradients([weight for block in held for weight in block.values()]):
+            rows = torch.arange(min(self.own.fisher_rows, len(data)))
+            batch = {name: value.to(model.device) for name, value in data.batch(rows).items()}
+            loss_sum(data.task, forward(model, batch, data.task), batch["labels"]).backward()  # type: ignore[no-untyped-call]
+            fisher = [{r: w.grad.square() for r, w in block.items() if w.grad is not None} for block in held]
+        compose.activate(model, NAME)
+        with torch.no_grad():
+            _cut(learner, held, fisher)
+
+
+def _weights(model: PreTrainedModel, layer: int) -> dict[str, nn.Parameter | None]:
+    """The six matrices of a block by role, where they are plain linear weights."""
+    found: dict[str, nn.Parameter | None] = {}
+    for role in _ROLES:
+        sites = [site for site in runtime(model).sites.with_role(role) if site.layer == layer and site.stack == ""]
+        module = original_module(model, sites[0].path) if len(sites) == 1 else None
+        weight = module.weight if isinstance(module, nn.Linear) else None
+        found[role] = weight if isinstance(weight, nn.Parameter) and weight.dtype.is_floating_point else None
+    return found
+
+
+@contextmanager
+def _gradients(weights: list[nn.Parameter]) -> Iterator[None]:
+    """Let frozen weights have gradients, for as long as it takes to look at them."""
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+            weight.grad = None
+
+
+def _cut(ladder: Ladder, blocks: list[dict[str, nn.Parameter]], fisher: list[dict[str, Tensor]]) -> None:
+    """Copy the rows and columns that matter; grouped queries give the queries of their first group."""
+    m = len(ladder.at("", "in"))
+    reads = sum(f[role].sum(0) for f in fisher for role in ("attn.q", "attn.k", "attn.v", "mlp.up"))
+    writes = sum(f[role].sum(1) for f in fisher for role in ("attn.o", "mlp.down"))
+    kept = _top(torch.as_tensor(reads + writes), m)  # of the d dimensions that the blocks read and write
+    choose = torch.zeros_like(ladder.at("", "in")).scatter_(1, kept[:, None], 1.0)
+    ladder.at("", "in").copy_(choose)
+    for rung, block, f in zip(ladder.rungs, blocks, fisher, strict=True):
+        keys, values = (_top(f[role].sum(1), m) for role in ("attn.k", "attn.v"))
+        inner = _top(f["mlp.up"].sum(1) + f["mlp.down"].sum(0), 4 * m)
+        parts = [block["attn.q"][keys], block["attn.k"][keys], block["attn.v"][values]]
+        ladder.at("", f"{rung}.in").copy_(choose)
+        _put(ladder.at("", f"{rung}.qkv"), torch.cat([_rows(part[:, kept], m) for part in parts]))
+        _put(ladder.at("", f"{rung}.o"), block["attn.o"][kept][:, values])
+        _put(ladder.at("", f"{rung}.up"), block["mlp.up"][inner][:, kept])
+        _put(ladder.at("", f"{rung}.down"), block["mlp.down"][kept][:, inner])
+
+
+def _top(importance: Tensor, count: int) -> Tensor:
+    """Where the largest values are, in their own order."""
+    return importance.topk(min(count, len(importance))).indices.sort().values
+
+
+def _rows(part: Tensor, count: int) -> Tensor:
+    return torch.cat([part, part.new_zeros(count - len(part), part.shape[1])])
+
+
+def _put(target: Tensor, part: Tensor) -> None:
+    """Write a part that may be smaller than its place (a model with few key dimensions); the rest is zero."""
+    target.zero_()
+    target[: part.shape[0], : part.shape[1]] = part

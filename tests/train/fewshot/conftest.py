@@ -12,7 +12,7 @@ from train.fewshot.examples import Example
 from train.fewshot.job import Job
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-PLAIN = "it was . , ! ? : is this great terrible good bad fine poor awful a film plot very the one two three".split()
+PLAIN = "it was . , ! ? : is this great terrible good bad fine poor awful a film plot very the one two three".split()  # noqa: SIM905
 WORDS = (*SPECIAL, *PLAIN, *(f"w{i}" for i in range(20)))
 
 

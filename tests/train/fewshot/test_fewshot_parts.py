@@ -23,9 +23,9 @@ from train.fewshot.replay import Replay
 from train.fewshot.splits import folds
 from train.fewshot.stages import Pipeline, Stage
 from train.fewshot.template import Template
-from train.fewshot.tuning import mask_tokens
+from train.fewshot.tuning import WithLM, mask_tokens
 from train.fewshot.verbalizer import Verbalizer
-from train.fewshot.views import Features
+from train.fewshot.views import Features, view_dataset
 from train.fewshot.words import assignments, candidate_words
 from train.seeds import generator
 
@@ -202,6 +202,26 @@ def test_masks_are_15_percent_80_10_10_and_spare_special_tokens(masked_tokenizer
     assert (masked == ids)[chosen].double().mean().item() == pytest.approx(0.1, abs=0.04)
 
 
+def test_the_auxiliary_loss_mixes_in_masked_words(make_job, reviews_of):
+    job = make_job()
+    template, scores = Template.parse("{text} is {mask}."), job.verbalizer().single(job.tokenizer)
+    data = prompt_dataset(template, reviews_of(4), job.tokenizer, job.labels)
+    plain = view_dataset(None, reviews_of(8), job.tokenizer, job.labels, max_length=32)
+    reader = MaskReader(job.model).eval()
+    model = PromptModel(reader, scores)
+    batch = data.batch(torch.arange(4))
+
+    def loss(alpha: float) -> float:
+        method = WithLM(reader, data=plain, tokenizer=job.tokenizer, alpha=alpha, seed=3)
+        return method.loss(model, dict(batch), "classification").item()
+
+    own = F.cross_entropy(model(**{n: v for n, v in batch.items() if n != "labels"}).logits, batch["labels"]).item() * 4
+    assert loss(1.0) == pytest.approx(own, rel=1e-5)
+    assert loss(0.25) == pytest.approx(0.25 * own + 0.75 * loss(0.0), rel=1e-5)
+    assert loss(0.0) > 1  # of a random model: about log(vocabulary) a word, times four rows
+    reader.close()
+
+
 # -- iPET ------------------------------------------------------------------------------------------------------------
 
 
@@ -318,8 +338,8 @@ def test_demonstrations_follow_the_query_solved(masked_tokenizer):
         Template.parse("{text} is {mask}."), [Example("the film", None, "pos")], pool, {"pos": "great", "neg": "awful"},
         masked_tokenizer, ("neg", "pos"), samples=2, random=random_of("x"),
     )  # fmt: skip
-    text = masked_tokenizer.convert_ids_to_tokens(data.tokens.row(0).tolist())
-    assert text == "[CLS] the film is [MASK] . [SEP] bad plot is awful . [SEP] good film is great . [SEP]".split()
+    text = " ".join(masked_tokenizer.convert_ids_to_tokens(data.tokens.row(0).tolist()))
+    assert text == "[CLS] the film is [MASK] . [SEP] bad plot is awful . [SEP] good film is great . [SEP]"
     assert len(data) == 2 and data.columns["mask_at"].tolist() == [[4], [4]]
 
 
