@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.calls import Calls
+from compose.coefficients import Coefficient
 from compose.expr import IDENTITY, Call, Expr, add, normalize, parse
 from compose.inputs import Inputs, Row, is_zero, replace_module
 from compose.kind import Adapter, KindError
@@ -26,7 +27,7 @@ from compose.plan import Leaf, plan
 from compose.side import SideSlot
 from compose.sites import FINAL, SiteMap
 from compose.slot import Context, Slot
-from compose.stage import Coefficient, weighs_rows
+from compose.stage import weighs_rows
 from compose.switch import Gate, Mixer, Routing, refuse_outside
 from compose.where import check_limits, covers
 from hub.errors import NotFound, did_you_mean
@@ -50,6 +51,7 @@ class Runtime:
         self._slots: dict[str, Slot] = {}
         self._side = SideSlot(model, self.sites, self._only_sides_learn)
         self._inputs = Inputs(model, self.sites, self.context)
+        self._trains = False  # whether an active adapter trains, as of the last lowering
         self._lowered: Any = None  # what the slots were made of: see _revisions
         self._stamps: dict[str, Any] = {}  # of merged adapters: what their members were
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -178,15 +180,16 @@ class Runtime:
         self._calls.prompt = self._inputs.prompts(active, pairs)
         if self._calls.prompt is not None:
             self._calls.embedding = self.slot(self.sites.embedding)
-        self._lowered = self._revisions()
+        self._lowered, self._trains = self._revisions(), self.live
 
     def adapter_changed(self) -> None:
         """Lower anew at once, if what is active has changed and does not train: calls then find all in place."""
-        if self._lowered is not None and not self.live and self._lowered != self._revisions():
+        self._trains = self.live
+        if self._lowered is not None and not self._trains and self._lowered != self._revisions():
             self.refresh()
 
     def _before_call(self) -> None:
-        if torch.compiler.is_compiling() and self._lowered is not None and not self.live:
+        if torch.compiler.is_compiling() and self._lowered is not None and not self._trains:
             return  # a look at revisions would compile each of them; adapters tell when they change
         if self.live or self._lowered != self._revisions():  # live parameters have moved since the last lowering
             self.refresh()

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from compose.atoms import Prefix, Prompt
 from compose.attention import bias_owner, stack_prefixes, use_interface
+from compose.coefficients import Coefficient
 from compose.kind import Adapter, KindError
 from compose.prompting import PromptState, stack_prompts
 from compose.sites import SiteMap
 from compose.slot import Context, PositionSlot
-from compose.stage import Coefficient
 
 Row: TypeAlias = Sequence[tuple[Coefficient, str]]  # adapters of one row with their weights
 

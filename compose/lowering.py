@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from compose.atoms import Atoms, Function, Replace, Side
+from compose.coefficients import Coefficient, multiply
 from compose.expr import Call, Expr, Ref, Scale, Seq
 from compose.kind import Adapter, KindError
 from compose.side import SideSlot
 from compose.slot import BelowView, Slot
-from compose.stage import Chain, Coefficient, Entry, Mix, Node, Stage, multiply, weighs_rows
+from compose.stage import Chain, Entry, Mix, Node, Stage, weighs_rows
 from compose.switch import Gate, Mixer, Switch
 from compose.where import limits
 

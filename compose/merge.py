@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
+from compose.coefficients import Coefficient
 from compose.expr import Call, Expr, Ref, Scale, Seq, add, parse, seq
 from compose.function import bind, get_function
 from compose.kind import Adapter, KindError
@@ -27,7 +28,6 @@ from compose.parameter_space.method import Elementwise, Factored, Linear, Method
 from compose.shift import Shift
 from compose.sites import SiteMap
 from compose.slot import BelowView, Slot
-from compose.stage import Coefficient
 from compose.where import limits
 
 __all__ = [

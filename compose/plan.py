@@ -243,7 +243,9 @@ class _Checks:
         """Modules that ``expr`` replaces whole: name -> (ref, labels). Side by side they must agree."""
         if isinstance(expr, Ref):
             leaf = self.leaves[expr.text]
-            names = leaf.hyperparameters.get("modules_to_save") or ()
+            # What training published keeps the adapter's config apart from the run's.
+            config = leaf.hyperparameters.get("adapter", leaf.hyperparameters)
+            names = config.get("modules_to_save") or () if isinstance(config, Mapping) else ()
             return {str(name): (expr.text, tuple(leaf.labels)) for name in names}
         found: dict[str, tuple[str, tuple[str, ...]]] = {}
         for child in expr.children:

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compose.atoms import Atoms, Function, Moved, Replace, Side
+from compose.coefficients import Coefficient, multiply, on_rows, used_rows, weigh, weight_matrix
 from compose.heads import level
 from compose.kernels import BACKENDS, Pair, Prepared, choose, expand, for_all, isolating, mix
 from compose.maps import LinearMap
-
-Coefficient = float | Tensor  # a number, or (R,) per row, or (R, T) per token
 
 
 class State(NamedTuple):
@@ -56,30 +55,6 @@ class Entry:
         return replace(self, coefficient=multiply(self.coefficient, c))
 
 
-def multiply(a: Coefficient, b: Coefficient) -> Coefficient:
-    """Product of coefficients: rows against tokens broadcast as (R,) -> (R, 1)."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() != b.dim():
-        a, b = (a[:, None], b) if a.dim() < b.dim() else (a, b[:, None])
-    return a * b
-
-
-def weight_matrix(entries: Sequence[Entry], like: Tensor) -> Tensor:
-    """Coefficients side by side: (R, E) or, if any is per token, (R, T, E). All-number stages give (1, E)."""
-    tensors = [e.coefficient for e in entries if isinstance(e.coefficient, Tensor)]
-    shape = torch.Size([1])
-    for t in tensors:
-        shape = t.shape if len(t.shape) > len(shape) or len(shape) == 1 else shape
-    columns = []
-    for e in entries:
-        c = e.coefficient
-        if isinstance(c, Tensor):
-            c = c[:, None] if c.dim() < len(shape) else c
-            columns.append(c.to(like.device, torch.float32).expand(shape))
-        else:
-            columns.append(torch.full(shape, float(c), device=like.device))
-    return torch.stack(columns, dim=-1)
-
-
 class Stage:
     """Entries that act side by side on the same function below (``+``)."""
 
@@ -103,7 +78,7 @@ class Stage:
         self.simple = self._keeps and all(e.atoms.is_pair and not e.atoms.dropout for e in self.entries)
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
         self._prepared: dict[torch.dtype, Prepared] = {}
-        self._maps: dict[tuple[str, torch.dtype], LinearMap] = {}
+        self._maps: dict[torch.dtype, list[LinearMap]] = {}
 
     @property
     def additive(self) -> bool:
@@ -124,8 +99,8 @@ class Stage:
             c = c0 * self._mixed("scaling", scaling, y0, plus_one=True) if scaling and c0 is not None else c0
         if self.low_rank:
             y = self._add_low_rank(y, x)
-        for e in self.deltas:
-            y = y + self._apply_map(e, x, y0)
+        for e, delta in zip(self.deltas, self._maps_for(x.dtype) if self.deltas else (), strict=True):
+            y = y + _apply_map(delta, e.coefficient, x, y0)
         added: Tensor | None = self._mixed("biases", self.biases, y0) if self.biases else None
         for e in self.functions:
             term = self._call(e, x, y0)
@@ -141,7 +116,7 @@ class Stage:
         """
         y, c = state
         for e in self.heads:
-            w, rows = _used_rows(e.coefficient, x.shape[0])
+            w, rows = used_rows(e.coefficient, x.shape[0])
             whole = cast("Replace", e.atoms.function).fn(x if rows is None else x[rows]).to(y.dtype)
             y, whole = level(y, whole)
             before, _ = level(y0, whole)
@@ -152,18 +127,13 @@ class Stage:
             y = moved
         return State(y, c)
 
-    def _apply_map(self, entry: Entry, x: Tensor, like: Tensor) -> Tensor:
-        """W D x, computed only for the rows whose weight is not zero."""
-        delta = cast("LinearMap", entry.atoms.delta) if entry.live else self._map(entry, x.dtype)
-        w, rows = _used_rows(entry.coefficient, x.shape[0])
-        return weigh(_on_rows(lambda x_, y_: delta(x_).to(y_.dtype), rows, x, like), w)
-
-    def _map(self, entry: Entry, dtype: torch.dtype) -> LinearMap:
-        tag = (entry.key, dtype)
-        if tag not in self._maps:
+    def _maps_for(self, dtype: torch.dtype) -> list[LinearMap]:
+        """The deltas, in order, the frozen ones in ``dtype``."""
+        if dtype not in self._maps:
             with self._to_keep():
-                self._maps[tag] = cast("LinearMap", entry.atoms.delta).to(dtype)
-        return self._maps[tag]
+                own = [cast("LinearMap", e.atoms.delta) for e in self.deltas]
+                self._maps[dtype] = [m if e.live else m.to(dtype) for e, m in zip(self.deltas, own, strict=True)]
+        return self._maps[dtype]
 
     def lay_out(self, like: Tensor) -> None:
         """Do now what else the first call on activations such as ``like`` does, so that calls are all the same."""
@@ -181,8 +151,8 @@ class Stage:
                     self._mixture(label, entries, like, plus_one=one)
         if self.biases:
             self._mixture("biases", self.biases, like, plus_one=False)
-        for e in self.deltas:
-            self._map(e, like.dtype)
+        if self.deltas:
+            self._maps_for(like.dtype)
 
     def _replacement(self) -> Replace | None:
         if len(self.heads) != 1 or len(self.entries) != 1 or isinstance(self.entries[0].coefficient, Tensor):
@@ -203,7 +173,7 @@ class Stage:
             return self._kept[tag]
         with self._to_keep():
             vectors = torch.stack([_vector(label, e.atoms) for e in entries])  # (E, d)
-            mixed = mix(weight_matrix(entries, like), vectors).to(like.dtype)  # (R, [T,] d)
+            mixed = mix(weight_matrix([e.coefficient for e in entries], like), vectors).to(like.dtype)  # (R, [T,] d)
             mixed = mixed + 1 if plus_one else mixed
         if self._keeps:
             self._kept[tag] = mixed
@@ -241,7 +211,7 @@ class Stage:
                 [pair_of(e, c, dtype, fold=self._keeps) for e, c in zip(self.low_rank, numbers, strict=True)]
             )
         pairs = [pair_of(e, 1.0, dtype, fold=self._keeps) for e in self.low_rank]
-        w = weight_matrix(self.low_rank, like)
+        w = weight_matrix([e.coefficient for e in self.low_rank], like)
         if self._keeps and len(used := (w != 0).flatten(0, -2).any(0).nonzero().flatten()):
             pairs, w = [pairs[i] for i in used.tolist()], w[..., used]  # a weight of zero costs nothing
         return BACKENDS[isolating(choose([p.rank for p in pairs], w), pairs, w)](pairs, w)
@@ -257,15 +227,15 @@ class Stage:
     def _call(self, entry: Entry, x: Tensor, y0: Tensor) -> Tensor:
         """W F, computed only for the rows whose weight is not zero."""
         function = entry.atoms.function
-        w, rows = _used_rows(entry.coefficient, x.shape[0])
+        w, rows = used_rows(entry.coefficient, x.shape[0])
         if isinstance(function, Side):  # for all rows: what it keeps for later tokens lies side by side in one cache
             return weigh(function.fn(y0, function.trace).to(y0.dtype), entry.coefficient)
         if isinstance(function, Moved):
-            value = _on_rows(lambda x_, y_: function.fn(x_).to(y_.dtype), rows, x, y0)
+            value = on_rows(lambda x_, y_: function.fn(x_).to(y_.dtype), rows, x, y0)
         else:
             assert isinstance(function, Function)  # noqa: S101 - narrows the type
             z = y0 if function.source is None else function.source().reshape(*y0.shape[:-1], -1)
-            value = _on_rows(lambda z_, y_: function.fn(z_).to(y_.dtype), rows, z, y0)
+            value = on_rows(lambda z_, y_: function.fn(z_).to(y_.dtype), rows, z, y0)
         return weigh(value, w)
 
 
@@ -278,39 +248,16 @@ def pair_of(entry: Entry, times: float, dtype: torch.dtype, *, fold: bool) -> Pa
     return Pair(a.to(dtype), (b * scale).to(dtype), 1.0) if fold else Pair(a.to(dtype), b.to(dtype), scale)
 
 
-def _used_rows(w: Coefficient, batch: int) -> tuple[Coefficient, Tensor | None]:
-    """A weight per row of the batch, and the rows where it is not zero (None: all, as for weights that are learned).
-
-    What is not computed for a row cannot reach it: 0 * NaN would.
-    """
-    if not isinstance(w, Tensor) or w.dim() != 1 or w.requires_grad:
-        return w, None
-    w = expand(w, batch)
-    return w, w.nonzero().squeeze(1)
-
-
-def _on_rows(fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
-    if rows is None:
-        return fn(x, y)
-    out = torch.zeros_like(y)
-    if len(rows):
-        out[rows] = fn(x[rows], y[rows])
-    return out
+def _apply_map(delta: LinearMap, coefficient: Coefficient, x: Tensor, like: Tensor) -> Tensor:
+    """W D x, computed only for the rows whose weight is not zero."""
+    w, rows = used_rows(coefficient, x.shape[0])
+    return weigh(on_rows(lambda x_, y_: delta(x_).to(y_.dtype), rows, x, like), w)
 
 
 def _vector(label: str, atoms: Atoms) -> Tensor:
     value = {"biases": atoms.bias, "inputs": atoms.input_gain}.get(label, atoms.gain)
     assert value is not None  # noqa: S101 - the caller chose entries that have it
     return value if label == "biases" else value - 1
-
-
-def weigh(term: Tensor, c: Coefficient) -> Tensor:
-    """C times a term (B, T, d) or (B, d), for c a number, (R,) or (R, T)."""
-    if not isinstance(c, Tensor):
-        return term if c == 1.0 else term * c
-    c = expand(c.to(term.device, term.dtype), term.shape[0])
-    c = c.reshape(*c.shape, *([1] * (term.dim() - c.dim())))
-    return term * c if c.requires_grad else (term * c).masked_fill(c == 0, 0)  # 0 * NaN is nothing
 
 
 class Chain:

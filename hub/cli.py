@@ -25,37 +25,45 @@ class Row(NamedTuple):
 
 # One more command is one more row; `target` may lie in any package.
 COMMANDS: dict[str, dict[str, Row]] = {
+    "Start": {
+        "quickstart": Row("train.quickstart.commands:quickstart", "See the whole idea work on text of this machine."),
+        "doctor": Row("hub.commands.doctor:doctor", "Look for what is broken here, and say what to do."),
+    },
     "Artifacts": {
         "push": Row("hub.commands.push:push", "Publish a directory into the store, or send an artifact to a remote."),
         "pull": Row("hub.commands.pull:pull", "Bring an artifact from a remote, checking every byte."),
         "list": Row("hub.commands.list:list_", "List the artifacts of the store."),
         "search": Row("hub.commands.search:search", "Find artifacts by words, best match first."),
         "show": Row("hub.commands.show:show", "Show one artifact: facts, metrics, files, lineage."),
-        "import": Row("hub.commands.import_:import_", "Bring a foreign adapter (PEFT) into the store, checked."),
-        "export": Row("hub.commands.export:export", "Write an artifact for PEFT or vLLM, or merged into its base."),
         "diff": Row("hub.commands.diff:diff", "Show what differs between two adapters: config, tensors, metrics."),
         "tree": Row("hub.commands.tree:tree", "Show what an artifact requires and comes from."),
+        "import": Row("hub.commands.import_:import_", "Bring a foreign adapter (PEFT) into the store, checked."),
+        "export": Row("hub.commands.export:export", "Write an artifact for PEFT or vLLM, or merged into its base."),
+    },
+    "Versions and trust": {
         "verify": Row("hub.commands.verify:verify", "Read every byte and say what is damaged."),
         "sign": Row("hub.commands.sign:sign", "Sign an artifact with your key."),
         "tag": Row("hub.commands.tag:tag", "Let an alias stand for a version, or list aliases."),
         "untag": Row("hub.commands.tag:untag", "Remove an alias."),
         "yank": Row("hub.commands.yank:yank", "Withdraw a version from ranges, or take that back."),
         "delete": Row("hub.commands.yank:delete", "Delete a version for good; its number is never used again."),
-        "gc": Row("hub.commands.gc:gc", "Show what nothing needs any more, and free its space."),
-        "remote": Row("hub.commands.remote:remote", "Name the places to push to and pull from."),
+    },
+    "Projects and places": {
         "lock": Row("hub.commands.lock:lock", "Pin what a project needs, by digest, in modules.lock."),
         "sync": Row("hub.commands.lock:sync", "Bring exactly what modules.lock says."),
         "outdated": Row("hub.commands.lock:outdated", "Show what has a newer version."),
-        "doctor": Row("hub.commands.doctor:doctor", "Look for what is broken here, and say what to do."),
+        "remote": Row("hub.commands.remote:remote", "Name the places to push to and pull from."),
+        "gc": Row("hub.commands.gc:gc", "Show what nothing needs any more, and free its space."),
         "registry": Row("hub.registry.commands:registry", "Serve the store: Hugging Face protocol and web catalogue."),
     },
-    "Models": {
-        "quickstart": Row("train.quickstart.commands:quickstart", "See the whole idea work on text of this machine."),
+    "Training": {
         "train": Row("train.commands.train:train", "Train an adapter from a YAML file."),
-        "methods": Row("train.commands.methods:methods", "List the methods of training."),
-        "eval": Row("train.commands.eval:eval_", "Measure an adapter or an expression on data."),
         "few-shot": Row("train.fewshot.commands:few_shot", "Learn a classifier from a few labelled rows in seconds."),
+        "methods": Row("train.commands.methods:methods", "List the methods of training."),
         "race": Row("train.commands.race:race", "Race methods at an equal budget: successive halving."),
+        "eval": Row("train.commands.eval:eval_", "Measure an adapter or an expression on data."),
+    },
+    "Composing and routing": {
         "compose": Row("compose.commands:compose", "Plan, check and publish compositions."),
         "route": Row("router.commands:route", "Make routers, measure them and see what they choose."),
         "run": Row("router.running.commands:run", "Run JSONL rows through a base and its adapters."),

@@ -20,7 +20,7 @@ from hub.errors import IntegrityError
 GENESIS = "sha256:" + "0" * 64
 Op = Literal["publish", "alias", "yank", "unyank", "delete", "evict"]
 # What a line of each operation must say.
-_NEEDED = dict.fromkeys(get_args(Op), ("name", "digest", "version"))
+_NEEDED: dict[str, tuple[str, ...]] = dict.fromkeys(get_args(Op), ("name", "digest", "version"))
 _NEEDED |= {"alias": ("name", "alias"), "yank": ("name", "digest"), "unyank": ("name", "digest")}
 
 
@@ -81,18 +81,18 @@ def line_of(event: Event, at: Position) -> bytes:
 def load_line(line: bytes, *, what: str) -> dict[str, Any]:
     """Read a line as JSON. Raises IntegrityError where it is none, or holds no event that this version knows."""
     try:
-        value = json.loads(line)
+        value: Any = json.loads(line)
     except ValueError as error:
         raise IntegrityError(f"{what} holds a line that is not JSON: {error}", path=what) from error
-    op = value.get("op") if isinstance(value, dict) else None
-    needed = _NEEDED.get(op) if isinstance(op, str) else None
-    if needed is None or not all(isinstance(value.get(name), str) for name in needed):
+    found: dict[str, Any] = value if isinstance(value, dict) else {}
+    needed = _NEEDED.get(str(found.get("op")))
+    if needed is None or not all(isinstance(found.get(name), str) for name in needed):
         raise IntegrityError(
             f"{what} holds an entry that this version does not know: {line[:80]!r}",
             path=what,
             hint="upgrade moduloom, or restore the file",
         )
-    return value
+    return found
 
 
 def event_of(value: dict[str, Any]) -> Event:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Weights of the columns name, summary, kind, method, task, base, facets in BM25.
 _BM25 = "bm25(search, 8.0, 4.0, 2.0, 2.0, 2.0, 1.0, 2.0)"
-RANKED = 10_000  # of what matches, the newest are ranked; a word that is everywhere tells nothing of the others
+RANKED = 3_000  # of what matches, the newest are ranked; a word that is everywhere tells nothing of the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,9 @@ def digests(index: Index, text: str, *, limit: int, yanked: bool, newest: bool, 
     """Digests of what matches, best first; ``filters`` as for `hub.query.build`."""
     where, arguments, _ = build(filters, yanked=yanked, newest=newest, sort=None, ascending=None)
     query = f"""WITH hits AS MATERIALIZED (
-            SELECT rowid AS id, {_BM25} AS score FROM search
-            WHERE search MATCH ? AND rowid IN (SELECT a.id FROM artifacts a WHERE {where})
-            ORDER BY rowid DESC LIMIT {RANKED})
+            SELECT a.id, {_BM25} AS score FROM search CROSS JOIN artifacts a ON a.id = search.rowid
+            WHERE search MATCH ? AND {where} ORDER BY search.rowid DESC LIMIT {RANKED})
         SELECT a.digest FROM hits JOIN artifacts a ON a.id = hits.id ORDER BY hits.score, a.name LIMIT ?"""  # noqa: S608
-    if where == "1":
-        query = query.replace(" AND rowid IN (SELECT a.id FROM artifacts a WHERE 1)", "")
     with index.connect() as db:
         return [row[0] for row in db.execute(query, (match(text), *arguments, limit))]
 

@@ -117,7 +117,13 @@ class Vault:
 
     def names(self) -> list[str]:
         """All names with a release, sorted."""
-        return sorted({event.name for event, _ in self.ledger.read() if event.op == "publish"})
+        live = set[tuple[str, str | None]]()
+        for event, _ in self.ledger.read():
+            if event.op == "publish":
+                live.add((event.name, event.digest))
+            elif event.op in ("delete", "evict"):
+                live.discard((event.name, event.digest))
+        return sorted({name for name, _ in live})
 
     def resolve(self, ref: str | AdapterRef) -> Release:
         """Pick the release a ref stands for; NotFound with did-you-mean."""

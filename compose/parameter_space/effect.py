@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from compose import factors
+from compose.coefficients import Coefficient
 from compose.expr import Expr
 from compose.kernels import Pair
 from compose.kind import Adapter, KindError
 from compose.lowering import Scene, site_program
 from compose.maps import LinearMap
 from compose.sites import linear_shape
-from compose.stage import Chain, Coefficient, Entry, Mix, Node, Stage
+from compose.stage import Chain, Entry, Mix, Node, Stage
 from compose.weights import bias_of, dense_weight, row_norm_squared
 
 _BLOCK = 2**16  # elements of a block when two dense effects are compared

@@ -133,7 +133,9 @@ class Study:
             way: Router.fit("centroid", bench, options={"distance": distance}, gating=Gating(top_k=1))
             for way, distance in (("routed", "mahalanobis"), ("nearest", "euclidean"))
         }
-        return self._measure(routers)
+        found = self._measure(routers)
+        print(f"seed {self.seed}: {json.dumps(found)}", file=sys.stderr, flush=True)
+        return found
 
     def _measure(self, routers: dict[str, Router]) -> dict[str, dict[str, float]]:
         names = list(self.single)

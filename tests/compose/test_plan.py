@@ -199,9 +199,11 @@ def test_a_tied_head_stored_twice_is_the_same_base() -> None:
 # -- heads ---------------------------------------------------------------------------------------------------------
 
 
-def test_heads_for_different_labels_conflict_side_by_side() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_heads_for_different_labels_conflict_side_by_side(trained: bool) -> None:
     def classifier(*labels: str) -> Leaf:
-        return Leaf("lora", labels=labels, hyperparameters={"modules_to_save": ("score",)})
+        config = {"modules_to_save": ("score",)}
+        return Leaf("lora", labels=labels, hyperparameters={"adapter": config, "steps": 9} if trained else config)
 
     leaves = {"mood": classifier("good", "bad"), "topic": classifier("art", "war"), "mood2": classifier("good", "bad")}
     with pytest.raises(PlanError, match=r"mood and topic both bring their own 'score'.*good, bad and art, war"):

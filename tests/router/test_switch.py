@@ -127,3 +127,26 @@ def test_eject_leaves_the_base(model, texts):
     compose.route(model, EXPERTS, by_sign(3))
     compose.eject(model)
     assert torch.equal(bare, logits(model, texts))
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", "nf4"), ("llama", "bf16"), ("bert", "fp32"), ("gpt2", "fp32"), ("opt", "fp32"), ("t5", "fp32")],
+)
+def test_every_family_and_precision(tiny, family, dtype):
+    """Constant weights are the weighted sum, and a gate that reads its input does not see the other rows."""
+    made = tiny.model(family, dtype)
+    for seed, kind in enumerate(("lora", "lora", "ia3")):
+        tiny.adapter(made, kind, "abc"[seed], seed=seed, noise=0.1).freeze()
+    batch = tiny.batch(family, tiny.rows(6, 6))
+    close = 0.08 if dtype == "bf16" else 2e-4
+    compose.route(made, EXPERTS, constant(0.5, 0.25, 0.75))
+    routed = tiny.logits(made, batch)
+    compose.activate(made, "0.5 * a + 0.25 * b + 0.75 * c")
+    for row, wanted in zip(routed, tiny.logits(made, batch), strict=True):
+        assert torch.allclose(row, wanted, atol=close * float(wanted.abs().max()))
+    compose.route(made, EXPERTS, by_sign(3))
+    together = tiny.logits(made, batch)
+    alone = tiny.logits(made, {name: value[:1] for name, value in batch.items()})
+    if dtype != "bf16":  # where rounding may turn an argmax
+        assert torch.allclose(together[0], alone[0], atol=close * float(alone[0].abs().max()))
