@@ -15,6 +15,9 @@ from hub.ledger import Event
 from hub.ref import LATEST, AdapterRef, version_key
 
 
+ABSENT = "absent"  # the expectation that an alias does not exist yet
+
+
 @dataclass(frozen=True, slots=True)
 class Release:
     """One published version; `yanked` is the reason, or None."""
@@ -151,6 +154,26 @@ def refuse_conflict(ref: AdapterRef, digest: str, catalogue: Catalogue, *, where
         digest=present.digest,
         hint="give it a new version",
     )
+
+
+def refuse_moved(catalogue: Catalogue, alias: str, expect: str | None) -> None:
+    """Refuse by Conflict where an alias does not stand at a version, a digest, or nowhere (`ABSENT`); None is any."""
+    if expect is None:
+        return
+    before = catalogue.aliases.get(alias)
+    if expect == ABSENT:
+        wanted = None
+    else:
+        release = catalogue.find(digest=expect) if expect.startswith("sha256:") else catalogue.find(version=expect)
+        wanted = release.digest if release else expect
+    if before != wanted:
+        now = catalogue.find(digest=before) if before else None
+        raise Conflict(
+            f"alias {alias!r} of {catalogue.name} stands at {now.version if now else 'nothing'}, not at {expect}",
+            ref=f"{catalogue.name}@{alias}",
+            digest=before,
+            hint="someone moved it; look again, then decide",
+        )
 
 
 def _buried(gone: Tombstone) -> str:

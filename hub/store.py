@@ -23,8 +23,8 @@ from hub.ledger import Position
 from hub.outline import outline
 from hub.query import build
 from hub.ref import AdapterRef
-from hub.resolve import Catalogue, Release
-from hub.vault import ABSENT, Vault
+from hub.resolve import ABSENT, Catalogue, Release
+from hub.vault import Vault
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry

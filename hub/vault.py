@@ -19,7 +19,7 @@ from hub.disk import disk_errors
 from hub.errors import Conflict, HubError, IntegrityError, NotFound, StoreError, UsageError, suggest
 from hub.ledger import Event, Ledger, Op
 from hub.ref import LATEST, AdapterRef, check_alias
-from hub.resolve import Catalogue, Release, choose, refuse_conflict
+from hub.resolve import Catalogue, Release, choose, refuse_conflict, refuse_moved
 from hub.staging import AGAIN, Staging
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest
     from hub.tensors import FileScan
 
-ABSENT = "absent"  # the expectation that an alias does not exist yet
 LOCK_TIMEOUT = 120.0  # seconds
 
 _TRIES = 3  # a collector may remove what an ingestion relies on; then it fetches again, in the end under the lock
@@ -253,7 +252,7 @@ class Vault:
         alias
             The alias.
         expect
-            Where the alias must stand now: a version, a digest or `ABSENT`; None moves it from anywhere.
+            Where the alias must stand now: a version, a digest or `hub.resolve.ABSENT`; None moves it from anywhere.
         remove
             Take the alias away.
 
@@ -278,7 +277,7 @@ class Vault:
             if remove and before is None:
                 known = suggest(alias, catalogue.aliases)
                 raise NotFound(f"{ref.id} has no alias {alias!r}", ref=ref, hint=known)
-            _compare(catalogue, alias, before, expect)
+            refuse_moved(catalogue, alias, expect)
             if before != target:
                 self._commit(Event("alias", ref.id, target, alias=alias))
         return before
@@ -336,24 +335,6 @@ class Vault:
 
     def _appended(self) -> None:
         """Called under the lock when the log has grown; a store brings its index up to it."""
-
-
-def _compare(catalogue: Catalogue, alias: str, before: str | None, expect: str | None) -> None:
-    if expect is None:
-        return
-    if expect == ABSENT:
-        wanted = None
-    else:
-        release = catalogue.find(digest=expect) if expect.startswith("sha256:") else catalogue.find(version=expect)
-        wanted = release.digest if release else expect
-    if before != wanted:
-        now = catalogue.find(digest=before) if before else None
-        raise Conflict(
-            f"alias {alias!r} of {catalogue.name} stands at {now.version if now else 'nothing'}, not at {expect}",
-            ref=f"{catalogue.name}@{alias}",
-            digest=before,
-            hint="someone moved it; look again, then decide",
-        )
 
 
 def _collected(manifest: Manifest, what: str) -> Collected:

@@ -49,7 +49,7 @@ RATES = {
     "diff_pruning": 2e-4,
     "feature_based": 5e-3,
 }
-RATES |= {"bitfit": 2e-3, "ia3": 1e-2, "t_few": 1e-2, "prompt": 1e-2, "p_tuning": 2e-3, "prefix": 2e-3, "said": 2e-2}
+RATES |= {"bitfit": 2e-3, "ia3": 1e-2, "t_few": 1e-2, "prompt": 1e-2, "p_tuning": 2e-3, "prefix": 5e-4, "said": 2e-2}
 RATES |= {"krona": 5e-3, "ladder": 2e-3, "lst": 2e-3, "attention_fusion": 1e-2, "head": 5e-3, "sparse": 1e-2}
 DEFAULT_RATE = 1e-3
 OPTIONS: dict[str, dict[str, Any]] = {

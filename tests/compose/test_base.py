@@ -134,6 +134,21 @@ def test_a_classifier_gets_its_labels_and_the_same_new_head_each_time() -> None:
     assert identity(one) == identity(TINY)  # the head is not part of the base
 
 
+def test_a_classifier_without_a_padding_token_gets_one(tmp_path: Path) -> None:
+    """It looks for the last token before the padding, so without one a batch of several texts would be refused."""
+    directory = tmp_path / "gpt2"
+    torch.manual_seed(0)
+    hf.GPT2LMHeadModel(hf.GPT2Config(**{**GPT2, "eos_token_id": 5, "pad_token_id": None})).save_pretrained(directory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BaseWarning)  # of the new head
+        model = load_base(directory, labels=["no", "yes"])
+    assert model.config.pad_token_id == 5
+    ids = torch.tensor([[7, 8, 9], [7, 5, 5]])
+    with torch.no_grad():
+        both, short = model(input_ids=ids).logits, model(input_ids=ids[1:, :1]).logits
+    torch.testing.assert_close(both[1:], short)
+
+
 def test_regression_and_token_classification() -> None:
     with pytest.warns(BaseWarning):
         model = load_base(TINY, task="regression")

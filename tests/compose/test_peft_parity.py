@@ -29,6 +29,7 @@ KINDS: dict[str, Callable[..., Any]] = {  # PEFT's defaults decide where each on
     "ia3": lambda **o: peft.IA3Config(**o),
     "prefix": lambda **o: peft.PrefixTuningConfig(num_virtual_tokens=5, **o),
     "prompt": lambda **o: peft.PromptTuningConfig(num_virtual_tokens=5, **o),
+    "p-tuning": lambda **o: peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=8, **o),
 }
 TOLERANCE = 1e-5
 
