@@ -26,6 +26,15 @@ from hub.manifest import BaseIdentity, TrainedOn
 __all__ = ["BaseWarning", "builtins", "check", "compare", "identity", "load_base", "locate", "name_of", "tokenizer"]
 
 _HOME = "_moduloom_base"  # attribute of the model that holds its Source
+_VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer_config.json",  # of tokenizers without a vocabulary, such as those of bytes
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 
 
 @dataclass(frozen=True)
@@ -151,16 +160,17 @@ def tokenizer(base: str | Path | PreTrainedModel, *, trust_remote_code: bool = F
         where = location
     else:
         where = locate(base)
+    hint = "save one beside the model: tokenizer.save_pretrained(directory)"
+    if not any((where.directory / name).is_file() for name in _VOCABULARIES):
+        # transformers would make one without words for some families
+        raise GateError(f"{where.name} has no tokenizer", path=where.directory, hint=hint)
     try:
         found = AutoTokenizer.from_pretrained(
             where.directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise GateError(
-            f"{where.name} has no tokenizer that can be read: {str(error).splitlines()[0]}",
-            path=where.directory,
-            hint="save one beside the model: tokenizer.save_pretrained(directory)",
-        ) from error
+        told = f"{where.name} has no tokenizer that can be read: {str(error).splitlines()[0]}"
+        raise GateError(told, path=where.directory, hint=hint) from error
     if found.pad_token is None and found.eos_token is not None:
         found.pad_token = found.eos_token
     return cast("PreTrainedTokenizerBase", found)

@@ -21,7 +21,7 @@ from compose import inject, interop, peft_layout, probes
 from compose.base import load_base, name_of
 from compose.fold import Folded, fold
 from compose.kind import KindError
-from compose.loading import held_as, quantized_layers
+from compose.loading import held_as, quantized_layers, quiet
 from compose.merge import lower_to_lora
 from compose.weights import dense_weight
 from hub.errors import Conflict, GateError, UsageError, suggest
@@ -276,7 +276,8 @@ def _merged(request: Request, out: Path) -> Told:
         notes.append(
             f"the weights are those of {quantize}, {measured['base_shift']:.1%} away from the unquantized ones"
         )
-    whole.save_pretrained(out)
+    with quiet():
+        whole.save_pretrained(out)
     _save_tokenizer(request.where, out)
     return notes, measured
 

@@ -69,6 +69,10 @@ class Workshop:
         """The home's slot."""
         return self._home.slot(path)
 
+    def covers(self, call: Call, path: str) -> bool:
+        """Whether a call that says where lets its argument act at ``path``."""
+        return self._home.covers(call, path)
+
 
 def merge(
     model: PreTrainedModel, expr: Expr | str, *, name: str = "merged", progress: Progress | None = None

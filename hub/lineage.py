@@ -89,11 +89,11 @@ def _describe(found: nx.DiGraph[str], artifact: Artifact) -> None:
 
 
 def _pointers(artifact: Artifact) -> list[tuple[str, str, str | None]]:
-    """Relation, ref text and digest of what an artifact points at; requirements first."""
+    """Relation, ref text and digest of what an artifact points at; requirements last, as they count where both hold."""
     manifest = artifact.manifest
     needs = [(REQUIRES, need.name + (need.range or ""), need.digest) for need in manifest.requires]
     parents = manifest.lineage.parents if manifest.lineage else ()
-    return needs + [(PARENT, parent, AdapterRef.parse(parent).digest) for parent in parents]
+    return [(PARENT, parent, AdapterRef.parse(parent).digest) for parent in parents] + needs
 
 
 def order(found: nx.DiGraph[str], roots: Iterable[str]) -> list[str]:

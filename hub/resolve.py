@@ -14,7 +14,6 @@ from hub.errors import Conflict, NotFound, suggest
 from hub.ledger import Event
 from hub.ref import LATEST, AdapterRef, version_key
 
-
 ABSENT = "absent"  # the expectation that an alias does not exist yet
 
 

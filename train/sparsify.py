@@ -28,12 +28,17 @@ def places(adapter: Adapter) -> list[Place]:
 def largest(values: Mapping[Place, Tensor], density: float) -> dict[Place, Tensor]:
     """Masks of the K entries of largest magnitude over all tensors together, K = density of all; never more than K."""
     sizes = [value.numel() for value in values.values()]
-    count = max(1, int(density * sum(sizes)))
+    count = _count(values, density)
     everything = torch.cat([value.detach().abs().flatten() for value in values.values()])
     mask = torch.zeros_like(everything, dtype=torch.bool)
     mask[everything.topk(count).indices] = True
     parts = torch.split(mask, sizes)
     return {place: part.view_as(value) for (place, value), part in zip(values.items(), parts, strict=True)}
+
+
+def _count(values: Mapping[Place, Tensor], density: float) -> int:
+    """K."""
+    return max(1, int(density * sum(value.numel() for value in values.values())))
 
 
 def forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
@@ -43,12 +48,15 @@ def forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
 
 
 def to_sparse(model: PreTrainedModel, dense: Adapter, density: float, name: str) -> Adapter:
-    """A sparse adapter with the entries of a dense one that are not zero, resident under `name`."""
+    """A sparse adapter with the entries of a dense one that are not zero, K at most, resident under `name`."""
     options = {**dense.config.model_dump(), "density": density}
     sparse = compose.create(model, "sparse", options, name=name)
     assert isinstance(sparse, SparseShift)  # noqa: S101 - narrows the type
-    for path, key in places(dense):
-        delta = getattr(dense, attribute(path, key)).detach()
+    moved = {place: getattr(dense, attribute(*place)).detach() for place in places(dense)}
+    if sum(int((delta != 0).sum()) for delta in moved.values()) > _count(moved, density):
+        masks = largest(moved, density)  # a run that ended before it chose
+        moved = {place: delta * masks[place] for place, delta in moved.items()}
+    for (path, key), delta in moved.items():
         at = delta.flatten().nonzero().flatten()
         sparse.choose(path, key, at, delta.flatten()[at])
     for path in dense.saved:

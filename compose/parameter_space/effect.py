@@ -154,7 +154,7 @@ class _Unweighted:
     def __init__(self, scene: Scene) -> None:
         self.adapters = scene.adapters
         self.weights: Mapping[str, Coefficient] = {}
-        self.slot = scene.slot
+        self.slot, self.covers = scene.slot, scene.covers
 
 
 def effect_of(scene: Scene, path: str, expr: Expr) -> Effect:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _CONVERT = "compose.importing:convert"
 _IDENTITY = "compose.base:identity"
+_OF_THE_BASE = ("base_model_name_or_path", "revision")  # a path of somebody's machine, often; the manifest knows better
 _RECORD = "compose.probes:record_directory"
 
 
@@ -88,6 +89,8 @@ def _publish(store: Store, found: Found, facts: dict[str, Any], probe: bool) -> 
     from hub.pack import pack
 
     base, task, labels = facts.pop("base"), facts.get("task"), facts.get("labels", ())
+    stated = facts.get("hyperparameters", {})
+    facts["hyperparameters"] = {name: value for name, value in stated.items() if name not in _OF_THE_BASE}
     facts.pop("kind", None)
     draft = validate(Draft, {**facts, "kind": "unknown"}, what="the facts")  # refused before anything is read
     with tempfile.TemporaryDirectory(prefix="moduloom-import-") as place:

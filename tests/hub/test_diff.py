@@ -112,7 +112,8 @@ def lineage(store: Store, packed) -> Store:
     a = store.put(packed("acme/a@1.1", seed=1, lineage={"parents": ["acme/a@1.0"]})[0])
     store.put(packed("acme/b@1.0", seed=2, requires=({"name": "acme/gone", "range": ">=2"},))[0])
     needs = ({"name": "acme/a", "digest": a.digest}, {"name": "acme/b"})
-    store.put(packed("acme/both@1.0", seed=3, type="composition", expression="acme/a + acme/b", requires=needs)[0])
+    facts = {"expression": "acme/a + acme/b", "requires": needs, "lineage": {"parents": ["acme/a@1.1", "acme/b@1.0"]}}
+    store.put(packed("acme/both@1.0", seed=3, type="composition", **facts)[0])
     return store
 
 

@@ -322,3 +322,11 @@ def test_a_ladder_starts_as_a_pruned_copy_of_the_blocks(tiny, config):
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], value) and after[name].grad is None for name, value in before.items())
     assert not any(p.requires_grad for p in model.model.layers.parameters())
+
+
+def test_a_run_that_ends_before_it_chose_still_stores_k_weights(tiny, config):
+    model, learner, method, run = begun(tiny, config, "lt_sft", {"density": 0.02, "first": 0.9}, duration=20)
+    fit(model, learner, toy_rows(), None, run, method=method, seconds=1e-9)
+    whole = sum(getattr(learner, attribute(*place)).numel() for place in places(learner))
+    stored = method.finish(model, learner)
+    assert 0 < sum(v.numel() for k, v in stored.state().items() if k.endswith("values")) <= int(0.02 * whole)
