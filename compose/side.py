@@ -37,20 +37,24 @@ class Trace:
         self.hidden: list[Tensor] = []
         self.mask: Tensor | None = None
         self.cache: Any = None
+        self._joined: dict[str, tuple[Tensor, Tensor]] = {}
 
     def remember(self, name: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (B, heads, S, width) with those of the tokens before, which lie in the model's own cache.
 
-        There, what reorders, crops or repeats the cache takes them along.
+        There, what reorders, crops or repeats the cache takes them along. A network that several branches of a
+        composition evaluate has one history.
         """
         if self.cache is None:
             return key, value
+        if name in self._joined:
+            return self._joined[name]
         places: dict[str, int] = self.cache.__dict__.setdefault("moduloom_side", {})
         if name not in places:
             places[name] = len(self.cache.layers)
             self.cache.layers.append(DynamicLayer())
-        joined: tuple[Tensor, Tensor] = self.cache.layers[places[name]].update(key, value)
-        return joined
+        self._joined[name] = self.cache.layers[places[name]].update(key, value)
+        return self._joined[name]
 
     def visible(self, new: int, total: int, device: torch.device) -> Tensor | None:
         """Which of S = ``total`` keys each of the ``new`` last tokens sees, (B or 1, 1, new, S); None: all."""

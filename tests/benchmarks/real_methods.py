@@ -9,6 +9,8 @@ has one learning rate for all data sets, written below; nothing is tuned on the 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -62,15 +64,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 PLAIN_KINDS = ("bias", "bottleneck", "dense", "head", "sparse")  # the same as a method with a better name, or aimless
 
 
-def peak_bytes(*, reset: bool = False) -> int:
-    """Largest resident size of this process since the last reset (Linux); 0 elsewhere."""
+def resident(field: str, *, reset: bool = False) -> int:
+    """VmRSS (now) or VmHWM (the largest since the last reset) of this process (Linux); 0 elsewhere."""
     try:
         if reset:
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed must not count for this one
             Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
+    except (OSError, AttributeError):
         return 0
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def load_task(folder: Path, name: str, tokenizer: Any, rows: int, held: int) -> tuple[Any, Any]:
@@ -107,6 +111,7 @@ def one(base: str, method: str, data: tuple[Any, Any], seed: int, given: argpars
         seed=seed,
     )
     way, run = make_method(run)
+    before = resident("VmRSS", reset=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = compose.load(base, task="classification", labels=train.labels, quantize=run.quantize, dtype="fp32")
@@ -114,11 +119,10 @@ def one(base: str, method: str, data: tuple[Any, Any], seed: int, given: argpars
     learner = way.build(model, seed=derive(seed, "init"), heads=heads)
     way.warm(model, learner, train)
     trainable = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-    peak_bytes(reset=True)
     started = time.perf_counter()
     fit(model, learner, train, None, run, method=way)
     seconds = time.perf_counter() - started
-    memory = peak_bytes()
+    memory = resident("VmHWM") - before
     stored = way.finish(model, learner)
     members = stored.members.values() if isinstance(stored, Composite) else (stored,)
     head = sum(v.numel() for m in members for v in m.head_state().values())

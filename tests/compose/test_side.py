@@ -72,3 +72,17 @@ def test_layers_choose_the_rungs(tiny, close):
     assert {key.split(".")[0] for key in adapter.state()} == {"in", "out", "1", "3"}
     activate(model, "a")
     assert all(torch.isfinite(y).all() for y in tiny.logits(model, tiny.batch("llama", tiny.rows(4))))
+
+
+def test_branches_share_one_history(tiny, close):
+    """A ladder in two rows' expressions is evaluated twice in a call, and its keys go into the cache once."""
+    model = tiny.model("llama")
+    tiny.adapter(model, "ladder", "a").freeze()
+    tiny.adapter(model, "attention_fusion", "f").freeze()
+    rows, exprs = tiny.rows(4, 4), ["a", "f >> a"]
+    alone = []
+    for row, expr in zip(rows, exprs, strict=True):
+        activate(model, expr)
+        alone += tiny.logits(model, tiny.batch("llama", [row]))
+    activate(model, exprs)
+    close(tiny.logits(model, tiny.batch("llama", rows)), alone)

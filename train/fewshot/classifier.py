@@ -33,7 +33,7 @@ __all__ = ["FACTS", "HEAD", "FewShotClassifier", "Spec"]
 
 FACTS = "aux/fewshot.json"
 HEAD = "aux/head.safetensors"
-TASK = "few_shot"
+_BASES = "give a masked LM such as BERT; a T5 writes templates: --writer"
 
 
 class Spec(BaseModel):
@@ -129,8 +129,17 @@ class FewShotClassifier:
 
 
 def load_base(base: str) -> PreTrainedModel:
-    """The base in float32, with the language-modelling head it was saved with."""
-    return compose.load(base, dtype="fp32")
+    """The base in float32, with the language-modelling head it was saved with.
+
+    Raises
+    ------
+    DataError
+        It is an encoder-decoder.
+    """
+    model = compose.load(base, dtype="fp32")
+    if model.config.is_encoder_decoder:
+        raise DataError(f"{base} is an encoder-decoder; few-shot classifiers read one stack of layers", hint=_BASES)
+    return model
 
 
 def _head(spec: Spec, tensors: dict[str, Tensor], artifact: Artifact) -> Head:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import compose
+from hub.errors import Conflict
 from hub.manifest import Draft, Metric
 from hub.pack import pack
 from hub.ref import AdapterRef
@@ -71,7 +72,8 @@ def run(
     started = time.perf_counter()
     for template in request.templates:
         Template.parse(template)
-    name = AdapterRef.parse(request.publish) if request.publish else None
+    store = store or Store()
+    ref = _free(store, AdapterRef.parse(request.publish)) if request.publish else None
     examples = to_examples(read_rows(request.data), request.columns, source=request.data)
     split = _split(request, examples)
     test = _test_rows(request, split)
@@ -115,8 +117,8 @@ def run(
         "learn_seconds": round(seconds, 2),
         **learned.facts,
     }
-    if name is not None:
-        artifact = publish(learned, request, name, {**measured, "n": len(test)}, store or Store())
+    if ref is not None:
+        artifact = publish(learned, request, ref, {**measured, "n": len(test)}, store)
         found |= {"ref": str(artifact.ref), "digest": artifact.digest}
     return {**found, "seconds": round(time.perf_counter() - started, 2)}
 
@@ -140,12 +142,8 @@ def interval(hits: int, n: int) -> tuple[float, float]:
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def publish(
-    learned: Learned, request: Request, name: AdapterRef, measured: Mapping[str, Any], store: Store
-) -> Artifact:
+def publish(learned: Learned, request: Request, ref: AdapterRef, measured: Mapping[str, Any], store: Store) -> Artifact:
     """Write adapter, head and card, and put them into the store."""
-    version = name.version or next_version(store, name.id)
-    ref = AdapterRef.parse(f"{name.id}@{version}")
     spec, model = learned.classifier.spec, learned.classifier.model
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "adapter"
@@ -168,6 +166,16 @@ def publish(
         write_card(directory / "README.md", Draft.model_validate(draft.model_dump()), trainable=trained)
         pack(directory, draft)
         return store.put(directory)
+
+
+def _free(store: Store, name: AdapterRef) -> AdapterRef:
+    """The version to publish; one that is taken is refused now, not after the training."""
+    if name.version is None:
+        return name.at(version=next_version(store, name.id))
+    if store.catalogue(name.id).find(version=name.version) is not None:
+        hint = f"--publish {name.id} takes the next version"
+        raise Conflict(f"{name} is published already; versions are immutable", ref=name, hint=hint)
+    return name
 
 
 def _metrics(request: Request, measured: Mapping[str, Any], digests: Mapping[str, str]) -> tuple[Metric, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from click.testing import CliRunner
 
 import compose
 from hub.cli import main
-from hub.errors import NotFound, UsageError
+from hub.errors import Conflict, NotFound, UsageError
 from hub.store import Store
 from train.errors import DataError, TrainError
 from train.fewshot import generate, likelihood
-from train.fewshot.classifier import FewShotClassifier
+from train.fewshot.classifier import FewShotClassifier, load_base
 from train.fewshot.examples import Columns, Example
 from train.fewshot.ipet import ipet
 from train.fewshot.job import learn
@@ -113,7 +114,8 @@ def test_a_published_classifier_reloads_with_equal_logits(review_file, masked_ba
     assert manifest.metrics[0].value == found["accuracy"]
     model = compose.load(masked_base, found["ref"], store=store)  # a normal artifact
     assert type(model).__name__ == "BertForMaskedLM"
-    assert run(request, store=store)["ref"] == "me/reviews@0.1.1"
+    with pytest.raises(Conflict, match="published already"):  # before anything is trained
+        run(replace(request, publish="me/reviews@0.1.0", method="nothing such"), store=store)
 
 
 def test_what_is_not_a_classifier_is_refused(tmp_path, masked_base):
@@ -209,6 +211,8 @@ def test_lm_bff_takes_templates_from_a_writer(make_job, reviews_of, tiny_t5, tmp
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     job = make_job(examples=tuple(reviews_of(8)), writer=str(tmp_path))
+    with pytest.raises(DataError, match="encoder-decoder"):  # it writes; it is no base
+        load_base(str(tmp_path))
     said: list[str] = []
     job.say = said.append
     learned = learn(job, "lm-bff")
