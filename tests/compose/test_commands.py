@@ -176,7 +176,7 @@ def test_check_says_yes(cli: Run, store: Any) -> None:
         ("ns/a / ns/b", 2, "/", "no meaning here"),
         ("ns/a + ns/zz", 1, "ns/zz", "there is no adapter ns/zz"),
         ("ns/a + ns/a@9.0.0", 1, "ns/a@9.0.0", "not in the store"),
-        ("ns/b >> ns/a + average(ns/a, ns/i)", 1, "average(ns/a, ns/i)", "one kind|no parameters in common"),
+        ("ns/b >> ns/a + average(ns/a, ns/n)", 1, "average(ns/a, ns/n)", "one kind|no parameters in common"),
         ("ns/a + (0.5 * ns/q >> ns/b)", 1, "0.5 * ns/q", "a prompt is there or not"),
         ("ns/a >> 2 * ensemble.mean(ns/a, ns/b)", 1, None, "outermost"),
     ],

@@ -126,8 +126,10 @@ def test_targets_are_as_short_as_unambiguous(wanted, expected):
     assert [s.path for s in sites.select(tuple(expected))] == wanted
 
 
-@pytest.mark.parametrize("peft_type", [t.value for t in PeftType if t.value not in
-                                       {kind.peft_type for kind in kinds().values()}])  # fmt: skip
+READ = {t for kind in kinds().values() for t in (kind.peft_type, *kind.peft_aliases)}
+
+
+@pytest.mark.parametrize("peft_type", [t.value for t in PeftType if t.value not in READ])
 def test_a_peft_type_without_a_kind_is_refused_by_name(peft_type):
     with pytest.raises(KindError, match=peft_type):
         interop.parse_config({"peft_type": peft_type}, inject.runtime(llama()).sites)

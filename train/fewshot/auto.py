@@ -4,7 +4,7 @@
 2. A convex head starts from what the labels' own words say at the masks and learns from all views; its strength is
    chosen, and averaged, by cross-validation inside the examples.
 3. With time left, a LoRA on the upper blocks is trained on half of the examples; if it predicts the other half better
-   than the frozen head does, it is trained on all.
+   than the frozen head does, by more than one standard error, it is trained on all.
 """
 
 from __future__ import annotations
@@ -96,14 +96,15 @@ def _refined(job: Job, views: Sequence[View], features: Features) -> tuple[Refin
     compose.detach(job.model, name)
     classes, answers = len(job.labels), job.answers
 
-    def loss(seen: Features) -> float:
+    def losses(seen: Features) -> Tensor:
         head = fit_head(seen.select(half), answers[half], classes, _REFINED_PENALTY)
-        return float(F.cross_entropy(head(seen.select(rest)), answers[rest]))
+        return F.cross_entropy(head(seen.select(rest)), answers[rest], reduction="none")
 
-    gain = loss(features) - loss(after)
+    gains = losses(features) - losses(after)
+    gain, error = float(gains.mean()), float(gains.std()) / len(rest) ** 0.5
     took = time.perf_counter() - started
-    job.say(f"refining gains {gain:+.3f} nats on held-out examples ({took:.0f} s)")
-    if gain <= 0 or job.left < took:
+    job.say(f"refining gains {gain:+.3f} ± {error:.3f} nats on held-out examples ({took:.0f} s)")
+    if gain <= error or job.left < took:
         return None
     return _train(job, few, features, range(len(job.examples)), "fewshot", seconds=job.left * 0.8), gain
 
