@@ -28,14 +28,8 @@ def pytest_generate_tests(metafunc):
         grid = [(*point, value) for point in grid for value in axes[name]]
     if wanted[0] == "kind":
         grid = [point for point in grid if point[:2] not in REFUSALS]
-    points = [pytest.param(*point, id="-".join(point), marks=_marks(point)) for point in grid]
+    points = [pytest.param(*point, id="-".join(point)) for point in grid]
     metafunc.parametrize(wanted, points)
-
-
-def _marks(point: tuple[str, ...]) -> tuple[Any, ...]:
-    """In half and quarter precision a causal, a Conv1D and a bidirectional family stand for the others by default."""
-    narrow = point[-1] in ("bf16", "nf4") and not {"llama", "gpt2", "bert"} & set(point)
-    return (pytest.mark.slow,) if narrow else ()
 
 
 def _tiny_class(config: pytest.Config) -> Any:
