@@ -13,12 +13,8 @@ read text, so they import torch only inside functions.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
@@ -27,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from compose.expr import Call, Expr
 from compose.tokens import ExpressionError
 from hub.errors import suggest
+from hub.plugins import discover
 
 Family: TypeAlias = Literal["merge", "route", "ensemble", "select"]
 
@@ -98,18 +95,9 @@ def register(spec: FunctionSpec) -> FunctionSpec:
     return spec
 
 
-@cache
-def _discover() -> None:
-    package = importlib.import_module("compose.functions")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"compose.functions.{module.name}")
-    for point in entry_points(group="hub.functions"):
-        point.load()
-
-
 def functions() -> MappingProxyType[str, FunctionSpec]:
     """All functions by name: the files of ``compose.functions`` and the entry points ``hub.functions``."""
-    _discover()
+    discover("compose.functions", "hub.functions")
     return MappingProxyType(dict(sorted(_FUNCTIONS.items())))
 
 

@@ -13,12 +13,8 @@ Saving, loading, the CLI, the docs table and the contract tests follow from the 
 from __future__ import annotations
 
 import difflib
-import importlib
-import pkgutil
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -31,6 +27,7 @@ from compose.atoms import Atoms, Below, Prefix, Prompt
 from compose.sites import Site, SiteError, SiteMap
 from compose.weights import floating_copy
 from hub.errors import HubError
+from hub.plugins import discover
 
 PREFIX = "base_model.model."  # PEFT's key prefix: our files are PEFT files where PEFT has the kind
 
@@ -325,18 +322,9 @@ def register(name: str) -> Callable[[_A], _A]:
     return add
 
 
-@cache
-def _discover() -> None:
-    package = importlib.import_module("compose.kinds")
-    for info in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"compose.kinds.{info.name}")
-    for point in entry_points(group="hub.kinds"):  # a look at every installed distribution: milliseconds
-        point.load()
-
-
 def kinds() -> dict[str, type[Adapter]]:
     """All kinds by name: the files of ``compose.kinds`` and the entry points ``hub.kinds``."""
-    _discover()
+    discover("compose.kinds", "hub.kinds")
     return dict(sorted(_KINDS.items()))
 
 

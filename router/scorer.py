@@ -14,12 +14,8 @@ measuring it alone and removed by dropping its entry, unless the scorer learns i
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -27,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hub.errors import UsageError, suggest
+from hub.plugins import discover
 from router.bench import Batch, Bench, Experts
 from router.gating import Gating
 
@@ -126,18 +123,9 @@ def register(name: str) -> Callable[[_S], _S]:
     return add
 
 
-@cache
-def _discover() -> None:
-    package = importlib.import_module("router.scorers")
-    for info in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"router.scorers.{info.name}")
-    for point in entry_points(group="hub.scorers"):
-        point.load()
-
-
 def scorers() -> dict[str, type[Scorer]]:
     """All scorers by name: the files of ``router.scorers`` and the entry points ``hub.scorers``."""
-    _discover()
+    discover("router.scorers", "hub.scorers")
     return dict(sorted(_SCORERS.items()))
 
 

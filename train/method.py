@@ -12,11 +12,7 @@ A kind for which no method of its name is registered is a method itself: gradien
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,6 +22,7 @@ from torch.optim import Optimizer
 import compose
 from compose.kind import Adapter, get_kind, kinds
 from hub.errors import did_you_mean
+from hub.plugins import discover
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.objective import forward, loss_sum
@@ -200,15 +197,6 @@ def register(name: str) -> Callable[[_M], _M]:
     return add
 
 
-@cache
-def _discover() -> None:
-    package = importlib.import_module("train.methods")
-    for info in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"train.methods.{info.name}")
-    for point in entry_points(group="hub.methods"):
-        point.load()
-
-
 def _plain(kind: type[Adapter]) -> type[Method]:
     doc = f"Gradient descent on the tensors of kind `{kind.kind}`."
     facts = {"name": kind.kind, "kind": kind.kind, "paper": kind.paper, "__doc__": doc}
@@ -217,7 +205,7 @@ def _plain(kind: type[Adapter]) -> type[Method]:
 
 def methods() -> dict[str, type[Method]]:
     """All methods by name: the files of `train.methods`, the entry points `hub.methods`, and every other kind."""
-    _discover()
+    discover("train.methods", "hub.methods")
     known = {name: _plain(kind) for name, kind in kinds().items() if name not in _METHODS}
     return dict(sorted({**known, **_METHODS}.items()))
 

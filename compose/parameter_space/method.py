@@ -16,12 +16,8 @@ are declared under ``compose/functions/``, which needs no torch.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -29,6 +25,7 @@ from torch import Tensor
 from compose.kernels import Pair
 from compose.kind import Adapter, KindConfig, KindError
 from compose.parameter_space.trim import Trim, all_of_it
+from hub.plugins import discover
 
 Coefficients: TypeAlias = Callable[..., Sequence[float]]  # (options, n) or, from the inner products, (options, gram)
 Combine: TypeAlias = Callable[[Tensor, Any], Tensor]  # (N, rows, width), options -> (rows, width)
@@ -114,18 +111,9 @@ def factored(name: str, *, paper: str, otherwise: Callable[[Any], str]) -> Calla
     return register
 
 
-@cache
-def _discover() -> None:
-    package = importlib.import_module("compose.merges")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"compose.merges.{module.name}")
-    for point in entry_points(group="hub.merges"):
-        point.load()
-
-
 def methods() -> dict[str, Method]:
     """All merge methods by name."""
-    _discover()
+    discover("compose.merges", "hub.merges")
     return dict(sorted(_METHODS.items()))
 
 

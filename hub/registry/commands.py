@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
-from contextlib import suppress
 from pathlib import Path
 
 import click
-
-_EXTRA = ("fastapi", "uvicorn", "jinja2", "markdown_it", "nh3")
 
 
 @click.group(invoke_without_command=True)
@@ -43,53 +39,20 @@ def registry(
     if ctx.invoked_subcommand is not None:
         return
     from hub.errors import UsageError
+    from hub.listening import is_loopback, require_extra
+    from hub.sizes import parse_size
 
-    if tokens is None and not _loopback(host):
+    if tokens is None and not is_loopback(host):
         raise UsageError(
             f"without tokens the registry serves this machine only, not {host}",
             hint="make some with `hub registry token add NAME --write NS --tokens FILE`, then give --tokens FILE",
         )
-    _require_extra()
-    _serve(host, port, store, tokens, _bytes(max_file), access_log)
-
-
-def _require_extra() -> None:
-    from importlib.util import find_spec
-
-    from hub.errors import UsageError
-
-    missing = [name for name in _EXTRA if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"the registry needs packages that are not installed: {', '.join(missing)}",
-            hint="pip install moduloom[server]",
-        )
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _bytes(text: str) -> int:
-    import re
-
-    from hub.errors import UsageError
-
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?", text.strip().upper())
-    size = int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if found else 0
-    if not size:
-        raise UsageError(f"{text!r} is not a size", hint="write 500MiB or 20GiB")
-    return size
+    require_extra()
+    _serve(host, port, store, tokens, parse_size(max_file), access_log)
 
 
 def _serve(host: str, port: int, root: Path | None, tokens: Path | None, max_file: int, access_log: bool) -> None:
-    import socket
-
-    import uvicorn
-
+    from hub.listening import listen
     from hub.registry.app import create_app
     from hub.registry.limits import Limits
     from hub.registry.tokens import Tokens
@@ -101,24 +64,7 @@ def _serve(host: str, port: int, root: Path | None, tokens: Path | None, max_fil
         authority=Tokens(tokens) if tokens else None,
         limits=Limits(file=max_file, commit=2 * max_file, inline=min(Limits.inline, max_file)),
     )
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        log_level="info" if access_log else "warning",
-        access_log=access_log,
-        server_header=False,
-        timeout_graceful_shutdown=10,
-    )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio switches off Nagle's algorithm on what it accepts: 40 ms a request otherwise.
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host.strip("[]"), port))
-        address, taken = listener.getsockname()[:2]
-        _announce(f"http://{f'[{address}]' if ':' in address else address}:{taken}", store, tokens)
-        with suppress(KeyboardInterrupt):  # Ctrl-C is how a server is told to end
-            uvicorn.Server(config).run(sockets=[listener])
+    listen(app, host, port, access_log=access_log, announce=lambda url: _announce(url, store, tokens))
 
 
 def _announce(url: str, store: object, tokens: Path | None) -> None:

@@ -151,8 +151,8 @@ def _run(
 def _engine(base: str, given: dict[str, Any]) -> Engine:
     import torch
 
+    from hub.sizes import parse_size
     from router.engine.engine import Engine
-    from router.sizes import parse_size
 
     on_cpu = not torch.cuda.is_available()
     dtype = ("fp32" if on_cpu else None) if given["dtype"] == "auto" else given["dtype"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +9,6 @@ import click
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-_EXTRA = ("fastapi", "uvicorn")
 
 
 @click.command()
@@ -47,19 +43,20 @@ def serve(base: str, host: str, port: int, token: str | None, access_log: bool, 
          -d '{"model": "local/legal", "prompt": "The parties agree"}'
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     from hub.errors import UsageError
+    from hub.listening import is_loopback, listen, require_extra
 
-    if token is None and not _loopback(host):
+    if token is None and not is_loopback(host):
         raise UsageError(f"without a token the server serves this machine only, not {host}", hint="--token TEXT")
-    _require_extra()
-    _listen(_app(base, token, given), host, port, access_log=access_log)
+    require_extra()
+    listen(_app(base, token, given), host, port, access_log=access_log, announce=click.echo)
 
 
 def _app(base: str, token: str | None, given: dict[str, Any]) -> FastAPI:
     import torch
 
+    from hub.sizes import parse_size
     from router.engine.engine import Engine
     from router.server import create_app
-    from router.sizes import parse_size
 
     on_cpu = not torch.cuda.is_available()
     engine = Engine(
@@ -85,46 +82,3 @@ def _named(text: str) -> tuple[str, str]:
     if not (name and sign and source):
         raise UsageError(f"{text!r} is not NAME=REF or NAME=DIRECTORY", hint="--adapter tone=acme/tone@1.2.0")
     return name, source
-
-
-def _require_extra() -> None:
-    from importlib.util import find_spec
-
-    from hub.errors import UsageError
-
-    missing = [name for name in _EXTRA if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"the server needs packages that are not installed: {', '.join(missing)}",
-            hint="pip install moduloom[server]",
-        )
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _listen(app: FastAPI, host: str, port: int, *, access_log: bool) -> None:
-    import socket
-
-    import uvicorn
-
-    config = uvicorn.Config(
-        app,
-        log_level="info" if access_log else "warning",
-        access_log=access_log,
-        server_header=False,
-        timeout_graceful_shutdown=10,
-    )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host.strip("[]"), port))
-        listener.listen(128)  # who connects from now on waits for the answer
-        address, taken = listener.getsockname()[:2]
-        click.echo(f"http://{f'[{address}]' if ':' in address else address}:{taken}")
-        with suppress(KeyboardInterrupt):  # Ctrl-C is how a server is told to end
-            uvicorn.Server(config).run(sockets=[listener])

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from hub.errors import UsageError
 from hub.registry import commands
 from hub.registry.tokens import add
+from hub.sizes import parse_size
 
 START = [sys.executable, "-c", "from hub.registry.commands import registry; registry(prog_name='hub registry')"]
 
@@ -74,13 +75,13 @@ def test_without_tokens_it_serves_nobody_else(host: str) -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("500MiB", 500 * 2**20), ("1.5 G", 3 * 2**29), ("12", 12), ("2TB", 2**41)])
 def test_sizes(text: str, size: int) -> None:
-    assert commands._bytes(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0", "1PB", "1e9"])
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UsageError):
-        commands._bytes(text)
+        parse_size(text)
 
 
 def test_the_missing_extra_is_named() -> None:
