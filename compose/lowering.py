@@ -63,7 +63,8 @@ def unsupported(call: Call) -> KindError:
 def site_program(scene: Scene, path: str, rows: Rows) -> Node | None:
     """What the slot at ``path`` computes for these rows (one: for all), or None if nothing acts there."""
     builder = _Site(scene, path)
-    nodes = [builder.node(expr, _BARE) for expr in rows]
+    lowered = {expr: builder.node(expr, _BARE) for expr in dict.fromkeys(rows)}
+    nodes = [lowered[expr] for expr in rows]
     if len(rows) == 1:
         return nodes[0]
     if all(n is None for n in nodes):
