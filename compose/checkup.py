@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from compose.loading import hush_missing_kernel
 from hub.doctor import Finding
 
 __all__ = ["findings"]
@@ -34,6 +35,7 @@ def _quantization() -> Finding:
     """A small weight there and back in nf4, whose steps are at most a sixth of the block's largest value."""
     try:
         found = version("bitsandbytes")
+        hush_missing_kernel()
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     except (PackageNotFoundError, ImportError, OSError) as error:
         return Finding("machine", "broken", f"bitsandbytes cannot be used: {error}", "pip install bitsandbytes")

@@ -185,7 +185,7 @@ def _check_missing(directory: Path, config: Any, model: nn.Module, missing: Any)
 
 
 def _bitsandbytes(auto: Any, config: Any, request: Request) -> Any:
-    _never_say("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit")  # a kernel we keep it from using
+    hush_missing_kernel()
     compute = request.torch_dtype or getattr(config, "dtype", None) or torch.float32
     skip = stays_dense(auto, config, request.trust_remote_code)
     if request.quantize == "int8":
@@ -308,8 +308,13 @@ def _say_once(name: str) -> None:
         logger.addFilter(_Once())
 
 
-def _never_say(name: str, start: str) -> None:
-    logging.getLogger(name).addFilter(lambda record: not str(record.msg).startswith(start))
+def hush_missing_kernel() -> None:
+    """Keep bitsandbytes from asking for a kernel that :func:`keep_differentiable` keeps it from using."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_asks_for_no_kernel)
+
+
+def _asks_for_no_kernel(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit")
 
 
 # -- surroundings --------------------------------------------------------------------------------------------------
