@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import click
 
@@ -147,6 +148,7 @@ class LazyGroup(click.Group):
         """Run, and turn every expected error into one sentence, a hint and an exit code."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        warnings.showwarning = _warn
         try:
             code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
             sys.stdout.flush()
@@ -166,6 +168,22 @@ class LazyGroup(click.Group):
             _tell(error, row)
             sys.exit(row.code)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning of ours is a sentence for the user; one of a library keeps its place."""
+    if category.__module__.partition(".")[0] not in ("hub", "compose", "router", "train"):
+        click.echo(warnings.formatwarning(message, category, filename, lineno), nl=False, err=True)
+        return
+    click.secho("warning: ", fg="yellow", nl=False, err=True)
+    click.echo(str(message), err=True)
 
 
 def _row_of(error: Exception) -> ErrorRow | None:

@@ -264,3 +264,13 @@ def test_a_defect_keeps_its_traceback(monkeypatch) -> None:
     monkeypatch.setattr("hub.store.Store.list", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("list")
+
+
+def test_our_warnings_are_sentences_and_a_library_s_keep_their_place(capsys: pytest.CaptureFixture[str]) -> None:
+    from compose.ladder import BaseWarning
+    from hub.cli import _warn
+
+    _warn("the base is held as none", BaseWarning, "api.py", 7)
+    assert capsys.readouterr().err == "warning: the base is held as none\n"
+    _warn("old", DeprecationWarning, "theirs.py", 7)
+    assert "theirs.py:7: DeprecationWarning: old" in capsys.readouterr().err
