@@ -175,8 +175,8 @@ def _warn(
     category: type[Warning],
     filename: str,
     lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    file: TextIO | None = None,  # noqa: ARG001
+    line: str | None = None,  # noqa: ARG001
 ) -> None:
     """A warning of ours is a sentence for the user; one of a library keeps its place."""
     if category.__module__.partition(".")[0] not in ("hub", "compose", "router", "train"):
