@@ -205,3 +205,27 @@ def version_key(text: str) -> str:
     post = "0" if version.post is None else "1" + number(version.post)
     dev = "1" if version.dev is None else "0" + number(version.dev)
     return ".".join(number(part) for part in release) + "!" + stage + post + dev
+
+
+def names_adapter(text: str) -> bool:
+    """Whether a remote's text is exactly ``ns/name``; what else lies there is not ours."""
+    try:
+        return text.count("/") == 1 and AdapterRef.parse(text).id == text
+    except RefError:
+        return False
+
+
+def names_version(tag: str) -> bool:
+    """Whether a remote's tag is a version in its canonical form."""
+    try:
+        return check_version(tag) == tag
+    except RefError:
+        return False
+
+
+def names_alias(tag: str) -> bool:
+    """Whether a remote's tag is an alias."""
+    try:
+        return check_alias(tag) == tag
+    except RefError:
+        return False

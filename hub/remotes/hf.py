@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from hub import canonical
-from hub.errors import Conflict, HubError, IntegrityError, NotFound, RefError, RemoteError, UsageError
+from hub.errors import Conflict, HubError, IntegrityError, NotFound, RemoteError, UsageError
 from hub.files import CHUNK, open_regular, read_capped, sha256_file
 from hub.manifest import MANIFEST_NAME
-from hub.ref import AdapterRef, check_name, check_version, version_key
+from hub.ref import AdapterRef, check_name, check_version, names_adapter, names_alias, names_version, version_key
 from hub.remotes.base import register
 from hub.resolve import Catalogue, Release, refuse_conflict
 from hub.staging import Advance
@@ -85,7 +85,7 @@ class HuggingFaceRemote:
             return []
         with self._translated("the list of repositories"):
             found = [model.id for model in self._api.list_models(author=self.namespace)]
-        return sorted(name for name in found if _is_name(name))
+        return sorted(name for name in found if names_adapter(name))
 
     def catalogue(self, name: str) -> Catalogue:
         """Versions and aliases of a repository, from its tags; from the client's cache where it is offline."""
@@ -104,7 +104,7 @@ class HuggingFaceRemote:
         tags = [_Tag(ref.name, ref.target_commit) for ref in refs.tags]
         hidden = [ref for ref in refs.converts if ref.name.startswith(_YANKED)]
         tags += [_Tag(ref.name.removeprefix(_YANKED), ref.target_commit, True) for ref in hidden]
-        versions = [tag for tag in tags if _is_version(tag.name)]
+        versions = [tag for tag in tags if names_version(tag.name)]
         with ThreadPoolExecutor(_WORKERS) as pool:
             digests = list(pool.map(lambda tag: self._digest(repo, tag), versions))
         return self._folded(name, tags, dict(zip(versions, digests, strict=True)))
@@ -117,7 +117,7 @@ class HuggingFaceRemote:
             Release(check_version(tag.name), digest, reason if tag.yanked else None) for digest, tag in places.items()
         ]
         of_commit = {tag.commit: digest for digest, tag in places.items()}
-        aliases = {tag.name: of_commit[tag.commit] for tag in tags if _is_alias(tag.name) and tag.commit in of_commit}
+        aliases = {tag.name: of_commit[tag.commit] for tag in tags if names_alias(tag.name) and tag.commit in of_commit}
         return Catalogue(name, tuple(sorted(releases, key=lambda release: version_key(release.version))), aliases)
 
     def _cached(self, name: str, reason: RemoteError) -> Catalogue:
@@ -138,7 +138,7 @@ class HuggingFaceRemote:
             if manifest and _fits_name(data, manifest.blob_path.name):
                 here = [_Tag(ref, revision.commit_hash) for ref in revision.refs]
                 tags += here
-                digests |= {tag: canonical.digest(data) for tag in here if _is_version(tag.name)}
+                digests |= {tag: canonical.digest(data) for tag in here if names_version(tag.name)}
         if not digests:
             raise reason
         return self._folded(name, tags, digests)
@@ -383,24 +383,3 @@ def _fits_name(data: bytes, name: str) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _is_name(text: str) -> bool:
-    try:
-        return text.count("/") == 1 and AdapterRef.parse(text).id == text
-    except RefError:
-        return False
-
-
-def _is_version(tag: str) -> bool:
-    try:
-        return check_version(tag) == tag
-    except RefError:
-        return False
-
-
-def _is_alias(tag: str) -> bool:
-    try:
-        return AdapterRef("any", "name", alias=tag).alias == tag
-    except RefError:
-        return False

@@ -23,7 +23,13 @@ from urllib.parse import urlsplit
 from hub import canonical, oci
 from hub.errors import Conflict, IntegrityError, NotFound, RefError, UsageError
 from hub.files import open_regular
-from hub.ref import AdapterRef, check_alias, check_digest, check_version, version_key
+from hub.ref import (
+    check_digest,
+    names_adapter,
+    names_alias,
+    names_version,
+    version_key,
+)
 from hub.remotes.base import register
 from hub.resolve import Catalogue, Release, refuse_conflict
 from hub.staging import Advance
@@ -74,13 +80,13 @@ class OciRemote:
         found = self._wire.pages("/v2/_catalog?n=1000", "repositories", optional=True)
         below = f"{self.prefix}/" if self.prefix else ""
         names = (name.removeprefix(below) for name in found if name.startswith(below))
-        return sorted(name for name in names if _is_name(name))
+        return sorted(name for name in names if names_adapter(name))
 
     def catalogue(self, name: str) -> Catalogue:
         """Versions, aliases and yanks of a repository, from its tags."""
         repo = self._repo(name)
         tags = self._wire.pages(f"/v2/{repo}/tags/list?n=1000", "tags")
-        known = [tag for tag in tags if _is_version(tag) or _is_alias(tag) or tag.startswith(_YANK)]
+        known = [tag for tag in tags if names_version(tag) or names_alias(tag) or tag.startswith(_YANK)]
         with ThreadPoolExecutor(_WORKERS) as pool:
             images = dict(zip(known, pool.map(lambda tag: self._image(repo, tag), known), strict=True))
         releases, aliases = [], {}
@@ -88,11 +94,11 @@ class OciRemote:
             if image is None:
                 continue
             digest, _ = image
-            if _is_version(tag):
+            if names_version(tag):
                 mark = images.get(_YANK + tag)
                 yanked = mark[1].get(_REASON) if mark is not None and mark[0] == digest else None
                 releases.append(Release(tag, digest, yanked))
-            elif _is_alias(tag):
+            elif names_alias(tag):
                 aliases[tag] = digest
         here = {release.digest for release in releases}
         aliases = {alias: digest for alias, digest in aliases.items() if digest in here}
@@ -206,24 +212,3 @@ def _read(image: bytes) -> tuple[str, Mapping[str, str]] | None:
     except (ValueError, KeyError, TypeError, AttributeError, RefError):  # an image of somebody else
         pass
     return None
-
-
-def _is_name(text: str) -> bool:
-    try:
-        return text.count("/") == 1 and AdapterRef.parse(text).id == text
-    except RefError:
-        return False
-
-
-def _is_version(tag: str) -> bool:
-    try:
-        return check_version(tag) == tag
-    except RefError:
-        return False
-
-
-def _is_alias(tag: str) -> bool:
-    try:
-        return check_alias(tag) == tag
-    except RefError:
-        return False

@@ -67,9 +67,8 @@ def main() -> None:
             golden[name] = model(input_ids=ids, attention_mask=mask).last_hidden_state
     for name in ADAPTERS:
         model.save_adapter(str(HERE / name), name)
-        pickle = (
-            HERE / name / "pytorch_adapter.bin"
-        )  # use_safetensors=True fails for prefixes, whose tensors are shared
+        # Its own use_safetensors=True fails for prefixes, whose tensors are shared.
+        pickle = HERE / name / "pytorch_adapter.bin"
         tensors = torch.load(pickle, weights_only=True)
         save_file({k: v.clone() for k, v in tensors.items()}, HERE / name / "adapter.safetensors")
         pickle.unlink()

@@ -157,7 +157,7 @@ def manifests(ground: Ground, changes: Any) -> None:
     manifest = Manifest.parse(dumps(surgery(ground.document, changes)))
     assert Manifest.parse(manifest.canonical).digest == manifest.digest
     for entry in manifest.files:
-        assert Path(os.path.normpath(f"/srv/root/{entry.path}")).is_relative_to("/srv/root")
+        assert Path(os.path.normpath(f"/place/{entry.path}")).is_relative_to("/place")
 
 
 def manifest_bytes(ground: Ground, changes: Any) -> None:
@@ -198,7 +198,7 @@ def directories(ground: Ground, case: Any) -> None:
 def paths(ground: Ground, path: str) -> None:
     document = {**ground.document, "files": [{"path": path, "sha256": "0" * 64, "size": 1}], "tensors": []}
     manifest = Manifest.parse(dumps(document))
-    assert Path(os.path.normpath(f"/srv/root/{manifest.files[0].path}")).is_relative_to("/srv/root")
+    assert Path(os.path.normpath(f"/place/{manifest.files[0].path}")).is_relative_to("/place")
 
 
 def configs(ground: Ground, changes: Any) -> None:

@@ -153,3 +153,17 @@ def notes(tmp_path):
         "".join(f"Note {i}: the adapter of site {i % 7} is loaded, then it is active.\n" for i in range(60))
     )
     return str(path)
+
+
+@pytest.fixture
+def data():
+    """Rows in which each token follows from the last: 3 steps up in a vocabulary of 53 (4 and up)."""
+
+    def make(seed: int, rows: int = 24) -> Dataset:
+        random = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(5, 14, (rows,), generator=random).tolist()
+        starts = torch.randint(0, 49, (rows,), generator=random).tolist()
+        ids = [[4 + (s + 3 * i) % 49 for i in range(n)] for s, n in zip(starts, lengths, strict=True)]
+        return Dataset({"input_ids": Ragged.of(ids)}, "causal_lm", pad_id=1)
+
+    return make

@@ -8,24 +8,9 @@ import torch
 import compose
 from compose.kind import get_kind, kinds
 from hub.store import Store
-from train.batches import Dataset, Ragged
 from train.evaluate import evaluate
 from train.loop import fit
 from train.publish import publish
-
-
-@pytest.fixture
-def data():
-    """Rows in which each token follows from the last: 3 steps up in a vocabulary of 53 (4 and up)."""
-
-    def make(seed: int, rows: int = 24) -> Dataset:
-        random = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(5, 14, (rows,), generator=random).tolist()
-        starts = torch.randint(0, 49, (rows,), generator=random).tolist()
-        ids = [[4 + (s + 3 * i) % 49 for i in range(n)] for s, n in zip(starts, lengths, strict=True)]
-        return Dataset({"input_ids": Ragged.of(ids)}, "causal_lm", pad_id=1)
-
-    return make
 
 
 def made(tiny, kind, dtype="fp32", **options):

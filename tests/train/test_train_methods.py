@@ -8,7 +8,6 @@ import torch
 import compose
 from compose.kind import Adapter, kinds
 from hub.store import Store
-from train.batches import Dataset, Ragged
 from train.evaluate import evaluate
 from train.loop import fit
 from train.method import Composite, make_method, methods
@@ -39,20 +38,6 @@ STORED = {
     "lt_sft": {"weight_values", "weight_indices", "bias_values", "bias_indices"},
     "diff_pruning": {"weight_values", "weight_indices", "bias_values", "bias_indices"},
 }
-
-
-@pytest.fixture
-def data():
-    """Rows in which each token follows from the last: 3 steps up in a vocabulary of 53 (4 and up)."""
-
-    def make(seed: int, rows: int = 24) -> Dataset:
-        random = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(5, 14, (rows,), generator=random).tolist()
-        starts = torch.randint(0, 49, (rows,), generator=random).tolist()
-        ids = [[4 + (s + 3 * i) % 49 for i in range(n)] for s, n in zip(starts, lengths, strict=True)]
-        return Dataset({"input_ids": Ragged.of(ids)}, "causal_lm", pad_id=1)
-
-    return make
 
 
 def options_of(name):
