@@ -13,7 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compose.plan import Leaf, Resolved
+from compose.plan import Leaf
+from compose.unfold import Resolved
 from hub.errors import IntegrityError, NotFound, UsageError
 from hub.gates import CONFIG, EXTRA, WEIGHTS
 from hub.manifest import MANIFEST_NAME, Manifest, read_manifest

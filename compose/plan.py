@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import networkx as nx
 
 from compose.expr import Call, Expr, Ref, Scale, Seq, normalize
 from compose.function import Family, bind, get_function
 from compose.ladder import differing, rung
-from compose.unfold import unfold
+from compose.unfold import Resolved, unfold
 from hub.errors import BaseMismatch, HubError
 from hub.manifest import BaseIdentity
 
@@ -26,38 +26,6 @@ Operation: TypeAlias = Literal["load", "scale", "add", "seq", "inject"] | Family
 
 class PlanError(HubError):
     """A composition that cannot be carried out; the message names the node by its text."""
-
-
-class Resolved(Protocol):
-    """What the plan needs to know of a ref. A manifest answers all of it."""
-
-    @property
-    def type(self) -> str:
-        """``adapter``, ``merge``, ``composition`` or ``router``."""
-
-    @property
-    def kind(self) -> str:
-        """Kind of an adapter: ``lora``, ``ia3``, ..."""
-
-    @property
-    def base(self) -> BaseIdentity | None:
-        """The base it was made for, where known."""
-
-    @property
-    def placement(self) -> Sequence[str]:
-        """Paths of the modules it acts on."""
-
-    @property
-    def labels(self) -> Sequence[str]:
-        """Names of the classes of its head, if it has one."""
-
-    @property
-    def hyperparameters(self) -> Mapping[str, Any]:
-        """Its config; ``modules_to_save`` names the modules it replaces."""
-
-    @property
-    def expression(self) -> str | None:
-        """The text of a composition."""
 
 
 @dataclass(frozen=True)

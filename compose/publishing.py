@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from packaging.version import Version
 
 from compose.cards import composition_card, merge_card
 from compose.explain import check
@@ -21,8 +19,9 @@ from compose.function import get_function
 from compose.leaves import Held, Shelf
 from compose.places import point
 from compose.plan import Plan, PlanError, plan
+from compose.requirements import requirements, unpublished
 from hub.errors import HubError, UsageError
-from hub.manifest import BaseIdentity, Draft, Lineage, Manifest, Metric, Requirement
+from hub.manifest import BaseIdentity, Draft, Lineage, Manifest, Metric
 from hub.pack import pack
 from hub.ref import AdapterRef
 from hub.store import Artifact
@@ -76,7 +75,7 @@ def publish_composition(
     else:
         made = _checked(text, expr, shelf, allow_base_drift)
     for leaf in expr.refs:
-        _refuse_unpublished(text, shelf.find(leaf))
+        _refuseunpublished(text, shelf.find(leaf))
     pinned = _unambiguous(expr, shelf)
     requires = requirements(expr.refs, shelf)
     facts = _shared_facts([shelf.find(leaf) for leaf in made.leaves])
@@ -97,32 +96,6 @@ def publish_composition(
     held = {(h.manifest.name, h.digest): h.ref for h in map(shelf.find, expr.refs) if h.manifest is not None}
     members = [held[need.name, need.digest] for need in requires]
     return _put(shelf, draft, lambda out: _write(out / "README.md", composition_card(draft, members)))
-
-
-def requirements(refs: Iterable[str], shelf: Shelf) -> tuple[Requirement, ...]:
-    """What an expression over ``refs`` requires, sorted: each artifact once, by name, range and digest.
-
-    A range in the ref is kept; an exact version or digest allows that version; a bare name or an alias allows what
-    is compatible with the version it stands for today (no other major version, which means another base or placement).
-    """
-    found = {}
-    for text in refs:
-        held = shelf.find(text)
-        if held.manifest is None or held.digest is None:
-            raise _unpublished(held)
-        need = Requirement(name=held.manifest.name, range=_range(shelf, held), digest=held.digest)
-        found[need.name, need.digest] = need
-    return tuple(found[key] for key in sorted(found))
-
-
-def _range(shelf: Shelf, held: Held) -> str:
-    asked = AdapterRef.parse(str(shelf.given.get(held.text, held.text)))
-    version = Version(held.manifest.version if held.manifest else "0")
-    if asked.range is not None:
-        return asked.range
-    if asked.version is not None or asked.digest is not None:
-        return f"=={version}"
-    return f">={version},<{version.major + 1}"
 
 
 def _unambiguous(expr: Expr, shelf: Shelf) -> Expr:
@@ -282,24 +255,15 @@ def _checked(text: str, expr: Expr, shelf: Shelf, drift: bool) -> Plan:
         raise point(text, error, attempt) from error
 
 
-def _refuse_unpublished(text: str, held: Held) -> None:
+def _refuseunpublished(text: str, held: Held) -> None:
     def attempt(part: Expr) -> None:
         if held.digest is None and held.text in part.refs:
-            raise _unpublished(held)
+            raise unpublished(held)
 
     try:
         attempt(Ref(held.text))
     except UsageError as error:
         raise point(text, error, attempt) from error
-
-
-def _unpublished(held: Held) -> UsageError:
-    return UsageError(
-        f"{held.text} is a directory, and a composition requires published adapters",
-        ref=held.text,
-        path=held.ref,
-        hint=f"hub push {held.ref} --name NS/NAME --version 1.0.0, then write that name; or add --merge",
-    )
 
 
 def _shared_facts(members: Sequence[Held]) -> dict[str, Any]:

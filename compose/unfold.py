@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from compose.expr import Expr, Ref, parse, substitute
 from compose.tokens import ExpressionError
 from hub.errors import HubError, NotFound, RefError
-from hub.manifest import Requirement
+from hub.manifest import BaseIdentity, Requirement
 from hub.ref import AdapterRef
 
-if TYPE_CHECKING:
-    from compose.plan import Resolved
-
 MAX_NESTING = 32
+
+
+class Resolved(Protocol):
+    """What the plan needs to know of a ref. A manifest answers all of it."""
+
+    @property
+    def type(self) -> str:
+        """``adapter``, ``merge``, ``composition`` or ``router``."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of an adapter: ``lora``, ``ia3``, ..."""
+
+    @property
+    def base(self) -> BaseIdentity | None:
+        """The base it was made for, where known."""
+
+    @property
+    def placement(self) -> Sequence[str]:
+        """Paths of the modules it acts on."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """Names of the classes of its head, if it has one."""
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Any]:
+        """Its config; ``modules_to_save`` names the modules it replaces."""
+
+    @property
+    def expression(self) -> str | None:
+        """The text of a composition."""
 
 
 class CompositionCycle(HubError):

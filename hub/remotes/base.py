@@ -1,18 +1,18 @@
 """What every remote can do, and how a URL finds its remote.
 
-A new remote is one file in this folder with a class under ``@register("scheme")``; nothing else changes.
+A new remote is one file in this folder (or any package's ``hub.remotes`` entry point) with a class under
+``@register("scheme")``; nothing else changes.
 """
 
 from __future__ import annotations
 
-import pkgutil
 import re
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from hub.errors import UsageError, suggest
+from hub.plugins import discover
 from hub.resolve import Catalogue
 from hub.staging import Advance
 
@@ -86,10 +86,8 @@ def register(*schemes: str) -> Callable[[OpenerT], OpenerT]:
 
 
 def schemes() -> dict[str, Opener]:
-    """All registered schemes, after every file of this folder has been imported."""
-    package = import_module("hub.remotes")
-    for module in pkgutil.iter_modules(package.__path__):
-        import_module(f"hub.remotes.{module.name}")
+    """All registered schemes: the files of ``hub.remotes`` and the entry points ``hub.remotes``."""
+    discover("hub.remotes", "hub.remotes")
     return dict(_openers)
 
 

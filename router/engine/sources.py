@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 from compose import interop
 from compose.inject import leaf
 from compose.kind import Adapter
-from compose.plan import Leaf, Resolved
-from hub.errors import NotFound, did_you_mean
+from compose.plan import Leaf
+from compose.unfold import Resolved
+from hub.errors import NotFound, UsageError, did_you_mean
 from hub.manifest import Manifest
 from hub.ref import AdapterRef
 from hub.store import Artifact, Store
@@ -36,8 +37,9 @@ class Known:
         What a plan needs to know of it.
     labels
         Classes of its head; () without one.
-    task, max_length, bytes
-        "generate", "classify" or "regress"; tokens it was trained on at most; size of its tensors.
+    task, max_length, front, bytes
+        "generate", "classify" or "regress"; tokens it was trained on at most; places that it takes in front of a text
+        (a prompt's or a prefix's); size of its tensors.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Known:
     labels: tuple[str, ...]
     task: str
     max_length: int | None
+    front: int
     bytes: int
 
     def read(self, host: Host) -> Adapter:
@@ -153,25 +156,34 @@ class Sources:
     def _look(self, text: str, source: Source) -> Known:
         if isinstance(source, Adapter):
             task = "classify" if source.labels else "generate"
-            return Known(text, source, leaf(source), source.labels, task, None, size_of(source))
+            return Known(
+                text, source, leaf(source), source.labels, task, None, _front(vars(source.config)), size_of(source)
+            )
         if isinstance(source, Artifact):
             return self._of_artifact(str(source.ref), source)
         path = Path(source)
         kind, fields = interop.peek(path)
         files = [path / name for name in (interop.WEIGHTS, interop.EXTRA) if (path / name).exists()]
-        labels = self._classes(files, ())
+        labels, size = self._classes(files, ()), sum(f.stat().st_size for f in files)
         facts = Leaf(kind, labels=labels, hyperparameters={"modules_to_save": fields.get("modules_to_save") or ()})
         name = text if self._offers[text] < 2 else f"{text}#{self._offers[text]}"
-        return Known(name, path, facts, labels, _task_of(labels), None, sum(f.stat().st_size for f in files))
+        return Known(name, path, facts, labels, _task_of(labels), None, _front(fields), size)
 
     def _of_artifact(self, name: str, artifact: Artifact) -> Known:
         facts: Manifest = artifact.manifest
         labels: tuple[str, ...] = ()
         if facts.task in _HEADED:
+            if self._host.translates:
+                raise UsageError(
+                    f"{name} is a head for {facts.task}, and {self._host.name} is an encoder-decoder",
+                    ref=name,
+                    hint="compose.load(base, task='classification') runs it",
+                )
             files = [artifact.file(f) for f in (interop.WEIGHTS, interop.EXTRA) if f in artifact.files]
             labels = self._classes(files, facts.labels)
         task = "regress" if facts.task == "regression" else _task_of(labels)
-        return Known(name, artifact, facts, labels, task, _max_length(facts), artifact.facts.size)
+        front = _front(json.loads(artifact.read(interop.CONFIG)))
+        return Known(name, artifact, facts, labels, task, _max_length(facts), front, artifact.facts.size)
 
     def _classes(self, files: list[Path], named: tuple[str, ...]) -> tuple[str, ...]:
         """Names of the classes: the given ones, or as many numbers as the head tells apart."""
@@ -190,6 +202,12 @@ def _max_length(facts: Manifest) -> int | None:
     training: Any = facts.hyperparameters.get("training")
     found = training.get("max_length") if isinstance(training, Mapping) else None
     return found if isinstance(found, int) and found > 0 else None
+
+
+def _front(fields: Mapping[str, Any]) -> int:
+    """Virtual tokens of a kind's configuration."""
+    found = fields.get("num_virtual_tokens")
+    return found if isinstance(found, int) else 0
 
 
 def size_of(adapter: Adapter) -> int:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from compose.expr import IDENTITY, Call, Expr, Ref, Seq, parse, substitute
 from compose.function import get_function
 from compose.ladder import compare
-from compose.plan import Resolved, plan
+from compose.plan import plan
+from compose.unfold import Resolved
 from hub.errors import UsageError
 from hub.manifest import BaseIdentity
 from hub.store import Artifact
 from router.engine.host import Host
-from router.engine.mixture import Mixture, refuse_heads
+from router.engine.mixture import Mixture, refuse_mixture
 from router.engine.sources import Known, Sources
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class Target:
         Over the names of residents.
     names
         Adapters that have to be resident.
-    labels, task, max_length
-        See `Known`.
+    labels, task, max_length, front
+        See `Known`; of all its adapters together.
     routing
         Where a router has yet to choose: `expr` is then of no meaning.
     mixture
@@ -47,6 +48,7 @@ class Target:
     labels: tuple[str, ...] = ()
     task: str = "generate"
     max_length: int | None = None
+    front: int = 0
     routing: Routing | None = None
     mixture: Mixture | None = None
 
@@ -110,10 +112,11 @@ class Targets:
         labels, task = _answers(expr, {leaf.name: leaf for leaf in leaves}.__getitem__)
         lengths = [leaf.max_length for leaf in leaves if leaf.max_length is not None]
         names = tuple(dict.fromkeys(leaf.name for leaf in leaves))
+        front = sum({leaf.name: leaf.front for leaf in leaves}.values())
         if mixture is not None:
-            refuse_heads(text, task)
-            return Target(text, IDENTITY, names, mixture=mixture)
-        return Target(text, expr, names, labels, task, min(lengths, default=None))
+            refuse_mixture(self._host, text, task)
+            return Target(text, IDENTITY, names, front=front, mixture=mixture)
+        return Target(text, expr, names, labels, task, min(lengths, default=None), front)
 
     def _router(self, text: str, artifact: Artifact) -> Target:
         from router.engine.routing import routing

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from compose.expr import IDENTITY, Expr, Ref, Scale, add, normalize, parse, seq
 from compose.ladder import rung
-from compose.plan import Leaf, PlanError, Resolved, plan
+from compose.plan import Leaf, PlanError, plan
 from compose.tokens import ExpressionError
-from compose.unfold import CompositionCycle
+from compose.unfold import CompositionCycle, Resolved
 from hub.errors import BaseMismatch, NotFound
 from hub.manifest import BaseIdentity, Manifest, Requirement, weights_fingerprint
 

@@ -1,0 +1,89 @@
+"""The package that docs/extending.md writes works as it stands: found by its entry points, used by the commands."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+
+USE = """
+import torch
+import compose
+from hub.remotes.base import from_url
+from router.bench import Bench
+from router.router import Router
+from router.scorer import make_scorer
+from train.method import get_method
+
+model = compose.load("builtin:tiny-lm")
+ids = torch.arange(40).view(2, 20)
+base = model(input_ids=ids).logits
+for name in "ab":
+    adapter = compose.create(model, "vera", {"r": 16}, name=name, seed=1)
+    compose.activate(model, name)
+    assert torch.equal(model(input_ids=ids).logits, base)  # fresh: an identity
+    with torch.no_grad():
+        for key, value in adapter.named_parameters():
+            value += 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(ord(name)))
+    adapter.changed()
+assert sum(p.numel() for p in adapter.parameters()) < 40_000
+compose.activate(model, ["a", "0.5 * a + b", None])
+mixed = model(input_ids=ids[:1].repeat(3, 1)).logits
+assert not torch.allclose(mixed[0], mixed[1], atol=1e-3)
+torch.testing.assert_close(mixed[2], base[0], atol=1e-3, rtol=1e-3)
+compose.activate(model, "median(a, b)")
+compose.activate(model, "average(a, b)")
+
+rows = {"a": [ids[0]], "b": [torch.arange(200, 220)]}
+scorer = make_scorer("nearest", {})
+bench = Bench(model, {"a": "a", "b": "b"}, rows)
+router = Router(scorer, bench.experts, scorer.fit(bench), scorer.gating)
+batch = next(bench.batches("b"))
+assert scorer.score(model, batch, bench.experts, router.statistics).argmax(1).tolist() == [1]
+
+adapter = compose.create(model, "lora", {"r": 2}, name="plus", seed=1)
+method = get_method("lora_plus")({"ratio": 4})
+from train.config import TrainConfig
+assert [g.get("lr_scale") for g in method.groups(adapter, TrainConfig(method="lora_plus"))] == [None, 4.0]
+assert from_url("share://team").path.name == "team"
+
+from click.testing import CliRunner
+from hub.cli import main
+
+told = {"compose kinds": ["vera"], "methods": ["vera", "lora_plus"], "route methods": ["nearest"]}
+for command, names in told.items():
+    listed = CliRunner().invoke(main, command.split())
+    assert listed.exit_code == 0, listed.output
+    assert all(name in listed.output for name in names), command
+"""
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """The page's files as an installed distribution; the environment in which it is seen."""
+    text = PAGE.read_text(encoding="utf-8")
+    for path, code in re.findall(r"```python\n# (\S+)\n(.*?)```", text, flags=re.S):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(code, encoding="utf-8")
+    points = re.findall(r'^"(hub\.\w+)" = \{ (\w+) = "(\S+)" \}', text, flags=re.M)
+    about = tmp_path / "acme-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("".join(f"[{group}]\n{name} = {where}\n" for group, name, where in points))
+    assert len(points) == 6
+    return {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(tmp_path),
+        "HUB_HOME": str(tmp_path / "home"),
+        "ACME_SHARE": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def test_the_package_of_the_page_works_as_it_stands(installed):
+    done = subprocess.run([sys.executable, "-c", USE], env=installed, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
