@@ -7,8 +7,10 @@ import hashlib
 import os
 import re
 import stat
+import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -115,6 +117,25 @@ def fsync_file(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def flushing(path: Path) -> Iterator[None]:
+    """Let the disk write a file's bytes while they are still being checked; `fsync_file` is then quick.
+
+    It only saves time: what the disk says is asked of `fsync_file`, which comes before the bytes get a name.
+    """
+
+    def flush() -> None:
+        with suppress(OSError):
+            fsync_file(path)
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def fsync_directory(path: Path) -> None:

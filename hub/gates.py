@@ -104,7 +104,7 @@ def check_file_set(paths: Iterable[str], draft: Draft) -> None:
             raise GateError(f"{draft.ref} has no {path}", ref=draft.ref, path=path, hint=close)
 
 
-def inspect(path: Path, name: str) -> tuple[FileEntry, FileScan | None]:
+def inspect(path: Path, name: str, scanned: FileScan | None = None) -> tuple[FileEntry, FileScan | None]:
     """Hash one file and run the gates that need only its bytes.
 
     Parameters
@@ -113,6 +113,8 @@ def inspect(path: Path, name: str) -> tuple[FileEntry, FileScan | None]:
         Where the bytes are.
     name
         Its relative path in the artifact, which decides what it must contain.
+    scanned
+        Its scan, where somebody has made it already.
 
     Raises
     ------
@@ -120,7 +122,7 @@ def inspect(path: Path, name: str) -> tuple[FileEntry, FileScan | None]:
         Not safetensors, NaN or Inf; text that is no UTF-8 or holds NUL; a pickle under another name.
     """
     if name.endswith(".safetensors"):
-        found = scan(path, name)
+        found = scanned or scan(path, name)
         refuse_nonfinite(found, name)
         return FileEntry(path=name, sha256=found.sha256, size=found.size, role=role_of(name)), found
     _check_content(path, name)
@@ -165,7 +167,9 @@ def _refuse_pickle(start: bytes, name: str) -> None:
         raise GateError(f"{name} holds a pickle or an archive under another name", path=name)
 
 
-def inspect_as(manifest: Manifest, entry: FileEntry, path: Path, *, hint: str = REPACK) -> FileScan | None:
+def inspect_as(
+    manifest: Manifest, entry: FileEntry, path: Path, *, hint: str = REPACK, scanned: FileScan | None = None
+) -> FileScan | None:
     """`inspect` a file that must be the one a manifest lists.
 
     Parameters
@@ -176,6 +180,8 @@ def inspect_as(manifest: Manifest, entry: FileEntry, path: Path, *, hint: str = 
         Where the bytes are.
     hint
         The next step when they are others.
+    scanned
+        Its scan, where somebody has made it already.
 
     Raises
     ------
@@ -185,7 +191,7 @@ def inspect_as(manifest: Manifest, entry: FileEntry, path: Path, *, hint: str = 
         The right bytes, which must not be admitted.
     """
     try:
-        measured, found = inspect(path, entry.path)
+        measured, found = inspect(path, entry.path, scanned)
     except (GateError, IntegrityError) as error:
         sha256, size = sha256_file(path)
         if (sha256, size) == (entry.sha256, entry.size):

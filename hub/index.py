@@ -18,7 +18,7 @@ from hub.ledger import Event, Position
 from hub.ref import version_key
 from hub.resolve import Catalogue, Release, Tombstone
 
-SCHEMA = 3  # raise it with any change below: an index of another schema is made anew
+SCHEMA = 4  # raise it with any change below: an index of another schema is made anew
 BUSY = 30.0  # seconds to wait for another process
 
 _TABLES = """
@@ -49,6 +49,7 @@ CREATE TABLE metrics (
     artifact INTEGER NOT NULL, dataset TEXT NOT NULL, split TEXT NOT NULL, metric TEXT NOT NULL, value REAL NOT NULL
 );
 CREATE INDEX metrics_by_name ON metrics (metric, artifact, value);
+CREATE INDEX metrics_by_value ON metrics (metric, value, artifact);
 CREATE TABLE edges (artifact INTEGER NOT NULL, relation TEXT NOT NULL, target TEXT NOT NULL, digest TEXT);
 CREATE INDEX edges_by_artifact ON edges (artifact);
 CREATE VIRTUAL TABLE search USING fts5 (

@@ -22,6 +22,7 @@ from hub import canonical
 from hub.errors import HubError, IntegrityError, ManifestError, NotFound, UsageError
 from hub.files import atomic_write, read_capped
 from hub.manifest import Digest, Name, Record, RefText, VersionText, validate
+from hub.parallel import JOBS
 from hub.ref import AdapterRef
 from hub.remotes import from_url
 from hub.resolve import Release
@@ -204,7 +205,9 @@ class Resolver:
         self._pins[pin.digest] = pin.model_copy(update={"requires": needs})
 
 
-def sync(lock: Lock, store: Store, remote: Remote | None, progress: Progress) -> Iterator[tuple[Artifact, bool]]:
+def sync(
+    lock: Lock, store: Store, remote: Remote | None, progress: Progress, *, jobs: int = JOBS
+) -> Iterator[tuple[Artifact, bool]]:
     """Bring exactly what a lock says into the store; each artifact, and whether it had to be fetched.
 
     Raises
@@ -227,7 +230,8 @@ def sync(lock: Lock, store: Store, remote: Remote | None, progress: Progress) ->
                 )
             if remote is None and pin.source not in opened:
                 opened[str(pin.source)] = from_url(str(pin.source))
-            pull(store, remote or opened[str(pin.source)], pin.ref, progress=progress, requires=False)
+            place = remote or opened[str(pin.source)]
+            pull(store, place, pin.ref, progress=progress, requires=False, jobs=jobs)
         artifact = store.get(pin.ref)
         base = artifact.manifest.base.weights_fingerprint if artifact.manifest.base else None
         if (artifact.ref.version, base) != (pin.version, pin.base):

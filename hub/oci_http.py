@@ -14,6 +14,7 @@ from urllib.parse import urlencode, urljoin, urlsplit
 from hub import canonical
 from hub.errors import Conflict, HubError, IntegrityError, ManifestError, NotFound, RefError, RemoteError, UsageError
 from hub.files import CHUNK
+from hub.parallel import MOST_JOBS
 from hub.ref import check_digest
 from hub.staging import Advance
 
@@ -49,6 +50,8 @@ class Wire:
         self.url, self._host = url, host
         self.base = f"{'http' if _is_loopback(host) else 'https'}://{host}"
         self._session = requests.Session()
+        for scheme in ("http://", "https://"):  # a connection for each blob that moves
+            self._session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=MOST_JOBS))
         self._session.trust_env = not _is_loopback(host)  # no proxy, and no .netrc, for this machine itself
         self._failure = requests.RequestException
         self._backend = get_auth_backend
@@ -125,6 +128,11 @@ class Wire:
         """Write a manifest."""
         with self._send("PUT", self.base + path, headers={"Content-Type": media_type}, data=data) as answer:
             self._good(answer, about)
+
+    def drop(self, path: str) -> bool:
+        """Delete a manifest; False where this registry, or this login, deletes none."""
+        with self._send("DELETE", self.base + path) as answer:
+            return answer.status_code < 400
 
     def upload(self, repo: str, digest: str, file: BinaryIO, size: int, advance: Advance) -> None:
         """Upload a blob in one piece."""

@@ -86,6 +86,12 @@ ORDERS = {"name": "a.name, a.version_key", "created": "a.created DESC, a.id DESC
 _LOW = re.compile("loss|perplexity|error|ece|brier", re.I)
 _LEAST = "(SELECT min(value) FROM metrics WHERE artifact = a.id AND metric = ?) ASC"
 _GREATEST = "(SELECT max(value) FROM metrics WHERE artifact = a.id AND metric = ?) DESC"
+# The artifacts with the best figures, in the order of the index by value: each at its own best figure alone.
+_BEST = """a.id IN (SELECT a.id FROM metrics m CROSS JOIN artifacts a ON a.id = m.artifact
+    WHERE m.metric = ? AND {where} AND NOT EXISTS (SELECT 1 FROM metrics n WHERE n.metric = m.metric
+        AND n.artifact = m.artifact AND (n.value {better} m.value OR n.value = m.value AND n.rowid < m.rowid))
+    ORDER BY m.value {order} LIMIT ?)"""
+_AHEAD = {True: {"better": "<", "order": "ASC"}, False: {"better": ">", "order": "DESC"}}
 _NEWEST = """a.version_key = (SELECT max(b.version_key) FROM artifacts b WHERE b.name = a.name
     AND (b.yanked IS NULL OR ?))"""
 
@@ -96,7 +102,13 @@ def low_is_good(metric: str, ascending: bool | None = None) -> bool:
 
 
 def build(
-    filters: dict[str, Any], *, yanked: bool, newest: bool, sort: str | None, ascending: bool | None
+    filters: dict[str, Any],
+    *,
+    yanked: bool,
+    newest: bool,
+    sort: str | None,
+    ascending: bool | None,
+    limit: int | None = None,
 ) -> tuple[str, list[object], str]:
     """SQL condition, its arguments and the order.
 
@@ -112,6 +124,8 @@ def build(
         ``name``, ``created``, ``size``, or a metric's name (the best value first).
     ascending
         For a metric: whether the least value is the best (perplexity, loss). None guesses by its name.
+    limit
+        How many are wanted at most; the condition may then hold for these alone.
 
     Raises
     ------
@@ -133,7 +147,13 @@ def build(
         arguments.append(yanked)
     order = ORDERS.get(sort or "name")
     if order is None:
-        terms.append("a.id IN (SELECT artifact FROM metrics WHERE metric = ?)")
-        arguments += [sort, sort]
-        order = _LEAST if low_is_good(str(sort), ascending) else _GREATEST
+        low = low_is_good(str(sort), ascending)
+        if limit is None or any(value is not None for value in filters.values()):
+            terms.append("EXISTS (SELECT 1 FROM metrics WHERE metric = ? AND artifact = a.id)")
+            arguments.append(sort)
+        else:  # few rows of the index of figures are enough, where no filter takes most of them out again
+            terms = [_BEST.format(where=" AND ".join(terms) or "1", **_AHEAD[low])]
+            arguments = [sort, *arguments, limit]
+        arguments.append(sort)
+        order = _LEAST if low else _GREATEST
     return " AND ".join(terms) or "1", arguments, order

@@ -95,13 +95,14 @@ class Catalogue:
             elif digest in releases:
                 yanked = (event.reason or "no reason given") if event.op == "yank" else None
                 releases[digest] = Release(releases[digest].version, digest, yanked)
-        return cls(name, _ordered(releases.values()), aliases, _ordered(gone.values()))
+        return cls(name, in_order(releases.values()), aliases, in_order(gone.values()))
 
 
 EntryT = TypeVar("EntryT", Release, Tombstone)
 
 
-def _ordered(entries: Iterable[EntryT]) -> tuple[EntryT, ...]:
+def in_order(entries: Iterable[EntryT]) -> tuple[EntryT, ...]:
+    """Releases, or tombstones, by version."""
     return tuple(sorted(entries, key=lambda entry: version_key(entry.version)))
 
 
@@ -172,6 +173,19 @@ def refuse_moved(catalogue: Catalogue, alias: str, expect: str | None) -> None:
             ref=f"{catalogue.name}@{alias}",
             digest=before,
             hint="someone moved it; look again, then decide",
+        )
+
+
+def refuse_aliased(catalogue: Catalogue, release: Release, *, where: str) -> None:
+    """Refuse by Conflict to delete a release that an alias stands for."""
+    if aliases := catalogue.aliases_of(release.digest):
+        name = catalogue.name
+        raise Conflict(
+            f"{name}@{release.version} is what {', '.join('@' + alias for alias in aliases)} stands for in {where}",
+            ref=f"{name}@{release.version}",
+            digest=release.digest,
+            hint=f"move it first: hub tag {name}@OTHER {aliases[0]}, or hub untag {name}@{aliases[0]}; what was tagged "
+            f"moves at a remote by hub push {name}@{aliases[0]} --to REMOTE",
         )
 
 

@@ -2,8 +2,8 @@
 
 A signature is a Sigstore bundle over an in-toto statement that lists the sha256 of every file of the artifact,
 ``module.json`` included. It is kept apart from the artifact, whose digest it must not change: in the store by digest
-and key, or in any file. Stock ``model_signing verify key DIR`` accepts it for the directory that
-``hub pull REF --out DIR`` writes.
+and key (`hub.signatures`), from where push and pull take it along, or in any file. Stock ``model_signing verify key
+DIR`` accepts it for the directory that ``hub pull REF --out DIR`` writes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from hub.errors import IntegrityError, NotFound, UsageError
 from hub.files import atomic_write, read_capped
 from hub.manifest import MANIFEST_NAME
 from hub.pack import check_directory
+from hub.signatures import MAX_SIGNATURE
 
 if TYPE_CHECKING:
     from hub.store import Store
 
 _MAX_KEY = 64 * 2**10  # bytes
-_MAX_SIGNATURE = 64 * 2**20  # bytes
 _MAKE_KEY = (
     "make a pair with: openssl ecparam -name prime256v1 -genkey -noout -out KEY.pem; "
     "openssl ec -in KEY.pem -pubout -out KEY.pub.pem"
@@ -67,7 +67,7 @@ def sign(store: Store, target: str, key: Path, signature: Path | None = None) ->
     """
     name = _key_name(key, private=True)
     with _laid_out(store, target) as (directory, digest, about), tempfile.TemporaryDirectory() as room:
-        place = signature or _kept(store, digest, name)
+        place = signature or store.signatures.path(digest, name)
         young = Path(room) / "signature"
         _library("signing").Config().use_elliptic_key_signer(private_key=key).sign(directory, young)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -87,18 +87,25 @@ def check(store: Store, target: str, key: Path, signature: Path | None = None) -
     """
     name = _key_name(key, private=False)
     with _laid_out(store, target) as (directory, digest, about):
-        place = signature or _kept(store, digest, name)
+        place = signature or store.signatures.path(digest, name)
         if not place.is_file():
             raise NotFound(
                 f"{about} has no signature by {key} here",
                 ref=about,
                 path=place,
-                hint="give the author's file with --signature FILE",
+                hint=_where_to_get(store, digest),
             )
-        read_capped(place, _MAX_SIGNATURE)
+        read_capped(place, MAX_SIGNATURE)
         with _told(key, about):
             _library("verifying").Config().use_elliptic_key_verifier(public_key=key).verify(directory, place)
     return Signed(about, name, str(place))
+
+
+def _where_to_get(store: Store, digest: str) -> str:
+    keys = sorted(store.signatures.of(digest))
+    if keys:
+        return f"it is signed by {', '.join(f'{key[:16]}...' for key in keys)}; is this the author's public key?"
+    return "pull it again (signatures come with it), or give the author's file with --signature FILE"
 
 
 def _library(part: str) -> Any:
@@ -134,10 +141,6 @@ def _key_name(path: Path, *, private: bool) -> str:
         raise UsageError(f"{path} is no {kind} key on an elliptic curve", path=path, hint=_MAKE_KEY)
     public = serialization.PublicFormat.SubjectPublicKeyInfo
     return hashlib.sha256(found.public_bytes(serialization.Encoding.PEM, public)).hexdigest()
-
-
-def _kept(store: Store, digest: str, key: str) -> Path:
-    return store.root / "signatures" / digest.removeprefix("sha256:") / f"{key}.json"
 
 
 @contextmanager

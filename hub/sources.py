@@ -146,7 +146,7 @@ def _check(path: Path, name: str, sha256: str | None, source: str) -> None:
 def _translated(source: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    from hub.remotes.hf import _transport_error
+    from hub.hf_client import transport_error
 
     try:
         yield
@@ -159,7 +159,7 @@ def _translated(source: str) -> Iterator[None]:
             f"the Hub does not give {source}: {str(error).splitlines()[0]}",
             hint="check the name and the revision; for a private one: hf auth login",
         ) from error
-    except _transport_error() as error:
+    except transport_error() as error:
         raise _unreachable(source, error) from error
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hub.errors import IntegrityError
-from hub.files import sha256_file
+from hub.files import flushing, sha256_file
 from hub.ref import check_digest
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ class Staging:
                 if size > entry.size:
                     break
                 file.write(chunk)
+                file.flush()  # what is counted is there, whatever happens to this thread
                 advance(len(chunk))
         if size > entry.size:
             part.unlink()
@@ -141,7 +142,9 @@ class Staging:
         """
         resumed = part.exists()
         self.complete(entry, part, read, advance)
-        if sha256_file(part)[0] == entry.sha256:
+        with flushing(part):
+            whole = sha256_file(part)[0] == entry.sha256
+        if whole:
             return
         part.unlink()
         if not resumed:

@@ -302,6 +302,8 @@ class Store(Vault):
         Filters: name (with ``*``), namespace, version, digest, type, kind, method, task, license, base (repo or
         digest), label, language, domain, alias, text (full text, by prefix). See `hub.query.build` for the rest.
         """
-        where, arguments, order = build(filters, yanked=yanked, newest=newest, sort=sort, ascending=ascending)
+        where, arguments, order = build(
+            filters, yanked=yanked, newest=newest, sort=sort, ascending=ascending, limit=limit
+        )
         found = self._ask(lambda index: index.select(where, arguments, order, -1 if limit is None else limit))
         return [self._artifact(facts) for facts in found]

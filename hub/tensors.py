@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 from hub import canonical
 from hub.errors import GateError, IntegrityError, ManifestError
@@ -96,11 +96,22 @@ def read_header(path: Path) -> Header:
         A truncated file, bytes that belong to no tensor or to two, trailing bytes, broken JSON.
     """
     with open_regular(path) as file:
-        return _read_header(file, path.name)[0]
+        return _read_header(cast("Readable", file), os.fstat(file.fileno()).st_size, path.name)[0]
 
 
-def _read_header(file: BinaryIO, label: str) -> tuple[Header, bytes]:
-    size = os.fstat(file.fileno()).st_size
+class Readable(Protocol):
+    """What a scan reads from: a file, or one that is still being written."""
+
+    def read(self, count: int, /) -> bytes:
+        """At most so many bytes; fewer only at the end."""
+        ...
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Fill a buffer; less only at the end."""
+        ...
+
+
+def _read_header(file: Readable, size: int, label: str) -> tuple[Header, bytes]:
     prefix = file.read(8)
     if len(prefix) < 8:
         raise IntegrityError(f"{label} is truncated: {size} bytes are no safetensors file", path=label)
@@ -175,11 +186,15 @@ def scan(path: Path, name: str | None = None) -> FileScan:
     GateError, IntegrityError
         As `read_header`.
     """
-    label = name or path.name
     with open_regular(path) as file:
-        header, raw = _read_header(file, label)
-        with _Whole(raw, header.size - header.data_start) as whole:
-            tensors = tuple(_scan_tensor(file, info, whole, label) for info in header.tensors)
+        return scan_stream(cast("Readable", file), os.fstat(file.fileno()).st_size, name or path.name)
+
+
+def scan_stream(file: Readable, size: int, label: str) -> FileScan:
+    """`scan` of an open file that has, or will have, so many bytes."""
+    header, raw = _read_header(file, size, label)
+    with _Whole(raw, header.size - header.data_start) as whole:
+        tensors = tuple(_scan_tensor(file, info, whole, label) for info in header.tensors)
     return FileScan(whole.hasher.hexdigest(), header.size, tensors)
 
 
@@ -218,13 +233,13 @@ class _Whole:
             self._pool.shutdown()
 
 
-def _scan_tensor(file: BinaryIO, info: TensorInfo, whole: _Whole, label: str) -> TensorScan:
+def _scan_tensor(file: Readable, info: TensorInfo, whole: _Whole, label: str) -> TensorScan:
     own, left, done = hashlib.sha256(), info.stop - info.start, 0
     bad, first, zero = 0, None, True
     item = DTYPES[info.dtype].size
     while left:
         buffer = whole.buffer()
-        count = file.readinto(buffer[: min(left, len(buffer) - len(buffer) % item)])  # type: ignore[attr-defined]
+        count = file.readinto(buffer[: min(left, len(buffer) - len(buffer) % item)])
         if not count or count % item:
             raise IntegrityError(f"{label} ended while it was read", path=label)
         part = buffer[:count]

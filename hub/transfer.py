@@ -1,25 +1,40 @@
 """Push and pull between a store and a remote: the digest difference only, blobs first, the manifest last.
 
-What was interrupted goes on where it stopped: whole blobs are not sent again, and of a partial one the bytes
-that are there already are kept. The receiving side checks every byte before it gets its name.
+Several blobs move at once. What was interrupted goes on where it stopped: whole blobs are not sent again, and of a
+partial one the bytes that are there already are kept. The receiving side checks every byte before it gets its name.
+Signatures travel behind, and are checked by nobody before `hub verify --key`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hub import canonical
 from hub.errors import GateError, IntegrityError, NotFound, suggest
+from hub.parallel import JOBS, Crew
 from hub.progress import Progress, quiet
 from hub.ref import LATEST, AdapterRef, version_key
 from hub.resolve import Catalogue, Release, choose, refuse_conflict
+from hub.signatures import fitting
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest, Requirement
     from hub.remotes.base import Remote
     from hub.store import Artifact, Store
+
+
+@dataclass(frozen=True)
+class _Move:
+    """What stays the same while an artifact and its requirements move."""
+
+    store: Store
+    remote: Remote
+    progress: Progress
+    requires: bool
+    crew: Crew
 
 
 def push(
@@ -29,6 +44,7 @@ def push(
     *,
     progress: Progress = quiet,
     requires: bool = True,
+    jobs: int = JOBS,
 ) -> Artifact:
     """Send an artifact to a remote, its requirements before it. An alias in the ref moves there too.
 
@@ -42,6 +58,8 @@ def push(
         Told of the bytes.
     requires
         Whether the artifacts it requires are sent as well, where the remote lacks them.
+    jobs
+        Blobs that move at once, at most.
 
     Returns
     -------
@@ -53,25 +71,30 @@ def push(
     Conflict
         The remote has this version with other content.
     """
-    return _push(store, remote, AdapterRef.parse(ref), progress, requires, ())
+    return _push(_Move(store, remote, progress, requires, Crew(jobs)), AdapterRef.parse(ref), ())
 
 
-def _push(
-    store: Store, remote: Remote, ref: AdapterRef, progress: Progress, requires: bool, above: tuple[str, ...]
-) -> Artifact:
-    artifact = store.get(ref)
+def _push(move: _Move, ref: AdapterRef, above: tuple[str, ...]) -> Artifact:
+    remote, artifact = move.remote, move.store.get(ref)
     manifest = artifact.manifest
     _refuse_cycle(ref, artifact.digest, above)
     refuse_conflict(artifact.ref, artifact.digest, remote.catalogue(ref.id), where=remote.url)
-    for need in manifest.requires if requires else ():
+    for need in manifest.requires if move.requires else ():
         if _release_for(need, remote.catalogue(need.name)) is None:
-            _push(store, remote, requirement_ref(need), progress, requires, (*above, artifact.digest))
+            _push(move, requirement_ref(need), (*above, artifact.digest))
     missing = remote.missing(manifest)
-    advance = progress(f"push {artifact.ref}", sum(entry.size for entry in missing))
-    for entry in missing:
+    advance = move.crew.watched(move.progress(f"push {artifact.ref}", sum(entry.size for entry in missing)))
+
+    def send(entry: FileEntry) -> None:
         source = artifact.blob(entry.path) if remote.checks_uploads else artifact.file(entry.path)
         remote.write(manifest, entry, source, advance)
+
+    move.crew.map(send, missing)
     remote.publish(manifest)
+    if mine := move.store.signatures.of(artifact.digest):
+        there = fitting(remote.signatures(ref.id, artifact.digest))
+        if mine.keys() - there.keys():
+            remote.sign(ref.id, artifact.digest, {**mine, **there})
     if ref.alias and ref.alias != LATEST:
         remote.tag(ref.id, ref.alias, artifact.digest)
     return artifact
@@ -84,6 +107,7 @@ def pull(
     *,
     progress: Progress = quiet,
     requires: bool = True,
+    jobs: int = JOBS,
 ) -> Artifact:
     """Bring an artifact from a remote into the store, its requirements before it; every byte is checked.
 
@@ -96,25 +120,26 @@ def pull(
     IntegrityError, GateError, ManifestError
         What the remote sent is not what was published, or must not be admitted; nothing is published here then.
     """
-    return _pull(store, remote, AdapterRef.parse(ref), progress, requires, ())
+    return _pull(_Move(store, remote, progress, requires, Crew(jobs)), AdapterRef.parse(ref), ())
 
 
-def _pull(
-    store: Store, remote: Remote, ref: AdapterRef, progress: Progress, requires: bool, above: tuple[str, ...]
-) -> Artifact:
+def _pull(move: _Move, ref: AdapterRef, above: tuple[str, ...]) -> Artifact:
+    store, remote, crew = move.store, move.remote, move.crew
     release = find(remote, ref)
     _refuse_cycle(ref, release.digest, above)
     manifest = fetch_manifest(remote, ref, release)
-    for need in manifest.requires if requires else ():
+    for need in manifest.requires if move.requires else ():
         if _release_for(need, store.catalogue(need.name)) is None:
-            _pull(store, remote, requirement_ref(need), progress, requires, (*above, release.digest))
+            _pull(move, requirement_ref(need), (*above, release.digest))
     wanted = [entry for entry in manifest.files if not store.blobs.has(entry.digest, entry.size)]
-    advance = progress(f"pull {manifest.ref}", sum(entry.size for entry in wanted))
+    advance = crew.watched(move.progress(f"pull {manifest.ref}", sum(entry.size for entry in wanted)))
 
     def fetch(entry: FileEntry, part: Path) -> None:
-        store.staging.complete(entry, part, lambda offset: remote.read(manifest, entry, offset), advance)
+        store.staging.complete(entry, part, lambda start: crew.chunks(remote.read(manifest, entry, start)), advance)
 
-    store.ingest(manifest, fetch, reuse=True)
+    store.ingest(manifest, fetch, reuse=True, crew=crew)
+    for key, data in fitting(remote.signatures(ref.id, release.digest)).items():
+        store.signatures.add(release.digest, key, data)
     if ref.alias and ref.alias != LATEST:
         store.tag(manifest.ref, ref.alias)
     return store.get(manifest.ref)
@@ -124,8 +149,17 @@ def find(remote: Remote, ref: AdapterRef) -> Release:
     """Pick the release of a remote that a ref stands for. Raises NotFound with did-you-mean."""
     catalogue = remote.catalogue(ref.id)
     if not catalogue.releases:
-        raise NotFound(f"there is no adapter {ref.id} in {remote.url}", ref=ref, hint=suggest(ref.id, remote.names()))
+        hint = _instead(ref.id, remote.names(), remote.url)
+        raise NotFound(f"there is no adapter {ref.id} in {remote.url}", ref=ref, hint=hint)
     return choose(ref, catalogue, where=remote.url)
+
+
+def _instead(name: str, known: Sequence[str], url: str) -> str:
+    """Next step where a remote has no such name."""
+    if not known:
+        return f"nothing is to be seen there; `hub push {name} --to {url}` sends it, from a store that has it"
+    more = ", ..." if len(known) > 5 else ""
+    return suggest(name, known) or f"it has {', '.join(known[:5])}{more}"
 
 
 def fetch_manifest(remote: Remote, ref: AdapterRef, release: Release) -> Manifest:

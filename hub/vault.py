@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING
 from hub import canonical, layout
 from hub.blobs import Blobs
 from hub.disk import disk_errors
-from hub.errors import Conflict, HubError, IntegrityError, NotFound, StoreError, UsageError, suggest
+from hub.errors import HubError, IntegrityError, NotFound, StoreError, UsageError, suggest
+from hub.following import following
 from hub.ledger import Event, Ledger, Op
+from hub.parallel import Crew
 from hub.ref import LATEST, AdapterRef, check_alias
-from hub.resolve import Catalogue, Release, choose, refuse_conflict, refuse_moved
+from hub.resolve import Catalogue, Release, choose, refuse_aliased, refuse_conflict, refuse_moved
+from hub.signatures import Signatures
 from hub.staging import AGAIN, Staging
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ class Vault:
         self.blobs = Blobs(self.root)
         self.staging = Staging(self.root)
         self.ledger = Ledger(self.root / "log.jsonl")
+        self.signatures = Signatures(self.root)
         self._lock: FileLock | None = None
         self._turn = threading.RLock()
 
@@ -152,7 +156,7 @@ class Vault:
         """Whether this very artifact is here already; Conflict when another one has its name and version."""
         return refuse_conflict(manifest.ref, manifest.digest, self.catalogue(manifest.name), where=self.where)
 
-    def ingest(self, manifest: Manifest, fetch: Fetch, *, reuse: bool) -> bool:
+    def ingest(self, manifest: Manifest, fetch: Fetch, *, reuse: bool, crew: Crew | None = None) -> bool:
         """Bring an artifact in: fetch its files, check every byte, publish.
 
         Parameters
@@ -164,6 +168,8 @@ class Vault:
         reuse
             Take blobs that are here already and whole instead of fetching them, and let `fetch` complete what an
             earlier try has left of one. Otherwise each file is fetched, since it is the source that is checked.
+        crew
+            Fetches and checks several files at once; without it, one after the other.
 
         Returns
         -------
@@ -183,19 +189,22 @@ class Vault:
         with disk_errors(self.root), self.staging.room() as room:
             for _ in range(_TRIES - 1):
                 with suppress(Collected):
-                    return self._ingest(manifest, fetch, room, reuse)
+                    return self._ingest(manifest, fetch, room, reuse, crew or Crew())
             with self.lock():  # under which nobody collects
-                return self._ingest(manifest, fetch, room, reuse)
+                return self._ingest(manifest, fetch, room, reuse, crew or Crew())
 
-    def _ingest(self, manifest: Manifest, fetch: Fetch, room: Path, reuse: bool) -> bool:
+    def _ingest(self, manifest: Manifest, fetch: Fetch, room: Path, reuse: bool, crew: Crew) -> bool:
         from hub.gates import check_agreement
 
-        scans = {}
+        alike: dict[str, list[FileEntry]] = {}  # files of the same bytes are one blob, and one job
         for entry in manifest.files:
-            scan = self._admit(manifest, entry, fetch, room, reuse)
-            if scan is not None:
-                scans[entry.path] = scan
-        check_agreement(manifest, scans)
+            alike.setdefault(entry.digest, []).append(entry)
+
+        def admit(entries: list[FileEntry]) -> list[tuple[str, FileScan | None]]:
+            return [(entry.path, self._admit(manifest, entry, fetch, room, reuse)) for entry in entries]
+
+        found = crew.map(admit, list(alike.values()))
+        check_agreement(manifest, {path: scan for some in found for path, scan in some if scan is not None})
         return self.publish(manifest, room)
 
     def _admit(self, manifest: Manifest, entry: FileEntry, fetch: Fetch, room: Path, reuse: bool) -> FileScan | None:
@@ -208,9 +217,11 @@ class Vault:
                 return inspect_as(manifest, entry, self.blobs.path(entry.digest))
         staged = self.staging.claim(entry.digest, room) if reuse else room / entry.sha256
         resumed = staged.exists()
-        fetch(entry, staged)
+        with following(staged, entry) as follower:
+            fetch(entry, staged)
+        scanned = None if follower is None else follower.found
         try:
-            scan = inspect_as(manifest, entry, staged, hint=AGAIN if reuse else REPACK)
+            scan = inspect_as(manifest, entry, staged, hint=AGAIN if reuse else REPACK, scanned=scanned)
         except HubError:
             staged.unlink(missing_ok=True)  # whole and wrong: nothing to resume
             if resumed:  # what an earlier try has left may be what is wrong
@@ -315,13 +326,7 @@ class Vault:
         ref = AdapterRef.parse(ref)
         with self.lock():
             release = self.resolve(ref)
-            if aliases := self.catalogue(ref.id).aliases_of(release.digest):
-                raise Conflict(
-                    f"{ref.id}@{release.version} is what {', '.join('@' + alias for alias in aliases)} stands for",
-                    ref=ref,
-                    digest=release.digest,
-                    hint=f"move it first: hub tag {ref.id}@OTHER {aliases[0]}, or hub untag {ref.id}@{aliases[0]}",
-                )
+            refuse_aliased(self.catalogue(ref.id), release, where=self.where)
             op: Op = "delete" if final else "evict"
             self._commit(Event(op, ref.id, release.digest, version=release.version, reason=reason))
         return release

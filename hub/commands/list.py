@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import click
 
+from hub.commands._options import filters
 from hub.commands._output import documents, json_option, print_json, say, table
 
 
 @click.command("list")
 @click.argument("name", required=False)
-@click.option("--base", help="Made for this base (its name, or a digest).")
-@click.option("--task", help="For this task.")
-@click.option("--kind", help="Of this kind: lora, ia3, ...")
-@click.option("--method", help="Learned by this method.")
-@click.option("--type", "type_", help="adapter, composition, router or merge.")
-@click.option("--label", help="With this label.")
-@click.option("--language", help="With this language.")
-@click.option("--domain", help="With this domain.")
-@click.option("--license", "license_", help="Under this licence.")
-@click.option("--metric", metavar="NAME[>=VALUE]", help="Measured by this metric, within a bound.")
-@click.option("--alias", help="With this alias.")
+@filters
 @click.option("--newest", is_flag=True, help="Only the highest version of each name.")
 @click.option("--yanked", is_flag=True, help="Yanked versions too.")
 @click.option("--sort", metavar="KEY", help="name, created, size, or a metric (best first).")
@@ -28,15 +19,13 @@ from hub.commands._output import documents, json_option, print_json, say, table
 @json_option
 def list_(
     name: str | None,
-    type_: str | None,
-    license_: str | None,
     newest: bool,
     yanked: bool,
     sort: str | None,
     ascending: bool | None,
     limit: int | None,
     as_json: bool,
-    **filters: str | None,
+    **asked: str | None,
 ) -> None:
     """List the artifacts of the store.
 
@@ -46,17 +35,7 @@ def list_(
     from hub.store import Store
 
     store = Store()
-    found = store.list(
-        yanked=yanked,
-        newest=newest,
-        sort=sort,
-        ascending=ascending,
-        limit=limit,
-        name=name,
-        type=type_,
-        license=license_,
-        **filters,
-    )
+    found = store.list(yanked=yanked, newest=newest, sort=sort, ascending=ascending, limit=limit, name=name, **asked)
     score = sort if sort not in (None, *ORDERS) else None
     if as_json:
         print_json(documents(store, found, score))

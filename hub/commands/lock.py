@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hub.commands._options import jobs_option
 from hub.commands._output import columns, json_option, print_json, say
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ def lock(refs: tuple[str, ...], source: str | None, path: Path, upgrade: bool, a
 @click.command()
 @_FROM
 @_FILE
+@jobs_option
 @json_option
-def sync(source: str | None, path: Path, as_json: bool) -> None:
+def sync(source: str | None, path: Path, jobs: int, as_json: bool) -> None:
     """Bring exactly what modules.lock says into the store, every byte checked."""
     from hub import lock as locks
     from hub.errors import UsageError
@@ -74,7 +76,7 @@ def sync(source: str | None, path: Path, as_json: bool) -> None:
     if wishes is not None and set(wishes[0]) != set(held.requires):
         raise UsageError(f"{path} is not the lock of what is asked for beside it", hint="run `hub lock` first")
     with bars() as progress:
-        found = list(locks.sync(held, store, _remote(source), progress))
+        found = list(locks.sync(held, store, _remote(source), progress, jobs=jobs))
     locks.Roots(store).add(store, path)
     if as_json:
         print_json([{"ref": str(artifact.ref), "digest": artifact.digest, "fetched": new} for artifact, new in found])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from hub.commands._options import jobs_option
 from hub.commands._output import json_option, print_json, say, summary, warn
 
 
@@ -19,8 +20,9 @@ from hub.commands._output import json_option, print_json, say, summary, warn
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the artifact as a plain directory, too.")
 @click.option("--requires/--no-requires", default=True, help="Pull what it requires as well (the default).")
+@jobs_option
 @json_option
-def pull(ref: str, source: str | None, out: Path | None, requires: bool, as_json: bool) -> None:
+def pull(ref: str, source: str | None, out: Path | None, requires: bool, jobs: int, as_json: bool) -> None:
     """Bring an artifact from a remote into the store; every byte is checked.
 
     \b
@@ -50,7 +52,7 @@ def pull(ref: str, source: str | None, out: Path | None, requires: bool, as_json
         if withdrawn is not None:
             warn(f"{ref} is yanked in {source}: {withdrawn}")
         with bars() as progress:
-            artifact = transfer(store, remote, ref, progress=progress, requires=requires)
+            artifact = transfer(store, remote, ref, progress=progress, requires=requires, jobs=jobs)
     for warning in artifact.manifest.warnings:
         warn(f"{artifact.ref}: {warning}")
     if artifact.facts.yanked is not None:
@@ -62,3 +64,6 @@ def pull(ref: str, source: str | None, out: Path | None, requires: bool, as_json
     else:
         where = store.where if out is None else str(out)
         say(f"{artifact.ref} ({artifact.digest[:19]}...) is in {where}; every byte is right")
+        if signed := len(store.signatures.of(artifact.digest)):
+            many = f"{signed} signatures" if signed > 1 else "a signature"
+            say(f"{many} came along; `hub verify {artifact.ref} --key KEY.pub.pem` checks it")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from hub.commands._options import jobs_option
 from hub.commands._output import json_option, print_json, say, summary, warn
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tag", "alias", help="Let this alias stand for it.")
 @click.option("--requires/--no-requires", default=True, help="Send what it requires as well (the default).")
+@jobs_option
 @json_option
 def push(
     target: str,
@@ -51,6 +53,7 @@ def push(
     bump: str | None,
     alias: str | None,
     requires: bool,
+    jobs: int,
     as_json: bool,
     **facts: Any,
 ) -> None:
@@ -87,7 +90,7 @@ def push(
         from hub.transfer import push as transfer
 
         with bars() as progress:
-            transfer(store, remote, ref, progress=progress, requires=requires)
+            transfer(store, remote, ref, progress=progress, requires=requires, jobs=jobs)
     if as_json:
         print_json({**summary(artifact), "to": place})
     else:
@@ -187,7 +190,7 @@ def _draft(directory: Path, given: dict[str, Any]) -> Draft:
     """Facts by flags and by the PEFT config; what is missing is asked for, never invented."""
     from hub.errors import UsageError
     from hub.manifest import Draft, validate
-    from hub.peft_config import facts_of
+    from hub.peft_config import facts_of, without_paths
 
     found = {**facts_of(directory), **_facts(given)}
     type_ = found.get("type", "adapter")
@@ -198,7 +201,9 @@ def _draft(directory: Path, given: dict[str, Any]) -> Draft:
             f"{directory} has no module.json, and these facts are missing: {', '.join(missing)}",
             hint=f"write hub push {directory} {' '.join(f'{flag} ...' for flag in missing)}",
         )
-    return validate(Draft, found, what="the facts")
+    draft = validate(Draft, found, what="the facts")
+    plain = without_paths(draft.hyperparameters, directory, draft.base.repo if draft.base else None)
+    return draft.model_copy(update={"hyperparameters": plain})
 
 
 def _facts(given: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from hub.commands._output import json_option, print_json, say
 
 if TYPE_CHECKING:
     from hub.ref import AdapterRef
+    from hub.remotes import Remote
     from hub.resolve import Release
 
 
@@ -45,24 +46,31 @@ def yank(ref: str, reason: str | None, undo: bool, place: str | None, as_json: b
 
 
 def _there(place: str, ref: AdapterRef, reason: str | None) -> Release:
+    remote, release = _found(place, ref)
+    remote.yank(ref.id, release.digest, reason)
+    return release
+
+
+def _found(place: str, ref: AdapterRef) -> tuple[Remote, Release]:
     from hub.named import Remotes
     from hub.transfer import find
 
     remote = Remotes().open(place)
-    release = find(remote, ref)
-    remote.yank(ref.id, release.digest, reason)
-    return release
+    return remote, find(remote, ref)
 
 
 @click.command()
 @click.argument("ref")
 @click.option("--reason", required=True, help="Why; shown to whoever asks for it.")
-@click.option("--force", is_flag=True, help="Even where another artifact requires it.")
+@click.option("--force", is_flag=True, help="Even where another artifact of the store requires it.")
+@click.option("--at", "place", metavar="REMOTE", help="There, instead of in the store: a name, a URL or a path.")
 @json_option
-def delete(ref: str, reason: str, force: bool, as_json: bool) -> None:
-    """Delete one version of the store for good: nothing is ever published under it again.
+def delete(ref: str, reason: str, force: bool, place: str | None, as_json: bool) -> None:
+    """Delete one version for good: nothing is ever published under it again.
 
-    Its bytes go with the next `hub gc`. To withdraw a version from new users only, yank it.
+    The bytes of the store go with the next `hub gc`. A remote hides the version at once: a directory frees its bytes by
+    `hub gc` with HUB_HOME there, a registry of images if it deletes at all, a bucket keeps them. Hugging Face
+    repositories delete no version. To withdraw a version from new users only, yank it.
     """
     from hub.errors import UsageError
     from hub.ref import AdapterRef
@@ -71,9 +79,16 @@ def delete(ref: str, reason: str, force: bool, as_json: bool) -> None:
     parsed = AdapterRef.parse(ref)
     if parsed.pin is None:
         raise UsageError(f"{ref} does not name one version", hint=f"write {parsed.id}@VERSION")
-    release = Store().delete(parsed, reason, force=force)
+    if place is not None and force:
+        raise UsageError("--force is about what the store knows; a remote does not look who requires it")
+    if place is None:
+        release, next_step = Store().delete(parsed, reason, force=force), "; `hub gc` frees its space"
+    else:
+        remote, release = _found(place, parsed)
+        remote.delete(parsed.id, release.digest, reason)
+        next_step = f" in {place}"
     exact = parsed.at(version=release.version)
     if as_json:
-        print_json({"ref": str(exact), "digest": release.digest, "reason": reason})
+        print_json({"ref": str(exact), "digest": release.digest, "reason": reason, "at": place})
     else:
-        say(f"{exact} is deleted: {reason}; `hub gc` frees its space")
+        say(f"{exact} is deleted: {reason}{next_step}")

@@ -195,9 +195,17 @@ def _line(start: tuple[int, int], end: tuple[int, int], relation: str, tall: boo
     return f'<path class="{kind}" d="M{x1} {y1} {curve}" marker-end="url(#tip-{tip})"/>'
 
 
+def _shortened(label: str, letters: int) -> str:
+    """A name and a version in so many letters: of the two, the name gives way."""
+    name, _, version = label.rpartition(" ")
+    if len(label) <= letters or not name:
+        return label if len(label) <= letters else f"{label[: letters - 1]}…"
+    return f"{name[: max(letters - len(version) - 2, 1)]}… {version}"
+
+
 def _box(node: Node, place: tuple[int, int], width: int) -> str:
     (x, y), letters = place, int((width - 20) / _LETTER)
-    label = node.label if len(node.label) <= letters else f"{node.label[: letters - 1]}…"
+    label = _shortened(node.label, letters)
     kind = "node here" if node.here else "node" if node.href else "node gone"
     box = (
         f'<g class="{kind}"><title>{escape(node.label)}</title>'

@@ -14,7 +14,7 @@ from hub.files import read_capped
 from hub.gates import CONFIG, role_of
 from hub.manifest import MANIFEST_NAME, Draft, FileEntry, Manifest, validate
 from hub.pack import pack
-from hub.peft_config import facts_of
+from hub.peft_config import facts_of, without_paths
 from hub.ref import AdapterRef, check_version
 from hub.registry.card import front_matter
 from hub.registry.changes import check_free
@@ -182,7 +182,8 @@ def _note_unknown_base(_directory: Path, manifest: Manifest) -> tuple[str, ...]:
     if manifest.base is not None or manifest.type not in ("adapter", "merge"):
         return ()
     named = manifest.hyperparameters.get("base_model_name_or_path")
-    return (f"the base is unknown: {CONFIG} only names {named!r}, which does not identify weights",)
+    stated = f"only names {named!r}, which does not identify weights" if named else "names none"
+    return (f"the base is unknown: {CONFIG} {stated}",)
 
 
 def _check_listed(tree: Mapping[str, File], manifest: Manifest) -> None:
@@ -211,6 +212,7 @@ def _draft(name: str, version: str, directory: Path) -> Draft:
     if "kind" not in facts:
         kind = facts["hyperparameters"].get("peft_type")
         raise GateError(f"{CONFIG} has the peft_type {kind!r}, which is not known here", hint="pack it with hub push")
+    facts["hyperparameters"] = without_paths(facts["hyperparameters"], None, None)
     facts |= _card_facts(directory)
     return validate(Draft, facts, what=f"the facts of {name} {version}")
 

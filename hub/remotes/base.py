@@ -7,7 +7,7 @@ A new remote is one file in this folder (or any package's ``hub.remotes`` entry 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -67,6 +67,21 @@ class Remote(Protocol):
 
     def yank(self, name: str, digest: str, reason: str | None) -> None:
         """Yank a published digest with a reason, or take that back (None)."""
+        ...
+
+    def delete(self, name: str, digest: str, reason: str) -> None:
+        """Delete a release for good: its number is never used again.
+
+        Raises Conflict where an alias stands on it, and UsageError where this place cannot do that.
+        """
+        ...
+
+    def signatures(self, name: str, digest: str) -> dict[str, bytes]:
+        """Signatures of a release by the name of their key, as they are kept here; none of them is believed."""
+        ...
+
+    def sign(self, name: str, digest: str, found: Mapping[str, bytes]) -> None:
+        """Keep signatures of a published release beside it, those that are here already included."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -117,6 +117,20 @@ class DirectoryRemote:
     def yank(self, name: str, digest: str, reason: str | None) -> None:
         """Yank here, or take that back."""
         self._vault.yank(AdapterRef.parse(name).at(digest=digest), reason)
+
+    def delete(self, name: str, digest: str, reason: str) -> None:
+        """Bury it here; `hub gc` with HUB_HOME at this directory frees its space."""
+        self._vault.bury(AdapterRef.parse(name).at(digest=digest), reason)
+
+    def signatures(self, name: str, digest: str) -> dict[str, bytes]:
+        """Read them from where a store keeps them."""
+        return self._vault.signatures.of(digest)
+
+    def sign(self, name: str, digest: str, found: Mapping[str, bytes]) -> None:
+        """Write those that are not here."""
+        with disk_errors(self.path):
+            for key, data in found.items():
+                self._vault.signatures.add(digest, key, data)
 
 
 def _path(url: str) -> Path:

@@ -1,9 +1,9 @@
 """Object stores by way of fsspec: S3, Google Cloud Storage, Azure, and memory.
 
 Layout below the URL: ``blobs/sha256/<hex>`` as in a store, and for each name a log of one object an event,
-``log/<ns>/<name>/<seq>.json``. An object store cannot append to a file, but it can create an object only where there
-is none: of two writers one gets the next number, and the other reads again and decides anew. Each event names the
-hash of the one before it, as the log of a store does.
+``log/<ns>/<name>/<seq>.json``; signatures are ``signatures/<hex>/<key>.json``. An object store cannot append to a file,
+but it can create an object only where there is none: of two writers one gets the next number, and the other reads again
+and decides anew. Each event names the hash of the one before it, as the log of a store does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +26,16 @@ from hub.files import CHUNK
 from hub.ledger import GENESIS, Event, Position, event_of, line_of, load_line
 from hub.ref import AdapterRef, check_digest
 from hub.remotes.base import register
-from hub.resolve import Catalogue, refuse_conflict
+from hub.resolve import Catalogue, refuse_aliased, refuse_conflict
+from hub.signatures import MAX_KEYS, MAX_SIGNATURE, names_key
 from hub.staging import Advance
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest
 
 _creating = threading.Lock()  # memory:// looks and writes in two steps
+_WORKERS = 8  # blobs looked up at a time
+_AHEAD = 4  # ranges of one blob that are asked for at once
 _TRIES = 20  # events of others that may come between ours and the log we saw
 _MAX_EVENT = 2**16  # bytes
 _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}  # scheme -> extra that brings it
@@ -108,19 +113,25 @@ class FsspecRemote:
 
     def missing(self, manifest: Manifest) -> list[FileEntry]:
         """Files whose blob is not here, or has another size."""
-        return [entry for entry in manifest.files if self._size(entry.digest) != entry.size]
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            sizes = pool.map(lambda entry: self._size(entry.digest), manifest.files)
+            return [entry for entry, size in zip(manifest.files, sizes, strict=True) if size != entry.size]
 
     def read(self, manifest: Manifest, entry: FileEntry, offset: int) -> Iterable[bytes]:
-        """Bytes of the blob from the offset on, a range at a time."""
+        """Bytes of the blob from the offset on: ranges, of which the next few are on their way already."""
         fs, _ = self._place
-        about = f"{entry.path} of {manifest.ref}"
-        with (
-            self._translated(about, entry.digest),
-            fs.open(self._blob(entry.digest), "rb", cache_type="none") as file,
-        ):
-            file.seek(offset)
-            while chunk := file.read(CHUNK):
-                yield chunk
+        path, pool, coming = self._blob(entry.digest), ThreadPoolExecutor(_AHEAD), deque[Future[bytes]]()
+        with self._translated(f"{entry.path} of {manifest.ref}", entry.digest):
+            try:
+                size = int(fs.info(path)["size"])
+                for start in range(offset, size, CHUNK):
+                    coming.append(pool.submit(fs.cat_file, path, start=start, end=min(start + CHUNK, size)))
+                    if len(coming) == _AHEAD:
+                        yield coming.popleft().result()
+                while coming:
+                    yield coming.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def write(self, manifest: Manifest, entry: FileEntry, source: Path, advance: Advance) -> None:
         """Send one blob; an object appears when it is whole, or not at all."""
@@ -173,6 +184,37 @@ class FsspecRemote:
             return Event("unyank" if reason is None else "yank", name, digest, version=release.version, reason=reason)
 
         self._append(name, decide)
+
+    def delete(self, name: str, digest: str, reason: str) -> None:
+        """Delete a release by one more event; its blobs stay, since another name may share them."""
+
+        def decide(catalogue: Catalogue) -> Event:
+            release = catalogue.release(digest, where=self.url)
+            refuse_aliased(catalogue, release, where=self.url)
+            return Event("delete", name, digest, version=release.version, reason=reason)
+
+        self._append(name, decide)
+
+    def signatures(self, name: str, digest: str) -> dict[str, bytes]:
+        """Read the objects below the digest, but none that is too large."""
+        fs, _ = self._place
+        keys = [file.removesuffix(".json") for file in self._list(self._signed(digest))]
+        with self._translated(f"the signatures of {name}"):
+            return {
+                key: fs.cat_file(f"{self._place[1]}/{self._signed(digest)}/{key}.json", start=0, end=MAX_SIGNATURE + 1)
+                for key in [key for key in keys if names_key(key)][:MAX_KEYS]
+            }
+
+    def sign(self, name: str, digest: str, found: Mapping[str, bytes]) -> None:
+        """Write an object for each."""
+        fs, _ = self._place
+        with self._translated(f"the signatures of {name}"):
+            for key, data in found.items():
+                fs.pipe_file(f"{self._place[1]}/{self._signed(digest)}/{key}.json", data)
+
+    @staticmethod
+    def _signed(digest: str) -> str:
+        return f"signatures/{check_digest(digest).removeprefix('sha256:')}"
 
     def _append(self, name: str, decide: Callable[[Catalogue], Event | None]) -> bool:
         """Add the event that `decide` makes of the catalogue as it is; whether there was one to add."""

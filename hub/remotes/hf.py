@@ -8,45 +8,40 @@ is fetched anew.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import secrets
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cached_property
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from hub import canonical
-from hub.errors import Conflict, HubError, IntegrityError, NotFound, RemoteError, UsageError
+from hub.errors import Conflict, IntegrityError, NotFound, RemoteError, UsageError
 from hub.files import CHUNK, open_regular, read_capped, sha256_file
+from hub.hf_client import DEFAULT_ENDPOINT, Client, Offline, Tag, cached_manifests, fits_name, parse
 from hub.manifest import MANIFEST_NAME
-from hub.ref import AdapterRef, check_name, check_version, names_adapter, names_alias, names_version, version_key
+from hub.ref import (
+    AdapterRef,
+    check_digest,
+    check_version,
+    names_adapter,
+    names_alias,
+    names_version,
+)
 from hub.remotes.base import register
-from hub.resolve import Catalogue, Release, refuse_conflict
+from hub.resolve import Catalogue, Release, in_order, refuse_conflict
+from hub.signatures import MAX_KEYS, MAX_SIGNATURE, names_key
 from hub.staging import Advance
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
     from hub.manifest import FileEntry, Manifest
 
-DEFAULT_ENDPOINT = "https://huggingface.co"
 _WORKERS = 8  # manifests read at a time
 _TRIES = 12  # commits that may come between ours and the head we saw
 _YANKED = "yanked/"  # name of a ref that our own registry keeps for a yanked version, among the converts
+_SIGNATURES = "signatures"  # branch
 _KEPT = frozenset({".gitattributes"})  # files that belong to the repository, not to the artifact
-
-
-class _Tag(NamedTuple):
-    name: str
-    commit: str
-    yanked: bool = False
 
 
 @register("hf", "hf+http", "hf+https")
@@ -69,22 +64,19 @@ class HuggingFaceRemote:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.endpoint, self.namespace = _parse(url)
-        self._tags: dict[str, dict[str, _Tag]] = {}  # repository -> digest -> where it is
+        self.endpoint, self.namespace = parse(url)
+        self._client = Client(self.endpoint)
+        self._creating = threading.Lock()  # of several files that are sent at once, the first one makes the repository
+        self._tags: dict[str, dict[str, Tag]] = {}  # repository -> digest -> where it is
+        self._signed: dict[str, str | None] = {}  # repository -> head of the branch of signatures
         self._staged: dict[str, dict[str, Path]] = {}  # digest -> path in the repository -> where its bytes are
-
-    @cached_property
-    def _api(self) -> HfApi:
-        from huggingface_hub import HfApi
-
-        return HfApi(endpoint=self.endpoint, library_name="moduloom")
 
     def names(self) -> list[str]:
         """All names of the namespace, or of a registry of one's own; none where that would be the whole Hub."""
         if self.namespace is None and self.endpoint == DEFAULT_ENDPOINT:
             return []
-        with self._translated("the list of repositories"):
-            found = [model.id for model in self._api.list_models(author=self.namespace)]
+        with self._client.translated("the list of repositories"):
+            found = [model.id for model in self._client.api.list_models(author=self.namespace)]
         return sorted(name for name in found if names_adapter(name))
 
     def catalogue(self, name: str) -> Catalogue:
@@ -93,57 +85,47 @@ class HuggingFaceRemote:
 
         repo = self._repo(name)
         try:
-            with self._translated(repo):
-                refs = self._api.list_repo_refs(repo)
-        except _Offline as error:
+            with self._client.translated(repo):
+                refs = self._client.api.list_repo_refs(repo)
+        except Offline as error:
             return self._cached(name, error)
         except RemoteError as error:
             if isinstance(error.__cause__, RepositoryNotFoundError):
                 return Catalogue(name)
             raise
-        tags = [_Tag(ref.name, ref.target_commit) for ref in refs.tags]
+        heads = {ref.name: ref.target_commit for ref in refs.branches}
+        self._signed[repo] = heads.get(_SIGNATURES)
+        tags = [Tag(ref.name, ref.target_commit) for ref in refs.tags]
         hidden = [ref for ref in refs.converts if ref.name.startswith(_YANKED)]
-        tags += [_Tag(ref.name.removeprefix(_YANKED), ref.target_commit, True) for ref in hidden]
+        tags += [Tag(ref.name.removeprefix(_YANKED), ref.target_commit, True) for ref in hidden]
         versions = [tag for tag in tags if names_version(tag.name)]
         with ThreadPoolExecutor(_WORKERS) as pool:
             digests = list(pool.map(lambda tag: self._digest(repo, tag), versions))
         return self._folded(name, tags, dict(zip(versions, digests, strict=True)))
 
-    def _folded(self, name: str, tags: list[_Tag], digests: dict[_Tag, str | None]) -> Catalogue:
+    def _folded(self, name: str, tags: list[Tag], digests: dict[Tag, str | None]) -> Catalogue:
         places = {digest: tag for tag, digest in digests.items() if digest is not None}
         self._tags[self._repo(name)] = places
         reason = f"withdrawn in {self.url}"
         releases = [
-            Release(check_version(tag.name), digest, reason if tag.yanked else None) for digest, tag in places.items()
+            Release(check_version(tag.name), digest, reason if tag.hidden else None) for digest, tag in places.items()
         ]
         of_commit = {tag.commit: digest for digest, tag in places.items()}
         aliases = {tag.name: of_commit[tag.commit] for tag in tags if names_alias(tag.name) and tag.commit in of_commit}
-        return Catalogue(name, tuple(sorted(releases, key=lambda release: version_key(release.version))), aliases)
+        return Catalogue(name, in_order(releases), aliases)
 
     def _cached(self, name: str, reason: RemoteError) -> Catalogue:
-        """Versions whose manifest is in the client's cache, which does not tell endpoints apart."""
-        from huggingface_hub import constants, scan_cache_dir
-        from huggingface_hub.errors import CacheNotFound
-
-        repo = self._repo(name)
-        tags: list[_Tag] = []
-        digests: dict[_Tag, str | None] = {}
-        try:
-            repos = [found for found in scan_cache_dir(constants.HF_HUB_CACHE).repos if found.repo_id == repo]
-        except CacheNotFound:
-            repos = []
-        for revision in (revision for found in repos for revision in found.revisions):
-            manifest = next((file for file in revision.files if file.file_name == MANIFEST_NAME), None)
-            data = read_capped(manifest.blob_path, canonical.MAX_JSON) if manifest else b""
-            if manifest and _fits_name(data, manifest.blob_path.name):
-                here = [_Tag(ref, revision.commit_hash) for ref in revision.refs]
-                tags += here
-                digests |= {tag: canonical.digest(data) for tag in here if names_version(tag.name)}
+        """Versions whose manifest is in the client's cache."""
+        tags: list[Tag] = []
+        digests: dict[Tag, str | None] = {}
+        for here, data in cached_manifests(self._repo(name)):
+            tags += here
+            digests |= {tag: canonical.digest(data) for tag in here if names_version(tag.name)}
         if not digests:
             raise reason
         return self._folded(name, tags, digests)
 
-    def _digest(self, repo: str, tag: _Tag) -> str | None:
+    def _digest(self, repo: str, tag: Tag) -> str | None:
         """Digest of the manifest at a tag; None where there is no manifest, so that this is no version of ours."""
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -158,11 +140,11 @@ class HuggingFaceRemote:
         """Bytes of ``module.json`` at the tag of that version."""
         return self._manifest_at(self._repo(name), self._place(name, digest))
 
-    def _manifest_at(self, repo: str, tag: _Tag) -> bytes:
+    def _manifest_at(self, repo: str, tag: Tag) -> bytes:
         for anew in (False, True):
-            path = self._download(repo, MANIFEST_NAME, tag, anew=anew)
+            path = self._client.download(repo, MANIFEST_NAME, tag, anew=anew)
             data = read_capped(path, canonical.MAX_JSON)
-            if _fits_name(data, path.name):
+            if fits_name(data, path.name):
                 return data
         raise IntegrityError(f"{self.url} sent a damaged {MANIFEST_NAME} for {repo} {tag.name}", path=MANIFEST_NAME)
 
@@ -176,9 +158,9 @@ class HuggingFaceRemote:
     def read(self, manifest: Manifest, entry: FileEntry, offset: int) -> Iterable[bytes]:
         """Bytes of a file, by way of the client's cache."""
         repo, tag = self._repo(manifest.name), self._place(manifest.name, manifest.digest)
-        path = self._download(repo, entry.path, tag)
+        path = self._client.download(repo, entry.path, tag)
         if sha256_file(path) != (entry.sha256, entry.size):
-            path = self._download(repo, entry.path, tag, anew=True)
+            path = self._client.download(repo, entry.path, tag, anew=True)
         with open_regular(path) as file:
             file.seek(offset)
             while chunk := file.read(CHUNK):
@@ -189,11 +171,13 @@ class HuggingFaceRemote:
         from huggingface_hub import CommitOperationAdd
 
         repo = self._repo(manifest.name)
-        with self._translated(repo):
-            if not self._staged.get(manifest.digest):
-                self._api.create_repo(repo, exist_ok=True)
-            self._api.preupload_lfs_files(repo, [CommitOperationAdd(entry.path, str(source))])
-        self._staged.setdefault(manifest.digest, {})[entry.path] = source
+        with self._client.translated(repo):
+            with self._creating:
+                if manifest.digest not in self._staged:
+                    self._client.api.create_repo(repo, exist_ok=True)
+                    self._staged[manifest.digest] = {}
+            self._client.api.preupload_lfs_files(repo, [CommitOperationAdd(entry.path, str(source))])
+        self._staged[manifest.digest][entry.path] = source
         advance(entry.size)
 
     def publish(self, manifest: Manifest) -> bool:
@@ -203,8 +187,8 @@ class HuggingFaceRemote:
             return False
         commit = self._commit(manifest)
         try:
-            with self._translated(repo):
-                self._api.create_tag(repo, tag=manifest.version, revision=commit)
+            with self._client.translated(repo):
+                self._client.api.create_tag(repo, tag=manifest.version, revision=commit)
         except Conflict:
             if manifest.digest in self._places(manifest.name):  # someone else published the same, just now
                 return False
@@ -233,8 +217,10 @@ class HuggingFaceRemote:
             changes += [CommitOperationAdd(path, str(source)) for path, source in staged.items()]
             changes.append(CommitOperationAdd(MANIFEST_NAME, manifest.canonical))
             try:
-                with self._translated(repo):
-                    done = self._api.create_commit(repo, changes, commit_message=str(manifest.ref), parent_commit=head)
+                with self._client.translated(repo):
+                    done = self._client.api.create_commit(
+                        repo, changes, commit_message=str(manifest.ref), parent_commit=head
+                    )
                 return str(done.oid)
             except Conflict:
                 if tried == _TRIES:
@@ -245,13 +231,13 @@ class HuggingFaceRemote:
     def tag(self, name: str, alias: str, digest: str) -> None:
         """Let a tag stand on the commit of a version."""
         repo, place = self._repo(name), self._place(name, digest)
-        with self._translated(repo):
-            present = {ref.name: ref.target_commit for ref in self._api.list_repo_refs(repo).tags}
+        with self._client.translated(repo):
+            present = {ref.name: ref.target_commit for ref in self._client.api.list_repo_refs(repo).tags}
             if present.get(alias) == place.commit:
                 return
             if alias in present:
-                self._api.delete_tag(repo, tag=alias)
-            self._api.create_tag(repo, tag=alias, revision=place.commit)
+                self._client.api.delete_tag(repo, tag=alias)
+            self._client.api.create_tag(repo, tag=alias, revision=place.commit)
 
     def yank(self, name: str, digest: str, reason: str | None) -> None:
         """Refuse: the protocol knows no yank."""
@@ -259,6 +245,48 @@ class HuggingFaceRemote:
             f"{self.url} cannot be told to yank: the Hugging Face protocol has no word for it",
             hint="run `hub yank` on the machine of the registry, with HUB_HOME at its store",
         )
+
+    def delete(self, name: str, digest: str, reason: str) -> None:
+        """Refuse: a commit stays in a repository, and nothing there could say that the number is taken."""
+        raise UsageError(
+            f"{self.url} cannot delete a version for good: a repository keeps its commits",
+            hint="run `hub delete` on the machine of the registry, with HUB_HOME at its store; on the Hugging Face Hub "
+            f"only all versions can go: hf repos delete {self._repo(name)}",
+        )
+
+    def signatures(self, name: str, digest: str) -> dict[str, bytes]:
+        """Files of a branch of their own, as the commit of a version does not change."""
+        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.hf_api import RepoFile
+
+        repo, folder = self._repo(name), check_digest(digest).removeprefix("sha256:")
+        head = self._signed.get(repo)
+        if head is None:
+            return {}
+        place = Tag(_SIGNATURES, head, hidden=True)
+        try:
+            with self._client.translated(repo):
+                found = list(self._client.api.list_repo_tree(repo, folder, revision=place.commit))
+        except RemoteError as error:
+            if isinstance(error.__cause__, EntryNotFoundError):
+                return {}
+            raise
+        files = [file.path for file in found if isinstance(file, RepoFile) and file.size <= MAX_SIGNATURE]
+        keys = {Path(path).stem: path for path in files if names_key(Path(path).stem)}
+        return {
+            key: read_capped(self._client.download(repo, path, place), MAX_SIGNATURE)
+            for key, path in list(keys.items())[:MAX_KEYS]
+        }
+
+    def sign(self, name: str, digest: str, found: Mapping[str, bytes]) -> None:
+        """Commit them to that branch."""
+        from huggingface_hub import CommitOperationAdd
+
+        repo, folder = self._repo(name), check_digest(digest).removeprefix("sha256:")
+        files = [CommitOperationAdd(f"{folder}/{key}.json", data) for key, data in found.items()]
+        with self._client.translated(repo):
+            self._client.api.create_branch(repo, branch=_SIGNATURES, exist_ok=True)
+            self._client.api.create_commit(repo, files, commit_message="Signatures", revision=_SIGNATURES)
 
     def _main(self, name: str) -> tuple[str | None, dict[str, str | None]]:
         """Head of main (None without a repository), and its files: path -> sha256 where that is known.
@@ -272,9 +300,9 @@ class HuggingFaceRemote:
 
         repo = self._repo(name)
         try:
-            with self._translated(repo):
-                head = self._api.repo_info(repo).sha
-                entries = list(self._api.list_repo_tree(repo, recursive=True, revision=head))
+            with self._client.translated(repo):
+                head = self._client.api.repo_info(repo).sha
+                entries = list(self._client.api.list_repo_tree(repo, recursive=True, revision=head))
         except RemoteError as error:
             if isinstance(error.__cause__, RepositoryNotFoundError):
                 return None, {}
@@ -291,95 +319,12 @@ class HuggingFaceRemote:
         ref = AdapterRef.parse(name)
         return f"{self.namespace or ref.namespace}/{ref.name}"
 
-    def _places(self, name: str) -> dict[str, _Tag]:
+    def _places(self, name: str) -> dict[str, Tag]:
         self.catalogue(name)
         return self._tags.get(self._repo(name), {})
 
-    def _place(self, name: str, digest: str) -> _Tag:
+    def _place(self, name: str, digest: str) -> Tag:
         found = self._tags.get(self._repo(name), {}).get(digest) or self._places(name).get(digest)
         if found is None:
             raise NotFound(f"{self.url} has no version of {name} with the digest {digest[:19]}...", digest=digest)
         return found
-
-    def _download(self, repo: str, path: str, tag: _Tag, *, anew: bool = False) -> Path:
-        """Where the client's cache has a file; the file itself, as the cache keeps links."""
-        from huggingface_hub import constants, try_to_load_from_cache
-
-        cache = constants.HF_HUB_CACHE
-        if not anew:
-            found = try_to_load_from_cache(repo, path, cache_dir=cache, revision=tag.commit)
-            if isinstance(found, str):
-                return Path(found).resolve()
-        # By the name of the tag, so that the cache knows it offline; a yanked version is no ref, but its commit is.
-        revision = tag.commit if tag.yanked else tag.name
-        with self._translated(repo):
-            place = self._api.hf_hub_download(repo, path, revision=revision, cache_dir=cache, force_download=anew)
-        return Path(place).resolve()
-
-    @contextmanager
-    def _translated(self, about: str) -> Iterator[None]:
-        """Turn what the client raises into errors that say what to do."""
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-        try:
-            yield
-        except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-            raise self._offline(about, error) from error
-        except HfHubHTTPError as error:
-            raise self._refusal(about, error) from error
-        except _transport_error() as error:
-            raise self._offline(about, error) from error
-
-    def _offline(self, about: str, error: Exception) -> _Offline:
-        hint = "check the network and HF_ENDPOINT; what was pulled before works offline"
-        return _Offline(f"{self.endpoint} cannot be reached for {about}: {_first_line(error)}", hint=hint)
-
-    def _refusal(self, about: str, error: Any) -> HubError:
-        status = getattr(error.response, "status_code", 0)
-        said = error.server_message or _first_line(error)
-        text = f"{self.endpoint} refuses {about} ({status}): {' '.join(said.split())[:300]}"
-        if status in (409, 412):
-            return Conflict(text, hint="look what is there now, then push again")
-        if status in (401, 403):
-            return RemoteError(text, hint="log in with `hf auth login`, or set HF_TOKEN to a token that may do this")
-        return RemoteError(text)
-
-
-class _Offline(RemoteError):
-    """The endpoint cannot be reached, or must not be."""
-
-
-def _parse(url: str) -> tuple[str, str | None]:
-    """Endpoint and namespace of a URL. Raises UsageError."""
-    parts = urlsplit(url)
-    hint = "write hf://, hf://namespace, hf+https://host or hf+https://host/namespace"
-    if parts.query or parts.fragment or parts.username:
-        raise UsageError(f"{url} has more than a host and a namespace", hint=hint)
-    scheme, path = parts.scheme.lower(), parts.path.strip("/")
-    if scheme == "hf":
-        endpoint, namespace, rest = os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT, parts.netloc, path
-    else:
-        endpoint, (namespace, _, rest) = f"{scheme.removeprefix('hf+')}://{parts.netloc}", path.partition("/")
-    if rest or (scheme != "hf" and not parts.netloc):
-        raise UsageError(f"{url} is not a registry and a namespace", hint=hint)
-    return endpoint.rstrip("/"), check_name(namespace, what="namespace") if namespace else None
-
-
-def _transport_error() -> type[Exception]:
-    """Base of what the client's transport raises; which library that is depends on the client's version."""
-    library: Any = import_module("httpx2" if find_spec("httpx2") else "httpx")
-    error: type[Exception] = library.HTTPError
-    return error
-
-
-def _fits_name(data: bytes, name: str) -> bool:
-    """Whether bytes are those of their entity tag, by which the cache names its blobs; True for any other name."""
-    if len(name) == 64:
-        return hashlib.sha256(data).hexdigest() == name
-    if len(name) == 40:
-        return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest() == name
-    return True
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,19 +1,21 @@
 """OCI registries as a remote: Harbor, GHCR, Zot, ECR, or a plain docker-registry.
 
 One repository holds one adapter, and a tag is a version: its image manifest has ``module.json`` as the config and
-every file as a layer (`hub.oci`). Other tags on the same image are aliases; ``_yanked.<version>`` marks a yank.
+every file as a layer (`hub.oci`). Other tags on the same image are aliases. Beside a version there may be marks, small
+images with tags of their own: ``_yanked.<version>``, ``_deleted.<version>``, and ``_signed.<hex>`` with its signatures.
 Requests are our own, so that every byte is checked against its digest; who may do what, the ``oras`` client finds out:
 it reads the logins of docker, podman and their helpers.
 
-A registry has no compare-and-swap. What is there is looked at before and after a tag is written, which shows a
-race, but cannot prevent one; a registry whose tags are set to be immutable does.
+A registry has no compare-and-swap. What is there is looked at before and after a tag is written: who finds another
+image there says so, by Conflict. Of two who write in the same moment, the first one may see its own image and be
+overwritten then; only a registry whose tags are set to be immutable prevents that.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -31,21 +33,30 @@ from hub.ref import (
     version_key,
 )
 from hub.remotes.base import register
-from hub.resolve import Catalogue, Release, refuse_conflict
+from hub.resolve import Catalogue, Release, Tombstone, in_order, refuse_aliased, refuse_conflict
+from hub.signatures import MAX_KEYS, names_key
 from hub.staging import Advance
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest
     from hub.oci_http import Wire
 
-_WORKERS = 8  # tags looked up at a time
-_YANK = "_yanked."  # before a version: no alias and no version starts with an underscore
-_YANK_TYPE = "application/vnd.moduloom.yank.v1+json"
+_WORKERS = 8  # tags or blobs looked up at a time
+_YANK, _DELETE, _SIGN = "_yanked.", "_deleted.", "_signed."  # before a version; nothing else starts with an underscore
+_MARK_TYPES = {
+    _YANK: "application/vnd.moduloom.yank.v1+json",
+    _DELETE: "application/vnd.moduloom.delete.v1+json",
+    _SIGN: "application/vnd.moduloom.signatures.v1+json",
+}
+_SIGNATURE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _EMPTY = b"{}"
 _EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
-_REASON = "dev.moduloom.yanked"
+_REASON, _KEY = "dev.moduloom.yanked", "dev.moduloom.key"
 _DIGEST = "dev.moduloom.digest"
 _REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*\Z")
+
+
+_Image = tuple[str, Mapping[str, str]]  # digest of the module that an image is of, and its annotations
 
 
 @register("oci")
@@ -67,7 +78,7 @@ class OciRemote:
         self.host, self.prefix = parts.netloc, parts.path.strip("/")
         if not self.host or parts.query or parts.fragment or (self.prefix and not _REPOSITORY.match(self.prefix)):
             raise UsageError(f"{url} is not a registry and a prefix", hint="write oci://host, or oci://host/prefix")
-        self._modules: dict[str, tuple[str, Mapping[str, str]] | None] = {}  # image digest -> module, annotations
+        self._modules: dict[str, _Image | None] = {}  # image digest -> module, annotations
 
     @cached_property
     def _wire(self) -> Wire:
@@ -86,15 +97,19 @@ class OciRemote:
         """Versions, aliases and yanks of a repository, from its tags."""
         repo = self._repo(name)
         tags = self._wire.pages(f"/v2/{repo}/tags/list?n=1000", "tags")
-        known = [tag for tag in tags if names_version(tag) or names_alias(tag) or tag.startswith(_YANK)]
+        marks = (_YANK, _DELETE)
+        known = [tag for tag in tags if names_version(tag) or names_alias(tag) or tag.startswith(marks)]
         with ThreadPoolExecutor(_WORKERS) as pool:
             images = dict(zip(known, pool.map(lambda tag: self._image(repo, tag), known), strict=True))
+        gone = [
+            Tombstone(tag.removeprefix(_DELETE), digest, notes.get(_REASON))
+            for tag, (digest, notes) in _present(images)
+            if tag.startswith(_DELETE) and names_version(tag.removeprefix(_DELETE))
+        ]
+        dead = {version_key(stone.version) for stone in gone}
         releases, aliases = [], {}
-        for tag, image in images.items():
-            if image is None:
-                continue
-            digest, _ = image
-            if names_version(tag):
+        for tag, (digest, _) in _present(images):
+            if names_version(tag) and version_key(tag) not in dead:
                 mark = images.get(_YANK + tag)
                 yanked = mark[1].get(_REASON) if mark is not None and mark[0] == digest else None
                 releases.append(Release(tag, digest, yanked))
@@ -102,7 +117,7 @@ class OciRemote:
                 aliases[tag] = digest
         here = {release.digest for release in releases}
         aliases = {alias: digest for alias, digest in aliases.items() if digest in here}
-        return Catalogue(name, tuple(sorted(releases, key=lambda release: version_key(release.version))), aliases)
+        return Catalogue(name, in_order(releases), aliases, in_order(gone))
 
     def manifest(self, name: str, digest: str) -> bytes:
         """Read the config blob of the image."""
@@ -111,7 +126,9 @@ class OciRemote:
     def missing(self, manifest: Manifest) -> list[FileEntry]:
         """Files whose blob is not in the repository, or has another size."""
         repo = self._repo(manifest.name)
-        return [entry for entry in manifest.files if self._wire.size(f"/v2/{repo}/blobs/{entry.digest}") != entry.size]
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            sizes = pool.map(lambda entry: self._wire.size(f"/v2/{repo}/blobs/{entry.digest}"), manifest.files)
+            return [entry for entry, size in zip(manifest.files, sizes, strict=True) if size != entry.size]
 
     def read(self, manifest: Manifest, entry: FileEntry, offset: int) -> Iterable[bytes]:
         """Bytes of a layer from the offset on."""
@@ -145,28 +162,72 @@ class OciRemote:
     def yank(self, name: str, digest: str, reason: str | None) -> None:
         """Mark a release as yanked, or as not yanked any more: many registries delete no tag."""
         release = self.catalogue(name).release(digest, where=self.url)
+        self._mark(name, _YANK, release.version, digest, {} if reason is None else {_REASON: reason})
+
+    def delete(self, name: str, digest: str, reason: str) -> None:
+        """Mark the version as deleted; then let the registry drop the image, where it does such a thing."""
+        catalogue, repo = self.catalogue(name), self._repo(name)
+        release = catalogue.release(digest, where=self.url)
+        refuse_aliased(catalogue, release, where=self.url)
+        image = self._wire.digest(f"/v2/{repo}/manifests/{release.version}", oci.IMAGE_MANIFEST)
+        self._mark(name, _DELETE, release.version, digest, {_REASON: reason})
+        if image is not None:
+            self._wire.drop(f"/v2/{repo}/manifests/{image}")
+
+    def signatures(self, name: str, digest: str) -> dict[str, bytes]:
+        """Layers of the mark that holds the signatures of a digest."""
+        repo, tag = self._repo(name), _SIGN + check_digest(digest).removeprefix("sha256:")
+        if self._wire.digest(f"/v2/{repo}/manifests/{tag}", oci.IMAGE_MANIFEST) is None:
+            return {}
+        about = f"the signatures of {name}"
+        blobs = _keys(self._bytes(repo, tag))
+        return {key: self._wire.get(f"/v2/{repo}/blobs/{blob}", about) for key, blob in blobs.items()}
+
+    def sign(self, name: str, digest: str, found: Mapping[str, bytes]) -> None:
+        """Write the mark anew."""
+        self._mark(name, _SIGN, digest.removeprefix("sha256:"), digest, {}, found)
+
+    def _mark(
+        self,
+        name: str,
+        what: str,
+        which: str,
+        digest: str,
+        notes: Mapping[str, str],
+        layers: Mapping[str, bytes] | None = None,
+    ) -> None:
+        """Say something about a version in a tag of its own: many registries delete no tag, and change no image."""
         repo = self._repo(name)
         empty = {"mediaType": _EMPTY_TYPE, "digest": canonical.digest(_EMPTY), "size": len(_EMPTY)}
         mark = {
             "schemaVersion": 2,
             "mediaType": oci.IMAGE_MANIFEST,
-            "artifactType": _YANK_TYPE,
+            "artifactType": _MARK_TYPES[what],
             "config": empty,
-            "layers": [empty],
-            "annotations": {_DIGEST: digest, **({} if reason is None else {_REASON: reason})},
+            "layers": [
+                {"mediaType": _SIGNATURE_TYPE, "digest": canonical.digest(data), "size": len(data)}
+                | {"annotations": {_KEY: key}}
+                for key, data in sorted((layers or {}).items())
+            ]
+            or [empty],
+            "annotations": {_DIGEST: digest, **notes},
         }
-        self._wire.upload_bytes(repo, _EMPTY)
-        self._put(repo, _YANK + release.version, canonical.dumps(mark))
+        for data in (_EMPTY, *(layers or {}).values()):
+            self._wire.upload_bytes(repo, data)
+        self._put(repo, what + which, canonical.dumps(mark))
 
     def _put(self, repo: str, tag: str, image: bytes) -> None:
         self._wire.put(f"/v2/{repo}/manifests/{tag}", image, oci.IMAGE_MANIFEST, f"the tag {tag}")
         if self._wire.digest(f"/v2/{repo}/manifests/{tag}", oci.IMAGE_MANIFEST) != canonical.digest(image):
+            name = repo.removeprefix(f"{self.prefix}/") if self.prefix else repo
             raise Conflict(
-                f"someone else has moved {repo}:{tag} in {self.url} just now",
-                hint="look what is there, then try again; immutable tags prevent this",
+                f"someone else has written {repo}:{tag} in {self.url} just now, over what you sent",
+                ref=f"{name}@{tag}",
+                hint=f"`hub pull {name}@{tag} --from {self.url}` shows what is there now; then send yours again, a "
+                "version under a new number; a registry with immutable tags prevents this",
             )
 
-    def _image(self, repo: str, tag: str) -> tuple[str, Mapping[str, str]] | None:
+    def _image(self, repo: str, tag: str) -> _Image | None:
         """What an image says: digest of the module it is of, and annotations. None where it is none of ours."""
         digest = self._wire.digest(f"/v2/{repo}/manifests/{tag}", oci.IMAGE_MANIFEST)
         if digest is None:
@@ -200,14 +261,29 @@ class OciRemote:
         return repo
 
 
-def _read(image: bytes) -> tuple[str, Mapping[str, str]] | None:
+def _present(images: Mapping[str, _Image | None]) -> Iterator[tuple[str, _Image]]:
+    """Tags of images of ours."""
+    return ((tag, image) for tag, image in images.items() if image is not None)
+
+
+def _keys(image: bytes) -> dict[str, str]:
+    """Name of the key -> digest of the signature, as a mark lists them; none where it is not as we write it."""
+    try:
+        layers = [(layer.get("annotations") or {}, layer["digest"]) for layer in json.loads(image)["layers"]]
+        found = {str(notes[_KEY]): check_digest(digest) for notes, digest in layers if _KEY in notes}
+    except (ValueError, KeyError, TypeError, AttributeError, RefError):
+        return {}
+    return {key: digest for key, digest in list(found.items())[:MAX_KEYS] if names_key(key)}
+
+
+def _read(image: bytes) -> _Image | None:
     """Module digest and annotations of an image manifest that is ours: an artifact's, or a mark."""
     try:
         document: dict[str, Any] = json.loads(image)
         config, notes = document["config"], document.get("annotations") or {}
         if config["mediaType"] == oci.MODULE:
             return check_digest(config["digest"]), notes
-        if document.get("artifactType") == _YANK_TYPE:
+        if document.get("artifactType") in _MARK_TYPES.values():
             return check_digest(notes[_DIGEST]), notes
     except (ValueError, KeyError, TypeError, AttributeError, RefError):  # an image of somebody else
         pass

@@ -69,6 +69,41 @@ def test_push_a_foreign_directory_with_facts(hub_home: Path, files, base_identit
     assert manifest.hyperparameters["lora_alpha"] == 8
 
 
+@pytest.mark.parametrize(
+    ("stated", "kept"),
+    [
+        ("org/base-7b", "org/base-7b"),
+        ("gpt2", "gpt2"),
+        ("builtin:tiny-lm", "builtin:tiny-lm"),
+        ("/home/me/models/base", "builtin:tiny-lm"),
+        ("./base", "builtin:tiny-lm"),
+        ("../base", "builtin:tiny-lm"),
+        ("C:\\models\\base", "builtin:tiny-lm"),
+        ("models/base", "builtin:tiny-lm"),  # there is such a directory
+        (None, None),
+    ],
+)
+def test_no_path_of_this_machine_is_published(
+    hub_home: Path, files, base_identity, tmp_path: Path, monkeypatch, stated: str | None, kept: str | None
+) -> None:
+    directory = files()
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": stated}))
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.json").write_text(base_identity.model_dump_json())
+    ok("push", str(directory), "--name", "acme/tone", "--version", "1.0", "--base", "base.json")
+    assert Store(hub_home).get("acme/tone").manifest.hyperparameters.get("base_model_name_or_path") == kept
+
+
+def test_list_and_search_take_the_same_filters() -> None:
+    def of(command: str) -> set[str]:
+        return {option.name for option in load(f"hub.commands.{command}").params if isinstance(option, click.Option)}
+
+    own = {"as_json", "limit", "newest", "yanked", "sort", "ascending", "all_versions"}
+    assert of("list:list_") - own == of("search:search") - own >= {"base", "task", "metric", "alias", "namespace"}
+
+
 def test_repack(packed) -> None:
     directory, _ = packed()
     ok("push", str(directory))

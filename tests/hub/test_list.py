@@ -54,6 +54,26 @@ def test_filters(full: Store, filters, expected: list[str]) -> None:
     assert refs(full.list(**filters)) == expected
 
 
+@pytest.mark.parametrize("metric", ["f1", "loss"])
+@pytest.mark.parametrize("newest", [False, True])
+def test_the_best_few_are_the_first_of_all(store: Store, publish, metric: str, newest: bool) -> None:
+    """The short way to the best goes by the figures, of which an artifact may have several; it finds the same."""
+    figures = [(5, 1), (4,), (9, 9), (2, 8, 3), (), (7,), (6, 0)]
+    for i, values in enumerate(figures):
+        found = tuple(
+            {"dataset": f"d{j}", "metric": name, "value": value}
+            for j, value in enumerate(values)
+            for name in ("f1", "loss", "other")
+        )
+        publish(f"acme/a{i % 4}@1.{i}", seed=i, metrics=found)
+    store.yank("acme/a1@1.5", "bad")
+    everything = refs(store.list(sort=metric, newest=newest))
+    assert len(everything) == (3 if newest else 5)  # but for the yanked one, and the one without a figure
+    for limit in range(1, 8):
+        assert refs(store.list(sort=metric, newest=newest, limit=limit)) == everything[:limit]
+    assert "acme/a1@1.5" in refs(store.list(sort=metric, yanked=True, limit=6))
+
+
 def test_newest_created_first(full: Store) -> None:
     assert refs(full.list(sort="created"))[0] == "local/merged@1.0"
 

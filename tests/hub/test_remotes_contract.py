@@ -13,6 +13,7 @@ import pytest
 from hub.errors import Conflict, GateError, HubError, IntegrityError, NotFound, UsageError
 from hub.remotes import from_url
 from hub.remotes.base import schemes
+from hub.signatures import MAX_KEYS, MAX_SIGNATURE
 from hub.store import Store
 from hub.transfer import pull, push
 
@@ -82,8 +83,9 @@ def test_an_empty_remote(url: str, second: Store) -> None:
     remote = from_url(url)
     assert remote.names() == []
     assert remote.catalogue("acme/tone").releases == ()
-    with pytest.raises(NotFound, match="there is no adapter acme/tone"):
+    with pytest.raises(NotFound, match="there is no adapter acme/tone") as caught:
         pull(second, remote, "acme/tone")
+    assert f"hub push acme/tone --to {remote.url}" in caught.value.hint
     assert second.list() == []
 
 
@@ -303,7 +305,7 @@ def test_a_cut_pull_goes_on_where_it_stopped(url: str, store: Store, second: Sto
         yield data
 
     with pytest.raises(Cut):
-        pull(second, Altered(from_url(url), read=torn), "acme/tone")
+        pull(second, Altered(from_url(url), read=torn), "acme/tone", jobs=1)
     assert second.list() == []
 
     def whole(data, entry, offset):
@@ -313,6 +315,78 @@ def test_a_cut_pull_goes_on_where_it_stopped(url: str, store: Store, second: Sto
     asked.clear()
     assert pull(second, Altered(from_url(url), read=whole), "acme/tone") == artifact
     assert asked == [("adapter_model.safetensors", 300)]  # the smaller files are here already, and 300 bytes of it
+
+
+class Meeting:
+    """A remote on which each of the first blobs waits until all of them are under way; counts those at once."""
+
+    def __init__(self, remote, parties: int):
+        self._remote, self._ready, self._left = remote, threading.Barrier(parties, timeout=30), parties
+        self._lock, self.now, self.most = threading.Lock(), 0, 0
+
+    def __getattr__(self, name):
+        return getattr(self._remote, name)
+
+    @contextmanager
+    def _busy(self):
+        with self._lock:
+            self.now, self.most, self._left = self.now + 1, max(self.most, self.now + 1), self._left - 1
+            wait = self._left >= 0
+        if wait:
+            self._ready.wait()
+        yield
+        with self._lock:
+            self.now -= 1
+
+    def read(self, manifest, entry, offset):
+        with self._busy():
+            yield from self._remote.read(manifest, entry, offset)
+
+    def write(self, manifest, entry, source, advance):
+        with self._busy():
+            self._remote.write(manifest, entry, source, advance)
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3])
+def test_several_blobs_move_at_once(url: str, store: Store, second: Store, publish, jobs: int) -> None:
+    artifact = publish()  # of three files
+    there, here = Meeting(from_url(url), jobs), Meeting(from_url(url), jobs)
+    push(store, there, "acme/tone", jobs=jobs)
+    assert pull(second, here, "acme/tone", jobs=jobs) == artifact
+    assert (there.most, here.most) == (jobs, jobs)
+    assert second.verify() == []
+
+
+def test_the_first_error_stops_the_others(url: str, store: Store, second: Store, publish) -> None:
+    """One blob fails while the others are half there: that error is the one told, and the halves are kept."""
+    artifact = publish()
+    push(store, from_url(url), "acme/tone")
+    sizes = {entry.path: entry.size for entry in artifact.manifest.files}
+    half, failed = threading.Barrier(len(sizes), timeout=30), threading.Event()
+
+    def read(data, entry, offset):
+        yield data[: sizes[entry.path] // 2]
+        half.wait()
+        if entry.path == "README.md":
+            failed.set()
+            raise NotFound("README.md has gone")
+        failed.wait(30)
+        time.sleep(0.1)  # so that the error is known when the next bytes come
+        yield data[sizes[entry.path] // 2 :]
+
+    with pytest.raises(NotFound, match="has gone"):
+        pull(second, Altered(from_url(url), read=read), "acme/tone")
+    assert second.list() == []
+    kept = {path.name: path.stat().st_size for path in (second.root / "partial").iterdir()}
+    assert kept == {entry.sha256: entry.size // 2 for entry in artifact.manifest.files}
+    asked = {}
+
+    def rest(data, entry, offset):
+        asked[entry.path] = offset
+        return [data]
+
+    assert pull(second, Altered(from_url(url), read=rest), "acme/tone") == artifact
+    assert asked == {path: size // 2 for path, size in sizes.items()}
 
 
 def test_a_wrong_partial_blob_is_fetched_anew(url: str, store: Store, second: Store, publish) -> None:
@@ -373,6 +447,75 @@ def test_yanked_at_the_remote(url: str, store: Store, second: Store, publish, tm
     yank(None)
     assert from_url(url).catalogue("acme/tone").find(version="1.1").yanked is None
     assert pull(second, from_url(url), "acme/tone").ref.version == "1.1"
+
+
+def test_deleted_at_the_remote(url: str, store: Store, second: Store, publish, packed) -> None:
+    publish("acme/tone@1.0")
+    artifact = publish("acme/tone@1.1", seed=1)
+    for version in ("1.0", "1.1"):
+        push(store, from_url(url), f"acme/tone@{version}")
+    if url.startswith("hf"):
+        with pytest.raises(UsageError, match="cannot delete a version") as caught:
+            from_url(url).delete("acme/tone", artifact.digest, "leaked")
+        assert "hub delete" in caught.value.hint
+        return
+    from_url(url).tag("acme/tone", "prod", artifact.digest)
+    with pytest.raises(Conflict, match="@prod"):
+        from_url(url).delete("acme/tone", artifact.digest, "leaked")
+    from_url(url).tag("acme/tone", "prod", store.get("acme/tone@1.0").digest)
+    from_url(url).delete("acme/tone", artifact.digest, "leaked")
+    catalogue = from_url(url).catalogue("acme/tone")
+    assert [release.version for release in catalogue.releases] == ["1.0"]
+    [gone] = catalogue.tombstones
+    assert (gone.version, gone.digest, gone.reason, gone.final) == ("1.1", artifact.digest, "leaked", True)
+    assert pull(second, from_url(url), "acme/tone").ref.version == "1.0"
+    with pytest.raises(NotFound, match=r"it was deleted \(leaked\)"):
+        pull(second, from_url(url), "acme/tone@1.1")
+    with pytest.raises(NotFound):
+        from_url(url).delete("acme/tone", artifact.digest, "again")
+    other = Store(second.root.parent / "other")
+    other.put(packed("acme/tone@1.1", seed=2)[0])
+    for writer in (store, other):  # neither the same content nor another one
+        with pytest.raises(Conflict, match="a version is never used again"):
+            push(writer, from_url(url), "acme/tone@1.1")
+
+
+def test_signatures_travel(url: str, store: Store, second: Store, publish) -> None:
+    """With the artifact, and later when it is there already; several keys; none is believed."""
+    artifact = publish()
+    one, two = "1" * 64, "2" * 64
+    push(store, from_url(url), "acme/tone")
+    assert pull(second, from_url(url), "acme/tone") == artifact
+    assert second.signatures.of(artifact.digest) == {}
+    store.signatures.add(artifact.digest, one, b'{"by": 1}')
+    push(store, from_url(url), "acme/tone")
+    pull(second, from_url(url), "acme/tone")
+    assert second.signatures.of(artifact.digest) == {one: b'{"by": 1}'}
+    second.signatures.add(artifact.digest, two, b'{"by": 2}')
+    push(second, from_url(url), "acme/tone")
+    push(store, from_url(url), "acme/tone")  # which knows of the first one alone
+    pull(store, from_url(url), "acme/tone")
+    assert store.signatures.of(artifact.digest) == {one: b'{"by": 1}', two: b'{"by": 2}'}
+    assert [release.version for release in from_url(url).catalogue("acme/tone").releases] == ["1.0.0"]
+    assert from_url(url).catalogue("acme/tone").aliases == {}
+
+
+def test_what_a_remote_calls_signatures(store: Store, second: Store, publish, tmp_path: Path) -> None:
+    """Names that are no keys and what is too large stay outside; what is here is not overwritten."""
+    artifact, good = publish(), "a" * 64
+    push(store, from_url(str(tmp_path / "remote")), "acme/tone")
+
+    class Hostile(Altered):
+        def signatures(self, name, digest):
+            odd = {"../../x": b"x", "A" * 64: b"x", "b" * 64: bytes(MAX_SIGNATURE + 1), good: b"theirs"}
+            return odd | {f"{i:064x}": b"x" for i in range(1000)}
+
+    second.signatures.add(artifact.digest, good, b"mine")
+    pull(second, Hostile(from_url(str(tmp_path / "remote"))), "acme/tone")
+    found = second.signatures.of(artifact.digest)
+    assert second.signatures.path(artifact.digest, good).read_bytes() == b"mine"
+    assert len(list(second.signatures.path(artifact.digest, good).parent.iterdir())) <= MAX_KEYS + 1
+    assert all(len(key) == 64 and len(data) < 10 for key, data in found.items())
 
 
 def test_what_was_never_published_cannot_be_tagged(url: str, store: Store, publish) -> None:

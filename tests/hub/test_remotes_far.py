@@ -2,13 +2,14 @@
 
 import base64
 import json
+import threading
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from hub.errors import IntegrityError, NotFound, RefError, RemoteError, UsageError
+from hub.errors import Conflict, IntegrityError, NotFound, RefError, RemoteError, UsageError
 from hub.oci import IMAGE_MANIFEST, image_manifest
 from hub.remotes import from_url
 from hub.store import Store
@@ -82,6 +83,42 @@ def test_a_moved_tag_does_not_move_what_is_pinned(oci_url: str, store: Store, pa
         pull(Store(tmp_path / "second"), from_url(oci_url), f"acme/tone@{mine.digest}")
 
 
+@pytest.mark.parametrize("when", ["before it is read back", "before the versions are listed"])
+def test_an_update_that_is_lost_is_told(oci_url: str, store: Store, packed, tmp_path: Path, when: str) -> None:
+    """There is no compare-and-swap: who finds another image under the version says so, and what to do."""
+    mine = store.put(packed(seed=0)[0])
+    other = Store(tmp_path / "other")
+    theirs = other.put(packed(seed=1)[0])
+    remote = from_url(oci_url)
+    for entry in theirs.manifest.files:
+        remote.write(theirs.manifest, entry, theirs.file(entry.path), lambda count: None)
+    remote._wire.upload_bytes(remote._repo("acme/tone"), theirs.manifest.canonical)
+    meddle, catalogue, put = [True], remote.catalogue, remote._wire.put
+
+    def put_then_lose(path: str, *rest: object) -> None:
+        put(path, *rest)
+        if when == "before it is read back":
+            put_tag(oci_url, "acme/tone", "1.0.0", image_manifest(theirs.manifest.canonical))
+
+    def lose_then_list(name: str):
+        if when == "before the versions are listed" and remote.published and meddle.pop():
+            put_tag(oci_url, "acme/tone", "1.0.0", image_manifest(theirs.manifest.canonical))
+        return catalogue(name)
+
+    def put_and_note(*given: object) -> None:
+        put_then_lose(*given)
+        remote.published = True
+
+    remote.published = False
+    remote._wire.put, remote.catalogue = put_and_note, lose_then_list
+    with pytest.raises(Conflict) as caught:
+        push(store, remote, "acme/tone")
+    assert "acme/tone" in str(caught.value)
+    assert "version" in caught.value.hint
+    found = from_url(oci_url).catalogue("acme/tone").find(version="1.0.0")
+    assert found.digest == theirs.digest != mine.digest
+
+
 def test_names_that_no_registry_takes(oci_url: str, store: Store, publish) -> None:
     publish("acme/a._b@1.0")
     with pytest.raises(RefError, match="OCI repository"):
@@ -117,6 +154,41 @@ def test_a_missing_package_is_named(scheme: str, package: str, extra: str) -> No
     with pytest.raises(UsageError) as caught:
         from_url(f"{scheme}://bucket/x").names()
     assert caught.value.hint == f'pip install "moduloom[{extra}]"'
+
+
+def test_ranges_of_one_blob_are_asked_for_at_once(store: Store, publish, tmp_path: Path, monkeypatch) -> None:
+    """Four of them meet, which they could not one after the other; what arrives is in order, from an offset too."""
+    pytest.importorskip("fsspec")
+    from hub.remotes import fsspec as module
+
+    artifact, remote = publish(), from_url(f"memory://{tmp_path.name}")
+    push(store, remote, "acme/tone")
+    entry = artifact.manifest.file("adapter_model.safetensors")
+    data = artifact.file(entry.path).read_bytes()
+    monkeypatch.setattr(module, "CHUNK", 50)
+    fs, root = remote._place
+
+    class Meeting:
+        ready, left = threading.Barrier(module._AHEAD, timeout=30), module._AHEAD
+
+        def __getattr__(self, name: str):
+            return getattr(fs, name)
+
+        def cat_file(self, path: str, start: int, end: int) -> bytes:
+            with lock:
+                self.left -= 1
+                wait = self.left >= 0
+            if wait:
+                self.ready.wait()
+            return fs.cat_file(path, start=start, end=end)
+
+    lock = threading.Lock()
+    remote.__dict__["_place"] = Meeting(), root
+    assert b"".join(remote.read(artifact.manifest, entry, 0)) == data
+    assert b"".join(remote.read(artifact.manifest, entry, 77)) == data[77:]
+    first = remote.read(artifact.manifest, entry, 0)  # whoever stops early leaves no thread at work
+    assert next(iter(first)) == data[:50]
+    first.close()
 
 
 @pytest.mark.parametrize("harm", ["gap", "changed", "garbage"])

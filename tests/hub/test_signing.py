@@ -67,6 +67,39 @@ def test_a_detached_signature_and_the_library_s_own_verb(signed, tmp_path: Path)
     assert run("verify", out, "--key", signed[1], "--signature", place).exit_code == 0
 
 
+def test_a_signature_travels_and_holds_in_another_store(signed, tmp_path: Path, monkeypatch) -> None:
+    place = tmp_path / "remote"
+    assert run("push", "acme/tone", "--to", place).exit_code == 0
+    monkeypatch.setenv("HUB_HOME", str(tmp_path / "another"))
+    result = run("pull", "acme/tone", "--from", place)
+    assert "a signature came along; `hub verify acme/tone@1.0.0 --key" in result.stderr
+    result = run("verify", "acme/tone", "--key", signed[1])
+    assert result.exit_code == 0, result.output
+    other = pair(tmp_path, "other")
+    result = run("verify", "acme/tone", "--key", other[1])
+    assert result.exit_code == 1
+    assert "it is signed by" in result.stderr
+    # A second author signs what was pulled, and sends that back.
+    assert run("sign", "acme/tone", "--key", other[0]).exit_code == 0
+    assert run("push", "acme/tone", "--to", place).exit_code == 0
+    monkeypatch.setenv("HUB_HOME", str(tmp_path / "third"))
+    assert "2 signatures came along" in run("pull", "acme/tone", "--from", place).stderr
+    for public in (signed[1], other[1]):
+        assert run("verify", "acme/tone", "--key", public).exit_code == 0
+
+
+def test_a_signature_that_was_changed_on_the_way(signed, hub_home: Path, tmp_path: Path, monkeypatch) -> None:
+    place = tmp_path / "remote"
+    assert run("push", "acme/tone", "--to", place).exit_code == 0
+    [there] = (place / "signatures").glob("*/*.json")
+    there.write_text(there.read_text().replace("A", "B"))
+    monkeypatch.setenv("HUB_HOME", str(tmp_path / "another"))
+    assert run("pull", "acme/tone", "--from", place).exit_code == 0
+    result = run("verify", "acme/tone", "--key", signed[1])
+    assert result.exit_code == 1
+    assert "error:" in result.stderr
+
+
 def test_other_bytes_and_other_artifacts_do_not_pass(signed, packed, tmp_path: Path) -> None:
     place = tmp_path / "tone.sig"
     assert run("sign", "acme/tone", "--key", signed[0], "--out", place).exit_code == 0

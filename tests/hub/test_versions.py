@@ -81,6 +81,25 @@ def test_delete_refuses_what_is_in_use(store: Store, publish) -> None:
     assert store.names() == from_url(str(store.root)).names() == ["acme/both"]
 
 
+def test_delete_at_a_remote(publish, store: Store, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HUB_HOME", str(store.root))
+    publish("acme/tone@1.0")
+    publish("acme/tone@1.1", seed=1)
+    place = str(tmp_path / "remote")
+    for version in ("1.0", "1.1"):
+        assert run("push", f"acme/tone@{version}", "--to", place).exit_code == 0
+    assert run("delete", "acme/tone@1.1", "--reason", "leaked", "--at", place, "--force").exit_code == 2
+    found = data("delete", "acme/tone@1.1", "--reason", "leaked", "--at", place)
+    assert (found["ref"], found["at"]) == ("acme/tone@1.1", place)
+    assert store.get("acme/tone").ref.version == "1.1"  # it is gone there alone
+    result = run("push", "acme/tone@1.1", "--to", place)
+    assert result.exit_code == 1
+    assert "was deleted (leaked)" in result.stderr
+    result = run("delete", "acme/tone@1.1", "--reason", "again", "--at", place)
+    assert result.exit_code == 1
+    assert "hint:" in result.stderr
+
+
 def test_yank_by_text_and_at_a_remote(publish, store: Store, tmp_path: Path, monkeypatch) -> None:
     publish("acme/tone@1.0")
     assert store.yank("acme/tone@1.0", "bad").yanked == "bad"

@@ -13,11 +13,22 @@ import click
 __all__ = ["quickstart"]
 
 
+def _known(_ctx: click.Context, _option: click.Parameter, kind: str) -> str:
+    """Refuse a kind that there is not, before any text is read; torch is not imported for that."""
+    from hub.errors import UsageError, suggest
+    from hub.plugins import names
+
+    known = names("compose.kinds", "hub.kinds")
+    if kind not in known:
+        raise UsageError(f"there is no kind {kind!r}", hint=suggest(kind, known) or f"kinds are {', '.join(known)}")
+    return kind
+
+
 @click.command()
 @click.option("--domain", "domains", multiple=True, metavar="NAME=PATH", help="Your own text; two or more of them.")
 @click.option("--base", default="builtin:tiny-lm", show_default=True, help="builtin:, a model directory, or an id.")
 @click.option("--quantize", type=click.Choice(["none", "int8", "nf4"]), default="nf4", show_default=True)
-@click.option("--kind", default="lora", show_default=True, help="Kind of the experts.")
+@click.option("--kind", default="lora", show_default=True, callback=_known, help="Kind of the experts.")
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Training steps an expert.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of split, training and streams.")
 @click.option(

@@ -172,6 +172,14 @@ def test_the_lineage_leads_on(shop) -> None:
     assert "<svg" not in page(shop, "/acme/old/tree/1.0.0")  # related to nothing
 
 
+def test_a_long_name_keeps_its_version_in_the_graph() -> None:
+    from hub.registry.graph import _shortened
+
+    assert _shortened("acme/tone 1.0.0", 20) == "acme/tone 1.0.0"
+    assert _shortened("legal/case-summaries 1.10.0", 20) == "legal/case-s… 1.10.0"
+    assert _shortened("a-digest-that-is-nowhere-here", 12) == "a-digest-th…"
+
+
 def test_every_link_of_the_pages_leads_somewhere(shop) -> None:
     seen, queue = set(), ["/", "/acme/tone", "/bob/both"]
     while queue:
