@@ -21,8 +21,9 @@ from compose.expr import Expr
 from compose.inject import ExprLike
 from compose.kind import Adapter, KindConfig, get_kind, make_config
 from compose.ladder import compare
-from compose.plan import Leaf, Resolved, plan
+from compose.plan import Leaf, plan
 from compose.switch import Gate, Mixer
+from compose.unfold import Resolved
 from hub.manifest import BaseIdentity, Manifest
 from hub.store import Artifact, Store
 

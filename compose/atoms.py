@@ -12,13 +12,15 @@ and an input gain l_e replaces x in y0 by x * (1 + sum_e w_e (l_e - 1)). A kind 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from compose.maps import LinearMap
+from compose.maps import Dense, Lifted, LinearMap
+from compose.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,30 @@ class Function:
     fn: Callable[[Tensor], Tensor]
     tap: str | None = None
     source: Callable[[], Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """z -> s (U f(D z + b) + u), D (m, d), U (d_out, m), in their precision; rows of a batch can have theirs at once.
+
+    ``activation`` is the name of f: equal names are equal functions.
+    """
+
+    down: Tensor
+    down_b: Tensor
+    up: Tensor
+    up_b: Tensor
+    activation: str
+    act: Callable[[Tensor], Tensor]
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The block of z (..., d), some of which is dropped while training."""
+        z = F.dropout(z, self.dropout) if self.dropout else z
+        return self.scale * F.linear(
+            self.act(F.linear(z.to(self.down.dtype), self.down, self.down_b)), self.up, self.up_b
+        )
 
 
 @dataclass(frozen=True)
@@ -91,6 +117,39 @@ class Atoms:
     def additive(self) -> bool:
         """True if the contribution does not read or scale y0: such atoms commute with everything before them."""
         return self.gain is None and self.input_gain is None and self.function is None
+
+    def lifted(self, rows: Rows, *, part: bool) -> Atoms:
+        """What these atoms do to ``rows`` of a fused output, and nothing to its other rows.
+
+        They are those of the ``part`` that the rows are, or of the whole. An input gain has no such form: the rows
+        share their input.
+        """
+
+        def lift(own: Tensor, dim: int = -1) -> Tensor:
+            return rows.into(own if part else rows.of(own, dim), dim)
+
+        function = self.function
+        if isinstance(function, Function):
+            fn, reads = function.fn, rows.of if part and function.tap is None else None
+            function = replace(function, fn=lambda z: lift(fn(z if reads is None else reads(z))))
+        return replace(
+            self,
+            B=None if self.B is None else lift(self.B, 0),
+            gain=None if self.gain is None else 1 + lift(self.gain - 1),
+            bias=None if self.bias is None else lift(self.bias),
+            delta=None if self.delta is None else Lifted(self.delta, lift),
+            function=function,
+        )
+
+    @property
+    def shift(self) -> Mapping[str, Tensor] | None:
+        """Whole deltas of the module's own parameters, by name, if these atoms are nothing else."""
+        if self.A is not None or self.gain is not None or self.input_gain is not None:
+            return None
+        if isinstance(self.delta, Dense) and self.function is None:
+            bias = {} if self.bias is None else {"bias": self.bias}
+            return {"weight": self.delta.weight, **bias}
+        return self.function.deltas() if isinstance(self.function, Moved) else None
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,16 @@ OURS = {"sdpa": "moduloom_sdpa", "eager": "moduloom_eager"}
 class PrefixState:
     """What one attention module prepends: key, value (R, kv_heads, n, head_dim), log_weight (R, 1 or T, n).
 
-    ``whole`` says that every weight is one or zero, ``past`` tells how many tokens the cache holds, ``shift`` (R,) how
-    many places each row's text is moved on, and ``bias_owner`` is the module that knows the relative position bias (T5
-    keeps that of a stack in its first layer).
+    ``whole`` says that every weight is one or zero, ``even`` that every one is one, ``past`` tells how many tokens the
+    cache holds, ``shift`` (R,) how many places each row's text is moved on, and ``bias_owner`` is the module that knows
+    the relative position bias (T5 keeps that of a stack in its first layer).
     """
 
     key: Tensor
     value: Tensor
     log_weight: Tensor
     whole: bool
+    even: bool
     past: Callable[[], int]
     shift: Tensor
     bias_owner: nn.Module | None = None
@@ -82,7 +83,8 @@ def stack_prefixes(
     key, value = torch.stack(keys).transpose(1, 2), torch.stack(values).transpose(1, 2)
     there = [sum(_there(w) * p.key.shape[0] for w, p in row if p.moves) for row in rows]
     shift = torch.tensor(there, device=device)
-    return PrefixState(key, value, log_weight, whole, past, shift, bias_owner)
+    even = not bool(log_weight.any())
+    return PrefixState(key, value, log_weight, whole, even, past, shift, bias_owner)
 
 
 def _there(weight: float | Tensor) -> bool:
@@ -129,7 +131,7 @@ def _with_prefix(
     batch = query.shape[0]
     bias = options.get("position_bias")
     if inner is sdpa_attention_forward and bias is None and _is_decoding(query, attention_mask, state, options):
-        return _decode(state, query, key, value, cast("Tensor", attention_mask), options.get("scaling")), None
+        return _decode(state, query, key, value, attention_mask, options.get("scaling")), None
     if isinstance(bias, Tensor):
         options["position_bias"] = torch.cat([_virtual_bias(state, bias), bias], dim=-1)
     mask = _extend_mask(_filled(attention_mask, module, query, key, options), state, batch, query)
@@ -141,21 +143,23 @@ def _with_prefix(
 
 def _is_decoding(query: Tensor, mask: Tensor | None, state: PrefixState, options: dict[str, Any]) -> bool:
     """Whether :func:`_decode` can do this call. In half precision a fused kernel is better than its parts."""
-    one_query = query.shape[2] == 1 and mask is not None and mask.shape[1] == 1 and state.log_weight.shape[1] == 1
+    one_query = query.shape[2] == 1 and (mask is None or mask.shape[1] == 1) and state.log_weight.shape[1] == 1
     return one_query and query.dtype == torch.float32 and not options.get("dropout")
 
 
 def _decode(
-    state: PrefixState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None
+    state: PrefixState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
     """Attention of one query a row, (B, 1, H, head_dim), to prefix and cache apart: neither is copied."""
     batch, heads, _, width = query.shape
     scaled = query * (width**-0.5 if scaling is None else scaling)
     scaled = scaled.reshape(batch, key.shape[1], -1, width)  # (B, K, G, d): the queries that share a key
     own_key, own_value = repeat(state.key, batch).to(key.dtype), repeat(state.value, batch).to(value.dtype)
-    own = scaled @ own_key.transpose(2, 3) + repeat(state.log_weight, batch)[:, None]  # (B, K, G, n)
+    own = scaled @ own_key.transpose(2, 3)  # (B, K, G, n)
+    own = own if state.even else own + repeat(state.log_weight, batch)[:, None]
     text = scaled @ key.transpose(2, 3)  # (B, K, G, T)
-    text = text.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else text + mask
+    if mask is not None:
+        text = text.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else text + mask
     shares = torch.cat([own, text], dim=-1).softmax(-1)
     out = shares[..., : state.length] @ own_value + shares[..., state.length :] @ value
     return out.reshape(batch, heads, 1, width).transpose(1, 2)
@@ -222,8 +226,9 @@ def _eager(
 
 
 def _whole_sdpa_mask(*args: Any, **options: Any) -> Tensor | None:
-    """Transformers' mask, never left out: the prefix has to be put before it."""
-    options.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    """Transformers' mask, not left out but for a step of decoding: the prefix has to be put before it."""
+    if options.get("q_length") != 1:
+        options.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     return cast("Tensor | None", sdpa_mask(*args, **options))
 
 

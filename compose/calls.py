@@ -32,6 +32,7 @@ class Calls:
         self._model, self._context, self._prepare = model, context, prepare
         self._encoder = model.get_encoder() if sites.is_encoder_decoder else None
         self._entrance = _entrance(model, sites)
+        self._can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._open: list[nn.Module] = []
         self._prompted: nn.Module | None = None  # the module of the call that the prompt went into
         self._layout: Layout | None = None  # of the rows of that call, if its outputs are to be trimmed
@@ -94,12 +95,19 @@ class Calls:
             batch, self._total = places.shape
             if module is not self._encoder:  # whose states cross-attention reads with the prompt's
                 self._layout = extended.layout
+            told = {name for name, value in kwargs.items() if value is not None}
+            if module is self._model and extended.layout.order is None and not told & {"labels", "logits_to_keep"}:
+                arguments.update(self._logits_of(self._total - prompt.length))
             if arguments.get("input_ids") is not None and self.embedding is not None:
                 front = extended.embeddings  # (B, n, d)
                 text = front.new_zeros(1, 1, 1).expand(batch, self._total - prompt.length, front.shape[2])
                 self.embedding.put = places[..., None], extended.layout.join(front, text)
         self._as_tuple = self._layout is not None and _wants_tuple(self._model, kwargs)
         return {**arguments, "return_dict": True} if self._as_tuple else arguments
+
+    def _logits_of(self, length: int) -> dict[str, int]:
+        """The option that spares the logits of all but the last places, where the model has one."""
+        return {"logits_to_keep": length} if self._can_leave_out else {}
 
     def _for_cross_attention(self, prompt: PromptState, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments whose mask, which cross-attention reads as well, has room for the encoder's prompt."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from compose.kernels import expand
+from compose.kind import KindError
 
 Coefficient: TypeAlias = float | Tensor  # a number, or (R,) per row, or (R, T) per token
 
@@ -37,14 +39,14 @@ def weight_matrix(coefficients: Sequence[Coefficient], like: Tensor) -> Tensor:
 
 
 def used_rows(w: Coefficient, batch: int) -> tuple[Coefficient, Tensor | None]:
-    """A weight per row of the batch, and the rows where it is not zero (None: all, as for weights that are learned).
+    """The weight for the rows of the batch, and those where it is not zero; None: all, as for weights that are learned.
 
     What is not computed for a row cannot reach it: 0 * NaN would.
     """
-    if not isinstance(w, Tensor) or w.dim() != 1 or w.requires_grad:
+    if not isinstance(w, Tensor) or w.requires_grad:
         return w, None
     w = expand(w, batch)
-    return w, w.nonzero().squeeze(1)
+    return w, (w != 0).flatten(1).any(1).nonzero().squeeze(1) if w.dim() > 1 else w.nonzero().squeeze(1)
 
 
 def on_rows(fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
@@ -57,10 +59,41 @@ def on_rows(fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None, x: Tens
     return out
 
 
+def shield(x: Tensor, c: Coefficient) -> Tensor:
+    """X, cut off from the gradient where its weight is zero: nothing comes from there, and not 0 * NaN either."""
+    if not isinstance(c, Tensor) or not x.requires_grad or not torch.is_grad_enabled():
+        return x
+    used = expand(c.detach() != 0, x.shape[0])
+    return torch.where(used.reshape(*used.shape, *([1] * (x.dim() - used.dim()))), x, x.detach())
+
+
 def weigh(term: Tensor, c: Coefficient) -> Tensor:
     """C times a term (B, T, d) or (B, d), for c a number, (R,) or (R, T)."""
     if not isinstance(c, Tensor):
         return term if c == 1.0 else term * c
     c = expand(c.to(term.device, term.dtype), term.shape[0])
     c = c.reshape(*c.shape, *([1] * (term.dim() - c.dim())))
-    return term * c if c.requires_grad else (term * c).masked_fill(c == 0, 0)  # 0 * NaN is nothing
+    if c.requires_grad:  # a weight that is zero learns from the term, unless that is no number
+        return term.masked_fill((c == 0) & ~term.isfinite(), 0) * c
+    return (term * c).masked_fill(c == 0, 0)  # 0 * NaN is nothing
+
+
+def check_weights(rows: int, weights: Mapping[str, Coefficient]) -> None:
+    """Refuse weights by name whose shapes do not fit together."""
+    counts: dict[int, str] = {rows: f"{rows} expressions"} if rows > 1 else {}
+    lengths: dict[int, str] = {}
+    for name, weight in weights.items():
+        if not isinstance(weight, Tensor):
+            if not math.isfinite(weight):
+                raise KindError(f"the weight of {name!r} is {weight}, not a finite number")
+            continue
+        if weight.dim() not in (1, 2):
+            raise KindError(f"the weight of {name!r} has shape {tuple(weight.shape)}: give (rows,) or (rows, tokens)")
+        if not bool(weight.isfinite().all()):
+            raise KindError(f"the weight of {name!r} is not finite")
+        counts.setdefault(weight.shape[0], f"{weight.shape[0]} rows of {name!r}")
+        if weight.dim() == 2 and weight.shape[1] > 1:
+            lengths.setdefault(weight.shape[1], f"{weight.shape[1]} tokens of {name!r}")
+    for told in (counts, lengths):
+        if len(told) > 1:
+            raise KindError("these do not fit together: " + ", ".join(told.values()))

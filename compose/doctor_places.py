@@ -23,7 +23,7 @@ from compose.function import CallError, bind, get_function
 from compose.kernels import Pair
 from compose.kind import KindError, get_kind
 from compose.leaves import Held, Shelf
-from compose.pairs import Contents, contents
+from compose.pairs import Contents, contents, nested
 from compose.parameter_space.combine import merge_tensors
 from compose.parameter_space.job import Progress
 from compose.parameter_space.method import Elementwise, Linear, get_method
@@ -117,7 +117,7 @@ def places(case: Case, shelf: Shelf, base: str | Path | None, progress: Progress
     _refuse_method(case)
     held = (*case.members, case.result)
     read = [contents(each) for each in held]
-    if any(get_kind(each.kind).reads_below for each in read):
+    if nested(read) or any(get_kind(each.kind).reads_below for each in read):
         found = _on_base(case, shelf, base)
     elif all(each.pairs for each in read):
         found = _in_factors(case, read)
@@ -305,7 +305,7 @@ def _on_base(case: Case, shelf: Shelf, base: str | Path | None) -> Counted:
     model = load_base(base or base_of(made, shelf))
     adapters = [attach(model, each.text, each.where) for each in held]
     home = runtime(model)
-    paths = sorted({path for adapter in adapters for path in adapter.paths})
+    paths = sorted({path for adapter in adapters for path in adapter.module_paths})
     with torch.no_grad():
         for path in paths:
             taus = [effect_of(home, path, Ref(each.text)).dense().double() for each in held]

@@ -19,6 +19,7 @@ from compose.ladder import BaseWarning, Rung, compare
 from compose.leaves import Held, Shelf
 from compose.places import point
 from compose.plan import Plan, Step, plan
+from compose.requirements import requirements
 from hub.errors import HubError, UsageError
 from hub.manifest import BaseIdentity, Requirement
 
@@ -182,8 +183,6 @@ def check(
 
 def explain(text: str, shelf: Shelf, **options: Any) -> Explanation:
     """Check a composition and say what it is and costs; parameters and errors as for :func:`check`."""
-    from compose.publishing import requirements
-
     found = check(text, shelf, **options)
     outline, made = found.outline, found.plan
     base = BaseFacts(
@@ -303,7 +302,7 @@ def _member(text: str, held: Held, found: Checked) -> Member:
 
 
 def _shared(made: Plan, outline: Outline) -> dict[tuple[str, str], int]:
-    paths = {text: {*(a := outline.runtime.adapters[text]).paths, *a.saved} for text in made.leaves}
+    paths = {text: {*(a := outline.runtime.adapters[text]).module_paths, *a.saved} for text in made.leaves}
     pairs = {(a, b): len(paths[a] & paths[b]) for a, b in combinations(paths, 2)}
     return {pair: count for pair, count in pairs.items() if count}
 
@@ -316,7 +315,7 @@ def _where(step: Step, made: Plan, outline: Outline, shelf: Shelf) -> str:
         return _slots(made.expression, outline)
     if step.operation == "ensemble":
         return f"router: {len(step.inputs)} rows a text, one forward, their probabilities mixed"
-    if step.operation in ("route", "select"):
+    if step.operation == "route":
         return "router: weights per row or token, applied in the forward"
     if step.operation == "merge" and isinstance(step.expr, Call):
         return _merge(step.expr, outline)
@@ -334,6 +333,6 @@ def _slots(expr: Expr, outline: Outline) -> str:
     adapters = [outline.runtime.adapters[name] for name in expr.refs]
     inputs = {"attention" for a in adapters if any(a.prefix(p) for p in a.paths)}
     inputs |= {"the embedding" for a in adapters if a.prompt()}
-    linear = {p for a in adapters for p in (*a.paths, *a.saved) if not (a.prefix(p) or a.prompt())}
+    linear = {p for a in adapters for p in (*a.module_paths, *a.saved) if not (a.prefix(p) or a.prompt())}
     places = ([f"{len(linear)} modules"] if linear else []) + sorted(inputs)
     return "slots at " + " and ".join(places) if places else "nothing: the bare base"

@@ -20,10 +20,11 @@ import compose
 from compose import inject, interop, peft_layout, probes
 from compose.base import load_base, name_of
 from compose.fold import Folded, fold
-from compose.kind import KindError
+from compose.kind import KindError, get_kind
 from compose.loading import held_as, quantized_layers, quiet
 from compose.merge import lower_to_lora
 from compose.weights import dense_weight
+from compose.widen import widen
 from hub.errors import Conflict, GateError, UsageError, suggest
 from hub.files import fsync_directory
 from hub.store import Artifact, Store
@@ -154,21 +155,26 @@ def _peft(request: Request, out: Path) -> Told:
     """The directory that ``PeftModel.from_pretrained`` reads; the base is loaded only where PEFT wants its head."""
     artifact = _one_adapter(request, "PEFT")
     fields = interop._json(artifact.file(interop.CONFIG))
-    if "peft_type" not in fields:
+    peft_type = get_kind(artifact.manifest.kind).peft_type
+    if peft_type is None:
         raise KindError(
             f"{artifact.ref} is a {artifact.manifest.kind}, which PEFT does not have",
             hint="--format merged folds it into the base, where it is a change of weights",
         )
-    task = fields.get("task_type")
-    prompting = fields["peft_type"] in peft_layout.PROMPT_LEARNING
-    if interop.EXTRA in artifact.files or task not in (*_PLAIN_TASKS, *(() if prompting else (None,))):
-        model = request.load()
-        adapter = compose.attach(model, "exported", artifact, allow_base_drift=True)
-        sites, named = inject.runtime(model).sites, request.base_name or name_of(model)
-        interop.export_peft(adapter, out, sites=sites, model=model, base=named, task=artifact.manifest.task)
+    plain = _PLAIN_TASKS if peft_type in peft_layout.PROMPT_LEARNING else (*_PLAIN_TASKS, None)
+    on_parts = "peft_type" not in fields
+    if not on_parts and interop.EXTRA not in artifact.files and fields.get("task_type") in plain:
+        _copy(request, fields, out)
         return (), {}
-    _copy(request, fields, out)
-    return (), {}
+    model = request.load()
+    adapter, told = compose.attach(model, str(artifact.ref), artifact, allow_base_drift=True), list[str]()
+    if on_parts:
+        wide = widen(model, adapter)
+        adapter = wide.adapter
+        told.append(f"its parts of fused layers are written as whole layers: {wide.certificate}")
+    sites, named = inject.runtime(model).sites, request.base_name or name_of(model)
+    interop.export_peft(adapter, out, sites=sites, model=model, base=named, task=artifact.manifest.task)
+    return told, {}
 
 
 @form("vllm")
@@ -178,13 +184,14 @@ def _vllm(request: Request, out: Path) -> Told:
     manifest = artifact.manifest
     if manifest.task not in (None, "causal_lm"):
         raise KindError(f"{artifact.ref} is for {manifest.task}, and vLLM serves adapters of causal language models")
-    if manifest.kind == "lora" and manifest.type in ("adapter", "merge"):
+    fields = interop._json(artifact.file(interop.CONFIG)) if manifest.type in ("adapter", "merge") else {}
+    if manifest.kind == "lora" and "peft_type" in fields:
         if interop.EXTRA in artifact.files:
             raise KindError(
                 f"{artifact.ref} carries whole modules (modules_to_save), which vLLM refuses",
                 hint="--format merged makes a model of it that vLLM serves",
             )
-        _copy(request, interop._json(artifact.file(interop.CONFIG)), out)
+        _copy(request, fields, out)
     else:
         model = request.load()
         lowered = lower_to_lora(model, inject.runtime(model).rows[0], rank=request.rank)
@@ -299,15 +306,20 @@ def _dense(request: Request, model: PreTrainedModel) -> tuple[PreTrainedModel, d
 
 
 def _put(model: PreTrainedModel, folded: Sequence[Folded]) -> None:
-    tensors = model.state_dict(keep_vars=True)
-    storages = [t.data_ptr() for t in tensors.values()]
+    values = {part.name: part.value for part in folded}
+    holders: dict[int, list[str]] = {}  # names by the parameter they stand for, each module once
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(f"{path}.{name}")
     for part in folded:
-        if storages.count(tensors[part.name].data_ptr()) > 1:
-            raise KindError(
-                f"{part.name} is tied to another weight of this base, which would change with it",
-                hint="leave the head out of the adapter's targets, or export --format peft",
-            )
-        tensors[part.name].data.copy_(part.value)
+        parameter = model.get_parameter(part.name)
+        for other in holders[id(parameter)]:
+            if other not in values or not torch.equal(values[other], part.value):
+                raise KindError(
+                    f"{part.name} is tied to {other} in this base, which would change with it",
+                    hint="adapt both or none of them, or export --format peft",
+                )
+        parameter.data.copy_(part.value)
 
 
 def _against_training(request: Request, ids: Tensor, merged: Tensor, quantization: str) -> float:

@@ -52,17 +52,18 @@ def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     return Pair(a, torch.cat([p.B.float() for p, _ in kept], dim=1), 1.0)
 
 
-def core(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+def core(pair: Pair, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition of D = s B A without forming it: (U diag(S), S, V^T).
 
     QR(A^T) = Q_a R_a and QR(B) = Q_b R_b, of which only R_b is computed; SVD(s R_b R_a^T) = u S v^T; then
-    V^T = v^T Q_a^T (k, d_in) and U diag(S) = D V = s B (A V) (d_out, k), with k = min(r, d_out, d_in).
+    V^T = v^T Q_a^T (k, d_in) and U diag(S) = D V = s B (A V) (d_out, k), with k = min(r, d_out, d_in), or of these the
+    first ``rank``; S is whole.
     """
     a, b = pair.A.float(), pair.B.float()
     qa, ra = torch.linalg.qr(a.T)
     rb = torch.linalg.qr(b, mode="r").R
     _, s, v = torch.linalg.svd(pair.scale * (rb @ ra.T), full_matrices=False)
-    vh = v @ qa.T
+    vh = v[:rank] @ qa.T
     return b @ (pair.scale * (a @ vh.T)), s, vh
 
 
@@ -73,8 +74,8 @@ def truncate(pair: Pair, rank: int) -> tuple[Pair, float]:
     """
     if pair.rank <= rank:
         return pair, 0.0
-    left, s, vh = core(pair)
-    return Pair(vh[:rank], left[:, :rank].contiguous(), 1.0), _left_out(s, rank)
+    left, s, vh = core(pair, rank)
+    return Pair(vh, left, 1.0), _left_out(s, rank)
 
 
 def _left_out(singular: Tensor, rank: int) -> float:

@@ -3,11 +3,13 @@
 One row per family: module-path suffix inside a block -> neutral role. Roles are ``attn.{q,k,v,o,qkv}``,
 ``cross.{q,k,v,o}`` (cross-attention) and ``mlp.{gate,up,gate_up,down}``; ``embed`` and ``position`` name modules
 outside the blocks. A family that is not listed here is read by :func:`guess_role`, from the names its linears carry.
+``FUSED`` says which rows of a fused linear are whose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 _LLAMA = {
     "self_attn.q_proj": "attn.q",
@@ -62,6 +64,26 @@ _NEOX = {
     "mlp.dense_h_to_4h": "mlp.up",
     "mlp.dense_4h_to_h": "mlp.down",
 }
+_BLOOM = {
+    "self_attention.query_key_value": "attn.qkv",
+    "self_attention.dense": "attn.o",
+    "mlp.dense_h_to_4h": "mlp.up",
+    "mlp.dense_4h_to_h": "mlp.down",
+}
+_GPT2 = {
+    "attn.c_attn": "attn.qkv",
+    "attn.c_proj": "attn.o",
+    "crossattention.q_attn": "cross.q",
+    "crossattention.c_attn": "cross.kv",
+    "crossattention.c_proj": "cross.o",
+    "mlp.c_fc": "mlp.up",
+    "mlp.c_proj": "mlp.down",
+}
+_GLM = {
+    **{k: v for k, v in _LLAMA.items() if v.startswith("attn.")},
+    "mlp.gate_up_proj": "mlp.gate_up",
+    "mlp.down_proj": "mlp.down",
+}
 
 FAMILIES: Mapping[str, Mapping[str, str]] = {
     "llama": _LLAMA,
@@ -83,21 +105,18 @@ FAMILIES: Mapping[str, Mapping[str, str]] = {
         "mlp.gate_up_proj": "mlp.gate_up",
         "mlp.down_proj": "mlp.down",
     },
-    "gpt2": {
-        "attn.c_attn": "attn.qkv",
-        "attn.c_proj": "attn.o",
-        "crossattention.q_attn": "cross.q",
-        "crossattention.c_attn": "cross.kv",
-        "crossattention.c_proj": "cross.o",
-        "mlp.c_fc": "mlp.up",
-        "mlp.c_proj": "mlp.down",
-    },
+    "glm": _GLM,
+    "glm4": _GLM,
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2,
     "gpt_neox": _NEOX,
-    "bloom": {
-        "self_attention.query_key_value": "attn.qkv",
-        "self_attention.dense": "attn.o",
-        "mlp.dense_h_to_4h": "mlp.up",
-        "mlp.dense_4h_to_h": "mlp.down",
+    "bloom": _BLOOM,
+    "falcon": _BLOOM,
+    "mpt": {
+        "attn.Wqkv": "attn.qkv",
+        "attn.out_proj": "attn.o",
+        "ffn.up_proj": "mlp.up",
+        "ffn.down_proj": "mlp.down",
     },
     "opt": _BART,
     "bart": _BART,
@@ -142,6 +161,59 @@ FAMILIES: Mapping[str, Mapping[str, str]] = {
         "mlp.fc2": "mlp.down",
         **_BERT,
     },
+}
+
+# -- fused linears -------------------------------------------------------------------------------------------------
+
+Shares: TypeAlias = tuple[int, ...]
+Cut: TypeAlias = Callable[[Any], tuple[int, Shares]]  # from a config: into how many equal runs, the shares of each
+
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "attn.qkv": ("attn.q", "attn.k", "attn.v"),
+    "cross.kv": ("cross.k", "cross.v"),
+    "mlp.gate_up": ("mlp.gate", "mlp.up"),
+}
+
+
+def _end_to_end(config: Any) -> tuple[int, Shares]:
+    """[q | k | v], with fewer heads of k and v where they are grouped."""
+    heads = config.num_attention_heads
+    grouped = getattr(config, "num_key_value_heads", None) or heads
+    return 1, (heads, grouped, grouped)
+
+
+def _by_head(config: Any) -> tuple[int, Shares]:
+    """Head after head, each with its own [q | k | v]."""
+    return config.num_attention_heads, (1, 1, 1)
+
+
+def _falcon(config: Any) -> tuple[int, Shares]:
+    """Group after group, each with its heads of q and one head of k and of v; or as above."""
+    if config.new_decoder_architecture:
+        return config.num_kv_heads, (config.num_attention_heads // config.num_kv_heads, 1, 1)
+    return (1, (config.num_attention_heads, 1, 1)) if config.multi_query else _by_head(config)
+
+
+def _bigcode(config: Any) -> tuple[int, Shares]:
+    return (1, (config.num_attention_heads, 1, 1)) if config.multi_query else _by_head(config)
+
+
+def _halves(_config: Any) -> tuple[int, Shares]:
+    return 1, (1, 1)
+
+
+# How the rows of a family's fused linears are shared among their parts, in the order of PARTS.
+FUSED: Mapping[str, Mapping[str, Cut]] = {
+    "gpt2": {"attn.qkv": _end_to_end, "cross.kv": _halves},
+    "gpt_bigcode": {"attn.qkv": _bigcode},
+    "gpt_neox": {"attn.qkv": _by_head},
+    "bloom": {"attn.qkv": _by_head},
+    "falcon": {"attn.qkv": _falcon},
+    "mpt": {"attn.qkv": _end_to_end},
+    "phi3": {"attn.qkv": _end_to_end, "mlp.gate_up": _halves},
+    "glm": {"mlp.gate_up": _halves},
+    "glm4": {"mlp.gate_up": _halves},
+    "modernbert": {"attn.qkv": _end_to_end, "mlp.gate_up": _halves},
 }
 
 # Suffixes of the modules that turn position ids into embeddings or rotations.

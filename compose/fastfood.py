@@ -9,22 +9,41 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_BLOCK = 128  # of the index, for one matrix product
+
 
 def hadamard(x: Tensor) -> Tensor:
-    """H x / sqrt(n) for x (n,), n a power of two: orthonormal and its own inverse, so also its own derivative."""
+    """H x / sqrt(n) for x (n,), n a power of two: orthonormal and its own inverse, so also its own derivative.
+
+    H_n is the Kronecker product of smaller ones, each a matrix product over its share of the index: the operations of
+    a butterfly times a few, at the speed of a matrix product.
+    """
     n = x.shape[0]
-    h = 1
-    while h < n:
-        pairs = x.view(-1, 2, h)
-        x = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], dim=1).reshape(n)
-        h *= 2
-    return x / math.sqrt(n)
+    done = min(n, _BLOCK)
+    with torch.autocast(x.device.type, enabled=False):  # sums of a million terms want all their digits
+        x = x.view(-1, done) @ _signs(done).to(x)
+        while done < n:
+            size = min(_BLOCK, n // done)
+            x = _signs(size).to(x) @ x.view(-1, size, done)
+            done *= size
+    return x.reshape(n) / math.sqrt(n)
+
+
+@cache
+def _signs(n: int) -> Tensor:
+    """The Walsh-Hadamard matrix (n, n) of ones and minus ones."""
+    with torch.inference_mode(False):  # it is kept, and later calls may want gradients
+        h = torch.ones(1, 1, device="cpu")
+        while len(h) < n:
+            h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h
 
 
 @dataclass(frozen=True)
@@ -57,6 +76,8 @@ class Fastfood:
     def __call__(self, v: Tensor) -> Tensor:
         """P v (D,), float32: D entries of a vector whose length is that of v times sqrt(D / n) on average, rescaled."""
         n = len(self.signs)
-        x = F.pad(v.float(), (0, n - self.inputs)) * self.signs
-        x = hadamard(x)[self.order.long()] * self.normal
+        m = 1 << (self.inputs - 1).bit_length()
+        # Of a vector that is zero from place m on, the transform of length n repeats the one of length m.
+        x = hadamard(F.pad(v.float(), (0, m - self.inputs)) * self.signs[:m]) * math.sqrt(m / n)
+        x = x.gather(0, self.order.long() & (m - 1)) * self.normal
         return hadamard(x)[: self.outputs] * math.sqrt(n / self.outputs)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from compose.atoms import Moved
+from compose.branches import Chain, Mix
+from compose.coefficients import Coefficient
 from compose.expr import Call, Expr, normalize, parse
 from compose.function import bind
 from compose.kind import PREFIX, Adapter, KindError
+from compose.lowering import site_program
 from compose.merge import Workshop, dense_merge, without_merges
 from compose.parameter_space import deltas
 from compose.parameter_space.effect import Effect, effect_of
 from compose.parameter_space.job import Job, Member
 from compose.parameter_space.method import get_method
 from compose.parameter_space.tensors import merge_heads
+from compose.sites import linear_shape
 from compose.slot import compute_dtype
+from compose.stage import Node, Stage
 from compose.weights import bias_of
 
 
@@ -39,7 +46,7 @@ class Folded:
 
 @torch.no_grad()
 def fold(model: PreTrainedModel, expr: Expr | str, *, dtype: torch.dtype | None = None) -> Iterator[Folded]:
-    """Tensors of the base that a static composition changes, changed: W + D, c + b, and whole modules.
+    """Tensors of the base that a static composition changes, changed: linears, norms, embeddings, and whole modules.
 
     Parameters
     ----------
@@ -71,8 +78,11 @@ def fold(model: PreTrainedModel, expr: Expr | str, *, dtype: torch.dtype | None 
             raise KindError(
                 f"{adapter.kind} adapter {adapter.name!r} is no change of weights, so it cannot be folded into them"
             )
-    for path in dict.fromkeys(p for a in member.adapters for p in a.paths):
-        yield from _site(path, effect_of(shop, path, tree), dtype)
+    for path in dict.fromkeys(p for a in member.adapters for p in a.module_paths):
+        if linear_shape(shop.slot(path).base_layer) is not None:
+            yield from _site(path, effect_of(shop, path, tree), dtype)
+        elif (node := site_program(shop, path, (tree,))) is not None:
+            yield from _parameters(path, shop.slot(path).base_layer, _moved(node), dtype)
     yield from _heads(shop, member, dtype)
 
 
@@ -82,11 +92,41 @@ def _site(path: str, effect: Effect, dtype: torch.dtype | None) -> Iterator[Fold
     if effect.bias is not None:
         bias = bias_of(effect.layer)
         if bias is None:
-            raise KindError(
-                f"the composition moves the bias of {path}, and this base has none there",
-                hint="keep the bias adapter as it is, or leave it out: its part has no place in the base's files",
-            )
+            raise _no_room(path)
         yield _written(f"{path}.bias", bias.detach().float(), effect.bias, dtype or compute_dtype(effect.layer))
+
+
+def _parameters(path: str, module: nn.Module, deltas: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator[Folded]:
+    """Parameters of a norm or an embedding."""
+    for name, delta in deltas.items():
+        parameter = getattr(module, name, None)
+        if parameter is None:
+            raise _no_room(path)
+        yield _written(f"{path}.{name}", parameter.detach().float(), delta, dtype or parameter.dtype)
+
+
+def _moved(node: Node) -> dict[str, Tensor]:
+    """Deltas of a module's own parameters that a node makes: its output is affine in them, so they add up."""
+    terms: list[tuple[Coefficient, Mapping[str, Tensor]]]
+    if isinstance(node, Stage):
+        terms = [(e.coefficient, {"bias": cast("Tensor", e.atoms.bias)}) for e in node.biases]
+        terms += [(e.coefficient, cast("Moved", e.atoms.function).deltas()) for e in node.functions]
+    elif isinstance(node, Mix):
+        terms = [(c, _moved(inner)) for c, inner in node.terms]
+    else:
+        terms = [(1.0, _moved(inner)) for inner in cast("Chain", node).parts]
+    total: dict[str, Tensor] = {}
+    for c, moved in terms:
+        for name, delta in moved.items():
+            total[name] = c * delta.detach().float() + total.get(name, 0.0)
+    return total
+
+
+def _no_room(path: str) -> KindError:
+    return KindError(
+        f"the composition moves the bias of {path}, and this base has none there",
+        hint="keep the bias adapter as it is, or leave it out: its part has no place in the base's files",
+    )
 
 
 def _changed(path: str, effect: Effect, delta: Tensor, dtype: torch.dtype | None) -> Folded:

@@ -64,7 +64,10 @@ class _Reader:
             if level > MAX_DEPTH or minuses > MAX_DEPTH:  # before Python's parser has to care
                 raise error_at(self.text, token.start, token.end, f"nested deeper than {MAX_DEPTH} levels")
             if index >= _MAX_TOKENS:
-                raise ExpressionError(f"an expression of more than {_MAX_TOKENS} words is too large")
+                raise ExpressionError(
+                    f"an expression of more than {_MAX_TOKENS} words is too large",
+                    hint="publish parts of it and compose those: hub compose PART -o NS/NAME@VERSION",
+                )
             part = token.text if token.kind == "sign" else f"_{index}"
             self.tokens.append(token)
             self.columns.append(column)
@@ -158,6 +161,8 @@ class _Reader:
         for factor in reversed(factors):
             value = self.term(factor, level + 1)
             if isinstance(value, Expr) and isinstance(result, Expr):
+                if {"nan", "inf", "infinity"} & {name.lower() for name in (*value.refs, *result.refs)}:
+                    raise self.wrong(node, "a weight is a finite number")
                 raise self.wrong(
                     factor,
                     "an adapter is multiplied by a number, not by an adapter",

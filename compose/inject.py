@@ -6,17 +6,17 @@ layers where some adapter acts and stay until :func:`eject` puts every module, p
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compose.branches import weighs_rows
 from compose.calls import Calls
-from compose.coefficients import Coefficient
+from compose.coefficients import Coefficient, check_weights
 from compose.expr import IDENTITY, Call, Expr, add, normalize, parse
 from compose.inputs import Inputs, Row, is_zero, replace_module
 from compose.kind import Adapter, KindError
@@ -24,10 +24,10 @@ from compose.loading import keep_differentiable
 from compose.lowering import flatten, site_program, switch_program
 from compose.merge import Merged, resolve
 from compose.plan import Leaf, plan
+from compose.programs import Programs
 from compose.side import SideSlot
 from compose.sites import FINAL, SiteMap
 from compose.slot import Context, Slot
-from compose.stage import weighs_rows
 from compose.switch import Gate, Mixer, Routing, refuse_outside
 from compose.where import check_limits, covers
 from hub.errors import NotFound, did_you_mean
@@ -51,8 +51,10 @@ class Runtime:
         self._slots: dict[str, Slot] = {}
         self._side = SideSlot(model, self.sites, self._only_sides_learn)
         self._inputs = Inputs(model, self.sites, self.context)
+        self._names: tuple[str, ...] = ()  # adapters of the active rows, as of the last lowering
         self._trains = False  # whether an active adapter trains, as of the last lowering
         self._lowered: Any = None  # what the slots were made of: see _revisions
+        self._programs = Programs()
         self._stamps: dict[str, Any] = {}  # of merged adapters: what their members were
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         model.requires_grad_(False)
@@ -73,7 +75,7 @@ class Runtime:
         KindError
             It acts in modules that this model does not have, or cannot take the place of one that is active.
         """
-        absent = sorted({*adapter.paths, *adapter.saved} - {FINAL, *self.sites.modules})
+        absent = sorted({*adapter.module_paths, *adapter.saved} - {FINAL, *self.sites.modules})
         if absent:
             raise KindError(
                 f"adapter {name!r} acts at {absent[0]}, which this {self.sites.model_type} model does not have",
@@ -91,6 +93,7 @@ class Runtime:
         return adapter
 
     def _keep(self, name: str, adapter: Adapter) -> None:
+        self._programs.drop(name)
         adapter.name = name
         adapter.home = weakref.ref(self)
         adapter.to(self.model.device).train(self.model.training)
@@ -103,6 +106,7 @@ class Runtime:
         if any(name in row.refs for row in self.rows):
             raise KindError(f"adapter {name!r} is active", hint="activate something else first")
         del self.adapters[name], self._bank[_key(name)]
+        self._programs.drop(name)
 
     def adapter(self, name: str) -> Adapter:
         """The resident adapter called ``name``; NotFound with a suggestion otherwise."""
@@ -123,7 +127,7 @@ class Runtime:
         """Make these rows active (one: for all rows of any batch). On an error what was active stays active."""
         for name in weights:
             self.adapter(name)
-        _check_weights(len(rows), weights)
+        check_weights(len(rows), weights)
         self._set(self._lower(rows, weights), weights, routing)
 
     def route(self, experts: Sequence[Expr], gate: Gate | Mixer) -> None:
@@ -155,6 +159,7 @@ class Runtime:
 
     def refresh(self) -> None:
         """Lower the active composition anew: after activation, and each forward while an adapter trains."""
+        self._names = tuple(dict.fromkeys(name for row in self.rows for name in row.refs))
         pairs = [self._row(i) for i in range(self._row_count())]
         # A weight of zero costs nothing: where no row has another, the adapter is not there.
         active = {n: self.adapters[n] for row in pairs for c, n in row if not is_zero(c)}
@@ -162,16 +167,10 @@ class Runtime:
         self._side.clear()
         for slot in self._slots.values():
             slot.clear()
-        paths = dict.fromkeys(p for a in active.values() for p in (*a.paths, *a.saved) if self._is_site(p, a))
-        for path in paths:
-            slot = self.slot(path)
-            if self.routing is not None:
-                slot.program = switch_program(self, path, self.routing.experts, self.routing.gate)
-                slot.per_row = slot.program is not None
-                continue
-            slot.program = site_program(self, path, self.rows)
-            slot.per_row = slot.program is not None and weighs_rows(slot.program)
-            slot.lay_out()
+        key = self._key()
+        if not self._programs.restore(key):
+            self._lower_slots(active)
+            self._programs.keep(key, active, self._slots.values())
         self._side.attend()
         self._calls.rows = len(pairs)
         self._calls.measures_past = self._inputs.set_prefixes(
@@ -181,6 +180,30 @@ class Runtime:
         if self._calls.prompt is not None:
             self._calls.embedding = self.slot(self.sites.embedding)
         self._lowered, self._trains = self._revisions(), self.live
+
+    def _lower_slots(self, active: Mapping[str, Adapter]) -> None:
+        paths = dict.fromkeys(p for a in active.values() for p in (*a.module_paths, *a.saved) if self._is_site(p, a))
+        for path in paths:
+            slot = self.slot(path)
+            if self.routing is not None:
+                slot.program = switch_program(self, path, self.routing.experts, self.routing.gate)
+                slot.per_row = slot.program is not None
+                continue
+            slot.program = site_program(self, path, self.rows)
+            slot.per_row = slot.program is not None and weighs_rows(slot.program)
+            slot.lay_out()
+
+    def _key(self) -> Hashable | None:
+        """What the slots' programs are made of; None for those that are not worth keeping, or that train."""
+        adapters = [self.adapters[name] for name in self._names]
+        if len(self.rows) > 1 or self.routing is not None or self._tensors() or self.live:
+            return None
+        if any(FINAL in (*a.paths, *a.saved) for a in adapters):
+            return None
+        made_of = [
+            (id(a), a.revision, sum(p._version for p in a._parameters.values() if p is not None)) for a in adapters
+        ]
+        return self.rows, tuple(self.weights.items()), self.model.device, tuple(made_of)
 
     def adapter_changed(self) -> None:
         """Lower anew at once, if what is active has changed and does not train: calls then find all in place."""
@@ -195,8 +218,7 @@ class Runtime:
             self.refresh()
 
     def _revisions(self) -> tuple[Any, ...]:
-        names = dict.fromkeys(n for row in self.rows for n in row.refs)
-        revisions = ((name, self.adapters[name].revision) for name in names)
+        revisions = ((name, self.adapters[name].revision) for name in self._names)
         return self.model.device, self.model.config._attn_implementation, *revisions
 
     def _is_site(self, path: str, adapter: Adapter) -> bool:
@@ -205,11 +227,11 @@ class Runtime:
     @property
     def live(self) -> bool:
         """Whether an active adapter is training."""
-        return any(self.adapters[n].trainable for row in self.rows for n in row.refs)
+        return any(self.adapters[n].trainable for n in self._names)
 
     def _only_sides_learn(self) -> bool:
         """Whether no gradient is asked for inside the backbone: side networks and heads stand outside it."""
-        active = (self.adapters[n] for row in self.rows for n in row.refs)
+        active = (self.adapters[n] for n in self._names)
         learning = [a for a in active if a.trainable]
         return bool(learning) and all(
             set(a.paths) <= {FINAL} and not any(self._side.holds(self.model.get_submodule(p)) for p in a.saved)
@@ -245,14 +267,10 @@ class Runtime:
         """Rows told apart by the expressions or by the weights given by name."""
         return max([len(self.rows), *(w.shape[0] for w in self._tensors())])
 
-    def covers(self, call: Call, path: str) -> bool:
-        """Whether a call that says where lets its argument act at ``path``."""
-        return covers(self.sites, call, path)
-
     def _row(self, i: int, path: str | None = None) -> Row:
         """Adapters of row i (at ``path``, or anywhere) with that row's weights (a number, or (T,) per token)."""
         expr = self.rows[i if len(self.rows) > 1 else 0]
-        pairs = flatten(expr, self.weights, lambda call: path is None or self.covers(call, path))
+        pairs = flatten(expr, self.weights, lambda call: path is None or covers(self.sites, call, path))
         return [(c[i] if isinstance(c, Tensor) else c, n) for c, n in pairs]
 
     # -- the end ---------------------------------------------------------------------------------------------------
@@ -275,27 +293,6 @@ class Runtime:
 def _key(name: str) -> str:
     """An adapter's key among the submodules, where "train" or "a.b" could not stand."""
     return "@" + name.replace(".", "\u00b7")
-
-
-def _check_weights(rows: int, weights: Mapping[str, Coefficient]) -> None:
-    """Refuse weights by name whose shapes do not fit together."""
-    counts: dict[int, str] = {rows: f"{rows} expressions"} if rows > 1 else {}
-    lengths: dict[int, str] = {}
-    for name, weight in weights.items():
-        if not isinstance(weight, Tensor):
-            if not math.isfinite(weight):
-                raise KindError(f"the weight of {name!r} is {weight}, not a finite number")
-            continue
-        if weight.dim() not in (1, 2):
-            raise KindError(f"the weight of {name!r} has shape {tuple(weight.shape)}: give (rows,) or (rows, tokens)")
-        if not bool(weight.isfinite().all()):
-            raise KindError(f"the weight of {name!r} is not finite")
-        counts.setdefault(weight.shape[0], f"{weight.shape[0]} rows of {name!r}")
-        if weight.dim() == 2 and weight.shape[1] > 1:
-            lengths.setdefault(weight.shape[1], f"{weight.shape[1]} tokens of {name!r}")
-    for told in (counts, lengths):
-        if len(told) > 1:
-            raise KindError("these do not fit together: " + ", ".join(told.values()))
 
 
 # -- functions over a model --------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def interference(
 
 
 def _weights(shop: Workshop, members: Sequence[Member], progress: Progress | None) -> dict[str, Tensor]:
-    paths = list(dict.fromkeys(p for m in members for a in m.adapters for p in a.paths))
+    paths = list(dict.fromkeys(p for m in members for a in m.adapters for p in a.module_paths))
     places: dict[str, Tensor] = {}
     for done, path in enumerate(paths):
         effects = [effect_of(shop, path, m.expr) for m in members]

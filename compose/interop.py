@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from compose import adapterhub
 from compose import peft_layout as layout
 from compose.kind import PREFIX, Adapter, KindConfig, KindError, get_kind, kinds, make_config, original_module
+from compose.patterns import as_dict
 from compose.sites import SiteMap
 from hub.errors import IntegrityError, NotFound
 
@@ -44,10 +45,15 @@ _CLASSES = {
 
 
 def config_fields(adapter: Adapter, sites: SiteMap, *, base: str | None, task: str | None) -> dict[str, Any]:
-    """Contents of adapter_config.json: PEFT's where it has the kind, else ``moduloom_kind`` and our own config."""
+    """Contents of adapter_config.json: PEFT's where it has the kind, else ``moduloom_kind`` and our own config.
+
+    PEFT does not know parts of fused linears: it would pass over them without a word.
+    """
     config = adapter.config
-    if adapter.peft_type is None:
-        return {_OWN: adapter.kind, **config.model_dump(mode="json", exclude_defaults=True)}
+    if adapter.peft_type is None or adapter.acts_on_parts:
+        own = {_OWN: adapter.kind, **config.model_dump(mode="json", exclude_defaults=True)}
+        patterns = own.keys() & {"rank_pattern", "alpha_pattern"}
+        return {**own, **{name: as_dict(getattr(config, name), sites.paths) for name in patterns}}
     fields: dict[str, Any] = {
         "peft_type": adapter.peft_type,
         "base_model_name_or_path": base,

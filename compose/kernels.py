@@ -42,6 +42,7 @@ class Prepared(Protocol):
 Backend = Callable[[Sequence[Pair], Tensor], Prepared]
 _CHUNK = 256  # tokens whose products with all A are held at once
 _SPARE = 4  # times the ranks a token uses that may as well be computed: sorting tokens by expert costs as much
+_HUGE = 1e18  # factors above: products with activations may overflow
 _TINY = 2**22  # multiplications of a first factor below which sorting costs more than all of them
 BACKENDS: dict[str, Backend] = {}
 
@@ -69,7 +70,7 @@ def _check_rows(rows: int, batch: int) -> None:
         )
 
 
-def _fold(x: Tensor, rows: int) -> Tensor:
+def fold(x: Tensor, rows: int) -> Tensor:
     """(k R, T, d) -> (R, k T, d): the k rows that share a row of weights stand side by side. No copy."""
     if x.shape[0] == rows:
         return x
@@ -81,8 +82,9 @@ def choose(ranks: Sequence[int], weights: Tensor) -> str:
     """Name of the backend for these ranks and weights (thresholds from tests/benchmarks/bench_kernels.py).
 
     Per row: ``stacked`` computes every rank for every row, ``gather`` reads the ranks of each row's own experts from
-    memory, which costs about as much as computing three times as many. Per token: ``stacked`` while all ranks are at
-    most four times what a token uses, else ``grouped``, which computes only the experts a token uses.
+    memory, which costs about as much as computing three times as many, and leaves out rows without any. Per token:
+    ``stacked`` while all ranks are at most four times what a token uses, else ``grouped``, which computes only the
+    experts a token uses.
     """
     total = sum(ranks)
     if weights.dim() == 3:
@@ -90,30 +92,47 @@ def choose(ranks: Sequence[int], weights: Tensor) -> str:
         return "stacked" if total <= _SPARE * active else "grouped"
     if len(weights) == 1:
         return "stacked"
-    most = int(((weights != 0) * torch.tensor(ranks, device=weights.device)).sum(1).max())
-    return "stacked" if total <= 3 * most else "gather"
+    used = weights != 0
+    most = int((used * torch.tensor(ranks, device=weights.device)).sum(1).max())
+    return "stacked" if total * len(weights) <= 3 * most * int(used.any(1).sum()) else "gather"
 
 
 def finite(factors: Sequence[Tensor]) -> bool:
-    """Whether no factor holds NaN or infinity, which a weight of zero would not take out of a product."""
-    return all(bool(torch.isfinite(f).all()) for f in factors)
+    """Whether no factor holds NaN, infinity or what may become it, which a weight of zero would not take out again."""
+    return all(bool((f.abs() < _HUGE).all()) for f in factors)
 
 
-def isolating(name: str, pairs: Sequence[Pair], weights: Tensor) -> str:
-    """The backend, or one that keeps rows (tokens) apart if an expert has diverged: 0 * NaN is NaN in a shared GEMM."""
+def isolating(name: str, pairs: Sequence[Pair], weights: Tensor, *, live: bool = False) -> str:
+    """The backend, or one that keeps rows (tokens) apart if an expert has diverged: 0 * NaN is NaN in a shared GEMM.
+
+    Factors that train (``live``) get a gradient from the rows that use them only: another row's may have become NaN on
+    its way back through some other adapter.
+    """
     if name != "stacked" or (weights.dim() == 2 and len(weights) == 1):
         return name
-    if finite([f for p in pairs for f in (p.A, p.B)]):
+    mixed = live and bool((weights == 0).any())
+    if not mixed and finite([f for p in pairs for f in (p.A, p.B)]):
         return name
     return "gather" if weights.dim() == 2 else "grouped"
 
 
 def mix(weights: Tensor, vectors: Tensor) -> Tensor:
     """sum_e w_e v_e for weights (..., E) and vectors (E, d); a vector of weight zero does not count, even a NaN."""
-    if weights.numel() == weights.shape[-1] or finite([vectors]):
+    learns = vectors.requires_grad and not weights.requires_grad and torch.is_grad_enabled()
+    if weights.numel() == weights.shape[-1] or (not learns and finite([vectors])):
         return weights.to(vectors.dtype) @ vectors
     w = weights.to(vectors.dtype)[..., None]
-    return torch.where(w == 0, 0.0, w * vectors).sum(-2)
+    terms = w * torch.where(w == 0, 0.0, vectors)  # in this order the gradient of w is a number, too
+    return (torch.where(w == 0, 0.0, terms) if learns else terms).sum(-2)
+
+
+def add_rows(y: Tensor, rows: Tensor, term: Tensor, of: int, *, own: bool) -> Tensor:
+    """Y (k R, T, d) plus a term (n, k T, d) for n of its R = ``of`` rows; ``own``: y may be written over."""
+    folded = fold(y, of)
+    if own:
+        folded.index_add_(0, rows, term)
+        return y
+    return folded.index_add(0, rows, term).view(y.shape)
 
 
 def _add_product(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
@@ -127,7 +146,7 @@ def _add_product(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
 
 def _add_products(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
     """Y + h b for y (B, T, d_out), h (R, k T, r), b (R, r, d_out): one product a row."""
-    folded = _fold(y, b.shape[0])
+    folded = fold(y, b.shape[0])
     if fresh and y.is_contiguous():
         folded.baddbmm_(h, b)
         return y
@@ -164,7 +183,7 @@ def stacked(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
         if in_rank.dim() == 3:
             h = h * expand(in_rank, x.shape[0]).to(x.dtype)
         else:
-            h = _fold(h, rows) * in_rank[:, None].to(x.dtype)
+            h = fold(h, rows) * in_rank[:, None].to(x.dtype)
         return _add_product(y, h, b, fresh)
 
     return run
@@ -189,30 +208,46 @@ def for_all(pairs: Sequence[Pair], weights: Sequence[Tensor] | None = None) -> P
 def gather(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     """Give each row its own concatenated factors, then two batched GEMMs; cost is flat in the number of experts.
 
-    Only for weights per row. Ranks are padded with zeros to the largest; a row with no expert gets zeros.
+    Only for weights per row. Ranks are padded with zeros to the largest; rows with no expert are left out.
     """
     if weights.dim() != 2:
         raise ValueError("gather takes weights per row, not per token")
-    a, b = gather_factors(pairs, weights)
-    rows, a = a.shape[0], a.transpose(1, 2)  # (R, d_in, k)
+    rows, used = len(weights), (weights != 0).any(1).nonzero().flatten()
+    some = len(used) < rows
+    a, b = gather_factors(pairs, weights[used] if some else weights)
+    a = a.transpose(1, 2)  # (n, d_in, k)
 
     def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
-        return _add_products(y, torch.bmm(_fold(x, rows), a), b, fresh)
+        if not some:
+            return _add_products(y, torch.bmm(fold(x, rows), a), b, fresh)
+        own = fresh and y.is_contiguous()
+        term = torch.bmm(torch.bmm(fold(x, rows).index_select(0, used), a), b)
+        return add_rows(y, used, term, rows, own=own)
 
     return run
 
 
 def gather_factors(pairs: Sequence[Pair], weights: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's factors: A (R, k, d_in) and w s B (R, k, d_out) with k = (most experts of a row) * (largest rank)."""
-    rank = max(p.rank for p in pairs)
-    a = torch.stack([F.pad(p.A, (0, 0, 0, rank - p.rank)) for p in pairs])  # (E, r, d_in)
-    b = torch.stack([F.pad(p.B.T * p.scale, (0, 0, 0, rank - p.rank)) for p in pairs])  # (E, r, d_out)
-    most = max(1, int((weights != 0).sum(1).max()))
-    picked = (weights != 0).to(torch.int8).topk(most, dim=1).indices  # (R, most); unused places have weight zero
-    w = weights.gather(1, picked)[..., None, None].to(b.dtype)  # (R, most, 1, 1)
+    picked, w = picks(weights)
     unused = w == 0  # what fills up a row must add nothing, whatever it holds
-    a, b = a[picked].masked_fill(unused, 0), (b[picked] * w).masked_fill(unused, 0)
+    rank = max(p.rank for p in pairs)
+    a = torch.stack([padded(p.A, rank) for p in pairs])  # (E, r, d_in)
+    b = torch.stack([padded(p.B.T * p.scale, rank) for p in pairs])  # (E, r, d_out)
+    a, b = a[picked].masked_fill(unused, 0), (b[picked] * w.to(b.dtype)).masked_fill(unused, 0)
     return a.flatten(1, 2), b.flatten(1, 2)
+
+
+def picks(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The experts of each row (R, most) and their weights (R, most, 1, 1); unused places have weight zero."""
+    most = max(1, int((weights != 0).sum(1).max())) if len(weights) else 1
+    picked = (weights != 0).to(torch.int8).topk(most, dim=1).indices
+    return picked, weights.gather(1, picked)[..., None, None]
+
+
+def padded(factor: Tensor, rank: int) -> Tensor:
+    """(r, d) with zero rows up to ``rank``."""
+    return F.pad(factor, (0, 0, 0, rank - factor.shape[0]))
 
 
 @backend
@@ -266,15 +301,16 @@ class Routed:
         self.pairs = tuple(pairs)
         self._ranks = [p.rank for p in pairs]
         self._laid_out: tuple[Tensor, Tensor, Tensor] | None = None
+        self._diverged = False  # some expert, from which the tokens of the others must be kept apart
 
     def __call__(self, y: Tensor, x: Tensor, weights: Tensor, *, fresh: bool = False) -> Tensor:
         """Y plus the mixture, by the backend that `choose` takes; all of the experts for a few tokens."""
         tiny = x.numel() * sum(self._ranks) <= _TINY
-        if not tiny and choose(self._ranks, weights) == "grouped":
+        owner, a, b = self._factors()
+        if self._diverged or (not tiny and choose(self._ranks, weights) == "grouped"):
             return grouped(self.pairs, weights)(y, x, fresh=fresh)
         w = _by_token(weights, x).to(x.dtype)  # (N, E)
         used = (w != 0).any(0)
-        owner, a, b = self._factors()
         if not bool(used.all()):
             kept = used[owner].nonzero().flatten()
             owner, a, b = owner[kept], a[kept], b[kept]
@@ -294,4 +330,5 @@ class Routed:
                 owners = [torch.full((rank,), e) for e, rank in enumerate(self._ranks)]
                 a, b = torch.cat([p.A for p in self.pairs]), torch.cat([p.B.T * p.scale for p in self.pairs])
                 self._laid_out = torch.cat(owners).to(a.device), a, b
+                self._diverged = not finite([a, b])
         return self._laid_out

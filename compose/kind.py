@@ -81,9 +81,10 @@ class Adapter(nn.Module):
         self.home: weakref.ref[Any] | None = None  # the runtime it is resident in, which then lowers it anew
         self._keys: dict[str, str] = {}  # attribute -> key on disk
         self._generator = torch.Generator().manual_seed(0 if seed is None else seed)
-        self.paths: tuple[str, ...] = ()
+        self.paths: tuple[str, ...] = ()  # of the sites: a part of a fused linear has one of its own
         self.saved: dict[str, str] = {}  # path of a whole module we carry -> attribute
         self.build(sites, model)
+        self.module_paths = tuple(dict.fromkeys(map(sites.module_of, self.paths)))  # where its sites lie
         for path in _modules_to_save(model, config.modules_to_save):
             self._carry(path, original_module(model, path))
 
@@ -152,6 +153,11 @@ class Adapter(nn.Module):
         home = None if self.home is None else self.home()
         if home is not None:
             home.adapter_changed()
+
+    @property
+    def acts_on_parts(self) -> bool:
+        """Whether some of its sites are parts of fused linears."""
+        return not set(self.paths) <= set(self.module_paths)
 
     def targets(self, sites: SiteMap, *, default: tuple[str, ...] | None = None) -> list[Site]:
         """Sites the config asks for, or the default roles (those of them that the family has)."""
@@ -292,6 +298,8 @@ def original_module(model: nn.Module, path: str) -> nn.Module:
 
 
 def _modules_to_save(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
+    if not names:
+        return
     paths = [
         p for p, m in model.named_modules() if p and "base_layer" not in p and "saved:" not in p and m is not model
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -10,29 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from compose.atoms import Atoms, Function, Replace, Side
+from compose.branches import Apart, Chain, Mix, weighs_rows
 from compose.coefficients import Coefficient, multiply
 from compose.expr import Call, Expr, Ref, Scale, Seq
 from compose.kind import Adapter, KindError
 from compose.side import SideSlot
+from compose.sites import Site, SiteMap
 from compose.slot import BelowView, Slot
-from compose.stage import Chain, Entry, Mix, Node, Stage, weighs_rows
+from compose.stage import Entry, Node, Stage
 from compose.switch import Gate, Mixer, Switch
-from compose.where import limits
+from compose.where import covers, limits
 
 Rows = Sequence[Expr]
 
 
 class Scene(Protocol):
-    """What lowering needs to know of a model: its adapters, the weights given by name, and its slots."""
+    """What lowering needs to know of a model: its adapters, the weights given by name, its sites and its slots."""
 
     adapters: dict[str, Adapter]
     weights: Mapping[str, Coefficient]
+    sites: SiteMap
 
     def slot(self, path: str) -> Slot:
         """The slot at ``path``."""
-
-    def covers(self, call: Call, path: str) -> bool:
-        """Whether a call that says where lets its argument act at ``path``."""
 
 
 def flatten(
@@ -74,9 +74,9 @@ def site_program(scene: Scene, path: str, rows: Rows) -> Node | None:
     device = next(builder.slot.parameters()).device
     rows_of: dict[Expr, Tensor] = {}
     for i, expr in enumerate(rows):
-        rows_of.setdefault(expr, torch.zeros(len(rows), device=device))[i] = 1.0
+        rows_of.setdefault(expr, torch.zeros(len(rows), dtype=torch.bool, device=device))[i] = True
     branches = {expr: node for expr, node in zip(rows, nodes, strict=True) if node is not None}
-    return Mix([(rows_of[expr], node) for expr, node in branches.items()])
+    return Apart([(rows_of[expr], node) for expr, node in branches.items()])
 
 
 def switch_program(scene: Scene, path: str, experts: Rows, gate: Gate | Mixer) -> Node | None:
@@ -115,10 +115,11 @@ def _join(column: Sequence[Coefficient]) -> Coefficient:
 
 @dataclass(frozen=True)
 class _Under:
-    """The stages that a node stands on, and the expressions they came from."""
+    """The stages that a node stands on, the expressions they came from, and the parts it is confined to (None: all)."""
 
     nodes: tuple[Node, ...] = ()
     texts: tuple[str, ...] = ()
+    within: tuple[Site, ...] | None = None
 
 
 _BARE = _Under()
@@ -130,6 +131,7 @@ class _Site:
     def __init__(self, scene: Scene, path: str) -> None:
         self.scene, self.path = scene, path
         self.slot = scene.slot(path)
+        self.parts = scene.sites.parts.get(path, ())
         self._lowered: dict[str, Atoms | None] = {}
 
     def node(self, expr: Expr, under: _Under) -> Node | None:
@@ -138,7 +140,8 @@ class _Site:
         if isinstance(expr, Scale):
             return self._scaled(expr.factor, self.node(expr.of, under))
         if isinstance(expr, Call):
-            return self.node(expr.args[0], under) if self._acts(expr) else None
+            within = self._within(expr, under)
+            return None if within == () else self.node(expr.args[0], replace(under, within=within))
         if isinstance(expr, Seq):
             return self._one_after_another(expr.stages, under)
         return self._side_by_side([self.node(term, under) for term in expr.children])
@@ -151,25 +154,40 @@ class _Site:
             return Stage([e.times(factor) for e in node.entries])
         return Mix([(factor, node)])
 
-    def _acts(self, call: Call) -> bool:
+    def _within(self, call: Call, under: _Under) -> tuple[Site, ...] | None:
+        """The parts of this site that a call lets its argument act on: none of them (), or None for the whole site."""
         if not limits(call):
             raise unsupported(call)
-        whole = any(self.path in self.scene.adapters[name].saved for name in call.refs)
-        return whole or self.scene.covers(call, self.path)
+        carried = any(self.path in self.scene.adapters[name].saved for name in call.refs)
+        if carried or covers(self.scene.sites, call, self.path):
+            return under.within
+        parts = self.parts if under.within is None else under.within
+        return tuple(part for part in parts if covers(self.scene.sites, call, part.path))
 
     def _leaf(self, name: str, under: _Under) -> Node | None:
         weight = self.scene.weights.get(name, 1.0)
         if not isinstance(weight, Tensor) and weight == 0:
             return None
         adapter = self.scene.adapters[name]
-        key = " >> ".join((*under.texts, name)) if adapter.reads_below else name
-        if key not in self._lowered:
-            self._check_below(adapter, under)
-            self._lowered[key] = self._atoms(adapter, under)
-        atoms = self._lowered[key]
-        if atoms is None:
-            return None
-        return Stage([Entry(name, key, atoms, weight, live=adapter.trainable)])
+        entries = []
+        for part, path in self._places(under.within):
+            key = " >> ".join((*under.texts, name)) if adapter.reads_below else name
+            key = key if part is None else f"{key} at {path} in {part.rows}"
+            if key not in self._lowered:
+                self._check_below(adapter, under)
+                self._lowered[key] = self._atoms(adapter, under, part, path)
+            atoms = self._lowered[key]
+            if atoms is not None:
+                entries.append(Entry(name, key, atoms, weight, live=adapter.trainable))
+        return Stage(entries) if entries else None
+
+    def _places(self, within: tuple[Site, ...] | None) -> Iterator[tuple[Site | None, str]]:
+        """Where an adapter may act here, each with the part of the output it may move: the whole site, and its parts.
+
+        Confined to some parts, what acts on the whole site moves each of them.
+        """
+        yield from ((part, self.path) for part in ((None,) if within is None else within))
+        yield from ((part, part.path) for part in (self.parts if within is None else within))
 
     def _check_below(self, adapter: Adapter, under: _Under) -> None:
         if adapter.reads_below and any(weighs_rows(node) for node in under.nodes):
@@ -179,11 +197,12 @@ class _Site:
                 hint="put it first, or give the stages before it plain numbers as weights",
             )
 
-    def _atoms(self, adapter: Adapter, under: _Under) -> Atoms | None:
-        head = adapter.head(self.path)
+    def _atoms(self, adapter: Adapter, under: _Under, part: Site | None, path: str) -> Atoms | None:
+        head = adapter.head(path)
         if head is not None:
             return Atoms(function=Replace(_in_its_own_precision(head, self.slot.base_layer)))
-        atoms = adapter.lower(self.path, BelowView(self.slot, under.nodes))
+        own = part is not None and path == part.path
+        atoms = adapter.lower(path, BelowView(self.slot, under.nodes, part.rows if part is not None and own else None))
         if atoms is not None and isinstance(atoms.function, Function) and atoms.function.tap:
             tapped = self.scene.slot(atoms.function.tap)
             tapped.keep_input = True
@@ -191,7 +210,17 @@ class _Site:
             atoms = replace(atoms, function=replace(atoms.function, source=tapped.input))
         if atoms is not None and isinstance(atoms.function, Side):
             atoms = replace(atoms, function=replace(atoms.function, trace=cast("SideSlot", self.slot).trace))
-        return atoms
+        return atoms if atoms is None or part is None else self._confined(adapter, atoms, part, own)
+
+    def _confined(self, adapter: Adapter, atoms: Atoms, part: Site, own: bool) -> Atoms:
+        if atoms.input_gain is not None:
+            raise KindError(
+                f"{adapter.kind} adapter {adapter.name!r} scales the input of {part.path}, which it has in common with "
+                f"the other parts of {part.module}",
+                hint=f"let it act on {part.module} as a whole, or scale outputs",
+            )
+        assert part.rows is not None  # noqa: S101 - it is a part
+        return atoms.lifted(part.rows, part=own)
 
     def _side_by_side(self, nodes: Sequence[Node | None]) -> Node | None:
         entries: list[Entry] = []
@@ -211,7 +240,7 @@ class _Site:
         parts: list[Node] = []
         texts: list[str] = []
         for expr in stages:
-            node = self.node(expr, _Under((*under.nodes, *parts), (*under.texts, *texts)))
+            node = self.node(expr, _Under((*under.nodes, *parts), (*under.texts, *texts), under.within))
             if node is None:
                 continue
             texts.append(f"({expr})")

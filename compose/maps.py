@@ -5,6 +5,8 @@ A map knows how to apply itself without becoming a matrix, and how to become one
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -103,3 +105,32 @@ class Kronecker:
     def dense(self) -> Tensor:
         """The Kronecker product."""
         return self.scale * torch.kron(self.left, self.right)
+
+
+@dataclass(frozen=True, eq=False)
+class Lifted:
+    """A map into some rows of a fused output: ``lift`` puts what comes out, along a dimension, into the whole."""
+
+    of: LinearMap
+    lift: Callable[[Tensor, int], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """D x in its rows, zero in the others."""
+        return self.lift(self.of(x), -1)
+
+    def to(self, dtype: torch.dtype) -> Lifted:
+        """Lay out the map inside."""
+        return replace(self, of=self.of.to(dtype))
+
+    def dense(self) -> Tensor:
+        """D with zero rows."""
+        return self.lift(self.of.dense(), 0)
+
+
+def factors_of(dimension: int, factor: int) -> tuple[int, int]:
+    """(m, n) with m n = dimension: m = factor where it divides, else the largest divisor up to it and to the root."""
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    most = min(math.isqrt(dimension), factor if factor > 0 else dimension)
+    m = next(m for m in range(max(1, most), 0, -1) if dimension % m == 0)
+    return m, dimension // m

@@ -20,14 +20,15 @@ from compose.coefficients import Coefficient
 from compose.expr import Call, Expr, Ref, Scale, Seq, add, parse, seq
 from compose.function import bind, get_function
 from compose.kind import Adapter, KindError
-from compose.lowering import unsupported
+from compose.lowering import site_program, unsupported
 from compose.parameter_space import deltas, tensors
 from compose.parameter_space.certificate import Certificate, SiteLoss
+from compose.parameter_space.effect import entries
 from compose.parameter_space.job import Home, Job, Member, Progress
 from compose.parameter_space.method import Elementwise, Factored, Linear, Method, get_method, methods
 from compose.shift import Shift
 from compose.sites import SiteMap
-from compose.slot import BelowView, Slot
+from compose.slot import Slot
 from compose.where import limits
 
 __all__ = [
@@ -68,10 +69,6 @@ class Workshop:
     def slot(self, path: str) -> Slot:
         """The home's slot."""
         return self._home.slot(path)
-
-    def covers(self, call: Call, path: str) -> bool:
-        """Whether a call that says where lets its argument act at ``path``."""
-        return self._home.covers(call, path)
 
 
 def merge(
@@ -237,6 +234,8 @@ def dense_merge(shop: Workshop, expr: Expr) -> Job | None:
         return None
     inner = Call(expr.function, [without_merges(shop, arg) for arg in expr.args], expr.options)
     job = _job(shop, inner, str(expr), str(expr), None)
+    if all(isinstance(a, Shift) for a in job.adapters):  # the result is dense itself
+        return None
     return job if isinstance(job.method, Elementwise) and _in_weights(shop, job) else None
 
 
@@ -251,10 +250,10 @@ def _job(shop: Workshop, call: Call, name: str, text: str, progress: Progress | 
     return Job(shop, members, method, options, name, text, progress)
 
 
-def _moves_weights(home: Home, adapter: Adapter) -> bool:
+def _moves_weights(shop: Workshop, adapter: Adapter) -> bool:
     """Whether the adapter adds a matrix to a weight, rather than scaling it or moving its bias."""
-    for path in adapter.paths:
-        atoms = adapter.lower(path, BelowView(home.slot(path), ()))
-        if atoms is not None:
-            return atoms.A is not None or atoms.delta is not None
+    for path in adapter.module_paths:
+        node = site_program(shop, path, (Ref(adapter.name),))
+        if node is not None:
+            return any(e.atoms.A is not None or e.atoms.delta is not None for e in entries(node))
     return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,12 @@ class Contents:
     def low_rank(self) -> bool:
         """Whether the pairs are all there is, heads aside: a LoRA without gains and biases."""
         return self.kind == "lora" and bool(self.pairs) and not any(".lora_" in key for key in self.others)
+
+
+def nested(found: Iterable[Contents]) -> bool:
+    """Whether one acts on a fused layer and another on a part of it: which rows those are, only the base tells."""
+    paths = {path for each in found for path in each.pairs}
+    return any(path.rpartition(".")[0] in paths for path in paths)
 
 
 def contents(held: Held) -> Contents:
@@ -112,7 +118,7 @@ def interference_of(
             raise UsageError(f"{text} is a {held.facts.type}, and a map is of adapters", hint=f"hub show {text}")
     if all(held.facts.kind == "lora" for held in members.values()):
         read = {text: contents(held) for text, held in members.items()}
-        if all(found.low_rank for found in read.values()):
+        if all(found.low_rank for found in read.values()) and not nested(read.values()):
             return _in_factors({text: found.pairs for text, found in read.items()}, progress)
     return _on_base(members, shelf, base, progress)
 

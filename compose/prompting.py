@@ -23,12 +23,13 @@ from compose.kind import KindError
 
 @dataclass(frozen=True)
 class Made:
-    """A prompt of row ``row`` that is made from its text: ``length`` embeddings from place ``start`` on."""
+    """A prompt made from the text of each of ``rows`` rows from ``row`` on: ``length`` embeddings from ``start`` on."""
 
     row: int
     start: int
     length: int
     of: Callable[[Tensor], Tensor]
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class PromptState:
         """The same for each row of a batch."""
         if len(self.counts) == batch:
             return self
-        return replace(self, embeddings=repeat(self.embeddings, batch), counts=repeat(self.counts, batch))
+        times = batch // len(self.counts)
+        made = tuple(replace(m, row=m.row * times, rows=m.rows * times) for m in self.made)
+        return replace(self, embeddings=repeat(self.embeddings, batch), counts=repeat(self.counts, batch), made=made)
 
     def for_texts(self, ids: Tensor | None, mask: Tensor) -> PromptState:
         """The same for the rows of a batch (B, T), with the prompts that are made from their texts."""
@@ -66,11 +69,11 @@ class PromptState:
             return self.on(len(mask))
         if ids is None:
             raise KindError("a prompt that is made from the text needs input_ids, not inputs_embeds")
-        state, times = self.on(len(mask)), len(mask) // len(self.counts)
+        state = self.on(len(mask))
         first, last = mask.long().argmax(1), mask.sum(1).long() - 1  # (B,)
         embeddings = state.embeddings.clone()
-        for made in self.made:
-            rows = slice(made.row * times, (made.row + 1) * times)
+        for made in state.made:
+            rows = slice(made.row, made.row + made.rows)
             steps = torch.arange(made.length, device=ids.device)
             places = first[rows, None] + torch.minimum(steps, last[rows, None].clamp_min(0))
             values = made.of(ids[rows].gather(1, places))

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from compose.atoms import Atoms, Below, Moved
 from compose.kind import Adapter, KindConfig, get_kind, make_config, original_module
 from compose.maps import LinearMap
+from compose.rows import Rows
 from compose.sites import SiteError, SiteMap, linear_shape
 
 
@@ -66,16 +67,17 @@ class Shift(Adapter):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._tied: dict[tuple[str, str], tuple[str, str]] = {}
         self._modules_of: dict[str, Callable[[], nn.Module]] = {}
-        owners: dict[int, tuple[str, str]] = {}
+        owners: dict[tuple[int, Rows | None], tuple[str, str]] = {}
         for path in self.paths:
-            module = original_module(model, path)
+            module, rows = original_module(model, sites.module_of(path)), sites.rows_of(path)
             for name, parameter in module.named_parameters(recurse=False):
                 if name == "bias" and not self.config.biases:
                     continue
-                first = owners.setdefault(id(parameter), (path, name))
+                first = owners.setdefault((id(parameter), rows), (path, name))
                 self._tied[path, name] = first
                 if first == (path, name):
-                    yield Place(path, name, _shape(module, name, parameter))
+                    shape = _shape(module, name, parameter)
+                    yield Place(path, name, shape if rows is None else (len(rows), *shape[1:]))
 
     def as_dense(self, sites: SiteMap, model: PreTrainedModel) -> Shift:
         """The same deltas, spread out: merges work on those."""
@@ -86,7 +88,8 @@ class Shift(Adapter):
         dense = cls(make_config(cls, options), sites, model, name=self.name).to(model.device)
         for owner in dict.fromkeys(self._tied.values()):
             shape = dense.at(*owner).shape
-            linear = owner[1] == "weight" and linear_shape(original_module(model, owner[0])) is not None
+            module = original_module(model, sites.module_of(owner[0]))
+            linear = owner[1] == "weight" and linear_shape(module) is not None
             spread = self.map_at(*owner).dense() if linear else self.vector_at(*owner)
             dense.at(*owner).data = spread.detach().reshape(shape).clone()
         if self.saved:
@@ -145,8 +148,11 @@ def _chosen(config: ShiftConfig, sites: SiteMap, model: PreTrainedModel) -> list
     wanted, carried = config.target_modules, tuple(f".{name}." for name in config.modules_to_save)
     blocks = {s.path: s.layer for s in sites} | {p: sites.layer_of(p) for p in sites.norms}
     everything = {**blocks, **dict.fromkeys(sites.outside)}
-    if sites.input_table is not None:
-        everything[sites.embedding] = None
+    tables: set[str] = set()
+    if sites.input_table is not None:  # with a decoder's embeddings that are the encoder's
+        table = original_module(model, sites.embedding).weight
+        tables = {p for p in sites.tables if original_module(model, p).weight is table}
+        everything |= dict.fromkeys(tables)
     if wanted is None:
         chosen = {p for p, layer in blocks.items() if layer is not None}
     elif wanted == "all":
@@ -160,13 +166,13 @@ def _chosen(config: ShiftConfig, sites: SiteMap, model: PreTrainedModel) -> list
                 s.path for s in sites.select(name)
             }
     if config.layers is not None:
-        chosen = {p for p in chosen if everything[p] in config.layers}
+        chosen = {p for p in chosen if sites.layer_of(p) in config.layers}
     chosen = {p for p in chosen if p and not any(name in f".{p}." for name in carried)}
     if not chosen:
         raise SiteError(
             f"no module of {wanted or 'the blocks'!r} lies in layers {config.layers}", hint=f"layers: {sites.depth()}"
         )
-    if sites.embedding in chosen:  # a decoder's embeddings that are the encoder's
-        table = original_module(model, sites.embedding).weight
-        chosen |= {p for p in sites.tables if original_module(model, p).weight is table}
-    return [p for p in sites.modules if p in chosen]
+    parts = {path: tuple(part.path for part in parts) for path, parts in sites.parts.items()}
+    if chosen & tables:
+        chosen |= tables
+    return [p for whole in sites.modules for p in (whole, *parts.get(whole, ())) if p in chosen]

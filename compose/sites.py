@@ -1,7 +1,9 @@
 """Sites: the neutral names of the places in a model where an adapter can act.
 
 A site is a module path with a role (``attn.q``, ``mlp.down``, ...), a layer number and, for encoder-decoders, a
-stack. Kinds and users ask for sites by role, by PEFT-style suffix (``q_proj``), or ``all-linear``.
+stack. Kinds and users ask for sites by role, by PEFT-style suffix (``q_proj``), or ``all-linear``. The parts of a fused
+linear are sites too: q of GPT-2's ``h.0.attn.c_attn`` is ``h.0.attn.c_attn.q``, with the role and shape it would have
+if it were a linear of its own.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compose.families import FAMILIES, POSITIONS, guess_role
+from compose.families import FAMILIES, FUSED, PARTS, POSITIONS, guess_role
+from compose.rows import Rows
 from hub.errors import HubError
 
 FINAL = "@final"  # the pseudo-site of the backbone's final states
@@ -37,6 +41,16 @@ class Site:
     stack: str
     in_features: int
     out_features: int
+    rows: Rows | None = None  # of a part: those of the fused linear that are its own
+
+    @property
+    def module(self) -> str:
+        """Path of the module that computes it: for a part, that of the whole."""
+        return self.path if self.rows is None else self.path.rpartition(".")[0]
+
+    def share(self, whole: Tensor) -> Tensor:
+        """What belongs to this site of a tensor with one row (its first dimension) for each output of the module."""
+        return whole if self.rows is None else self.rows.of(whole, 0)
 
     @property
     def name(self) -> str:
@@ -74,6 +88,8 @@ class SiteMap:
                 f"{type(model).__name__} ({self.model_type or 'unknown type'}) has no linear layer in a numbered block",
                 hint="hub compose sites BASE lists what can be adapted",
             )
+        # Parts of fused linears by the path of the whole; acted on where a target names them, never by default.
+        self.parts: dict[str, tuple[Site, ...]] = {s.path: p for s in self if (p := tuple(self._cut(s)))}
         self.outside: dict[str, Site] = {s.path: s for s in self._find_outside(modules)}
         self.modules = tuple(path for path in modules if path)
         self.architecture = type(model).__name__
@@ -96,6 +112,9 @@ class SiteMap:
         if self.embedding in self.tables:
             rows, width = cast("nn.Embedding", modules[self.embedding]).weight.shape
             self.input_table = Site(self.embedding, "embed", None, "", int(rows), int(width))
+        parts = {part.path: part for parts in self.parts.values() for part in parts}
+        tables = {s.path: s for s in (self.input_table,) if s is not None}
+        self._every: dict[str, Site] = {**self.sites, **parts, **self.outside, **tables}
 
     def _find(self, modules: dict[str, nn.Module]) -> Iterator[Site]:
         table = FAMILIES.get(self.model_type, {})
@@ -113,6 +132,21 @@ class SiteMap:
             in_features, out_features = shape
             yield Site(path, role, int(block["layer"]), stack, in_features, out_features)
 
+    def _cut(self, whole: Site) -> Iterator[Site]:
+        """The parts of a linear that holds several, if its family is known to lay them out so."""
+        cut = FUSED.get(self.model_type, {}).get(whole.role)
+        if cut is None:
+            return
+        groups, shares = cut(self.config)
+        run, rest = divmod(whole.out_features, groups)
+        unit, odd = divmod(run, sum(shares))
+        if rest or odd:
+            raise SiteError(f"{whole.path} has {whole.out_features} outputs, which are no {groups} x {shares} heads")
+        stops = list(accumulate(unit * share for share in shares))
+        for role, start, stop in zip(PARTS[whole.role], [0, *stops], stops, strict=False):
+            rows, path = Rows(groups, run, start, stop), f"{whole.path}.{role.rpartition('.')[2]}"
+            yield Site(path, role, whole.layer, whole.stack, whole.in_features, len(rows), rows)
+
     @staticmethod
     def _find_outside(modules: dict[str, nn.Module]) -> Iterator[Site]:
         """Linear layers outside the blocks (poolers, heads): acted on where a target names them, never by default."""
@@ -123,16 +157,22 @@ class SiteMap:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Paths of all sites, those outside the blocks and the input embeddings too."""
-        return (*self.sites, *self.outside, *([self.input_table.path] if self.input_table else []))
+        """Paths of all sites, parts of fused ones, those outside the blocks and the input embeddings too."""
+        return tuple(self._every)
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites.values())
 
     def __getitem__(self, path: str) -> Site:
-        if self.input_table is not None and path == self.input_table.path:
-            return self.input_table
-        return self.sites[path] if path in self.sites else self.outside[path]
+        return self._every[path]
+
+    def module_of(self, path: str) -> str:
+        """Path of the module that a site lies in: of the whole for a part of it, the same path for anything else."""
+        return self._every[path].module if path in self._every else path
+
+    def rows_of(self, path: str) -> Rows | None:
+        """Which rows of its module's output a part of a fused linear is; None for anything else."""
+        return self._every[path].rows if path in self._every else None
 
     @staticmethod
     def layer_of(path: str) -> int | None:
@@ -149,6 +189,14 @@ class SiteMap:
     def with_role(self, *roles: str) -> list[Site]:
         """Sites whose role is one of ``roles``, in model order."""
         return [s for s in self if s.role in roles]
+
+    def entry_beside(self, site: Site) -> Site:
+        """The first linear that the feed-forward block of the site's layer feeds: its input is the block's."""
+        entries = self.with_role("mlp.up", "mlp.gate", "mlp.gate_up")
+        found = next((s for s in entries if (s.layer, s.stack) == (site.layer, site.stack)), None)
+        if found is None:
+            raise SiteError(f"no feed-forward input is known beside {site.path}, which this adapter reads")
+        return found
 
     def attention_modules(self) -> list[tuple[Site, str]]:
         """Self-attention modules as (a key site, module path): the parents of ``attn.k`` or ``attn.qkv``, by layer."""
@@ -177,7 +225,7 @@ class SiteMap:
                 if not found:
                     raise self.nothing_for(name)
             wanted = {s.path for found in hits.values() for s in found}
-            chosen = [s for s in self._everywhere() if s.path in wanted]
+            chosen = [s for s in self._every.values() if s.path in wanted]
         if layers is not None:
             absent = sorted(set(layers) - {s.layer for s in chosen})
             if absent or not layers:
@@ -197,15 +245,13 @@ class SiteMap:
         return ", ".join(f"{k or 'blocks'} 0-{max(v)}" for k, v in stacks.items())
 
     def _matching(self, name: str) -> list[Site]:
-        return [s for s in self._everywhere() if name in (s.role, s.path, s.name) or s.path.endswith("." + name)]
-
-    def _everywhere(self) -> Iterator[Site]:
-        return (self[path] for path in self.paths)
+        return [s for s in self._every.values() if name in (s.role, s.path, s.name) or s.path.endswith("." + name)]
 
     def nothing_for(self, name: str) -> SiteError:
         """The error for a target that matches nothing, with what is near it."""
-        known = sorted({s.role for s in self} | {s.path.rsplit(".", 1)[-1] for s in self})
-        near = difflib.get_close_matches(name, known, n=2)
+        inside = [s for s in self._every.values() if s.layer is not None]
+        known = sorted({s.role for s in inside} | {s.path.rsplit(".", 1)[-1] for s in inside})
+        near = [k for k in known if k.endswith("." + name)] or difflib.get_close_matches(name, known, n=2)
         guess = f"; did you mean {' or '.join(near)}?" if near else ""
         return SiteError(
             f"target {name!r} matches no linear layer of this {self.model_type} model{guess}",

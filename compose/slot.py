@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
+from compose import learning
+from compose.branches import Chain, stages
 from compose.kernels import expand
 from compose.kind import KindError
-from compose.stage import Chain, Node, Stage, State, stages
+from compose.rows import Rows
+from compose.stage import Node, Stage, State
 from compose.switch import Switch
 from compose.weights import bias_of, row_norm_squared
 
@@ -61,6 +66,12 @@ class Slot(nn.Module):
         # Not one by one: a module's __setattr__ is slow, and while an adapter trains this runs at each call.
         self.__dict__.update(program=None, per_row=False, keep_input=False, seen=None, taps=[])
 
+    def held(self) -> dict[str, Any] | None:
+        """The program and what it asks for, for `__dict__`; None if there is nothing."""
+        if self.program is None and not self.keep_input:
+            return None
+        return {name: self.__dict__[name] for name in ("program", "per_row", "keep_input", "taps")}
+
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """The base layer's output with the active composition applied."""
         if self.keep_input:
@@ -89,7 +100,24 @@ class Slot(nn.Module):
         if isinstance(program, Stage | Switch) and program.simple:
             y = self._modules["base_layer"](x)  # type: ignore[misc]  # not by attribute: modules look theirs up slowly
             return program.add(y, x, fresh=not y.requires_grad and y.dtype == x.dtype)
+        if isinstance(program, Stage) and program.direct and _plain(x):
+            layer = self._modules["base_layer"]
+            return program.on(layer, x)(layer, x)  # type: ignore[arg-type]
+        if isinstance(program, Stage) and (whole := self._learned(program, x)) is not None:
+            return whole
         return program.run(self._below, x).y
+
+    def _learned(self, program: Stage, x: Tensor) -> Tensor | None:
+        """The output where one adapter trains alone, if there is a cheaper way to it than by :meth:`Stage.run`."""
+        layer = self.base_layer
+        if program.moves is not None and (whole := moved(layer, *program.moves)) is not None:
+            return cast("Tensor", functional_call(layer, whole, (x,)))
+        if program.learns is not None:
+            atoms, weight = program.learns
+            a, b = cast("Tensor", atoms.A), cast("Tensor", atoms.B)
+            if learning.fits(layer, x, a):
+                return learning.apply(layer, x, a, b, atoms.scale * weight, atoms.dropout, compute_dtype(layer))
+        return None
 
     def _below(self, x: Tensor) -> State:
         return State(self.base_layer(x), bias_of(self.base_layer))
@@ -99,6 +127,9 @@ class Slot(nn.Module):
         weight = getattr(self.base_layer, "weight", None)
         if isinstance(weight, Tensor) and weight.dtype != torch.int8:  # which takes whatever comes
             like = torch.empty(0, dtype=compute_dtype(self.base_layer), device=weight.device)
+            if isinstance(self.program, Stage) and self.program.direct and not self.program.simple:
+                self.program.on(self.base_layer, like)
+                return
             for stage in stages(self.program):
                 stage.lay_out(like)
 
@@ -109,23 +140,33 @@ class Slot(nn.Module):
         return self._row_norm
 
 
-class BelowView:
-    """The linear map an adapter sits on: the slot's base layer with the stages before it (see atoms.Below)."""
+def _plain(x: Tensor) -> bool:
+    """Whether what a layer makes of x has the dtype of x."""
+    return x.is_floating_point() and not torch.is_autocast_enabled(x.device.type)
 
-    def __init__(self, slot: Slot, before: Sequence[Node]) -> None:
-        self._slot, self._before = slot, tuple(before)
+
+class BelowView:
+    """The linear map an adapter sits on: the slot's base layer with the stages before it (see atoms.Below).
+
+    Of an adapter on a part of a fused linear, that is the map into its ``rows``.
+    """
+
+    def __init__(self, slot: Slot, before: Sequence[Node], rows: Rows | None = None) -> None:
+        self._slot, self._before, self._rows = slot, tuple(before), rows
 
     def apply(self, x: Tensor) -> Tensor:
         """W' x, bias left out; x (n, d_in)."""
         layer = self._slot.base_layer
         x = x.to(compute_dtype(layer))[None]  # (1, n, d_in): as one row of a batch
         y, c = Chain(self._before).run(self._slot._below, x) if self._before else self._slot._below(x)
-        return (y if c is None else y - c)[0]
+        y = (y if c is None else y - c)[0]
+        return y if self._rows is None else self._rows.of(y)
 
     def row_norm_squared(self) -> Tensor:
         """||W'||^2 of each row: from the weight, or by feeding unit vectors through the stages before."""
         if not self._before:
-            return self._slot.row_norm_squared()
+            norm = self._slot.row_norm_squared()
+            return norm if self._rows is None else self._rows.of(norm)
         width = int(self._slot.in_features if hasattr(self._slot, "in_features") else self._slot.weight.shape[0])
         total: Tensor | float = 0.0
         for units in torch.split(torch.eye(width, device=self.device), 256):
@@ -156,6 +197,23 @@ def compute_dtype(layer: nn.Module) -> torch.dtype:
         return dtype
     weight = cast("Tensor", layer.weight)
     return weight.dtype if weight.dtype.is_floating_point else torch.float16
+
+
+def moved(layer: nn.Module, deltas: Mapping[str, Tensor], weight: float) -> dict[str, Tensor] | None:
+    """The layer's parameters p + w delta, so that one product does for W x + w D x; None where two are better.
+
+    A quantized layer would be held whole until the backward pass, in another precision the sum would round the delta,
+    and of an embedding's rows a batch reads few.
+    """
+    if isinstance(layer, nn.Embedding):
+        return None
+    own = {name: cast("Tensor", getattr(layer, name)) for name in deltas}
+    if any(own[name].dtype != delta.dtype for name, delta in deltas.items()):
+        return None
+    turned = {"weight"} if isinstance(layer, Conv1D) else set()  # which holds its matrix transposed
+    return {
+        name: torch.add(own[name], delta.T if name in turned else delta, alpha=weight) for name, delta in deltas.items()
+    }
 
 
 class PositionSlot(nn.Module):

@@ -6,18 +6,19 @@ is not W x (the bias and what was added to it), which a gain that leaves the bia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compose.atoms import Atoms, Function, Moved, Replace, Side
-from compose.coefficients import Coefficient, multiply, on_rows, used_rows, weigh, weight_matrix
+from compose.coefficients import Coefficient, multiply, on_rows, shield, used_rows, weigh, weight_matrix
+from compose.frozen import Frozen, can_be_frozen
 from compose.heads import level
 from compose.kernels import BACKENDS, Pair, Prepared, choose, expand, for_all, isolating, mix
 from compose.maps import LinearMap
@@ -71,19 +72,45 @@ class Stage:
         self.functions = [e for e, a in atoms if a.function is not None and not isinstance(a.function, Replace)]
         self.live = any(e.live for e in self.entries)
         # What is kept from call to call must hold no graph: of live factors, or of weights that a router learns.
-        self._keeps = not self.live and not any(
+        self.keeps = not self.live and not any(
             isinstance(e.coefficient, Tensor) and e.coefficient.requires_grad for e in self.entries
         )
         # Nothing but frozen pairs, the common case: y + sum_e w_e s_e B_e A_e x, see :meth:`add`.
-        self.simple = self._keeps and all(e.atoms.is_pair and not e.atoms.dropout for e in self.entries)
+        self.simple = self.keeps and all(e.atoms.is_pair and not e.atoms.dropout for e in self.entries)
+        self.moves = self._moves()
+        self.learns = self._learns()
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
         self._prepared: dict[torch.dtype, Prepared] = {}
         self._maps: dict[torch.dtype, list[LinearMap]] = {}
+        # Weighed by numbers or rows, on a layer itself: see :meth:`on`.
+        self.direct = can_be_frozen(self)
+        self._frozen: dict[torch.dtype, Frozen] = {}
+
+    def _moves(self) -> tuple[Mapping[str, Tensor], float] | None:
+        """Deltas of parameters and their weight, where nothing else acts here and they train: see Slot."""
+        if len(self.entries) != 1 or not self.live or isinstance(self.entries[0].coefficient, Tensor):
+            return None
+        deltas = self.entries[0].atoms.shift
+        return None if deltas is None else (deltas, self.entries[0].coefficient)
+
+    def _learns(self) -> tuple[Atoms, float] | None:
+        """The pair that trains here, and its weight, where nothing else acts: see Slot."""
+        if len(self.entries) != 1 or not self.live or isinstance(self.entries[0].coefficient, Tensor):
+            return None
+        return (self.entries[0].atoms, self.entries[0].coefficient) if self.entries[0].atoms.is_pair else None
 
     @property
     def additive(self) -> bool:
         """Whether no entry reads or scales what is below."""
         return all(e.atoms.additive for e in self.entries)
+
+    def on(self, layer: nn.Module, like: Tensor) -> Frozen:
+        """The stage laid out for calls of ``layer`` on activations such as ``like``; only if it is ``direct``."""
+        frozen = self._frozen.get(like.dtype)
+        if frozen is None:
+            with self._to_keep():
+                frozen = self._frozen[like.dtype] = Frozen(self, layer, like)
+        return frozen
 
     def run(self, below: Below, x: Tensor) -> State:
         """Y = y0 (1 + G) + low rank + deltas + biases + functions; see :mod:`compose.atoms`."""
@@ -99,7 +126,7 @@ class Stage:
             c = c0 * self._mixed("scaling", scaling, y0, plus_one=True) if scaling and c0 is not None else c0
         if self.low_rank:
             y = self._add_low_rank(y, x)
-        for e, delta in zip(self.deltas, self._maps_for(x.dtype) if self.deltas else (), strict=True):
+        for e, delta in zip(self.deltas, self.maps_for(x.dtype) if self.deltas else (), strict=True):
             y = y + _apply_map(delta, e.coefficient, x, y0)
         added: Tensor | None = self._mixed("biases", self.biases, y0) if self.biases else None
         for e in self.functions:
@@ -127,7 +154,7 @@ class Stage:
             y = moved
         return State(y, c)
 
-    def _maps_for(self, dtype: torch.dtype) -> list[LinearMap]:
+    def maps_for(self, dtype: torch.dtype) -> list[LinearMap]:
         """The deltas, in order, the frozen ones in ``dtype``."""
         if dtype not in self._maps:
             with self._to_keep():
@@ -137,22 +164,17 @@ class Stage:
 
     def lay_out(self, like: Tensor) -> None:
         """Do now what else the first call on activations such as ``like`` does, so that calls are all the same."""
-        if not self._keeps:
+        if not self.keeps:
             return
         if self.low_rank and not any(e.atoms.dropout for e in self.low_rank):
-            self._layout_for(like)
-        for label, entries, one in (("inputs", self.inputs, True), ("gains", self.gains, True)):
+            self.layout_for(like)
+        scaling = [e for e in self.gains if e.atoms.gain_scales_bias]
+        plain = {"biasless": self.biasless, "biases": self.biases}
+        for label, entries in {"inputs": self.inputs, "gains": self.gains, "scaling": scaling, **plain}.items():
             if entries:
-                self._mixture(label, entries, like, plus_one=one)
-        if self.gains:
-            scaling = [e for e in self.gains if e.atoms.gain_scales_bias]
-            for label, entries, one in (("biasless", self.biasless, False), ("scaling", scaling, True)):
-                if entries:
-                    self._mixture(label, entries, like, plus_one=one)
-        if self.biases:
-            self._mixture("biases", self.biases, like, plus_one=False)
+                self._kept_mixture(label, entries, like, plus_one=label not in plain)
         if self.deltas:
-            self._maps_for(like.dtype)
+            self.maps_for(like.dtype)
 
     def _replacement(self) -> Replace | None:
         if len(self.heads) != 1 or len(self.entries) != 1 or isinstance(self.entries[0].coefficient, Tensor):
@@ -161,28 +183,32 @@ class Stage:
 
     def _mixed(self, label: str, entries: Sequence[Entry], like: Tensor, *, plus_one: bool = False) -> Tensor:
         """Sum_e w_e t_e over vectors t (gains enter as g - 1): (d,) for numbers, else (B, 1 or T, d)."""
-        mixed = self._mixture(label, entries, like, plus_one=plus_one)
+        mixed = self._kept_mixture(label, entries, like, plus_one=plus_one)
         if mixed.shape[0] == 1 and mixed.dim() == 2:
             return mixed[0]
         mixed = expand(mixed, like.shape[0])
         return mixed[:, None] if mixed.dim() == 2 else mixed
 
-    def _mixture(self, label: str, entries: Sequence[Entry], like: Tensor, *, plus_one: bool) -> Tensor:
+    def mixture(self, label: str, entries: Sequence[Entry], like: Tensor, *, plus_one: bool = False) -> Tensor:
+        """Sum_e w_e t_e over vectors t (gains enter as g - 1), (1 or R, [T,] d)."""
+        vectors = torch.stack([_vector(label, e.atoms) for e in entries])  # (E, d)
+        mixed = mix(weight_matrix([e.coefficient for e in entries], like), vectors).to(like.dtype)
+        return mixed + 1 if plus_one else mixed
+
+    def _kept_mixture(self, label: str, entries: Sequence[Entry], like: Tensor, *, plus_one: bool) -> Tensor:
         tag = (label, like.dtype)
         if tag in self._kept:
             return self._kept[tag]
         with self._to_keep():
-            vectors = torch.stack([_vector(label, e.atoms) for e in entries])  # (E, d)
-            mixed = mix(weight_matrix([e.coefficient for e in entries], like), vectors).to(like.dtype)  # (R, [T,] d)
-            mixed = mixed + 1 if plus_one else mixed
-        if self._keeps:
+            mixed = self.mixture(label, entries, like, plus_one=plus_one)
+        if self.keeps:
             self._kept[tag] = mixed
         return mixed
 
     def _add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
         if any(e.atoms.dropout for e in self.low_rank):
             return self._add_with_dropout(y, x)
-        if not self._keeps:
+        if not self.keeps:
             # While training, factors keep their own precision; afterwards they take the activations'.
             own = [cast("Tensor", e.atoms.A).dtype for e in self.low_rank] if self.live else []
             dtype = reduce(torch.promote_types, own, x.dtype)
@@ -191,9 +217,10 @@ class Stage:
 
     def add(self, y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
         """Y plus the low-rank mixture of frozen factors, laid out once; ``fresh``: y may be written over."""
-        return self._layout_for(x)(y, x, fresh=fresh)
+        return self.layout_for(x)(y, x, fresh=fresh)
 
-    def _layout_for(self, x: Tensor) -> Prepared:
+    def layout_for(self, x: Tensor) -> Prepared:
+        """The low-rank mixture of frozen factors for activations such as ``x``."""
         prepared = self._prepared.get(x.dtype)
         if prepared is None:
             with self._to_keep():
@@ -202,26 +229,25 @@ class Stage:
 
     def _to_keep(self) -> AbstractContextManager[Any]:
         """Tensors that are kept must not be of inference mode: autograd may meet them in a later call."""
-        return torch.inference_mode(False) if self._keeps else nullcontext()
+        return torch.inference_mode(False) if self.keeps else nullcontext()
 
     def _prepare(self, dtype: torch.dtype, like: Tensor) -> Prepared:
         numbers = [e.coefficient for e in self.low_rank if not isinstance(e.coefficient, Tensor)]
         if len(numbers) == len(self.low_rank):
-            return for_all(
-                [pair_of(e, c, dtype, fold=self._keeps) for e, c in zip(self.low_rank, numbers, strict=True)]
-            )
-        pairs = [pair_of(e, 1.0, dtype, fold=self._keeps) for e in self.low_rank]
+            return for_all([pair_of(e, c, dtype, fold=self.keeps) for e, c in zip(self.low_rank, numbers, strict=True)])
+        pairs = [pair_of(e, 1.0, dtype, fold=self.keeps) for e in self.low_rank]
         w = weight_matrix([e.coefficient for e in self.low_rank], like)
-        if self._keeps and len(used := (w != 0).flatten(0, -2).any(0).nonzero().flatten()):
+        if self.keeps and len(used := (w != 0).flatten(0, -2).any(0).nonzero().flatten()):
             pairs, w = [pairs[i] for i in used.tolist()], w[..., used]  # a weight of zero costs nothing
-        return BACKENDS[isolating(choose([p.rank for p in pairs], w), pairs, w)](pairs, w)
+        return BACKENDS[isolating(choose([p.rank for p in pairs], w), pairs, w, live=self.live)](pairs, w)
 
     def _add_with_dropout(self, y: Tensor, x: Tensor) -> Tensor:
         for e in self.low_rank:
             a, b = cast("Tensor", e.atoms.A), cast("Tensor", e.atoms.B)
-            dropped = F.dropout(x, e.atoms.dropout).to(a.dtype)
-            term = weigh(F.linear(F.linear(dropped, a), b) * e.atoms.scale, e.coefficient)
-            y = y + term.to(y.dtype)
+            w, rows = used_rows(e.coefficient, x.shape[0])
+            dropped = F.dropout(shield(x, w), e.atoms.dropout).to(a.dtype)
+            pair = partial(_pair_on, a, b, e.atoms.scale)
+            y = y + weigh(on_rows(pair, rows, dropped, y), w)
         return y
 
     def _call(self, entry: Entry, x: Tensor, y0: Tensor) -> Tensor:
@@ -229,14 +255,18 @@ class Stage:
         function = entry.atoms.function
         w, rows = used_rows(entry.coefficient, x.shape[0])
         if isinstance(function, Side):  # for all rows: what it keeps for later tokens lies side by side in one cache
-            return weigh(function.fn(y0, function.trace).to(y0.dtype), entry.coefficient)
+            return weigh(function.fn(shield(y0, w), function.trace).to(y0.dtype), entry.coefficient)
         if isinstance(function, Moved):
-            value = on_rows(lambda x_, y_: function.fn(x_).to(y_.dtype), rows, x, y0)
+            value = on_rows(lambda x_, y_: function.fn(x_).to(y_.dtype), rows, shield(x, w), y0)
         else:
             assert isinstance(function, Function)  # noqa: S101 - narrows the type
             z = y0 if function.source is None else function.source().reshape(*y0.shape[:-1], -1)
-            value = on_rows(lambda z_, y_: function.fn(z_).to(y_.dtype), rows, z, y0)
+            value = on_rows(lambda z_, y_: function.fn(z_).to(y_.dtype), rows, shield(z, w), y0)
         return weigh(value, w)
+
+
+def _pair_on(a: Tensor, b: Tensor, scale: float, x: Tensor, like: Tensor) -> Tensor:
+    return (F.linear(F.linear(x, a), b) * scale).to(like.dtype)
 
 
 def pair_of(entry: Entry, times: float, dtype: torch.dtype, *, fold: bool) -> Pair:
@@ -245,83 +275,18 @@ def pair_of(entry: Entry, times: float, dtype: torch.dtype, *, fold: bool) -> Pa
     Live factors are left as they are.
     """
     a, b, scale = cast("Tensor", entry.atoms.A), cast("Tensor", entry.atoms.B), entry.atoms.scale * times
-    return Pair(a.to(dtype), (b * scale).to(dtype), 1.0) if fold else Pair(a.to(dtype), b.to(dtype), scale)
+    if fold and scale != 1.0:
+        b, scale = b * scale, 1.0
+    return Pair(a.to(dtype), b.to(dtype), scale)
 
 
 def _apply_map(delta: LinearMap, coefficient: Coefficient, x: Tensor, like: Tensor) -> Tensor:
     """W D x, computed only for the rows whose weight is not zero."""
     w, rows = used_rows(coefficient, x.shape[0])
-    return weigh(on_rows(lambda x_, y_: delta(x_).to(y_.dtype), rows, x, like), w)
+    return weigh(on_rows(lambda x_, y_: delta(x_).to(y_.dtype), rows, shield(x, w), like), w)
 
 
 def _vector(label: str, atoms: Atoms) -> Tensor:
     value = {"biases": atoms.bias, "inputs": atoms.input_gain}.get(label, atoms.gain)
     assert value is not None  # noqa: S101 - the caller chose entries that have it
     return value if label == "biases" else value - 1
-
-
-class Chain:
-    """Stages one after the other (``>>``): each works on the function that the ones before it made."""
-
-    def __init__(self, parts: Sequence[Node]) -> None:
-        self.parts = tuple(parts)
-
-    def run(self, below: Below, x: Tensor) -> State:
-        """Evaluate the last stage on all the others."""
-        for part in self.parts[:-1]:
-            below = partial(part.run, once(below))
-        return self.parts[-1].run(once(below), x)
-
-
-class Mix:
-    """y0 + sum_i c_i (f_i - y0): whole branches, each relative to the same function below."""
-
-    def __init__(self, terms: Sequence[tuple[Coefficient, Node]]) -> None:
-        self.terms = tuple(terms)
-
-    def run(self, below: Below, x: Tensor) -> State:
-        """Evaluate every branch; what is below is evaluated once."""
-        below = once(below)
-        y0, c0 = below(x)
-        y, c = y0, c0
-        for weight, node in self.terms:
-            yi, ci = node.run(below, x)
-            if yi.shape == y.shape:
-                y = y + weigh(yi - y0, weight)
-            else:  # heads of different widths: an order in which a weight of one leaves yi as it is
-                y, yi = level(y, yi)
-                before, _ = level(y0, yi)
-                y = y - weigh(before, weight) + weigh(yi, weight)
-            if ci is not None and ci.shape[-1] == y0.shape[-1]:
-                delta = weigh(torch.broadcast_to(ci if c0 is None else ci - c0, y0.shape), weight)
-                c = delta if c is None else c + delta
-        return State(y, c)
-
-
-def stages(node: Node | None) -> list[Stage]:
-    """All stages of a compiled node."""
-    if isinstance(node, Stage):
-        return [node]
-    parts = node.parts if isinstance(node, Chain) else [n for _, n in node.terms] if isinstance(node, Mix) else []
-    return [stage for part in parts for stage in stages(part)]
-
-
-def weighs_rows(node: Node) -> bool:
-    """Whether some weight in ``node`` is a tensor: one per row or per token."""
-    if isinstance(node, Stage):
-        return any(isinstance(e.coefficient, Tensor) for e in node.entries)
-    if isinstance(node, Chain):
-        return any(weighs_rows(part) for part in node.parts)
-    return isinstance(node, Mix) and any(isinstance(c, Tensor) or weighs_rows(n) for c, n in node.terms)
-
-
-def once(below: Below) -> Below:
-    """Remember the last evaluation: branches ask for the same x."""
-    last: list[tuple[Tensor, State]] = []
-
-    def call(x: Tensor) -> State:
-        if not last or last[0][0] is not x:
-            last[:] = [(x, below(x))]
-        return last[0][1]
-
-    return call

@@ -9,10 +9,11 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from compose.branches import Mix, once
 from compose.expr import Expr
 from compose.kernels import Routed
 from compose.kind import Adapter, KindError
-from compose.stage import Below, Mix, Node, Stage, State, once, pair_of
+from compose.stage import Below, Node, Stage, State, pair_of
 
 
 class Gate(Protocol):

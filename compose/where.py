@@ -18,7 +18,7 @@ def limits(call: Call) -> bool:
 
 
 def covers(sites: SiteMap, call: Call, path: str) -> bool:
-    """Whether ``call`` lets its argument act in the module at ``path``."""
+    """Whether ``call`` lets its argument act in the module, or the part of a fused one, at ``path``."""
     options = cast("AtOptions", bind(call))
     layer = sites.layer_of(path)
     if options.layers is not None and layer is not None and layer not in options.layers:
@@ -42,7 +42,7 @@ def check_limits(sites: SiteMap, call: Call, adapters: Mapping[str, Adapter]) ->
     if absent:
         raise SiteError(f"{call}: there is no layer {absent[0]}", hint=f"layers: {sites.depth()}")
     for name in options.sites or ():
-        if not any(_named(sites, name, path) for path in sites.modules):
+        if not any(_named(sites, name, path) for path in (*sites.modules, *sites.paths)):
             raise sites.nothing_for(name)
     for name in call.refs:
         adapter = adapters[name]

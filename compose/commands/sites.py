@@ -26,7 +26,8 @@ def sites(base: str, task: str | None, brief: bool, as_json: bool) -> None:
     hub compose sites ./my-model --brief
 
     Adapters are aimed at roles (attn.q), at ends of paths (q_proj), at whole names and paths, or at all-linear. Sites
-    outside the blocks are acted on only where a target names them. Only config.json of the base is read.
+    outside the blocks, and the parts of a fused layer (q of GPT-2's c_attn), are acted on only where a target names
+    them. Only config.json of the base is read.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     from compose.outline import Outline
 
@@ -46,7 +47,8 @@ def sites(base: str, task: str | None, brief: bool, as_json: bool) -> None:
 
 def rows(outline: Outline) -> list[dict[str, Any]]:
     """Facts of all sites, those outside the blocks last."""
-    sites = [*outline.sites, *outline.sites.outside.values()]
+    inside = [s for whole in outline.sites for s in (whole, *outline.sites.parts.get(whole.path, ()))]
+    sites = [*inside, *outline.sites.outside.values()]
     found = []
     for site in sites:
         how, why = recognised(site, outline.sites.model_type)
@@ -67,9 +69,11 @@ def rows(outline: Outline) -> list[dict[str, Any]]:
 
 
 def recognised(site: Site, model_type: str) -> tuple[str, str]:
-    """How a site got its role: ``table``, ``name``, ``path`` or ``outside``, and the explanation."""
+    """How a site got its role: ``table``, ``part``, ``name``, ``path`` or ``outside``, and the explanation."""
     from compose.families import FAMILIES, guess_role
 
+    if site.rows is not None:
+        return "part", f"part of {site.module.rsplit('.', 1)[-1]}: {site.rows}"
     if site.layer is None:
         return "outside", "outside the blocks: only where a target names it"
     table = FAMILIES.get(model_type, {})

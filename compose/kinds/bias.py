@@ -38,10 +38,8 @@ class Bias(Adapter):
             chosen = [s.path for s in self.targets(sites)]
         self.paths = tuple(chosen)
         for path in chosen:
-            layer = original_module(model, path)
-            bias = bias_of(layer)
-            width = bias.shape[0] if bias is not None else sites[path].out_features
-            self.add(path, "b", torch.zeros(width))
+            norm = None if path in sites.paths else bias_of(original_module(model, path))
+            self.add(path, "b", torch.zeros(sites[path].out_features if norm is None else len(norm)))
 
     def lower(self, path: str, below: Below) -> Atoms | None:
         """The bias delta."""

@@ -7,12 +7,11 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from compose.atoms import Atoms, Below, Function, Replace
+from compose.atoms import Atoms, Below, Block, Function, Replace
 from compose.kind import Adapter, KindConfig, KindError, register
 from compose.sites import Site, SiteMap
 from hub.errors import suggest
@@ -73,13 +72,13 @@ class Bottleneck(Adapter):
                 f"no activation is called {name!r}" + (f"; {guess}" if guess else ""),
                 hint="for example relu, gelu, silu",
             )
-        self._act = ACT2FN[name]
+        self._activation, self._act = name, ACT2FN[name]
         self._taps: dict[str, str | None] = {}
         chosen = self.targets(sites, default=_PLACES[self.config.style])
         self._places = {s.path if not self.config.behind_norm else _norm_behind(s, sites): s for s in chosen}
         self.paths = tuple(self._places)
         for path, site in self._places.items():
-            self._taps[path] = self._tap(site, sites) if self.config.style == "parallel" else None
+            self._taps[path] = sites.entry_beside(site).path if self.config.style == "parallel" else None
             d = site.out_features
             m = self.config.bottleneck_size or max(1, round(d / self.config.reduction_factor))
             down, up = torch.empty(m, d), torch.zeros(d, m)
@@ -93,28 +92,14 @@ class Bottleneck(Adapter):
             self.add(path, "up", up)
             self.add(path, "up_b", torch.zeros(d))
 
-    @staticmethod
-    def _tap(site: Site, sites: SiteMap) -> str:
-        entries = [
-            s
-            for s in sites.with_role("mlp.up", "mlp.gate", "mlp.gate_up")
-            if (s.layer, s.stack) == (site.layer, site.stack)
-        ]
-        if not entries:
-            raise KindError(f"no feed-forward input is known beside {site.path}, which the parallel style reads")
-        return entries[0].path
-
     def lower(self, path: str, below: Below) -> Atoms | None:
         """The block function, with its tap if parallel."""
         if path not in self.paths:
             return None
         down, down_b, up, up_b = (self.at(path, n) for n in ("down", "down_b", "up", "up_b"))
 
-        def fn(z: Tensor) -> Tensor:
-            z = F.dropout(z, self.config.dropout, self.training and self.trainable)
-            hidden = self._act(F.linear(z.to(down.dtype), down, down_b))  # (..., m)
-            return self.config.scaling * F.linear(hidden, up, up_b)
-
+        dropout = self.config.dropout if self.training and self.trainable else 0.0
+        fn = Block(down, down_b, up, up_b, self._activation, self._act, self.config.scaling, dropout)
         if self.config.behind_norm:
             norm = below.layer
             return Atoms(function=Replace(lambda u: norm(u + fn(norm(u)).to(u.dtype))))

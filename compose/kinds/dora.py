@@ -28,8 +28,9 @@ class Dora(LowRank):
     def build(self, sites: SiteMap, model: PreTrainedModel) -> None:
         """A and B as LoRA's; m starts as the row norm of W, so g = 1."""
         super().build(sites, model)
-        for path in self.paths:
-            self.add(path, "magnitude", row_norm_squared(original_module(model, path)).sqrt().cpu())
+        for site in map(sites.__getitem__, self.paths):
+            norm = row_norm_squared(original_module(model, site.module)).sqrt()
+            self.add(site.path, "magnitude", site.share(norm).cpu())
 
     def lower(self, path: str, below: Below) -> Atoms | None:
         """Gain g on y0, and the pair (A, g * B)."""

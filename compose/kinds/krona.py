@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below
 from compose.kind import Adapter, KindConfig, KindError, register
-from compose.maps import Kronecker
+from compose.maps import Kronecker, factors_of
 from compose.patterns import Patterns, as_dict, value_at, whole
 from compose.sites import SiteMap
 
@@ -63,8 +63,8 @@ class Krona(Adapter):
         for site in chosen:
             r = int(value_at(self.config.rank_pattern, site.path, self.config.r))
             self._scale[site.path] = value_at(self.config.alpha_pattern, site.path, self.config.alpha) / r
-            l1, r1 = split(site.out_features, self.config.decompose_factor)
-            l2, r2 = split(site.in_features, self.config.decompose_factor)
+            l1, r1 = factors_of(site.out_features, self.config.decompose_factor)
+            l2, r2 = factors_of(site.in_features, self.config.decompose_factor)
             self.add(site.path, "L", torch.zeros(l1, l2))
             if r < max(r1, r2) / 2:
                 self.add(site.path, "R1", self._uniform(r1, r))
@@ -103,12 +103,3 @@ class Krona(Adapter):
             raise KindError("this PEFT LoKr has init_weights='lycoris', which kind 'krona' does not know")
         named = ("r", "alpha", "decompose_factor", "rank_pattern", "alpha_pattern")
         return {name: fields[name] for name in named if fields.get(name) is not None}
-
-
-def split(dimension: int, factor: int) -> tuple[int, int]:
-    """(m, n) with m n = dimension: m = factor where it divides, else the largest divisor up to it and to the root."""
-    if factor > 0 and dimension % factor == 0:
-        return factor, dimension // factor
-    most = min(math.isqrt(dimension), factor if factor > 0 else dimension)
-    m = next(m for m in range(max(1, most), 0, -1) if dimension % m == 0)
-    return m, dimension // m

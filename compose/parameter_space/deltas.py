@@ -64,7 +64,7 @@ def merge_to_lora(job: Job) -> tuple[Adapter, Certificate]:
 
 
 def _paths(job: Job) -> list[str]:
-    return list(dict.fromkeys(p for a in job.adapters for p in a.paths))
+    return list(dict.fromkeys(p for a in job.adapters for p in a.module_paths))
 
 
 def _finish(job: Job, made: dict[str, Made]) -> tuple[Adapter, Certificate]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compose import factors
+from compose.branches import Chain, Mix
 from compose.coefficients import Coefficient
 from compose.expr import Expr
 from compose.kernels import Pair
@@ -20,7 +21,7 @@ from compose.kind import Adapter, KindError
 from compose.lowering import Scene, site_program
 from compose.maps import LinearMap
 from compose.sites import linear_shape
-from compose.stage import Chain, Entry, Mix, Node, Stage
+from compose.stage import Entry, Node, Stage
 from compose.weights import bias_of, dense_weight, row_norm_squared
 
 _BLOCK = 2**16  # elements of a block when two dense effects are compared
@@ -154,7 +155,7 @@ class _Unweighted:
     def __init__(self, scene: Scene) -> None:
         self.adapters = scene.adapters
         self.weights: Mapping[str, Coefficient] = {}
-        self.slot, self.covers = scene.slot, scene.covers
+        self.sites, self.slot = scene.sites, scene.slot
 
 
 def effect_of(scene: Scene, path: str, expr: Expr) -> Effect:

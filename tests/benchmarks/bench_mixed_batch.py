@@ -1,11 +1,13 @@
 """A batch whose rows use different LoRA adapters: a decoding step and a prefill, against PEFT's ``adapter_names``.
 
-    python tests/benchmarks/bench_mixed_batch.py [--adapters 1,4,8,16,32,64,256] [--kinds lora,ia3,...] [--plot FILE]
+    python tests/benchmarks/bench_mixed_batch.py [--adapters 1,4,8,16,32,64,256] [--resident 1000]
+        [--kinds lora,ia3,...] [--plot FILE]
 
 Prints one row for each number of adapters and phase. ``ours`` and ``peft`` are ratios to the bare base: the median over
 rounds of (time of that round) / (time of the base in the same round), the three run in turn. With ``--kinds`` the
 adapters are of these kinds in turn, and PEFT, which has no such batch, is left out. More adapters than rows: the others
-are resident, and the rows use as many as there are rows.
+are resident, and the rows use as many as there are rows; ``--resident`` makes our model hold so many in each row of the
+table. PEFT takes part up to ``--peft`` adapters, as it takes long to add many; a dash stands for the rest.
 """
 
 from __future__ import annotations
@@ -34,13 +36,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapters", default="1,4,8,16,32,64,256", help="how many adapters, one table row each")
     parser.add_argument("--kinds", default="", help="kinds of the adapters in turn, e.g. lora,dora,ia3,bias,bottleneck")
+    parser.add_argument("--resident", type=int, default=0, help="how many adapters our model holds, at least")
+    parser.add_argument("--peft", type=int, default=64, help="most adapters that PEFT is measured with")
     parser.add_argument("--plot", metavar="FILE", help="draw ratio against number of adapters as SVG")
     shape_options(parser, rows=32, prompt=32, layers=8, width=512, vocabulary=1024, rank=8, rounds=25)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     torch.manual_seed(0)
     counts = sorted({int(n) for n in options.adapters.split(",")})
-    bench = (Mixed if options.kinds else Bench)(options, most=max(counts))
+    bench = (Mixed if options.kinds else Bench)(options, most=max(*counts, options.resident))
     with torch.inference_mode():
         rows = [row for count in counts for row in bench.measure(count)]
     found = {"machine": machine(), "model": vars(options), "rows": rows, "largest_difference": bench.difference}
@@ -56,7 +60,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, most: int) -> None:
         self.options = options
         self.bare = llama(options)
-        self.ours, self.theirs = _with_adapters(self.bare, options.rank, most)
+        self.ours, self.theirs = _with_adapters(self.bare, options.rank, most, most_peft=min(most, options.peft))
         self.ids = torch.randint(options.vocabulary, (options.rows, options.prompt))
         self.token = torch.randint(options.vocabulary, (options.rows, 1))
         self.difference = 0.0
@@ -66,21 +70,20 @@ class Bench:
         names = [f"a{i % count}" for i in range(self.options.rows)]
         inject.activate(self.ours, names if count > 1 else names[0])
         extra = {"adapter_names": names}
-        self._check(extra)
+        beside = count <= self.options.peft
+        self._check(extra) if beside else self._check_rows(names)
         found = []
         for phase in ("decode", "prefill"):
-            calls = {
-                "base": self._call(self.bare, phase, {}),
-                "ours": self._call(self.ours, phase, {}),
-                "peft": self._call(self.theirs, phase, extra),
-            }
+            calls = {"base": self._call(self.bare, phase, {}), "ours": self._call(self.ours, phase, {})}
+            if beside:
+                calls["peft"] = self._call(self.theirs, phase, extra)
             times = interleave(calls, self.options.rounds)
             found.append(
                 {
                     "adapters": count,
                     "phase": phase,
                     "ours": ratio(times["ours"], times["base"]),
-                    "peft": ratio(times["peft"], times["base"]),
+                    "peft": ratio(times["peft"], times["base"]) if beside else "-",
                     "base_ms": sorted(times["base"])[len(times["base"]) // 2] * 1e3,
                 }
             )
@@ -108,6 +111,18 @@ class Bench:
             if worst > 1e-4 * scale:
                 raise SystemExit(f"ours and PEFT's logits differ by {worst:g} in {phase}: nothing to compare")
             self.difference = max(self.difference, worst)
+
+    def _check_rows(self, names: list[str]) -> None:
+        """Each row is what its adapter alone computes."""
+        together = self.ours(input_ids=self.ids).logits
+        for row in range(min(len(names), 8)):
+            inject.activate(self.ours, names[row])
+            alone = self.ours(input_ids=self.ids[row : row + 1]).logits[0]
+            worst = float((together[row] - alone).abs().max())
+            if worst > 1e-3 * float(alone.abs().max()):
+                raise SystemExit(f"row {row} differs by {worst:g} from {names[row]} alone: nothing to measure")
+            self.difference = max(self.difference, worst)
+        inject.activate(self.ours, names if len(set(names)) > 1 else names[0])
 
 
 class Mixed(Bench):
@@ -142,17 +157,6 @@ class Mixed(Bench):
             found.append({"adapters": count, "phase": phase, "ours": slower, "base_ms": middle})
         return found
 
-    def _check_rows(self, names: list[str]) -> None:
-        together = self.ours(input_ids=self.ids).logits
-        for row in range(min(len(names), 8)):
-            inject.activate(self.ours, names[row])
-            alone = self.ours(input_ids=self.ids[row : row + 1]).logits[0]
-            worst = float((together[row] - alone).abs().max())
-            if worst > 1e-3 * float(alone.abs().max()):
-                raise SystemExit(f"row {row} differs by {worst:g} from {names[row]} alone: nothing to measure")
-            self.difference = max(self.difference, worst)
-        inject.activate(self.ours, names if len(set(names)) > 1 else names[0])
-
 
 def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Cost against the number of adapters, as SVG."""
@@ -162,7 +166,11 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     axes = figure.subplots()
     for side, mark in (("ours", "-o"), ("peft", "--s")):
         for phase in ("decode", "prefill"):
-            points = [(row["adapters"], row[side]) for row in rows if row["phase"] == phase and side in row]
+            points = [
+                (row["adapters"], row[side])
+                for row in rows
+                if row["phase"] == phase and isinstance(row.get(side), float)
+            ]
             if points:
                 axes.plot(*zip(*points, strict=True), mark, label=f"{side}, {phase}")
     axes.set_xscale("log", base=2)
@@ -174,7 +182,7 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print(f"wrote {options.plot}", file=sys.stderr)
 
 
-def _with_adapters(bare: PreTrainedModel, rank: int, count: int) -> tuple[Any, Any]:
+def _with_adapters(bare: PreTrainedModel, rank: int, count: int, most_peft: int) -> tuple[Any, Any]:
     ours, theirs = copy.deepcopy(bare), copy.deepcopy(bare)
     runtime, kind = inject.runtime(ours), get_kind("lora")
     config = make_config(kind, {"r": rank, "target_modules": "all-linear"})
@@ -186,6 +194,8 @@ def _with_adapters(bare: PreTrainedModel, rank: int, count: int) -> tuple[Any, A
             if "lora_B" in key:
                 value.normal_(std=0.02)
         adapter.freeze()
+        if i >= most_peft:
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if wrapped is None:

@@ -17,14 +17,18 @@ from compose.expr import Expr, Ref, Scale, Seq, add, seq
 from compose.inject import activate, runtime
 from compose.kind import KindError, get_kind, kinds
 
-QUICK = (("llama", "fp32"), ("bert", "nf4"))
+QUICK = (("gpt2", "fp32"), ("bert", "nf4"))
+PARTS = {
+    "q_and_v": ("lora", ("attn.q", "attn.v")),
+    "k": ("dora", ("attn.k",)),
+}  # rows of a fused layer where it has one
 WEIGHED = tuple(kind for kind in kinds() if kind != "prompt")  # a prompt is there or not
 COMMON: dict[str, Any] = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 SEEN: Counter[str] = Counter()
 
 
 class World:
-    """One model with two adapters of every kind, of different sizes, all of them frozen."""
+    """One model with two adapters of every kind, of different sizes, and some on q, k, v alone, all of them frozen."""
 
     def __init__(self, tiny: Any, family: str, dtype: str) -> None:
         self.tiny, self.family, self.dtype = tiny, family, dtype
@@ -32,6 +36,8 @@ class World:
         for i, kind in enumerate(kinds()):
             for j in range(2):
                 tiny.adapter(self.model, kind, f"{kind}{j}", seed=2 * i + j, size=j, noise=0.1).freeze()
+        for name, (kind, targets) in PARTS.items():
+            tiny.adapter(self.model, kind, name, noise=0.1, target_modules=targets).freeze()
         self.batch = tiny.batch(family, tiny.rows(4, 3, seed=7))
 
     def run(self, expr: Any, **weights: Any) -> Any:
@@ -51,7 +57,7 @@ def world(tiny):
     return get
 
 
-LEAVES = st.sampled_from([f"{kind}{j}" for kind in WEIGHED for j in range(2)]).map(Ref)
+LEAVES = st.sampled_from([f"{kind}{j}" for kind in WEIGHED for j in range(2)] + list(PARTS)).map(Ref)
 PROMPTS = st.sampled_from(["prompt0", "prompt1"]).map(Ref)
 NUMBERS = st.sampled_from([0.25, 0.5, 1.0, 2.0])  # a prefix has no negative weight
 

@@ -363,3 +363,25 @@ def test_an_active_adapter_is_not_detached(tiny):
     with pytest.raises(NotFound, match="'a'"):
         compose.detach(model, "a")
     eject(model)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_krona_b_stands_beside_the_block(tiny, family, residual):
+    """KronA^B: FFN(z) + s (L kron R) z, and t z for the residual one, z what enters the block."""
+    model = tiny.model(family)
+    adapter = tiny.adapter(model, "krona_b", "a", layers=(0,), scaling=0.5, residual=residual)
+    (path,) = adapter.paths
+    activate(model, "a")
+    seen = {}
+    entry = model.get_submodule(runtime(model).sites.entry_beside(runtime(model).sites[path]).path)
+    entry.register_forward_pre_hook(lambda _, args: seen.update(z=args[0].detach()))
+    slot = runtime(model).slot(path)
+    slot.register_forward_hook(lambda m, args, out: seen.update(pair=(m.base_layer(args[0]), out)))
+    tiny.logits(model, tiny.batch(family, tiny.rows(4)))
+    before, after = seen["pair"]
+    matrix = 0.5 * torch.kron(adapter.at(path, "L"), adapter.at(path, "R"))
+    if residual:
+        matrix = matrix + adapter.at(path, "t") * torch.eye(32)
+    torch.testing.assert_close(after - before, seen["z"] @ matrix.T, atol=1e-5, rtol=1e-4)
+    assert torch.isfinite(after).all()

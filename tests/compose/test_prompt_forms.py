@@ -50,6 +50,22 @@ def test_a_prompt_made_from_the_text(tiny, close, family, instance):
         close(tiny.logits(model, tiny.batch(family, rows, side)), alone)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_every_row_of_a_batch_has_the_prompt_of_its_own_text(tiny, close, family):
+    """One adapter for all rows, and rows folded two to an expression."""
+    model = tiny.model(family)
+    tiny.adapter(model, "prompt", "a", instance="table", seed=1, noise=0.1)
+    tiny.adapter(model, "prompt", "b", instance="mlp", seed=2, noise=0.1)
+    rows = tiny.rows(6, 4, 7, 5)
+    alone = {}
+    for name in "ab":
+        activate(model, name)
+        alone[name] = [tiny.logits(model, tiny.batch(family, [row]))[0] for row in rows]
+        close(tiny.logits(model, tiny.batch(family, rows)), alone[name])
+    activate(model, ["a", "b"])
+    close(tiny.logits(model, tiny.batch(family, rows)), alone["a"][:2] + alone["b"][2:])
+
+
 def test_a_generator_learns_with_the_table_fixed(tiny):
     model = tiny.model("llama")
     adapter = tiny.adapter(model, "prompt", "a", instance="mlp", generator_width=4)

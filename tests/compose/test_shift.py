@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from compose import interop
+from compose.fold import fold
 from compose.inject import activate, eject, runtime
 from compose.kind import KindError
+from compose.slot import moved
 
 
 def write_in(model, adapter):
@@ -30,13 +33,57 @@ def write_in(model, adapter):
 def test_all_parameters_that_move_are_other_weights(tiny, close, family, kind):
     """Linears, norms, tied embeddings and all: as if the checkpoint itself had been fine-tuned."""
     model = tiny.model(family)
-    adapter = tiny.adapter(model, kind, "a", target_modules="all", noise=0.1).freeze()
+    adapter = tiny.adapter(model, kind, "a", target_modules="all", noise=0.1)
     batch = tiny.batch(family, tiny.rows(5, 3))
+    activate(model, "0.5 * a")
+    half = tiny.logits(model, batch)
+    adapter.freeze()
+    close(half, tiny.logits(model, batch))
     activate(model, "a")
     ours = tiny.logits(model, batch)
     tuned = tiny.model(family)
     write_in(tuned, adapter)
     close(ours, tiny.logits(tuned, batch), factor=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_training_costs_what_it_costs_without_us(tiny, close, family):
+    """The gradients of a delta are those of the weights it moves, by as many multiplications."""
+    model = tiny.model(family)
+    adapter = tiny.adapter(model, "dense", "a", target_modules="all", noise=0.1)
+    batch, tuned = tiny.batch(family, tiny.rows(5, 3)), tiny.model(family)
+    write_in(tuned, adapter)
+    activate(model, "a")
+    counts = []
+    for each in (model, tuned):
+        with FlopCounterMode(display=False) as counter:
+            each(**batch).logits.square().mean().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] <= counts[1]  # less where a position table stays as it is
+    for path in adapter.paths:
+        module = tuned.get_submodule(path)
+        for name, parameter in module.named_parameters(recurse=False):
+            if adapter.own(path, name) == (path, name):
+                theirs = parameter.grad.T if isinstance(module, Conv1D) and name == "weight" else parameter.grad
+                assert (adapter.at(path, name).grad - theirs).abs().max() <= 1e-6 * max(1.0, theirs.abs().max())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "nf4"])
+def test_a_delta_is_not_rounded_into_a_base_of_another_precision(tiny, dtype):
+    """W x + D x: a step far below the precision of W still moves the outputs."""
+    model = tiny.model("llama", dtype)
+    adapter = tiny.adapter(model, "dense", "a", target_modules=["down_proj"], layers=[1], noise=0.0)
+    (path,) = adapter.paths
+    slot_of = runtime(model)
+    activate(model, "a")
+    x = torch.eye(48, dtype=model.dtype)[None]
+    before = slot_of.slot(path)(x)
+    with torch.no_grad():
+        adapter.at(path, "weight").fill_(1e-5)
+    slot_of.refresh()
+    slot = slot_of.slot(path)
+    assert moved(slot.base_layer, *slot.program.moves) is None
+    assert not torch.equal(slot(x), before)
 
 
 def test_partial_freezing_leaves_the_lower_layers_alone(tiny):
@@ -93,3 +140,21 @@ def test_masked_tuning_moves_nothing_else(tiny):
         optimizer.step()
     eject(model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_norms_and_embeddings_are_folded_too(tiny, close, family, kind):
+    model = tiny.model(family)
+    tiny.adapter(model, kind, "a", target_modules="all", noise=0.1).freeze()
+    tiny.adapter(model, kind, "b", noise=0.1, seed=3, size=1).freeze()
+    biased = [p for p in runtime(model).sites.norms if getattr(model.get_submodule(p), "bias", None) is not None]
+    tiny.adapter(model, "bias", "c", noise=0.1, target_modules=None).freeze()
+    batch = tiny.batch(family, tiny.rows(5, 3))
+    other = "c" if biased else "b"  # a base without biases has no room for c
+    for text in (f"0.5 * a + {other}", f"a >> (2 * {other} + a)", "0.5 * (b >> a) + b", "ties(a, b, density=1)"):
+        activate(model, text)
+        tuned = tiny.model(family)
+        for part in fold(model, text):
+            tuned.get_parameter(part.name).data.copy_(part.value)
+        close(tiny.logits(tuned, batch), tiny.logits(model, batch), factor=5)

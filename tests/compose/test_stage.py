@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compose.atoms import Atoms, Function, Replace
+from compose.branches import Chain, Mix, weighs_rows
 from compose.coefficients import multiply
 from compose.kernels import BACKENDS, Pair, choose
 from compose.maps import Dense, Sparse
-from compose.stage import Chain, Entry, Mix, Stage, State, weighs_rows
+from compose.stage import Entry, Stage, State
 
 D_IN, D_OUT = 10, 7
 
