@@ -121,16 +121,27 @@ class Bench:
 def refuse_missing(experts: Iterable[str], rows: Mapping[str, Sequence[Any]]) -> None:
     """UsageError naming the experts that have no rows."""
     if missing := [name for name in experts if not len(rows.get(name, ()))]:
-        raise UsageError(f"there is no text for {', '.join(missing)}", hint=f"--data {missing[0]}=FILE")
+        raise UsageError(
+            f"there is no text for {', '.join(missing)}",
+            hint=f"--data {missing[0]}=FILE, with texts of two tokens or more",
+        )
 
 
 def sites_of(model: PreTrainedModel, experts: Experts) -> dict[str, int]:
     """Module paths at which some expert acts -> width of what enters there."""
     found = runtime(model)
     names = dict.fromkeys(name for expert in experts.values() for name in tree(expert).refs)
-    paths = dict.fromkeys(path for name in names for path in found.adapter(name).paths)
+    paths = dict.fromkeys(path for name in names for path in found.adapter(name).module_paths)
     known = {**found.sites.sites, **found.sites.outside}
-    return {path: known[path].in_features for path in paths if path in known}
+    return {path: known[path].in_features if path in known else _width(model, path) for path in paths}
+
+
+def _width(model: PreTrainedModel, path: str) -> int:
+    """Width of what enters a norm. Raises UsageError for a module that reads no vectors, such as an embedding."""
+    vector = next((p for p in model.get_submodule(path).parameters() if p.dim() == 1), None)
+    if vector is None:
+        raise UsageError(f"{path} reads no vectors that a gate could weigh", hint="choose by row: centroid, likelihood")
+    return len(vector)
 
 
 def tree(expert: Expr | str) -> Expr:

@@ -4,24 +4,27 @@
 >>> score = ensemble.score(input_ids)          # one forward pass for all experts
 >>> score.posterior[0, -1]                     # which expert explains the text so far
 >>> score.reweighed(temperature=math.inf)      # the uniform ensemble of the same forward pass
+>>> score.reweighed(hedge=True)                # no worse than either, but for a nat or two a text
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hub.errors import UsageError
 from router import posterior as bayes
+from router.belief import Belief, belief
 from router.fold import MAX_LOGITS, Member, expert_log_probs
 from router.generate import Generated, generate
 
 Prior = str | Sequence[float] | Tensor
+PRIORS = ("uniform", "updating", "cached", "fitted")
 CACHED_SEQUENCES = 100
 
 
@@ -37,7 +40,7 @@ class EnsembleScore:
     final : (B, E) float64, the posterior after the whole text.
     log_probs : (B, T-1) float64, log of the mixture; 0 where not valid.
     prior : (E,) float64, the log prior.
-    gamma, temperature, prefix : what the weights were computed with; see `Ensemble`.
+    gamma, temperature, prefix, hedge : what the weights were computed with; see `Ensemble`.
     """
 
     expert_log_probs: Tensor
@@ -49,6 +52,7 @@ class EnsembleScore:
     gamma: float
     temperature: float
     prefix: int | None = None
+    hedge: bool = False
 
     @property
     def tokens(self) -> Tensor:
@@ -67,7 +71,7 @@ class EnsembleScore:
 
     @property
     def regret(self) -> Tensor:
-        """NLL(mixture) - NLL(e) - ln(1 / prior(e)), (E, B): at gamma = 1, temperature = 1 never above 0."""
+        """NLL(mixture) - NLL(e) - ln(1 / prior(e)), (E, B): at gamma 1, temperature 1 never above 0; hedged, ln 5."""
         return self.nll - self.expert_nll + self.prior.to(self.nll)[:, None]
 
     def reweighed(
@@ -77,8 +81,9 @@ class EnsembleScore:
         gamma: float | None = None,
         temperature: float | None = None,
         prefix: int | None = None,
+        hedge: bool | None = None,
     ) -> EnsembleScore:
-        """Score the same forward pass with another prior, discount, temperature or prefix; no model runs.
+        """Score the same forward pass with another prior, discount, temperature, prefix or hedged; no model runs.
 
         An infinite temperature keeps the prior as fixed weights: with a uniform one, the uniform ensemble.
         """
@@ -90,6 +95,7 @@ class EnsembleScore:
             gamma=self.gamma if gamma is None else gamma,
             temperature=self.temperature if temperature is None else temperature,
             prefix=self.prefix if prefix is None else prefix,
+            hedge=self.hedge if hedge is None else hedge,
         )
 
 
@@ -101,15 +107,17 @@ def mix(
     gamma: float = 1.0,
     temperature: float = 1.0,
     prefix: int | None = None,
+    hedge: bool = False,
 ) -> EnsembleScore:
     """Posterior and mixture from expert log probabilities (E, B, T-1) and valid (B, T-1)."""
     values = expert_log_probs.permute(1, 2, 0).double()  # (B, T-1, E)
     heard = valid if prefix is None else valid & (valid.cumsum(1) <= prefix)
-    before, after = bayes.evidence(values, heard, gamma=gamma)
-    weights = bayes.log_weights(before, log_prior, temperature=temperature)
+    start = belief(log_prior.to(values), len(values), gamma=gamma, temperature=temperature, hedge=hedge)
+    weights, end = start.read(values, heard)
     mixed = bayes.mixture(weights, values).masked_fill(~valid, 0.0)
-    final = bayes.log_weights(after, log_prior, temperature=temperature).exp()
-    return EnsembleScore(expert_log_probs, valid, weights.exp(), final, mixed, log_prior, gamma, temperature, prefix)
+    final = end.log_weights.exp()
+    how = (gamma, temperature, prefix, hedge)
+    return EnsembleScore(expert_log_probs, valid, weights.exp(), final, mixed, log_prior, *how)
 
 
 class Ensemble:
@@ -124,9 +132,12 @@ class Ensemble:
     prior
         `"uniform"`; E numbers that sum to one; `"updating"`: after each call of `score`, an exponential average (rate
         0.3) of the mean posterior at the last position, starting from uniform; `"cached"`: the same over 100
-        sequences given to `calibrate`, then frozen.
+        sequences given to `calibrate`, then frozen; `"fitted"`: the fixed weights that explain those sequences best.
     gamma, temperature
         See `router.posterior`: 1 and 1 are Bayes.
+    hedge
+        Mixes weights that move at several rates, from Bayes' rule to standing still, by how well each has predicted
+        (`router.belief.Hedged`): for text of a new domain that several experts explain better together than one.
     prefix
         None weighs at token level: the posterior moves with every token. A number weighs at document level: that many
         predictions of each text move it, then its weights stay as they are.
@@ -142,6 +153,7 @@ class Ensemble:
         prior: Prior = "uniform",
         gamma: float = 1.0,
         temperature: float = 1.0,
+        hedge: bool = False,
         prefix: int | None = None,
         context: int | None = None,
         overlap: int | None = None,
@@ -149,16 +161,15 @@ class Ensemble:
     ) -> None:
         self.model, self.experts = model, tuple(experts)
         self.mode = prior if isinstance(prior, str) else "given"
-        if self.mode not in ("uniform", "updating", "cached", "given"):
-            raise UsageError(f"unknown prior {self.mode!r}", hint="uniform, updating, cached or one number per expert")
+        if self.mode not in (*PRIORS, "given"):
+            raise UsageError(f"unknown prior {self.mode!r}", hint=f"{', '.join(PRIORS)} or one number per expert")
         self.prior = bayes.log_prior(None if isinstance(prior, str) else prior, len(self.experts))
-        self.calibrated = self.mode != "cached"
+        self.calibrated = self.mode not in ("cached", "fitted")
         if prefix is not None and prefix < 0:
             raise UsageError(f"the prefix is {prefix} tokens", hint="0 keeps the prior, None reads the whole text")
-        self.gamma, self.temperature, self.prefix = gamma, temperature, prefix
+        self.gamma, self.temperature, self.hedge, self.prefix = gamma, temperature, hedge, prefix
         self.context, self.overlap, self.max_logits = context, overlap, max_logits
-        bayes.evidence(torch.zeros(0, 1), gamma=gamma)  # a bad gamma or temperature is an error here, not at the
-        bayes.log_weights(torch.zeros(1), torch.zeros(1), temperature=temperature)  # first text
+        self._belief(self.prior, 1)  # what does not fit together is an error here, not at the first text
 
     def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> EnsembleScore:
         """Score B texts (B, T), padded on either side, of any length; one forward pass for all experts.
@@ -166,7 +177,7 @@ class Ensemble:
         Raises
         ------
         UsageError
-            A cached prior that was not calibrated, or shapes that do not fit.
+            A cached or fitted prior that was not calibrated, or shapes that do not fit.
         """
         log_prior = self._ready()
         log_probs, valid = self._read(input_ids, attention_mask)
@@ -176,19 +187,22 @@ class Ensemble:
         return score
 
     def calibrate(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Set a cached prior from up to 100 development texts (N, T), in their order; returns it, (E,)."""
-        if self.mode != "cached":
+        """Set a cached or fitted prior from up to 100 development texts (N, T), in their order; returns it, (E,)."""
+        if self.mode not in ("cached", "fitted"):
             raise UsageError(f"the prior is {self.mode!r}, there is nothing to calibrate", hint="prior='cached'")
         if not len(input_ids):
             raise UsageError("no text to calibrate the prior on", hint=f"give up to {CACHED_SEQUENCES} sequences")
         mask = None if attention_mask is None else attention_mask[:CACHED_SEQUENCES]
         log_probs, valid = self._read(input_ids[:CACHED_SEQUENCES], mask)
-        prior = bayes.log_prior(None, len(self.experts))
-        for row in range(log_probs.shape[1]):
-            one = self._mix(log_probs[:, row : row + 1], valid[row : row + 1], prior)
-            prior = bayes.moving_average(prior, one.final[0].cpu())
-        self.prior, self.calibrated = prior, True
-        return prior.exp()
+        if self.mode == "fitted":
+            self.prior = bayes.fitted(log_probs[:, valid].T).cpu()
+        else:
+            self.prior = bayes.log_prior(None, len(self.experts))
+            for row in range(log_probs.shape[1]):
+                one = self._mix(log_probs[:, row : row + 1], valid[row : row + 1], self.prior)
+                self.prior = bayes.moving_average(self.prior, one.final[0].cpu())
+        self.calibrated = True
+        return self.prior.exp()
 
     def generate(
         self,
@@ -214,9 +228,7 @@ class Ensemble:
             self.experts,
             input_ids,
             attention_mask,
-            log_prior=self._ready(),
-            gamma=self.gamma,
-            temperature=self.temperature,
+            start=partial(self._belief, self._ready().to(self.model.device)),
             prefix=self.prefix,
             epsilon=epsilon,
             collapse=collapse,
@@ -232,11 +244,15 @@ class Ensemble:
             gamma=self.gamma,
             temperature=self.temperature,
             prefix=self.prefix,
+            hedge=self.hedge,
         )
+
+    def _belief(self, log_prior: Tensor, texts: int) -> Belief:
+        return belief(log_prior, texts, gamma=self.gamma, temperature=self.temperature, hedge=self.hedge)
 
     def _ready(self) -> Tensor:
         if not self.calibrated:
-            raise UsageError("the cached prior is not calibrated yet", hint="ensemble.calibrate(dev_input_ids)")
+            raise UsageError(f"the {self.mode} prior is not calibrated yet", hint="ensemble.calibrate(dev_input_ids)")
         return self.prior
 
     def _read(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 import compose
 from compose.expr import IDENTITY
 from hub.errors import UsageError
-from router import posterior as bayes
+from router.belief import Belief
 from router.dispatch import row_expressions
 from router.fold import Member, Reader, active, checked
 
@@ -45,16 +45,14 @@ def generate(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     *,
-    log_prior: Tensor,
-    gamma: float,
-    temperature: float,
+    start: Callable[[int], Belief],
     prefix: int | None,
     epsilon: float,
     collapse: float,
     max_logits: int,
     options: Mapping[str, Any],
 ) -> Generated:
-    """Continue prompts by the mixture of the members; see `Ensemble.generate`.
+    """Continue prompts by the mixture of the members; see `Ensemble.generate`. `start` is what is believed of B texts.
 
     transformers' own `generate` prepares processors, stopping criteria and special tokens; the loop is here.
     """
@@ -65,7 +63,7 @@ def generate(
     if options.get("num_beams", 1) != 1:
         raise UsageError("an ensemble does not search with beams", hint="num_beams=1, with or without do_sample")
     ids, mask = checked(model, input_ids, attention_mask)
-    state = _State(model, members, log_prior, gamma, temperature, prefix, epsilon, collapse, max_logits)
+    state = _State(model, members, start, prefix, epsilon, collapse, max_logits)
     settings = dict(options)
     streamer = settings.pop("streamer", None)
 
@@ -121,22 +119,19 @@ def _decode(
 
 
 class _State:
-    """Caches, evidence, and which (expert, text) rows are still computed."""
+    """Caches, what is believed, and which (expert, text) rows are still computed."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         members: Sequence[Member],
-        log_prior: Tensor,
-        gamma: float,
-        temperature: float,
+        start: Callable[[int], Belief],
         prefix: int | None,
         epsilon: float,
         collapse: float,
         max_logits: int,
     ) -> None:
-        self.model, self.members, self.log_prior = model, list(members), log_prior
-        self.gamma, self.temperature, self.max_logits = gamma, temperature, max_logits
+        self.model, self.members, self.start, self.max_logits = model, list(members), start, max_logits
         self.prefix, self.epsilon, self.collapse = prefix, epsilon, collapse
         self.is_merged = False
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -159,8 +154,7 @@ class _State:
         values = torch.cat(read, -1).permute(1, 2, 0)  # (B, T-1, E)
         heard = valid if self.prefix is None else valid & (valid.cumsum(1) <= self.prefix)
         self.seen = valid.sum(1)  # (B,): predictions of each text so far
-        _, self.evidence = bayes.evidence(values, heard, gamma=self.gamma)
-        self.log_prior = self.log_prior.to(self.evidence).expand(batch, experts)
+        _, self.belief = self.start(batch).read(values, heard)
         following: Tensor = last[-1].log_softmax(-1)
         return following
 
@@ -169,7 +163,7 @@ class _State:
         if self.is_merged:
             self.rows.append(len(self.text))
             return log_probs[0].double()
-        self.log_pi = bayes.log_weights(self.evidence, self.log_prior, temperature=self.temperature)  # (B, E)
+        self.log_pi = self.belief.log_weights  # (B, E)
         self.rows.append(len(self.expert))
         if self.epsilon > 0.0 or bool(self.log_pi.isneginf().any()):
             self._drop(self.log_pi.exp() < self.epsilon)
@@ -177,7 +171,7 @@ class _State:
 
     def _drop(self, light: Tensor) -> None:
         """Stop computing the rows of experts under epsilon, for good; the others share their weight."""
-        self.log_prior = self.log_prior.masked_fill(light, -torch.inf)
+        self.belief = self.belief.without(light)
         self.log_pi = self.log_pi.masked_fill(light, -torch.inf).log_softmax(-1)
         kept = (~self.log_pi.isneginf()[self.text, self.expert]).nonzero().flatten()
         if len(kept) < len(self.expert):
@@ -186,7 +180,7 @@ class _State:
             compose.activate(self.model, [self.members[e] for e in self.expert.tolist()])
 
     def observe(self, tokens: Tensor, mixed: Tensor, log_probs: Tensor, running: Tensor) -> None:
-        """Record the chosen tokens (B,) and move the evidence of the texts that still run."""
+        """Record the chosen tokens (B,) and what they tell of the texts that still run."""
         chosen = mixed.gather(-1, tokens[:, None]).squeeze(1)
         self.log_probs.append(chosen.masked_fill(~running, 0.0))
         self.weights.append(self.log_pi.exp())
@@ -195,7 +189,7 @@ class _State:
         heard = running if self.prefix is None else running & (self.seen < self.prefix)
         self.seen = self.seen + running.long()
         seen = log_probs.gather(-1, tokens.expand(len(self.members), -1).unsqueeze(-1)).squeeze(-1).T  # (B, E)
-        _, self.evidence = bayes.evidence(seen.unsqueeze(1), heard.unsqueeze(1), gamma=self.gamma, start=self.evidence)
+        _, self.belief = self.belief.read(seen.unsqueeze(1), heard.unsqueeze(1))
 
     def settled(self, running: Tensor) -> bool:
         """Whether the weights of no running text (B,) have moved over the last tokens, so that they can be merged."""

@@ -16,10 +16,13 @@ from hub.errors import UsageError
 from router.bench import Batch, Experts, tree
 from router.ensemble import mix
 from router.fold import active, expert_log_probs
-from router.posterior import log_prior
+from router.posterior import fitted, log_prior
 from router.router import Router
 
-WAYS = ("base", "best single", "average", "routed", "oracle")
+WAYS = {
+    "perplexity": ("base", "best single", "average", "uniform", "routed", "oracle"),
+    "accuracy": ("base", "best single", "average", "routed", "oracle"),
+}
 Told = Callable[[str, int, int], None]
 
 
@@ -30,7 +33,7 @@ class Report:
     Attributes
     ----------
     metric : ``perplexity`` (lower is better) or ``accuracy``.
-    rows : for each set: its name, the figure of each way of `WAYS`, how many items, which expert the oracle took.
+    rows : for each set: its name, the figure of each of its `ways`, how many items, which expert the oracle took.
     best_single : the one expert that does best over all sets.
     confusion : set -> mean weight of each expert on its rows.
     single : set -> figure of each expert alone.
@@ -41,6 +44,11 @@ class Report:
     best_single: str
     confusion: Mapping[str, Mapping[str, float]]
     single: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """What is compared, in order."""
+        return WAYS[self.metric]
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -58,18 +66,22 @@ def perplexities(
     model: PreTrainedModel,
     sets: Mapping[str, Sequence[Tensor]],
     *,
+    dev: Mapping[str, Sequence[Tensor]] | None = None,
     pad: int = 0,
     told: Told | None = None,
 ) -> Report:
-    """Perplexity of each set of encoded rows under base, best single, average, router and oracle.
+    """Perplexity of each set of encoded rows under base, best single, average, uniform, router and oracle.
 
-    The oracle of a set is the expert of its name; where none has it, the one that does best on it. A ``likelihood``
-    router mixes probabilities by the running posterior (DEMix); the others weigh the experts inside the model.
+    The oracle of a set is the expert of its name; where none has it, the one that does best on it. `average` weighs the
+    experts' effects alike, `uniform` their output probabilities. A ``likelihood`` router mixes probabilities by the
+    running posterior (DEMix), from a prior fitted on the rows that `dev` has for the set; the others weigh the experts
+    inside the model.
     """
     names = list(router.experts)
     found: dict[str, _Losses] = {}
     for name, rows in sets.items():
-        found[name] = _losses(router, model, name, rows, pad)
+        prior = _prior(router, model, (dev or {}).get(name, ()), pad)
+        found[name] = _losses(router, model, name, rows, prior, pad)
         if told is not None:
             told("measure", len(found), len(sets))
     best = names[int(torch.stack([losses.alone[2:] for losses in found.values()]).mean(0).argmin())]
@@ -78,8 +90,8 @@ def perplexities(
         base, mean, *own = losses.alone.exp().tolist()
         single[name] = alone = dict(zip(names, own, strict=True))
         oracle = name if name in alone else min(alone, key=alone.__getitem__)
-        figures = (base, alone[best], mean, math.exp(losses.routed), alone[oracle])
-        values = dict(zip(WAYS, figures, strict=True))
+        figures = (base, alone[best], mean, math.exp(losses.uniform), math.exp(losses.routed), alone[oracle])
+        values = dict(zip(WAYS["perplexity"], figures, strict=True))
         table.append({"set": name, **values, "expert": oracle, "items": losses.tokens})
     confusion = {name: dict(zip(names, losses.weights.tolist(), strict=True)) for name, losses in found.items()}
     return Report("perplexity", tuple(table), best, confusion, single)
@@ -87,41 +99,61 @@ def perplexities(
 
 @dataclass(frozen=True)
 class _Losses:
-    """Nats a token on one set: of base, average and each expert (2 + E,), routed; and the experts' mean weights."""
+    """Nats a token on one set: base, average and each expert (2 + E,), uniform, routed; the experts' mean weights."""
 
     alone: Tensor
+    uniform: float
     routed: float
     tokens: int
     weights: Tensor
 
 
-def _losses(router: Router, model: PreTrainedModel, name: str, rows: Sequence[Tensor], pad: int) -> _Losses:
+def _prior(router: Router, model: PreTrainedModel, rows: Sequence[Tensor], pad: int) -> Tensor:
+    """Log prior (E,): uniform, or the fixed weights that explain some rows best."""
+    if not rows:
+        return log_prior(None, len(router.experts))
+    read = [
+        expert_log_probs(model, [*map(tree, router.experts.values())], batch.input_ids, batch.attention_mask)
+        for batch in _batches(rows, pad, model)
+    ]
+    return fitted(torch.cat([log_probs[:, valid].T for log_probs, valid in read])).cpu()
+
+
+def _losses(
+    router: Router, model: PreTrainedModel, name: str, rows: Sequence[Tensor], prior: Tensor, pad: int
+) -> _Losses:
     members: list[Expr | None] = [None, average(router.experts), *map(tree, router.experts.values())]
     total = torch.zeros(len(members), dtype=torch.float64)
     weights = torch.zeros(len(router.experts), dtype=torch.float64)
-    own, tokens = 0.0, 0
+    own, alike, tokens = 0.0, 0.0, 0
     for batch in _batches(rows, pad, model):
         asked = Batch(batch.input_ids, batch.attention_mask, (name,) * len(batch) if name in router.experts else ())
         log_probs, valid = expert_log_probs(model, members, batch.input_ids, batch.attention_mask)
         total -= log_probs.double().sum((1, 2)).cpu()
         tokens += int(valid.sum())
-        own += _routed_nll(router, model, asked, log_probs[2:], valid)
-        weights += router.weights(model, asked).double().sum(0).cpu()
+        even = mix(log_probs[2:], valid, log_prior=log_prior(None, len(weights)), temperature=math.inf)
+        alike += float(even.nll.sum())
+        if router.scorer.name == "likelihood":
+            score = even.reweighed(prior=prior.exp(), **_pace(router))
+            own += float(score.nll.sum())
+            weights += score.final.sum(0).cpu()
+        else:
+            own += _routed_nll(router, model, asked, valid)
+            weights += router.weights(model, asked).double().sum(0).cpu()
     if not tokens:
         raise UsageError(f"the texts of {name!r} have no token to predict", hint="give longer texts")
-    return _Losses(total / tokens, own / tokens, tokens, weights / len(rows))
+    return _Losses(total / tokens, alike / tokens, own / tokens, tokens, weights / len(rows))
 
 
-def _routed_nll(router: Router, model: PreTrainedModel, batch: Batch, experts: Tensor, valid: Tensor) -> float:
-    if router.scorer.name == "likelihood":
-        score = mix(
-            experts,
-            valid,
-            log_prior=log_prior(None, len(experts)),
-            gamma=router.scorer.options.gamma,
-            temperature=router.gating.temperature,
-        )
-        return float(score.nll.sum())
+def _pace(router: Router) -> dict[str, Any]:
+    """How the weights of a ``likelihood`` router move."""
+    options = router.scorer.options
+    prefix = None if options.tokens is None else options.tokens - 1
+    how = {"gamma": options.gamma, "hedge": options.hedge, "prefix": prefix}
+    return {"temperature": router.gating.temperature, **how}
+
+
+def _routed_nll(router: Router, model: PreTrainedModel, batch: Batch, valid: Tensor) -> float:
     with torch.no_grad(), router.routed(model, batch):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     log_probs = logits[:, :-1].float().log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
@@ -179,9 +211,8 @@ def accuracies(
     for name, figures in right.items():
         oracle = name if name in names else max(names, key=lambda expert: figures[expert])
         values = (math.nan, figures[best], figures["average"], figures["routed"], figures[oracle])
-        table.append(
-            {"set": name, **dict(zip(WAYS, values, strict=True)), "expert": oracle, "items": len(sets[name].rows)}
-        )
+        ways = dict(zip(WAYS["accuracy"], values, strict=True))
+        table.append({"set": name, **ways, "expert": oracle, "items": len(sets[name].rows)})
     return Report("accuracy", tuple(table), best, confusion, {n: {e: f[e] for e in names} for n, f in right.items()})
 
 

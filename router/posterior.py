@@ -110,6 +110,19 @@ def mixture(log_weights: Tensor, log_probs: Tensor) -> Tensor:
     return torch.logsumexp(log_weights + log_probs.to(log_weights), -1)
 
 
+def fitted(log_probs: Tensor, *, rounds: int = 100) -> Tensor:
+    """Log of the fixed weights (E,) under which the tokens (N, E) are most likely, by EM from uniform.
+
+    One token is added to each expert's share, so that none is ruled out: with few tokens the weights stay near uniform.
+    """
+    values, experts = log_probs.double(), log_probs.shape[-1]
+    prior = log_prior(None, experts).to(values)
+    for _ in range(rounds):
+        share = (prior + values).softmax(-1).sum(0)
+        prior = ((share + 1) / (len(values) + experts)).log()
+    return prior
+
+
 def moving_average(log_prior: Tensor, posterior: Tensor, *, rate: float = 0.3) -> Tensor:
     """Log of the next prior, (1 - rate) prior + rate posterior: DEMix's updating prior (rate 0.3); (E,) and (E,)."""
     return torch.log((1 - rate) * log_prior.exp() + rate * posterior.to(log_prior))

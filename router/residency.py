@@ -17,7 +17,7 @@ from compose.kind import Adapter
 from router.engine.host import Host
 from router.engine.sources import Known, size_of
 
-_AHEAD = 64  # adapters that are read before they are waited for
+_AHEAD = 64  # adapters that are read before they are waited for, and as many bytes as may be resident
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Residency:
         self._bytes: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._uses: Counter[str] = Counter()
         self._unwanted: set[str] = set()
-        self._coming: dict[str, Future[Adapter]] = {}
+        self._coming: dict[str, tuple[int, Future[Adapter]]] = {}  # bytes, and the reading; oldest first
         self._lock = Lock()  # of what is coming: any thread may ask for it
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="moduloom-reader")
         self.counts = Counts()
@@ -63,13 +63,35 @@ class Residency:
         """Whether these can be resident at one time within the budget."""
         return self.budget is None or sum(known.bytes for known in found) <= self.budget
 
-    def prefetch(self, wanted: Iterable[Known]) -> None:
-        """Begin to read those that are not here. From any thread; errors come with :meth:`acquire`."""
+    def prefetch(self, wanted: Iterable[Known], *, due: bool = False) -> None:
+        """Begin to read those that are not here. From any thread; errors come with :meth:`acquire`.
+
+        Where too many are read ahead nothing happens, unless they are ``due``: the newest then makes room.
+        """
         for known in wanted:
             with self._lock:
-                if known.name in self._bytes or known.name in self._coming or len(self._coming) >= _AHEAD:
+                if known.name in self._bytes or known.name in self._coming:
                     continue
-                self._coming[known.name] = self._reader.submit(known.read, self._host)
+                last = next((name for name in reversed(self._coming) if self._is_read(name)), None)
+                if due and last is not None and self._is_full(known.bytes):
+                    del self._coming[last]
+                if not self._is_full(known.bytes):
+                    self._coming[known.name] = known.bytes, self._reader.submit(known.read, self._host)
+
+    def ready(self, wanted: Iterable[Known]) -> bool:
+        """Whether :meth:`acquire` would not wait for a disk."""
+        there = self._host.runtime.adapters
+        with self._lock:
+            return all(known.name in there or self._is_read(known.name) for known in wanted)
+
+    def _is_read(self, name: str) -> bool:
+        return name in self._coming and self._coming[name][1].done()
+
+    def _is_full(self, more: int) -> bool:
+        """Whether so many more bytes are too many to be read ahead; one adapter always may."""
+        ahead = sum(size for size, _ in self._coming.values())
+        too_large = self.budget is not None and ahead + more > self.budget
+        return bool(self._coming) and (len(self._coming) >= _AHEAD or too_large)
 
     def acquire(self, wanted: Collection[Known]) -> None:
         """Make these resident and keep them so until :meth:`release`. The base must be at rest.
@@ -122,7 +144,7 @@ class Residency:
 
     def _put(self, known: Known) -> None:
         with self._lock:
-            coming = self._coming.pop(known.name, None)
+            _, coming = self._coming.pop(known.name, (0, None))
         if known.name in self._host.runtime.adapters:
             self.counts.hits += 1
         else:

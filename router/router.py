@@ -47,7 +47,7 @@ class Router:
     def __post_init__(self) -> None:
         if not self.experts:
             raise UsageError("a router needs at least one expert", hint="give the adapters it chooses from")
-        self.gating.check(len(self.experts))
+        self.scorer.check(self.gating, len(self.experts))
 
     @classmethod
     def fit(

@@ -68,6 +68,10 @@ class Scorer(ABC):
         """Statistics of one expert, whatever the others are."""
         return {}
 
+    def check(self, gating: Gating, experts: int) -> None:
+        """Raise UsageError where a gating does not go with so many experts, or with the options."""
+        gating.check(experts)
+
     def wanted(self, expert: str) -> tuple[str, ...]:
         """Names that the statistics of an expert (or of `SHARED`) must have: files from outside are held to it."""
         return ()
@@ -151,6 +155,6 @@ def make_scorer(name: str, options: Mapping[str, Any] | None = None) -> Scorer:
         return cls(cls.Options.model_validate(given))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        told = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"routing method {name!r}, option {where}: {told} (got {first['input']!r})") from None
+        told, where = first["msg"].removeprefix("Value error, "), ".".join(str(part) for part in first["loc"])
+        place = f", option {where}: {told} (got {first['input']!r})" if where else f": {told}"
+        raise UsageError(f"routing method {name!r}{place}", hint="`hub route methods` tells the options") from None

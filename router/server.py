@@ -9,7 +9,7 @@ import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -19,15 +19,19 @@ from starlette.exceptions import HTTPException
 
 from hub.errors import HubError, UsageError
 from router.engine.engine import Engine
+from router.engine.request import Request as Wanted
+from router.engine.request import Result
 from router.serving import wire
 from router.serving.batcher import Batcher
 from router.serving.catalogue import Catalogue
 from router.serving.metrics import Metrics
+from router.serving.streams import CHAT, COMPLETION, Shape, events
 from router.serving.waiting import Rows
 
 MAX_BODY = 8 * 2**20  # bytes
 BodyT = TypeVar("BodyT", bound=wire.Body)
 _OPEN = ("/health",)
+_LATER = {"Retry-After": "1"}  # seconds; a place becomes free whenever a row ends
 
 
 class Server:
@@ -50,34 +54,29 @@ class Server:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"the body is not JSON: {error}") from error
-        return model.model_validate(value)
+        found = model.model_validate(value)
+        found.refuse()
+        return found
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
         asked = await self.body(request, wire.Completion)
-        rows = await self.rows(asked.requests(), "generate")
-        if asked.stream:
-            return self.stream(rows, asked, "cmpl", "text_completion", lambda text: {"text": text, "logprobs": None})
-        results = await rows.results(request)
-        choices = [wire.completion_choice(i, result) for i, result in enumerate(results)]
-        whole = wire.frame("text_completion", wire.identifier("cmpl"), asked.model, choices)
-        return self.answer({**whole, "usage": self.count(results, asked.n)})
+        return await self.complete(request, asked, asked.requests(), COMPLETION)
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         asked = await self.body(request, wire.Chat)
-        rows = await self.rows(asked.requests(self.engine.host.tokenizer), "generate")
+        return await self.complete(request, asked, asked.requests(self.engine.host.tokenizer), CHAT)
+
+    async def complete(self, request: Request, asked: wire.Sampled, wanted: list[Wanted], shape: Shape) -> Response:
+        """The continuations of one request, whole or in pieces."""
+        rows = await self.rows(wanted, "generate")
         if asked.stream:
-            return self.stream(
-                rows,
-                asked,
-                "chatcmpl",
-                "chat.completion.chunk",
-                lambda text: {"delta": {"content": text} if text else {}},
-            )
+            parts = events(rows, asked, shape, lambda results: self.count(results, asked.n))
+            return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         results = await rows.results(request)
-        choices = [wire.chat_choice(i, result) for i, result in enumerate(results)]
-        whole = wire.frame("chat.completion", wire.identifier("chatcmpl"), asked.model, choices)
+        choices = [shape.choice(i, result) for i, result in enumerate(results)]
+        whole = wire.frame(shape.whole, wire.identifier(shape.prefix), asked.model, choices)
         return self.answer({**whole, "usage": self.count(results, asked.n)})
 
     async def classify(self, request: Request) -> Response:
@@ -88,7 +87,7 @@ class Server:
         found = {"id": wire.identifier("classify"), "object": "list", "model": asked.model, "data": data}
         return self.answer({**found, "usage": self.count(results, 1)})
 
-    async def rows(self, requests: list[Any], task: str) -> Rows:
+    async def rows(self, requests: list[Wanted], task: str) -> Rows:
         """Rows of one request, looked up and queued. Raises HubError where one cannot run, before any is queued."""
         prepared = await run_in_threadpool(lambda: [self.engine.prepare(r) for r in requests])
         for row in prepared:
@@ -97,43 +96,7 @@ class Server:
                 raise UsageError(f"{row.target.text or 'the base'} does not {task}", hint=f"POST {other}")
         return Rows(self.batcher, self.metrics, prepared)
 
-    def stream(
-        self, rows: Rows, asked: wire.Sampled, prefix: str, kind: str, piece: Callable[[str], dict[str, Any]]
-    ) -> Response:
-        """Server-sent events: a piece of text each, the reasons why rows ended, and [DONE]."""
-        ident, with_usage = wire.identifier(prefix), bool((asked.stream_options or {}).get("include_usage"))
-
-        def event(choices: list[dict[str, Any]], **more: Any) -> str:
-            return f"data: {json.dumps({**wire.frame(kind, ident, asked.model, choices), **more})}\n\n"
-
-        async def events() -> AsyncIterator[str]:
-            if kind.startswith("chat"):
-                for index in range(len(rows)):
-                    start = {"role": "assistant", "content": ""}
-                    yield event([{"index": index, "delta": start, "finish_reason": None}])
-            results = []
-            try:
-                async for index, news in rows.news():
-                    if isinstance(news, str):
-                        yield event([{"index": index, **piece(news), "finish_reason": None}])
-                    elif isinstance(news, HubError):
-                        yield f"data: {json.dumps(wire.error_of(news)[1])}\n\n"
-                        return
-                    else:
-                        results.append(news)
-                        if news.text is None:
-                            yield event([{"index": index, **piece(wire.said(news)), "finish_reason": None}])
-                        yield event([{"index": index, **piece(""), "finish_reason": news.finish or "stop"}])
-                counted = self.count(results, 1)
-                if with_usage:
-                    yield event([], usage=counted)
-                yield "data: [DONE]\n\n"
-            finally:
-                rows.cancel()  # does nothing to rows that have ended
-
-        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-    def count(self, results: list[Any], copies: int) -> dict[str, int]:
+    def count(self, results: list[Result], copies: int) -> dict[str, int]:
         """Usage of a request, which goes into the metrics as well."""
         found = wire.usage(results, copies)
         self.metrics.read += found["prompt_tokens"]
@@ -149,6 +112,11 @@ class Server:
         """GET /v1/models."""
         return self.answer({"object": "list", "data": await run_in_threadpool(self.catalogue.models)})
 
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        name = str(request.path_params["name"])
+        return self.answer(await run_in_threadpool(self.catalogue.model, name))
+
     async def load(self, request: Request) -> Response:
         """POST /v1/load_lora_adapter."""
         asked = await self.body(request, wire.Load)
@@ -163,7 +131,7 @@ class Server:
 
     async def health(self, _request: Request) -> Response:
         """GET /health: 200 while requests are computed."""
-        return Response(status_code=200 if self.batcher.alive else 503)
+        return Response(status_code=200) if self.batcher.alive else Response(status_code=503, headers=_LATER)
 
     async def told(self, _request: Request) -> Response:
         """GET /metrics."""
@@ -210,6 +178,7 @@ def create_app(engine: Engine, *, token: str | None = None, directories: bool = 
         ("POST", "/v1/chat/completions", server.chat),
         ("POST", "/v1/classify", server.classify),
         ("GET", "/v1/models", server.models),
+        ("GET", "/v1/models/{name:path}", server.model),
         ("POST", "/v1/load_lora_adapter", server.load),
         ("POST", "/v1/unload_lora_adapter", server.unload),
         ("GET", "/health", server.health),
@@ -247,7 +216,7 @@ def _guarded(
                 response = await endpoint(request)
         except (HubError, ValidationError) as error:
             status, body = wire.error_of(error)
-            response = JSONResponse(body, status_code=status)
+            response = JSONResponse(body, status_code=status, headers=_LATER if status in (429, 503) else None)
         server.metrics.requests[path, response.status_code] += 1
         return response
 

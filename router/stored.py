@@ -23,7 +23,7 @@ import compose
 from compose.expr import Ref, add
 from compose.leaves import Held, Shelf
 from compose.plan import plan
-from compose.publishing import requirements
+from compose.requirements import requirements
 from hub.errors import BaseMismatch, IntegrityError, NotFound, UsageError
 from hub.manifest import BaseIdentity, Digest, Draft, Lineage, Manifest, Requirement
 from hub.pack import pack
@@ -267,8 +267,25 @@ def load(ref: str | AdapterRef, store: Store | None = None) -> Stored:
                 ref=artifact.ref,
                 hint="fit it again: hub route fit",
             )
+    _check_widths(artifact, statistics)
+    if found.top_k is not None and found.top_k > len(artifacts):
+        told = f"{CONFIG} keeps {found.top_k} of {len(artifacts)} members"
+        raise IntegrityError(f"{artifact.ref}: {told}", ref=artifact.ref, hint="fit it again: hub route fit")
     router = Router(scorer, {name: Ref(name) for name in artifacts}, statistics, gating)
     return Stored(router, artifacts, artifact.manifest.base, artifact.manifest)
+
+
+def _check_widths(artifact: Artifact, statistics: Mapping[str, Statistics]) -> None:
+    """What members have in common is of one width; that it is finite was seen when it entered the store."""
+    first: dict[str, tuple[str, Tensor]] = {}
+    for name, known in statistics.items():
+        for key, value in known.items():
+            other, like = first.setdefault(key, (name, value))
+            if value.dim() != like.dim() or value.shape[-1:] != like.shape[-1:]:
+                told = f"{key} of {name!r} is {tuple(value.shape)}, that of {other!r} {tuple(like.shape)}"
+                raise IntegrityError(
+                    f"{artifact.ref}: {STATISTICS}: {told}", ref=artifact.ref, hint="fit it again: hub route fit"
+                )
 
 
 def _member(member: MemberFile, router: Artifact, store: Store) -> Artifact:

@@ -55,7 +55,7 @@ def route() -> None:
 
     \b
     hub route fit acme/law acme/code --method arrow -o acme/router@1.0.0
-    hub route fit acme/law acme/code --method centroid --data law=law.jsonl --data code=code.jsonl -o acme/near@1.0.0
+    hub route fit acme/law acme/code --method discriminant --data law=l.jsonl --data code=c.jsonl -o acme/near@1.0.0
     hub route eval acme/near --data law=test.jsonl
     hub route explain acme/router --text 'def answer(): ...'
 

@@ -19,25 +19,38 @@ if TYPE_CHECKING:
 @click.command(name="eval")
 @click.argument("router", metavar="ROUTER")
 @click.option("--data", "data", multiple=True, required=True, metavar="NAME=FILE", help="A set of rows (repeat).")
+@click.option(
+    "--dev",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Rows like a set's, for a likelihood router's prior on it.",
+)
 @text_options
 @base_options
 @click.option("--json", "json_file", metavar="FILE|-", help="Write the figures as JSON; - for stdout.")
 @click.option("--plot", type=click.Path(dir_okay=False), help="Write the confusion of routing as SVG.")
-def evaluate(router: str, data: tuple[str, ...], json_file: str | None, plot: str | None, **given: Any) -> None:
+def evaluate(
+    router: str, data: tuple[str, ...], dev: tuple[str, ...], json_file: str | None, plot: str | None, **given: Any
+) -> None:
     """Measure a router on named sets of rows: perplexity, or accuracy where its members classify.
 
     \b
     hub route eval acme/near --data law=test-law.jsonl --data novel=other.jsonl --plot confusion.svg
+    hub route eval acme/demix --data novel=test.jsonl --dev novel=valid.jsonl
 
-    The figures stand beside the bare base, the one adapter that is best over all sets, all adapters averaged, and the
-    oracle: the adapter of the set's name, or for another name the one that does best on it.
+    The figures stand beside the bare base, the one adapter that is best over all sets, all adapters averaged (for
+    perplexity also their probabilities: uniform), and the oracle: the adapter of the set's name, or for another name
+    the one that does best on it.
     """  # noqa: D301
     from router.pictures import heatmap
     from router.texts import named_files, read_texts
 
-    sets = {name: read_texts(file, most=given["max_rows"]) for name, file in named_files(data).items()}
+    sets, more = (
+        {name: read_texts(file, most=given["max_rows"]) for name, file in named_files(pairs).items()}
+        for pairs in (data, dev)
+    )
     with bar() as told:
-        found = _measure(router, sets, given, told)
+        found = _measure(router, sets, more, given, told)
     if plot:
         experts = list(next(iter(found.confusion.values())))
         values = [[row[e] for e in experts] for row in found.confusion.values()]
@@ -53,13 +66,17 @@ def evaluate(router: str, data: tuple[str, ...], json_file: str | None, plot: st
     _print(found)
 
 
-def _measure(router: str, sets: Any, given: dict[str, Any], told: Told | None) -> Report:
-    from hub.errors import UsageError
+def _measure(router: str, sets: Any, dev: Any, given: dict[str, Any], told: Told | None) -> Report:
+    from hub.errors import UsageError, suggest
     from router.measuring import Labelled, accuracies, perplexities
     from router.stored import load
     from router.texts import encode
 
     stored = load(router)
+    if dev and stored.router.scorer.name != "likelihood":
+        raise UsageError(f"{router} is a {stored.router.scorer.name} router and has no prior", hint="leave --dev out")
+    if wrong := [name for name in dev if name not in sets]:
+        raise UsageError(f"--dev has rows for {wrong[0]!r}, and --data none", hint=suggest(wrong[0], sets))
     tasks = {artifact.manifest.task or "causal_lm" for artifact in stored.artifacts.values()}
     if tasks not in ({"causal_lm"}, {"classification"}):
         raise UsageError(
@@ -68,8 +85,11 @@ def _measure(router: str, sets: Any, given: dict[str, Any], told: Told | None) -
     model, tokenizer = load_with_members(stored.artifacts, given)
     most, pad = given["max_length"], tokenizer.pad_token_id or 0
     if tasks == {"causal_lm"}:
-        rows = {name: encode(tokenizer, [row.text for row in found], most=most) for name, found in sets.items()}
-        return perplexities(stored.router, model, rows, pad=pad, told=told)
+        rows, held = (
+            {name: encode(tokenizer, [row.text for row in found], most=most) for name, found in files.items()}
+            for files in (sets, dev)
+        )
+        return perplexities(stored.router, model, rows, dev=held, pad=pad, told=told)
     labelled = {}
     for name, found in sets.items():
         if bare := [i for i, row in enumerate(found, 1) if row.label is None]:
@@ -82,15 +102,13 @@ def _measure(router: str, sets: Any, given: dict[str, Any], told: Told | None) -
 
 
 def _print(found: Report) -> None:
-    from router.measuring import WAYS
-
     def text(value: float) -> str:
         if math.isnan(value):
             return "-"
         return f"{value:.2f}" if found.metric == "perplexity" else f"{100 * value:.1f}%"
 
-    rows = [(row["set"], *(text(row[way]) for way in WAYS), row["expert"]) for row in found.rows]
-    click.echo(columns((found.metric.upper(), *WAYS, "oracle is"), rows))
+    rows = [(row["set"], *(text(row[way]) for way in found.ways), row["expert"]) for row in found.rows]
+    click.echo(columns((found.metric.upper(), *found.ways, "oracle is"), rows))
     experts = list(next(iter(found.confusion.values())))
     click.echo()
     weights = [(name, *(f"{w[e]:.2f}" for e in experts)) for name, w in found.confusion.items()]

@@ -87,7 +87,11 @@ def _posterior(router: Any, model: Any, batch: Any) -> Tensor:
 
     options = router.scorer.options
     ensemble = Ensemble(
-        model, list(router.experts.values()), gamma=options.gamma, temperature=router.gating.temperature
+        model,
+        list(router.experts.values()),
+        gamma=options.gamma,
+        temperature=router.gating.temperature,
+        hedge=options.hedge,
     )
     score = ensemble.score(batch.input_ids, batch.attention_mask)
     return torch.cat([score.posterior[0], score.final]).float().cpu()

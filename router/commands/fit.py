@@ -41,7 +41,7 @@ def fit(members: tuple[str, ...], ref: str, as_json: bool, **given: Any) -> None
 
     \b
     hub route fit acme/law acme/code --method arrow -o acme/router@1.0.0
-    hub route fit acme/law acme/code --method centroid --data law=law.jsonl --data code=code.jsonl -o acme/near@1.0.0
+    hub route fit acme/law acme/code --method discriminant --data law=l.jsonl --data code=c.jsonl -o acme/near@1.0.0
     hub route fit a=acme/law 'b=acme/code>=1,<2' --method phatgoose --option steps=200 --data a=... -o acme/p@1.0.0
 
     A member is called by the last part of its ref, or by NAME=REF.
@@ -181,5 +181,6 @@ def _tell(artifact: Artifact, as_json: bool) -> None:
         )
         return
     click.echo(str(artifact.ref))
-    say(f"  {artifact.digest[:19]}..., {manifest.method} over {len(manifest.requires)} adapters")
+    many = "adapter" if len(manifest.requires) == 1 else "adapters"
+    say(f"  {artifact.digest[:19]}..., {manifest.method} over {len(manifest.requires)} {many}")
     say(f"  next: hub route eval {artifact.ref} --data NAME=FILE")

@@ -27,6 +27,8 @@ from router.engine.targets import Targets
 from router.residency import Residency
 
 Answer = Result | HubError
+# What a library may raise over one batch (out of memory among them): it belongs to some row, and not to the others.
+BREAKDOWNS = (RuntimeError, ValueError, TypeError, LookupError, OSError)
 
 
 class Engine:
@@ -139,8 +141,8 @@ class Engine:
             if routing.by_token:
                 return [replace(row, weights=w) for row, w in zip(rows, weights, strict=True)]
             return [routing.choose(self.host, row, w) for row, w in zip(rows, weights, strict=True)]
-        except HubError as error:
-            return [error] if len(rows) == 1 else [one for row in rows for one in self._route(routing, [row])]
+        except (HubError, *BREAKDOWNS) as error:
+            return [told(error)] if len(rows) == 1 else [one for row in rows for one in self._route(routing, [row])]
 
     def batches(self, rows: Sequence[Prepared]) -> list[list[int]]:
         """Which rows are computed together, by index."""
@@ -153,9 +155,9 @@ class Engine:
         """
         try:
             return list(self._compute(batch, following))
-        except HubError as error:
+        except (HubError, *BREAKDOWNS) as error:
             if len(batch) == 1:
-                return [error]
+                return [told(error)]
             return [answer for row in batch for answer in self.compute([row])]
 
     def _compute(self, batch: Sequence[Prepared], following: Sequence[Prepared]) -> list[Answer]:
@@ -179,3 +181,8 @@ class Engine:
         """Stop the reading thread and leave the base with nothing active."""
         self.residency.close()
         self.host.rest()
+
+
+def told(error: Exception) -> HubError:
+    """The error as one of ours."""
+    return error if isinstance(error, HubError) else HubError(f"it broke down: {type(error).__name__}: {error}")

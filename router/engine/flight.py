@@ -1,7 +1,7 @@
 """A batch under way: rows come in, are read in one forward pass, and leave when they have ended.
 
 Rows that are classified leave at once, through their own heads; the others decode side by side over one key-value
-cache. Rows may join between two steps: their cache is put beside the others', shifted to the same end.
+cache. Rows of a causal model may join between two steps: their cache is put beside the others', shifted to one end.
 """
 
 from __future__ import annotations
@@ -13,30 +13,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hub.errors import HubError
+from router.engine.caches import Continued, Read, answer
 from router.engine.detokenize import Detokenizer
 from router.engine.heads import blend, heads_of, pick
 from router.engine.host import Host
 from router.engine.mixture import Mixture
 from router.engine.prepare import Prepared
-from router.engine.request import Result, Token
+from router.engine.request import Piece, Result, Token
 from router.engine.sampling import Draw, best_tokens, choose
 
 
 class Row:
     """A row of a flight.
 
-    ``on_text`` is called with each piece of text as it comes. ``result`` is there when the row has ended, or ``error``.
+    ``on_piece`` is called with each piece of text as it comes. ``result`` is there when it has ended, or ``error``.
     """
 
-    def __init__(self, prepared: Prepared, tokenizer: Any, on_text: Callable[[str], None] | None = None) -> None:
+    def __init__(self, prepared: Prepared, tokenizer: Any, on_piece: Callable[[Piece], None] | None = None) -> None:
         request = prepared.request
-        self.prepared, self.on_text = prepared, on_text
+        self.prepared, self.on_piece = prepared, on_piece
         self.result: Result | None = None
         self.error: HubError | None = None
         self.cancelled = False
@@ -44,7 +43,8 @@ class Row:
         self.last = 0
         self._tokenizer = tokenizer
         self._tokens: list[Token] = []
-        self._words = Detokenizer(tokenizer, prepared.ids, request.stop)
+        self._told = 0  # of the tokens
+        self._words = Detokenizer(tokenizer, prepared.before, request.stop)
         self.draw = Draw(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
 
     def take(self, token: int, logits: Tensor, ends: frozenset[int]) -> None:
@@ -66,7 +66,7 @@ class Row:
         return None
 
     def _end(self, why: str) -> None:
-        self._say(self._words.close())
+        self._say(self._words.close(), last=True)
         self.result = Result(
             text=self._words.text,
             finish=why,
@@ -76,9 +76,10 @@ class Row:
             written=self.written,
         )
 
-    def _say(self, text: str) -> None:
-        if text and self.on_text is not None:
-            self.on_text(text)
+    def _say(self, text: str, *, last: bool = False) -> None:
+        if self.on_piece is not None and (text or (last and self._told < len(self._tokens))):
+            self.on_piece(Piece(text, tuple(self._tokens[self._told :])))
+            self._told = len(self._tokens)
 
     @property
     def over(self) -> bool:
@@ -99,14 +100,12 @@ class Row:
 
 
 class Flight:
-    """Rows in one batch, left-padded, over one cache."""
+    """Rows in one batch over one cache."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self.rows: list[Row] = []
-        self._cache: Any = None
-        self._mask = torch.zeros(0, 0, dtype=torch.long, device=host.model.device)  # (B, T) over the cache
-        self._still = False  # rows may neither join nor leave
+        self._read: Read | None = None  # of the rows, where there are some
 
     @property
     def running(self) -> int:
@@ -115,7 +114,7 @@ class Flight:
 
     def takes_more(self) -> bool:
         """Whether rows may join now."""
-        return not self.rows or not self._still
+        return self._read is None or self._read.grows
 
     @torch.inference_mode()
     def admit(self, rows: Sequence[Row]) -> None:
@@ -129,6 +128,8 @@ class Flight:
         fresh = Flight(self.host)
         if isinstance(rows[0].prepared.gate, Mixture):
             fresh._mix(rows, rows[0].prepared.gate)
+        elif self.host.translates:
+            fresh._answer_first(rows)
         elif self.host.decodes:
             fresh._decode_first(rows)
         else:
@@ -139,20 +140,14 @@ class Flight:
     def step(self) -> None:
         """One more token for every row."""
         self._compact()
-        if not self.rows:
+        if self._read is None:
             return
         self._activate(self.rows)
-        device = self._mask.device
-        self._mask = F.pad(self._mask, (0, 1), value=1)
-        ids = torch.tensor([[row.last] for row in self.rows], device=device)
-        options = {"attention_mask": self._mask} if self._still or not bool(self._mask.all()) else {}
-        positions = self.host.takes(position_ids=self._mask.sum(1, keepdim=True) - 1)
-        out = self.host.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **options, **positions)
-        self._choose(out.logits[:, -1].float())
+        self._choose(self._read.step(self.host, [row.last for row in self.rows]).float())
 
     def leave(self) -> list[Row]:
         """Take out the rows, ended or not."""
-        rows, self.rows, self._cache = self.rows, [], None
+        rows, self.rows, self._read = self.rows, [], None
         return rows
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -176,9 +171,20 @@ class Flight:
         self._answer(rows, heard[0], mask, last=True)
         if not going:
             return
-        self.rows, self._cache, self._mask = list(rows), options["past_key_values"], mask
-        self._still = any(host.runtime.adapters[n].prompt() is not None for p in prepared for n in _active(host, p))
-        self._choose(out.logits[:, -1].float())
+        self._go_on(
+            rows, Continued(options["past_key_values"], mask, prompted=_prompted(host, rows)), out.logits[:, -1]
+        )
+
+    def _answer_first(self, rows: Sequence[Row]) -> None:
+        """Texts of an encoder-decoder: (B, S), padded on the right; its encoder reads them this once."""
+        self._activate(rows)
+        ids, mask = _pad([row.prepared for row in rows], self.host.pad, self.host.model.device, left=False)
+        self._go_on(rows, *answer(self.host, ids, mask, prompted=_prompted(self.host, rows)))
+
+    def _go_on(self, rows: Sequence[Row], read: Read, logits: Tensor) -> None:
+        """Take rows in that were read, and their first tokens from logits (B, V)."""
+        self.rows, self._read = list(rows), read
+        self._choose(logits.float())
         self._compact(all_ended=True)
 
     def _mix(self, rows: Sequence[Row], mixture: Mixture) -> None:
@@ -232,11 +238,12 @@ class Flight:
     def _activate(self, rows: Sequence[Row]) -> None:
         """Make active what is applied to each row."""
         gate = rows[0].prepared.gate
-        if gate is None:
-            self.host.activate([row.prepared.expr for row in rows])
-        else:
-            self.host.forget()
-            gate.router.activate(self.host.model, None)
+        with torch.inference_mode(False), torch.no_grad():  # a merge makes an adapter, which outlives this call
+            if gate is None:
+                self.host.activate([row.prepared.expr for row in rows])
+            else:
+                self.host.forget()
+                gate.router.activate(self.host.model, None)
 
     # -- decoding --------------------------------------------------------------------------------------------------
 
@@ -254,11 +261,11 @@ class Flight:
         kept = [i for i, row in enumerate(self.rows) if not row.over]
         if not kept:
             self.leave()
-        elif not self._still and len(kept) < len(self.rows) and (all_ended or 2 * len(kept) <= len(self.rows)):
-            at = torch.tensor(kept, device=self._mask.device)
-            self._cache.batch_select_indices(at)
-            self._mask = self._mask[at]
-            self.rows = [self.rows[i] for i in kept]
+        elif len(kept) < len(self.rows) and (all_ended or 2 * len(kept) <= len(self.rows)):
+            assert self._read is not None  # noqa: S101 - there are rows
+            if self._read.leaves:
+                self._read.keep(kept)
+                self.rows = [self.rows[i] for i in kept]
 
     def _join(self, fresh: Flight) -> None:
         """Put another flight's rows beside these."""
@@ -266,32 +273,22 @@ class Flight:
             return
         self._compact(all_ended=True)
         if not self.rows:
-            self.rows, self._cache, self._mask, self._still = fresh.rows, fresh._cache, fresh._mask, fresh._still
+            self.rows, self._read = fresh.rows, fresh._read
             return
-        length = max(self._mask.shape[1], fresh._mask.shape[1])
-        for mine, other in zip(self._cache.layers, fresh._cache.layers, strict=True):
-            mine.keys = torch.cat([_shifted(mine.keys, length), _shifted(other.keys, length)])
-            mine.values = torch.cat([_shifted(mine.values, length), _shifted(other.values, length)])
-        masks = [F.pad(m, (length - m.shape[1], 0)) for m in (self._mask, fresh._mask)]
-        self._mask = torch.cat(masks)
+        assert isinstance(self._read, Continued) and isinstance(fresh._read, Continued)  # noqa: S101 - see `joins`
+        self._read.add(fresh._read)
         self.rows += fresh.rows
 
     def joins(self, rows: Sequence[Row]) -> bool:
-        """Whether these rows can join the ones under way: plain caches, and no prompt before the text."""
-        if not self.rows:
-            return True
-        adapters = self.host.runtime.adapters
-        plain = all(type(layer) is DynamicLayer for layer in self._cache.layers)
-        return (
-            plain
-            and not self._still
-            and not any(adapters[n].prompt() is not None for row in rows for n in _active(self.host, row.prepared))
-        )
+        """Whether these rows can join the ones under way: beside those, and without a prompt before their text."""
+        return self._read is None or (self._read.grows and not _prompted(self.host, rows))
 
 
-def _active(host: Host, prepared: Prepared) -> list[str]:
-    """Resident adapters of a row."""
-    return [name for name in prepared.expr.refs if name in host.runtime.adapters]
+def _prompted(host: Host, rows: Sequence[Row]) -> bool:
+    """Whether an adapter puts a prompt before the text of some row."""
+    adapters = host.runtime.adapters
+    names = {name for row in rows for name in row.prepared.expr.refs}
+    return any(name in adapters and adapters[name].prompt() is not None for name in names)
 
 
 @contextmanager
@@ -327,11 +324,6 @@ def _types(rows: Sequence[Prepared], ids: Tensor) -> Tensor:
         if p.types is not None:
             types[i, : len(p.types)] = torch.tensor(p.types)
     return types
-
-
-def _shifted(x: Tensor, length: int) -> Tensor:
-    """(B, H, T, d) to (B, H, length, d), the new places in front; they are masked."""
-    return F.pad(x, (0, 0, length - x.shape[2], 0))
 
 
 def _answered(prepared: Prepared, logits: Tensor) -> Result:

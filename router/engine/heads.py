@@ -51,8 +51,12 @@ class Heads:
         self.own = dict(_outside(model, self.backbone))
 
     def names(self) -> tuple[str, ...]:
-        """Modules that a classification model of this family has outside its backbone; () if there is none such."""
-        if type(self.model.config) not in AutoModelForSequenceClassification._model_mapping:
+        """Modules that a classification model of this family has outside its backbone; () if there is none such.
+
+        None for an encoder-decoder, whose classes are words that it writes.
+        """
+        config = self.model.config
+        if config.is_encoder_decoder or type(config) not in AutoModelForSequenceClassification._model_mapping:
             return ()
         return tuple(name for name, _ in _outside(self._shell(2), self.backbone))
 

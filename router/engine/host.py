@@ -20,7 +20,6 @@ from compose import base as bases
 from compose.expr import Expr
 from compose.inject import runtime
 from compose.loading import held_as
-from hub.errors import UsageError
 from router.engine.heads import Heads
 from router.fold import context_of
 
@@ -32,8 +31,9 @@ class Host:
     ----------
     model, tokenizer
         Those of transformers. `encoder` is a tokenizer for any thread that holds the lock `encoding`.
-    decodes
-        Whether it can continue a text (a causal language model) or only classify (an encoder).
+    decodes, translates
+        Whether it can write (a causal language model, an encoder-decoder) or only classify (an encoder), and whether
+        what it writes answers a text that an encoder has read.
     held
         How its weights are held: quantization and dtype.
     context
@@ -59,7 +59,8 @@ class Host:
         self.identity = bases.identity(self.model)
         self.name = bases.name_of(self.model)
         self.held = f"{held_as(self.model)} {self.model.dtype}"
-        self.decodes = self.model.can_generate() and not self.model.config.is_encoder_decoder
+        self.decodes = self.model.can_generate()
+        self.translates = self.decodes and bool(self.model.config.is_encoder_decoder)
         self.heads = Heads(self.model)
         self.heads.graft()  # before the runtime, which knows the modules it found
         self.runtime = runtime(self.model)
@@ -80,6 +81,13 @@ class Host:
         found = getattr(config, "eos_token_id", None)
         found = self.tokenizer.eos_token_id if found is None else found
         return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+    @property
+    def starts(self) -> list[int]:
+        """Tokens that an encoder-decoder's answer begins with: they are given, and not part of the text."""
+        config = self.model.generation_config
+        found = [config.decoder_start_token_id, config.forced_bos_token_id]
+        return [token for token in found if token is not None] or [self.pad]
 
     def takes(self, **options: Any) -> dict[str, Any]:
         """Those options that the model's forward has."""
@@ -108,10 +116,7 @@ def _task(base: str | Path) -> str:
     where = bases.locate(base)
     kind = AutoConfig.from_pretrained(where.directory, local_files_only=True).model_type
     if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        raise UsageError(
-            f"{where.name} is an encoder-decoder ({kind}), which is not served yet",
-            hint="compose.load(base, expr).generate(...) runs it",
-        )
+        return "seq2seq"
     return "classification" if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal_lm"
 
 

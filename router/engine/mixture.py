@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compose.expr import Call, Expr
 from compose.function import bind
-from hub.errors import HubError, UsageError
+from hub.errors import UsageError
 from router.engine.host import Host
 from router.engine.request import Request
 from router.ensemble import Ensemble
@@ -43,13 +43,14 @@ class Mixture:
         found: Any = bind(call)
         if call.function == "ensemble.mean":
             return cls(call.args, {"temperature": math.inf})  # the posterior stays what the uniform prior is
-        if found.prior in ("updating", "cached"):
+        if found.prior in ("updating", "cached", "fitted"):
             raise UsageError(
                 f"the prior {found.prior!r} depends on the rows before, and rows are answered in any order",
                 hint='prior="uniform", or one probability per expert',
             )
         prior = found.prior if isinstance(found.prior, str) else list(found.prior)
-        return cls(call.args, {"prior": prior, "gamma": found.gamma, "temperature": found.temperature})
+        how = {"gamma": found.gamma, "temperature": found.temperature, "hedge": found.hedge}
+        return cls(call.args, {"prior": prior, **how})
 
     @staticmethod
     def check(request: Request) -> None:
@@ -69,7 +70,13 @@ class Mixture:
         return made.sequences[:, ids.shape[1] :].tolist(), weights
 
 
-def refuse_heads(text: str, task: str) -> None:
-    """An ensemble continues texts."""
+def refuse_mixture(host: Host, text: str, task: str) -> None:
+    """An ensemble continues texts. Raises UsageError for members or a base that do not."""
     if task != "generate":
-        raise HubError(f"{text} mixes the next token's probabilities, and its members classify", ref=text)
+        raise UsageError(f"{text} mixes the next token's probabilities, and its members classify", ref=text)
+    if host.translates:
+        raise UsageError(
+            f"{text} mixes what causal language models say next, and {host.name} is an encoder-decoder",
+            ref=text,
+            hint="merge its members (ties(a, b)), or `hub route fit` a router of them",
+        )

@@ -19,7 +19,7 @@ class Prepared:
     """One row.
 
     `expr` is what is applied to it (a router's choice is in it), `types` are the token types of a pair, `room` is how
-    many tokens may be written.
+    many tokens may be written, and `before` are the tokens that those stand behind: none after an encoder.
     """
 
     request: Request
@@ -28,6 +28,7 @@ class Prepared:
     types: tuple[int, ...] | None
     room: int
     expr: Expr
+    before: tuple[int, ...] = ()
     weights: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -68,19 +69,29 @@ def prepare(host: Host, request: Request, target: Target) -> Prepared:
     ids, types = _encode(host, request, target)
     if not ids:
         raise HubError("the text is empty", hint="give at least one token")
-    left = MOST if host.context is None else host.context - len(ids)
-    wanted = request.max_new_tokens or max(1, min(left, MOST))
-    if generates and wanted > left and host.context is not None:
+    types = None if generates else types
+    room = _room(host, request, target.front + len(ids)) if generates else 1
+    return Prepared(request, target, ids, types, room, target.expr, () if host.translates else ids)
+
+
+def _room(host: Host, request: Request, read: int) -> int:
+    """Tokens that may be written. Raises HubError where they and the places read are more than the base has."""
+    if host.context is None:
+        return request.max_new_tokens or MOST
+    behind = len(host.starts) if host.translates else read  # a decoder of its own has all its places to itself
+    wanted = request.max_new_tokens or max(1, min(host.context - behind, MOST))
+    if max(read, behind + wanted) > host.context:
         raise HubError(
-            f"{len(ids)} tokens and {wanted} new ones are more than the {host.context} that {host.name} reads",
+            f"{read} tokens and {wanted} new ones are more than the {host.context} that {host.name} reads",
             hint="shorten the text, or lower max_new_tokens",
         )
-    return Prepared(request, target, ids, None if generates else types, wanted, target.expr)
+    return wanted
 
 
 def _encode(host: Host, request: Request, target: Target) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
     options: dict[str, Any] = {"add_special_tokens": request.special, "verbose": False}
-    limit = min((n for n in (target.max_length, host.context) if n is not None), default=None)
+    context = None if host.context is None else max(1, host.context - target.front)
+    limit = min((n for n in (target.max_length, context) if n is not None), default=None)
     if target.task != "generate" and limit is not None:
         options |= {"truncation": True, "max_length": limit}
     with host.encoding:  # a tokenizer keeps how it truncates

@@ -68,6 +68,14 @@ class Token:
     best: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Text that has become certain, with the tokens (of a row that asked for scores) up to its end."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """What became of one row.

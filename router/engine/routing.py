@@ -57,7 +57,8 @@ class Routing:
         first = self.members[max(weights, key=weights.__getitem__)]
         (expr,) = row_expressions([Ref(name) for name in weights], torch.tensor([list(weights.values())]).double())
         assert expr is not None  # noqa: S101 - some weight is not zero
-        target = Target(row.target.text, expr, tuple(weights), first.labels, first.task, first.max_length)
+        front = sum(self.members[name].front for name in weights)
+        target = Target(row.target.text, expr, tuple(weights), first.labels, first.task, first.max_length, front)
         return replace(prepare(host, row.request, target), weights=weights)
 
 

@@ -56,8 +56,11 @@ def run(source: str, out: Path | None, overwrite: bool, **given: Any) -> None:
     hub run mixed.jsonl --base builtin:tiny-lm --adapter-column adapter --scores 3 > answers.jsonl
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     _check_choice(given)
+    _check_places(source, out)
     options = _options(given)
     base = given["base"] or _base_of(given["expr"] or given["router"])
+    if given["router"] is not None:
+        _check_router(given["router"])
     with _input(source) as stream:
         _run(stream, source, base, options, out, overwrite, given)
 
@@ -74,6 +77,13 @@ def _check_choice(given: dict[str, Any]) -> None:
         )
     if given["adapter_column"] and given["base"] is None:
         raise UsageError("rows that name their adapters need a base", hint="--base BASE")
+
+
+def _check_places(source: str, out: Path | None) -> None:
+    from hub.errors import UsageError
+
+    if out is not None and source != "-" and out.exists() and out.samefile(source):
+        raise UsageError(f"{out} is the input", path=out, hint="give another --out: the input is read while it runs")
 
 
 def _options(given: dict[str, Any]) -> Options:
@@ -100,6 +110,15 @@ def _base_of(text: str) -> str:
     return found
 
 
+def _check_router(ref: str) -> None:
+    from hub.errors import UsageError
+    from hub.store import Store
+
+    artifact = Store().get(ref)
+    if artifact.manifest.type != "router":
+        raise UsageError(f"{ref} is no router but of type {artifact.manifest.type}", ref=ref, hint=f"--expr {ref}")
+
+
 @contextmanager
 def _input(source: str) -> Iterator[BinaryIO]:
     if source == "-":
@@ -122,6 +141,7 @@ def _run(
 
     from hub.progress import bars
     from router.running.job import Stream, check, check_adapters, go
+    from router.running.journal import refuse_finished
     from router.running.lines import Lines
 
     lines = Lines(stream, "stdin" if source == "-" else source)
@@ -129,6 +149,8 @@ def _run(
     if options.on_error == "stop" and source != "-":
         named = check(Lines(stream, lines.name), options)  # before the base is loaded, and hours of computing
         stream.seek(0)
+    if out is not None and not overwrite:
+        refuse_finished(out)  # before the base is loaded as well
     engine = _engine(base, given)
     sink: Any = Stream(sys.stdout.buffer) if out is None else _journal(out, engine, options, overwrite)
     try:
@@ -198,7 +220,8 @@ def _go_on(lines: Lines, sink: Any, engine: Engine) -> None:
 
 def _tell(outcome: Outcome, before: int, seconds: float) -> None:
     count = outcome.rows - before
-    click.echo(f"{count:,} rows in {seconds:.1f} s ({count / max(seconds, 1e-9):.1f} rows/s)", err=True)
+    rows = "row" if count == 1 else "rows"
+    click.echo(f"{count:,} {rows} in {seconds:.1f} s ({count / max(seconds, 1e-9):.1f} rows/s)", err=True)
     if outcome.failed:
         click.secho(
             f"{outcome.failed:,} of {outcome.rows:,} rows failed", fg="yellow", nl=outcome.first is None, err=True

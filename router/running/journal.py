@@ -56,7 +56,7 @@ class Journal:
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        self.out, self.path = out, out.with_name(out.name + ".journal")
+        self.out, self.path = out, _beside(out)
         self._settings = json.loads(json.dumps(settings))
         self.mark = Mark()
         self.pins: dict[str, str] = {}
@@ -110,11 +110,12 @@ class Journal:
             found = self._read()
             if found is not None:
                 return found
-        elif self.out.exists() and self.out.stat().st_size:
-            self.close()
-            raise UsageError(
-                f"{self.out} is there already", path=self.out, hint="--overwrite replaces it, or give another --out"
-            )
+        else:
+            try:
+                refuse_finished(self.out)
+            except UsageError:
+                self.close()
+                raise
         self.out.touch()
         atomic_write(self.path, self._head())
         fsync_directory(self.out.parent)
@@ -142,6 +143,16 @@ class Journal:
 
     def _head(self) -> bytes:
         return _line({"version": VERSION, "settings": self._settings}) + _line(asdict(self.mark))
+
+
+def refuse_finished(out: Path) -> None:
+    """Raise UsageError where an output is there that no journal belongs to."""
+    if not _beside(out).exists() and out.exists() and out.stat().st_size:
+        raise UsageError(f"{out} is there already", path=out, hint="--overwrite replaces it, or give another --out")
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(out.name + ".journal")
 
 
 def _line(value: object) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -12,11 +12,13 @@ from torch.nn import functional as F
 
 from compose.atoms import Atoms
 from compose.expr import Ref
-from compose.factors import core
+from compose.factors import core, stack
 from compose.inject import runtime
 from compose.kernels import Pair
 from compose.kind import Adapter
-from compose.slot import BelowView
+from compose.lowering import site_program
+from compose.merge import Workshop
+from compose.parameter_space.effect import entries
 from hub.errors import UsageError
 from router.bench import Bench, tree
 from router.gating import Gating
@@ -53,10 +55,11 @@ class Arrow(SiteScorer):
             raise UsageError(
                 f"arrow reads the direction of one adapter, and {expert!r} is {what}", hint="merge it first"
             )
-        adapter = found.adapter(what.text)
+        adapter, shop = found.adapter(what.text), Workshop(found)
         vectors: dict[str, Tensor] = {}
-        for path in adapter.paths:
-            vector = _direction(adapter.lower(path, BelowView(found.slot(path), ())), adapter, path)
+        for path in adapter.module_paths:
+            node = site_program(shop, path, (what,))
+            vector = _direction([] if node is None else [e.atoms for e in entries(node)], adapter, path)
             if vector is not None:
                 vectors[path] = vector.cpu()
         return vectors
@@ -76,17 +79,19 @@ class Arrow(SiteScorer):
         return score
 
 
-def _direction(atoms: Atoms | None, adapter: Adapter, path: str) -> Tensor | None:
+def _direction(atoms: Sequence[Atoms], adapter: Adapter, path: str) -> Tensor | None:
     """Top right-singular vector of an adapter's change of weight at a site; None where it changes nothing."""
-    if atoms is None or (atoms.A is None and atoms.delta is None):
+    deltas = [a.delta for a in atoms if a.delta is not None]
+    pairs = [Pair(a.A.detach(), a.B.detach(), a.scale) for a in atoms if a.A is not None and a.B is not None]
+    if not deltas and not pairs:
         raise UsageError(
             f"{adapter.kind} adapter {adapter.name!r} changes no weight at {path}, so it has no direction there",
             hint="arrow routes lora, dora, sparse and dense adapters; phatgoose and gate route every kind",
         )
     with torch.no_grad():
-        if atoms.A is not None and atoms.B is not None:
-            _, s, vh = core(Pair(atoms.A.detach(), atoms.B.detach(), atoms.scale))
+        if pairs:  # several at parts of a fused linear
+            _, s, vh = core(pairs[0] if len(pairs) == 1 else stack(pairs, [1.0] * len(pairs)))
         else:
-            assert atoms.delta is not None  # noqa: S101 - it has one or the other
-            _, s, vh = torch.linalg.svd(atoms.delta.dense().detach().float(), full_matrices=False)
+            dense = torch.stack([delta.dense().detach().float() for delta in deltas]).sum(0)
+            _, s, vh = torch.linalg.svd(dense, full_matrices=False)
     return vh[0].float() if float(s[0]) > 0 else None

@@ -16,18 +16,14 @@ from router.embed import hidden_means, token_counts
 from router.gating import Gating
 from router.scorer import SHARED, RowScorer, ScorerOptions, Statistics, register
 
-_SHRINK = 0.1  # of the pooled covariance towards a multiple of the identity: it has to be inverted
 _SMOOTH = 0.1  # added to each token's count
 
 
 class CentroidOptions(ScorerOptions):
-    """What a row is embedded by, and what is near."""
+    """What a row is embedded by."""
 
     embed: Literal["hidden", "tokens"] = Field(
         "hidden", description="hidden: the bare base's last hidden states, averaged; tokens: counts of token ids"
-    )
-    distance: Literal["euclidean", "mahalanobis"] = Field(
-        "euclidean", description="of hidden: between unit vectors as in c-BTM, or under the experts' pooled covariance"
     )
 
 
@@ -35,10 +31,8 @@ class CentroidOptions(ScorerOptions):
 class Centroid(RowScorer):
     """score_e = -||h(x) - mu_e||^2 with h(x) the unit-length embedding of the row (c-BTM, arXiv 2303.14177).
 
-    With ``distance: mahalanobis`` the distance is (h - mu_e)^T S^-1 (h - mu_e) / 2 under the covariance S that the
-    experts share, pooled from their own scatter: a linear discriminant, sharper where tasks are alike. With
-    ``embed: tokens`` score_e = mean_t log p_e(x_t) under the expert's smoothed token frequencies, and no model runs.
-    The statistics of an expert are sums over its own rows, so a member is added by one pass over its rows.
+    With ``embed: tokens`` score_e = mean_t log p_e(x_t) under the expert's smoothed token frequencies, and no model
+    runs. The statistics of an expert are sums over its own rows, so a member is added by one pass over its rows.
     """
 
     Options = CentroidOptions
@@ -46,26 +40,19 @@ class Centroid(RowScorer):
     gating = Gating(temperature=0.1)
 
     def measure(self, expert: str, bench: Bench) -> Statistics:
-        """Mean (d,), scatter (d, d) and count of the rows' embeddings, or token counts (V,)."""
+        """Mean (d,) of the rows' embeddings, or token counts (V,)."""
         if self.options.embed == "tokens":
             vocabulary = int(bench.model.config.get_text_config().vocab_size)
             counts = [token_counts(batch, vocabulary).sum(0) for batch in bench.batches(expert)]
             return {"tokens": torch.stack(counts).sum(0).float().cpu()}
-        points = torch.cat([hidden_means(bench.model, batch) for batch in bench.batches(expert)]).cpu()  # (N, d)
-        mean = points.mean(0)
-        found = {"mean": mean.float(), "count": torch.tensor(float(len(points)))}
-        if self.options.distance == "mahalanobis":
-            centred = points - mean
-            found["scatter"] = (centred.T @ centred).float()
-        return found
+        points = torch.cat([hidden_means(bench.model, batch) for batch in bench.batches(expert)])  # (N, d)
+        return {"mean": points.mean(0).float().cpu()}
 
     def wanted(self, expert: str) -> tuple[str, ...]:
-        """Counts of tokens, or the moments that the distance asks for."""
+        """Counts of tokens, or the mean."""
         if expert == SHARED:
             return ()
-        if self.options.embed == "tokens":
-            return ("tokens",)
-        return ("mean", "count", "scatter") if self.options.distance == "mahalanobis" else ("mean",)
+        return ("tokens",) if self.options.embed == "tokens" else ("mean",)
 
     def score(
         self, model: PreTrainedModel, batch: Batch, experts: Experts, statistics: Mapping[str, Statistics]
@@ -81,22 +68,7 @@ class Centroid(RowScorer):
                 f"this router was fitted on hidden states of {centres.shape[1]} numbers, the base has {h.shape[1]}",
                 hint="fit it again on this base: hub route fit",
             )
-        differences = h[:, None] - centres  # (B, E, d)
-        if self.options.distance == "euclidean":
-            return -differences.square().sum(-1)
-        scores: Tensor = -0.5 * torch.einsum("bed,df,bef->be", differences, _precision(known).to(h), differences)
-        return scores
-
-
-def _precision(known: Sequence[Statistics]) -> Tensor:
-    """Inverse of the pooled covariance (d, d), shrunk so that it exists."""
-    scatter = torch.stack([s["scatter"] for s in known]).sum(0).double()
-    degrees = max(1.0, float(sum(float(s["count"]) for s in known)) - len(known))
-    pooled = scatter / degrees
-    level = pooled.diagonal().mean().clamp_min(1e-12)
-    eye = torch.eye(len(pooled), dtype=pooled.dtype)
-    precision: Tensor = torch.linalg.inv((1 - _SHRINK) * pooled + _SHRINK * level * eye)
-    return precision
+        return -(h[:, None] - centres).square().sum(-1)
 
 
 def _by_frequency(batch: Batch, known: Sequence[Statistics]) -> Tensor:

@@ -42,8 +42,8 @@ class Fuse(SiteScorer):
         found, generator = runtime(bench.model), torch.Generator().manual_seed(bench.seed)
         known = {**found.sites.sites, **found.sites.outside}
         shared: dict[str, nn.Parameter] = {}
-        for path in sites_of(bench.model, bench.experts):
-            d = known[path].out_features
+        for path, width in sites_of(bench.model, bench.experts).items():
+            d = known[path].out_features if path in known else width  # of a norm
             for part in ("query", "key"):
                 start = torch.randn(self.options.size, d, generator=generator) / d**0.5
                 shared[f"{path}/{part}"] = nn.Parameter(start.to(bench.model.device))

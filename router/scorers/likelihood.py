@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from router import posterior as bayes
+from router.belief import belief
 from router.bench import Batch, Experts
 from router.fold import expert_log_probs
+from router.gating import Gating
 from router.scorer import RowScorer, ScorerOptions, Statistics, register
 
 
@@ -19,6 +21,13 @@ class LikelihoodOptions(ScorerOptions):
 
     tokens: int | None = Field(None, ge=2, description="read only so many tokens of a row [all]")
     gamma: float = Field(1.0, ge=0, le=1, description="discount of older tokens; 1 is Bayes, 0 the last token alone")
+    hedge: bool = Field(False, description="mix slower and faster weights by how they predict; for texts of no member")
+
+    @model_validator(mode="after")
+    def _one_pace(self) -> LikelihoodOptions:
+        if self.hedge and self.gamma != 1.0:
+            raise ValueError("gamma sets the pace of the weights, and hedged ones choose their own")
+        return self
 
 
 @register("likelihood")
@@ -33,11 +42,20 @@ class Likelihood(RowScorer):
     paper = "arXiv 2108.05036"
     needs_data = False
 
+    def check(self, gating: Gating, experts: int) -> None:
+        """Refuse a temperature beside hedged weights, too."""
+        super().check(gating, experts)
+        belief(bayes.log_prior(None, 1), 1, temperature=gating.temperature, hedge=self.options.hedge)
+
     def score(
         self, model: PreTrainedModel, batch: Batch, experts: Experts, statistics: Mapping[str, Statistics]
     ) -> Tensor:
-        """Log likelihood of each row under each expert (B, E), float64."""
+        """Log likelihood of each row under each expert (B, E), float64; log of the weights where they are hedged."""
         ids, mask = batch.input_ids[:, : self.options.tokens], batch.attention_mask[:, : self.options.tokens]
         log_probs, valid = expert_log_probs(model, list(experts.values()), ids, mask)
-        _, after = bayes.evidence(log_probs.permute(1, 2, 0), valid, gamma=self.options.gamma)
+        values = log_probs.permute(1, 2, 0)  # (B, T-1, E)
+        if self.options.hedge:
+            prior = bayes.log_prior(None, len(experts)).to(values.device)
+            return belief(prior, len(values), hedge=True).read(values, valid)[1].log_weights
+        _, after = bayes.evidence(values, valid, gamma=self.options.gamma)
         return after

@@ -6,19 +6,19 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import TypeVar
 
 from hub.errors import HubError
-from router.engine.engine import Answer, Engine
+from router.engine.engine import BREAKDOWNS, Answer, Engine, told
 from router.engine.flight import Flight, Row
 from router.engine.prepare import Prepared
+from router.engine.request import Piece
 from router.serving.metrics import Metrics
 
 T = TypeVar("T")
-# What a library may raise over one batch (out of memory among them): it must not end the thread of all others.
-_BREAKDOWNS = (RuntimeError, ValueError, TypeError, LookupError, OSError)
 
 
 class Busy(HubError):
@@ -29,18 +29,14 @@ class Stopped(HubError):
     """Nothing is computed any more."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """A request under way. ``on_text`` and ``on_done`` are called in the batcher's thread."""
+    """A request under way. The row's ``on_piece`` and ``on_done`` are called in the batcher's thread."""
 
     row: Row
     on_done: Callable[[Answer], None]
     since: float
     held: bool = False
-
-    def cancel(self) -> None:
-        """Stop computing it; nothing more is said."""
-        self.row.cancelled = True
 
 
 class Batcher:
@@ -85,10 +81,10 @@ class Batcher:
         return len(self._flying), len(self._waiting)
 
     def submit(
-        self, prepared: Prepared, on_done: Callable[[Answer], None], on_text: Callable[[str], None] | None = None
+        self, prepared: Prepared, on_done: Callable[[Answer], None], on_piece: Callable[[Piece], None] | None = None
     ) -> Job:
         """Queue a row; its adapters begin to be read now. Raises Busy or Stopped."""
-        job = Job(Row(prepared, self.engine.host.tokenizer, on_text), on_done, monotonic())
+        job = Job(Row(prepared, self.engine.host.tokenizer, on_piece), on_done, monotonic())
         with self._change:
             if self._ending:
                 raise Stopped("the server has stopped")
@@ -98,6 +94,12 @@ class Batcher:
             self._change.notify()
         self.engine.residency.prefetch(self.engine.needed([prepared]))
         return job
+
+    def cancel(self, job: Job) -> None:
+        """Compute a row no more, and say nothing more of it; its place is free at once."""
+        job.row.cancelled = True
+        with self._change, suppress(ValueError):  # it may be under way, or have ended
+            self._waiting.remove(job)
 
     def call(self, errand: Callable[[], T]) -> Future[T]:
         """Do something between two steps, in the thread that owns the base."""
@@ -134,10 +136,8 @@ class Batcher:
         try:
             self._board()
             self._flight.step()
-        except HubError as error:
-            self._give_up(error)
-        except _BREAKDOWNS as error:
-            self._give_up(HubError(f"the batch broke down: {type(error).__name__}: {error}"))
+        except (HubError, *BREAKDOWNS) as error:
+            self._give_up(told(error))
         self._land()
 
     def _wait(self) -> bool:
@@ -147,16 +147,22 @@ class Batcher:
             return not self._ending
 
     def _board(self) -> None:
-        """Take in as many waiting rows as fit beside those under way; the first that does not holds up the rest."""
+        """Take in as many waiting rows as fit beside those under way; the first that does not holds up the rest.
+
+        While rows are under way, one whose adapters are not read yet lets the others go first.
+        """
         jobs: list[Job] = []
-        room = self.engine.rows - self._flight.running
-        while self._waiting and len(jobs) < room:
-            job = self._waiting[0]
-            rows = [j.row.prepared for j in (*self._flying, *jobs, job)]
-            if len(rows) > 1 and not self._fits(rows):
-                break
-            self._waiting.popleft()
-            if not job.row.cancelled:
+        with self._change:
+            room = self.engine.rows - self._flight.running
+            for job in list(self._waiting):
+                needed = self.engine.needed([job.row.prepared])
+                if self._flying and not self.engine.residency.ready(needed):
+                    self.engine.residency.prefetch(needed, due=True)
+                    continue
+                rows = [j.row.prepared for j in (*self._flying, *jobs, job)]
+                if len(jobs) >= room or (len(rows) > 1 and not self._fits(rows)):
+                    break
+                self._waiting.remove(job)
                 jobs.append(job)
         if jobs := self._routed(jobs):
             self._admit(jobs)
@@ -183,8 +189,8 @@ class Batcher:
         for job in jobs:
             try:
                 self.engine.residency.acquire(self.engine.needed([job.row.prepared]))
-            except HubError as error:
-                job.on_done(error)
+            except (HubError, *BREAKDOWNS) as error:
+                job.on_done(told(error))
                 continue
             job.held = True
             ready.append(job)
@@ -194,14 +200,15 @@ class Batcher:
             return
         if not self._flight.joins(rows):
             self._unboard(ready)
-            self._waiting.extendleft(reversed(ready))  # until the others have ended
+            with self._change:
+                self._waiting.extendleft(reversed(ready))  # until the others have ended
             return
         try:
             self._flight.admit(rows)
             self.metrics.batch.observe(max(len(rows), self._flight.running))
-        except HubError as error:
+        except (HubError, *BREAKDOWNS) as error:
             if len(ready) == 1:
-                rows[0].error = error
+                rows[0].error = told(error)
                 return
             self._unboard(ready)
             for job in ready:

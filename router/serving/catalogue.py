@@ -35,6 +35,20 @@ class Catalogue:
                 found.append(_entry(artifact.ref.id, str(artifact.ref), host.name, created))
         return found
 
+    def model(self, name: str) -> dict[str, Any]:
+        """The entry of one: also of a ref with a version or an expression, which the list leaves out.
+
+        Raises
+        ------
+        HubError
+            No such adapter (with the nearest names), or one that cannot be used here.
+        """
+        found = next((entry for entry in self.models() if entry["id"] == name), None)
+        if found is None:
+            target = self._engine.targets.get(name)
+            found = _entry(name, ", ".join(target.names) or name, self._engine.host.name)
+        return found
+
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
         """Let a name stand for a ref or a directory, and begin to read it.
 

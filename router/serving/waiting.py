@@ -13,11 +13,11 @@ from starlette.requests import Request
 from hub.errors import HubError
 from router.engine.engine import Answer
 from router.engine.prepare import Prepared
-from router.engine.request import Result
+from router.engine.request import Piece, Result
 from router.serving.batcher import Batcher, Job
 from router.serving.metrics import Metrics
 
-News: TypeAlias = str | Answer
+News: TypeAlias = Piece | Answer
 
 
 class Gone(HubError):
@@ -30,7 +30,7 @@ class Rows:
     def __init__(self, batcher: Batcher, metrics: Metrics, rows: Sequence[Prepared]) -> None:
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
-        self._metrics, self._since, self._silent = metrics, monotonic(), True
+        self._batcher, self._metrics, self._since, self._silent = batcher, metrics, monotonic(), True
         self._jobs: list[Job] = []
         try:
             for index, row in enumerate(rows):
@@ -46,14 +46,14 @@ class Rows:
     def cancel(self) -> None:
         """Compute no more of them."""
         for job in self._jobs:
-            job.cancel()
+            self._batcher.cancel(job)
 
     async def news(self) -> AsyncIterator[tuple[int, News]]:
         """Pieces of text, then a result or an error for each row, by its index, as they come."""
         left = len(self._jobs)
         while left:
             index, news = await self._news.get()
-            left -= not isinstance(news, str)
+            left -= not isinstance(news, Piece)
             if self._silent:
                 self._silent = False
                 self._metrics.first.observe(monotonic() - self._since)

@@ -9,17 +9,47 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hub.errors import Conflict, HubError, NotFound, UsageError
-from router.engine.request import Request, Result
+from hub.errors import Conflict, HubError, NotFound, UsageError, suggest
+from router.engine.request import Piece, Request, Result, Token
 from router.serving.batcher import Busy, Stopped
 
 MOST_ROWS = 256  # prompts times n of one request
 
 
-class Body(BaseModel):
-    """A JSON body. Fields that are not known are clients' own business."""
+# Fields that do not change an answer, whatever they hold.
+_IDLE = {
+    *("user", "name", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "request_id", "priority"),
+}
+# Fields that would change it, with the values that ask for what is done anyway; nothing and zero are among them.
+_AS_IT_IS: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "top_k": (-1,),
+    "min_p": (),
+    "min_tokens": (),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "parallel_tool_calls": (True,),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+}
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+class Body(BaseModel):
+    """A JSON body. A field that is not known must be one that changes nothing."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    def refuse(self) -> None:
+        """Refuse what would be ignored silently. Raises UsageError with the field's name, and the nearest known one."""
+        for name, value in (self.model_extra or {}).items():
+            near = None if name in _AS_IT_IS else suggest(name, type(self).model_fields)
+            idle = name in _IDLE or value is None or value in _AS_IT_IS.get(name, ())
+            if not idle and (value or near):  # a misspelt `temperatur: 0` asks for something
+                raise UsageError(f"{name} is not supported", hint=near or "leave it out")
 
 
 class Sampled(Body):
@@ -33,15 +63,6 @@ class Sampled(Body):
     seed: int | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: dict[str, float] | None = None
-
-    def refuse(self) -> None:
-        """Refuse what would be ignored silently."""
-        for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
-            if getattr(self, name):
-                raise UsageError(f"{name} is not supported", hint="leave it out")
 
     def request(self, text: str, room: int | None, scores: int, copy: int, *, special: bool = True) -> Request:
         """One row; the n copies of a prompt draw from streams of their own."""
@@ -66,14 +87,9 @@ class Completion(Sampled):
     prompt: str | list[str]
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
-    echo: bool = False
-    best_of: int | None = None
 
     def requests(self) -> list[Request]:
         """All rows: the n copies of the first prompt, of the second, ..."""
-        self.refuse()
-        if self.echo or (self.best_of or 1) != 1:
-            raise UsageError("echo and best_of are not supported", hint="leave them out")
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         _bounded(len(prompts) * self.n)
         scores = 0 if self.logprobs is None else max(1, self.logprobs)
@@ -87,7 +103,8 @@ class Message(Body):
     content: str | list[dict[str, Any]] | None = None
 
     def plain(self) -> dict[str, str]:
-        """With its content as text. Raises UsageError for images and the like."""
+        """With its content as text. Raises UsageError for images, calls of tools and the like."""
+        self.refuse()
         parts = self.content
         if isinstance(parts, list):
             if other := [p.get("type") for p in parts if p.get("type") != "text"]:
@@ -103,14 +120,12 @@ class Chat(Sampled):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
-    tools: list[Any] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
 
     def requests(self, tokenizer: Any) -> list[Request]:
         """One row a copy, its text made by the tokenizer's chat template."""
-        self.refuse()
-        if self.tools:
-            raise UsageError("tools are not supported", hint="leave them out")
+        if self.top_logprobs and not self.logprobs:
+            raise UsageError("top_logprobs are given with logprobs", hint="logprobs: true")
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(
                 "this base has no chat template", hint="POST /v1/completions, or serve --chat-template FILE"
@@ -118,7 +133,7 @@ class Chat(Sampled):
         turns = [message.plain() for message in self.messages]
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         room = self.max_completion_tokens or self.max_tokens
-        scores = max(1, self.top_logprobs) if self.logprobs else 0
+        scores = max(1, self.top_logprobs or 0) if self.logprobs else 0
         return [self.request(text, room, scores, i, special=False) for i in range(self.n)]
 
 
@@ -172,42 +187,46 @@ def frame(kind: str, ident: str, model: str, choices: list[dict[str, Any]]) -> d
 
 def completion_choice(index: int, result: Result) -> dict[str, Any]:
     """A choice of /v1/completions."""
-    found: dict[str, Any] = {
-        "index": index,
-        "text": said(result),
-        "logprobs": None,
-        "finish_reason": result.finish or "stop",
-    }
-    if result.tokens:
-        starts = [sum(len(t.text) for t in result.tokens[:i]) for i in range(len(result.tokens))]
-        found["logprobs"] = {
-            "tokens": [t.text for t in result.tokens],
-            "token_logprobs": [t.log_prob for t in result.tokens],
-            "top_logprobs": [dict(t.best) for t in result.tokens],
-            "text_offset": starts,
-        }
-    return _routed(found, result)
+    found = {"index": index, "text": said(result), "logprobs": _columns(result.tokens, 0)}
+    return _routed({**found, "finish_reason": result.finish or "stop"}, result)
+
+
+def completion_piece(piece: Piece, start: int) -> dict[str, Any]:
+    """What a piece adds to a streamed choice; its tokens' text begins `start` characters after the prompt."""
+    return {"text": piece.text, "logprobs": _columns(piece.tokens, start)}
 
 
 def chat_choice(index: int, result: Result) -> dict[str, Any]:
     """A choice of /v1/chat/completions."""
-    found: dict[str, Any] = {
-        "index": index,
-        "message": {"role": "assistant", "content": said(result)},
-        "logprobs": None,
-        "finish_reason": result.finish or "stop",
+    message = {"role": "assistant", "content": said(result)}
+    found = {"index": index, "message": message, "logprobs": _content(result.tokens)}
+    return _routed({**found, "finish_reason": result.finish or "stop"}, result)
+
+
+def chat_piece(piece: Piece, _start: int) -> dict[str, Any]:
+    """What a piece adds to a streamed choice."""
+    return {"delta": {"content": piece.text} if piece.text else {}, "logprobs": _content(piece.tokens)}
+
+
+def _columns(tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
+    """Scores in the words of /v1/completions; None where none were asked for."""
+    if not tokens:
+        return None
+    lengths = [len(t.text) for t in tokens]
+    return {
+        "tokens": [t.text for t in tokens],
+        "token_logprobs": [t.log_prob for t in tokens],
+        "top_logprobs": [dict(t.best) for t in tokens],
+        "text_offset": [start + sum(lengths[:i]) for i in range(len(tokens))],
     }
-    if result.tokens:
-        found["logprobs"] = {
-            "content": [
-                {
-                    **_token(t.text, t.log_prob),
-                    "top_logprobs": [_token(text, log_prob) for text, log_prob in t.best],
-                }
-                for t in result.tokens
-            ]
-        }
-    return _routed(found, result)
+
+
+def _content(tokens: Sequence[Token]) -> dict[str, Any] | None:
+    """Scores in the words of /v1/chat/completions."""
+    if not tokens:
+        return None
+    best = [[_token(text, log_prob) for text, log_prob in t.best] for t in tokens]
+    return {"content": [{**_token(t.text, t.log_prob), "top_logprobs": b} for t, b in zip(tokens, best, strict=True)]}
 
 
 def classified(index: int, result: Result) -> dict[str, Any]:

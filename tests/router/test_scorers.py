@@ -112,10 +112,50 @@ def test_missing_text_is_named(method, bench):
         fit(method, replace(bench, rows={"a": bench.rows["a"], "d": bench.rows["d"]}))
 
 
-@pytest.mark.parametrize("options", [{}, {"embed": "tokens"}, {"distance": "mahalanobis"}])
-def test_centroid_finds_where_a_row_is_from(options, bench, batch):
-    router = Router.fit("centroid", bench, options=options)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("centroid", {}), ("centroid", {"embed": "tokens"}), ("discriminant", {}), ("discriminant", {"layers": 1})],
+)
+def test_a_row_is_found_where_it_is_from(method, options, bench, batch):
+    router = Router.fit(method, bench, options=options)
     assert router.weights(bench.model, batch).argmax(1).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("wide", [4096, 1])
+def test_discriminant_is_fishers(wide, bench, batch, monkeypatch):
+    """Against the covariance of all embeddings written out, formed or by the matrix inversion lemma."""
+    from router.embed import hidden_means, layer_means
+    from router.scorers import discriminant
+
+    assert layer_means(bench.model, batch, 8).shape == (3, 3 * 32), "embeddings and two layers: there are no more"
+    assert torch.equal(layer_means(bench.model, batch, 2)[:, :32], hidden_means(bench.model, batch))
+    points = {n: torch.cat([layer_means(bench.model, b, 8) for b in bench.batches(n)]).double() for n in EXPERTS}
+    means = torch.stack([p.mean(0) for p in points.values()])
+    pooled = sum((p - p.mean(0)).T @ (p - p.mean(0)) for p in points.values()) / (3 * 6 - 3)
+    S = 0.9 * pooled + 0.1 * pooled.diagonal().mean() * torch.eye(96, dtype=torch.float64)
+    away = layer_means(bench.model, batch, 8).double()[:, None] - means  # (B, E, D)
+    exact = -0.5 * torch.einsum("bed,df,bef->be", away, torch.linalg.inv(S), away)
+
+    monkeypatch.setattr(discriminant, "_WIDE", wide if wide > 1 else 3 * 6)
+    router = Router.fit("discriminant", bench)
+    found = router.scorer.score(bench.model, batch, EXPERTS, router.statistics)
+    assert torch.allclose(found.log_softmax(-1), exact.log_softmax(-1), atol=0.05, rtol=1e-3)
+
+
+def test_discriminant_keeps_what_a_text_is_and_how_it_is_written(bench, monkeypatch):
+    """Of more directions than are kept, the trace stays; and another base is told."""
+    from router.scorers import discriminant
+
+    monkeypatch.setattr(discriminant, "_RANK", 2)
+    cut = Router.fit("discriminant", bench).statistics["a"]
+    monkeypatch.undo()
+    whole = Router.fit("discriminant", bench).statistics["a"]
+    traces = [float(s["factor"].float().square().sum() + s["rest"]) for s in (cut, whole)]
+    assert cut["factor"].shape == (2, 96) and traces[0] == pytest.approx(traces[1], rel=1e-3)
+    narrow = Router.fit("discriminant", bench, options={"layers": 1})
+    other = replace(narrow, scorer=make_scorer("discriminant"))
+    with pytest.raises(UsageError, match="fitted on 32 numbers a row, the base gives 96"):
+        other.weights(bench.model, Batch.of([bench.rows["a"][0]]))
 
 
 def test_spans_are_weighed_by_themselves(bench):

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save
 
 import compose
 from hub.errors import BaseMismatch, IntegrityError, NotFound, UsageError
@@ -18,6 +19,7 @@ from hub.pack import pack
 from hub.store import Store
 from router.bench import Batch
 from router.like import rank
+from router.scorer import make_scorer
 from router.stored import load
 
 TINY = "builtin:tiny-lm"
@@ -89,6 +91,7 @@ DATA = ("--data", "law=law.jsonl", "--data", "code=code.jsonl")
         ("task", ()),
         ("likelihood", ("--temperature", "2")),
         ("centroid", DATA),
+        ("discriminant", DATA),
         ("fuse", (*DATA, "--option", "steps=1")),
     ],
 )
@@ -174,13 +177,23 @@ def test_files_that_make_no_router_are_refused(place, tmp_path):
         [
             ("router.json", '{"method": "centroid", "members": []}', "members"),
             ("router.json", '{"method": "centroid", "memmbers": 1}', "members|memmbers"),
+            (
+                "router.json",
+                json.dumps({**json.loads(artifact.read("router.json")), "top_k": 3}),
+                "keeps 3 of 2 members",
+            ),
             ("router.safetensors", None, "lacks mean of 'law'"),
+            (
+                "router.safetensors",
+                save({"0/mean": torch.ones(192), "1/mean": torch.ones(8)}),
+                r"'code' is \(8,\), that of 'law'",
+            ),
         ]
     ):
         out = artifact.materialize(tmp_path / f"out{number}")
         (out / file).unlink()
         if content is not None:
-            (out / file).write_text(content, encoding="utf-8")
+            (out / file).write_bytes(content if isinstance(content, bytes) else content.encode())
         pack(out, artifact.manifest.draft().model_copy(update={"version": f"2.{number}"}))
         broken = Store().put(out)
         with pytest.raises(IntegrityError, match=told):
@@ -197,12 +210,33 @@ def test_eval_stands_beside_what_has_to_be_beaten(place):
         assert row["oracle"] == pytest.approx(single[row["expert"]]) and row["expert"] == row["set"]
         assert row["routed"] <= min(single.values()) * 2 ** (1 / 8), "the regret bound: ln 2 over the text's tokens"
         assert sum(found["confusion"][row["set"]].values()) == pytest.approx(1.0)
+        assert row["uniform"] > 0
+    table = hub("route", "eval", "ns/router", *DATA, "--max-rows", "1").stdout
+    assert "PERPLEXITY" in table and "MEAN WEIGHT" in table and "uniform" in table
     fit("task", ref="ns/task@1.0.0")
     given = json.loads(hub("route", "eval", "ns/task", *DATA, "--max-rows", "2", "--json", "-").stdout)
     for row in given["rows"]:
         assert row["routed"] == pytest.approx(row["oracle"], rel=1e-4), "the given task is the oracle"
-    table = hub("route", "eval", "ns/task", "--data", "law=law.jsonl", "--max-rows", "1").stdout
-    assert "PERPLEXITY" in table and "MEAN WEIGHT" in table
+
+
+def test_a_prior_is_fitted_on_rows_like_those_of_a_set(place):
+    """Of texts that law explains best, the prior is law's; so the mixture starts where it would end, or close by."""
+    fit("likelihood", "--option", "hedge=true", ref="ns/hedged@1.0.0")
+    sets = ("--data", "novel=law.jsonl", "--max-rows", "2", "--json", "-")
+    plain, fitted = (
+        json.loads(hub("route", "eval", "ns/hedged", *sets, *dev).stdout)["rows"][0]
+        for dev in ((), ("--dev", "novel=law.jsonl"))
+    )
+    assert fitted["uniform"] == plain["uniform"] and fitted["routed"] < plain["routed"]
+    assert plain["routed"] <= min(plain["uniform"], plain["oracle"] * 2 ** (1 / 8)) * 5 ** (1 / 8), "ln 5 nats a text"
+    told = hub("route", "eval", "ns/hedged", *sets, "--dev", "nvel=law.jsonl", code=2).stderr
+    assert "--data none" in told and "did you mean novel" in told
+    fit("arrow")
+    assert "has no prior" in hub("route", "eval", "ns/router", *sets, "--dev", "novel=law.jsonl", code=2).stderr
+    hot = fit("likelihood", "--option", "hedge=true", "--temperature", "2", ref="ns/hot@1.0.0", code=2)
+    assert "choose their own pace" in hot.stderr
+    with pytest.raises(UsageError, match="choose their own"):
+        make_scorer("likelihood", {"hedge": True, "gamma": 0.5})
 
 
 def test_explain_colours_every_token(place):

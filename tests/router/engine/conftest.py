@@ -7,6 +7,10 @@ import json
 import pytest
 
 BASE = "builtin:tiny-lm"
+OWN_TEXTS = (  # of the first and of the second member of a router
+    ["The parties agree that", "This agreement shall be governed by the laws", "The court held that the party"],
+    ["def main(argv):", "import os, sys", "return self.value + 1"],
+)
 
 
 class Shelf:
@@ -59,6 +63,43 @@ class Shelf:
         pack(directory, draft)
         return self.store.put(directory)
 
+    def route(self, method, name, members, classes=None):
+        """Fit a router on a few texts of each member, and publish it."""
+        import torch
+
+        import compose
+        from compose.expr import Ref
+        from compose.leaves import Shelf as Leaves
+        from router.bench import Bench
+        from router.router import Router
+        from router.stored import members_of, publish
+
+        model, tokenizer = self.model(classes), compose.tokenizer(BASE)
+        for member in members:
+            compose.attach(model, member, self.store.get(f"local/{member}"))
+        rows = {
+            member: [torch.tensor(tokenizer(text).input_ids) for text in texts]
+            for member, texts in zip(members, OWN_TEXTS, strict=True)
+        }
+        router = Router.fit(method, Bench(model, {m: Ref(m) for m in members}, rows, pad=1))
+        compose.activate(model, None)
+        for member in members:
+            compose.detach(model, member)
+        held = members_of([f"local/{member}" for member in members], Leaves(self.store))
+        return publish(router, held, f"local/{name}@1.0.0", Leaves(self.store))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Words `w4` to `w52`, for the tiny models of the families."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 53))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
 
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory):
@@ -73,6 +114,16 @@ def shelf(tmp_path_factory):
     shelf.publish("mood", seed=5, labels=("bad", "good"))
     shelf.publish("topic", "ia3", seed=6, labels=("art", "sport", "war"))
     return shelf
+
+
+@pytest.fixture(scope="session")
+def routers(shelf):
+    """Routers in the shelf: three over `law` and `code`, and `tasks` over the heads of `mood` and `topic`."""
+    shelf.route("centroid", "near", ("law", "code"))
+    shelf.route("likelihood", "likely", ("law", "code"))
+    shelf.route("arrow", "arrow", ("law", "code"))
+    shelf.route("centroid", "tasks", ("mood", "topic"), classes=2)
+    return "near", "likely", "arrow", "tasks"
 
 
 @pytest.fixture(scope="session")

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import compose
 from hub.errors import UsageError
 from router.engine.engine import Engine
 from router.engine.request import Request
 
-WORDS = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(4, 53))]
 TEXTS = ["w9 w8 w7", "w5", "w4 w6 w8 w10 w12 w14", "w20 w21"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def headed(tiny, family, kind, classes, place):
@@ -76,4 +66,33 @@ def test_a_quantized_base(shelf):
     assert [a.label is None for a in answers] == [True, False, False, True]
     alone = [engine.run([row])[0] for row in rows]
     assert [(a.text, a.label) for a in alone] == [(a.text, a.label) for a in answers]
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_places_before_a_text_count(tiny, tokenizer, kind, tmp_path):
+    """Learned positions end: a prompt of 3 leaves 45 of 48 places to a text and its continuation."""
+    engine = Engine(tiny.model("gpt2"), tokenizer=tokenizer, rows=4)
+    tiny.adapter(engine.host.model, kind, "front", seed=1, num_virtual_tokens=3).freeze()
+    fits, last, over = (Request(text="w5 " * n, adapter="front", max_new_tokens=4) for n in (9, 41, 42))
+    answers = engine.run([fits, over, last], strict=False)
+    assert "45 tokens and 4 new ones are more than the 48" in answers[1].message
+    assert [len(a.text.split()) for a in (answers[0], answers[2])] == [4, 4]
+    engine.close()
+
+    headed(tiny, "bert", kind, 2, tmp_path / "headed")
+    engine = Engine(tiny.model("bert", task="classification"), tokenizer=tokenizer, adapters={"h": tmp_path / "headed"})
+    front = engine.sources.known("h").front
+    assert front > 0
+    assert engine.run([Request(text="w5 " * 60, adapter="h")])[0].read == 48 - front
+    engine.close()
+
+
+def test_a_row_that_breaks_the_library_leaves_the_others_alone(tiny, tokenizer):
+    engine = Engine(tiny.model("gpt2"), tokenizer=tokenizer, rows=4)
+    engine.host.context = None  # as of a base whose configuration does not say it
+    rows = [Request(text="w5 " * n, max_new_tokens=4) for n in (3, 60, 5)]
+    answers = engine.run(rows, strict=False)
+    assert "IndexError" in answers[1].message
+    assert [answers[i].text for i in (0, 2)] == [engine.run([rows[i]])[0].text for i in (0, 2)]
     engine.close()

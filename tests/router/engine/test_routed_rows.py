@@ -9,45 +9,18 @@ import torch
 from click.testing import CliRunner
 
 import compose
-from compose.expr import Ref
-from compose.leaves import Shelf
 from hub.cli import main
-from router.bench import Batch, Bench
+from router.bench import Batch
 from router.engine.engine import Engine
 from router.engine.request import Request
-from router.router import Router
-from router.stored import load, members_of, publish
+from router.stored import load
 
 BASE = "builtin:tiny-lm"
-TEXTS = {
-    "law": ["The parties agree that", "This agreement shall be governed by the laws", "The court held that the party"],
-    "code": ["def main(argv):", "import os, sys", "return self.value + 1"],
-}
 ROWS = ["The parties to this agreement", "def run(self):", "import json", "The court shall"]
 
 
-def fitted(shelf, method, name, members, classes=None):
-    model, tokenizer = shelf.model(classes), compose.tokenizer(BASE)
-    for member in members:
-        compose.attach(model, member, shelf.store.get(f"local/{member}"))
-    rows = {
-        member: [torch.tensor(tokenizer(text).input_ids) for text in texts]
-        for member, texts in zip(members, TEXTS.values(), strict=True)
-    }
-    router = Router.fit(method, Bench(model, {m: Ref(m) for m in members}, rows, pad=1))
-    compose.activate(model, None)
-    for member in members:
-        compose.detach(model, member)
-    held = members_of([f"local/{member}" for member in members], Shelf(shelf.store))
-    return publish(router, held, f"local/{name}@1.0.0", Shelf(shelf.store))
-
-
 @pytest.fixture(scope="module")
-def routed(shelf):
-    fitted(shelf, "centroid", "near", ("law", "code"))
-    fitted(shelf, "likelihood", "likely", ("law", "code"))
-    fitted(shelf, "arrow", "arrow", ("law", "code"))
-    fitted(shelf, "centroid", "tasks", ("mood", "topic"), classes=2)
+def routed(shelf, routers):
     engine = Engine(BASE, store=shelf.store, dtype="fp32", rows=3)
     yield engine
     engine.close()

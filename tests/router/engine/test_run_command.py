@@ -129,6 +129,12 @@ def test_usage_is_checked_before_anything_is_loaded(hub, jsonl, tmp_path):
     told = hub(path, "--base", BASE, "--out", tmp_path / "there", code=2).stderr
     assert "is there already" in told
     assert (tmp_path / "there").read_text() == "mine\n"
+    before = path.read_bytes()
+    assert "is the input" in hub(path, "--base", BASE, "--out", path, "--overwrite", code=2).stderr
+    assert path.read_bytes() == before
+    told = hub(path, "--router", "local/law", code=2).stderr
+    assert "is no router but of type adapter" in told
+    assert "--expr local/law" in told
 
 
 def test_killed_twenty_times_and_still_the_same_bytes(shelf, jsonl, tmp_path):
@@ -172,7 +178,7 @@ def size(out) -> int:
     return sum(p.stat().st_size for p in (out, out.with_name(out.name + ".journal")) if p.exists())
 
 
-def wait_until(true, seconds=30.0):
+def wait_until(true, seconds=120.0):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end

@@ -50,7 +50,8 @@ class Client:
         response = connection.getresponse()
         text = response.read().decode()
         connection.close()
-        return SimpleNamespace(status_code=response.status, text=text, json=lambda: json.loads(text))
+        told = dict(response.getheaders())
+        return SimpleNamespace(status_code=response.status, text=text, headers=told, json=lambda: json.loads(text))
 
 
 def dump(value):
@@ -92,6 +93,13 @@ def events(response) -> list:
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
+
+
+def wait_until(true, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def ask(client, **fields):
@@ -146,7 +154,9 @@ def test_chat_goes_through_the_template(client, engine):
     assert choice["message"] == {"role": "assistant", "content": wanted.text}
     assert len(choice["logprobs"]["content"]) == 5
     assert len(choice["logprobs"]["content"][0]["top_logprobs"]) == 2
-    pieces = events(client.post("/v1/chat/completions", json={**body, "logprobs": False, "stream": True}))
+    pieces = events(
+        client.post("/v1/chat/completions", json={**body, "logprobs": False, "top_logprobs": 0, "stream": True})
+    )
     assert pieces[0]["choices"][0]["delta"]["role"] == "assistant"
     assert "".join(p["choices"][0]["delta"].get("content", "") for p in pieces) == wanted.text
 
@@ -241,11 +251,17 @@ def test_a_client_that_leaves_frees_its_row(serving, client):
     assert response.readline().startswith(b"data: ")
     response.close()
     connection.close()
-    end = time.monotonic() + 10
-    while "moduloom_running_rows 0" not in client.get("/metrics").text:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_until(lambda: "moduloom_running_rows 0" in client.get("/metrics").text)
     assert ask(client, model="law").status_code == 200
+
+
+def test_one_that_waits_for_a_whole_answer_and_leaves_frees_its_row_too(client):
+    body = {"model": "law", "prompt": "To be", "max_tokens": 500, "temperature": 1.5, "seed": 1}
+    connection = HTTPConnection(*client.address, timeout=60)
+    connection.request("POST", "/v1/completions", dump(body), {"Content-Type": "application/json"})
+    wait_until(lambda: "moduloom_running_rows 1" in client.get("/metrics").text)
+    connection.close()
+    wait_until(lambda: "moduloom_running_rows 0" in client.get("/metrics").text, seconds=2)  # 500 tokens take longer
 
 
 def test_a_token_is_asked_for_and_an_open_address_needs_one(shelf):
@@ -263,6 +279,7 @@ def test_a_token_is_asked_for_and_an_open_address_needs_one(shelf):
         busy = ask(client, model="law", prompt=["a b c"] * 40)
         assert busy.status_code == 429
         assert busy.json()["error"]["code"] == "rate_limit_exceeded"
+        assert busy.headers["retry-after"] == "1"
     finally:
         running.stop()
     found = CliRunner().invoke(main, ["serve", BASE, "--host", "0.0.0.0"])
