@@ -156,6 +156,8 @@ def encode(
 ) -> Dataset:
     """Rows to the dataset of the config's task."""
     take = partial(_named, rows, config, source)
+    for name in config.columns.values():  # also one that the task does not look at: a typo must not go unseen
+        _column(rows, name, source)
     length, told = config.max_length, {"source": source}
     if config.task in ("classification", "regression"):
         texts, answers = _texts(take("text")), take("label")

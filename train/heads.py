@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import compose
@@ -13,9 +14,11 @@ __all__ = ["modules_to_save"]
 
 
 def modules_to_save(model: PreTrainedModel, task: str) -> tuple[str, ...]:
-    """Paths of the modules that stand outside the backbone, and of those inside it that its files lack (a pooler).
+    """Paths of the modules that stand outside the backbone, and of those inside it that its training never reached.
 
-    Language modelling trains no head: the base has one.
+    These are what its files lack, and the pooler of a sentence encoder: that was trained on its tokens' states as they
+    are (their mean, mostly), and the pooler in its files is left from before. Language modelling trains no head: the
+    base has one.
     """
     if task in ("causal_lm", "seq2seq"):
         return ()
@@ -24,8 +27,16 @@ def modules_to_save(model: PreTrainedModel, task: str) -> tuple[str, ...]:
     heads = {name for name, held in children.items() if held and name != prefix} if prefix in children else set[str]()
     stored = {_modern(name).removeprefix(f"{prefix}.") for name in compose.identity(model).weights}
     inside = [name for name, _ in model.named_parameters() if name.partition(".")[0] not in heads]
+    if _is_sentence_encoder(model):
+        stored = {name for name in stored if not name.startswith("pooler.")}
     missing = {name.rpartition(".")[0] for name in inside if name.removeprefix(f"{prefix}.") not in stored}
     return tuple(sorted(heads | missing))
+
+
+def _is_sentence_encoder(model: PreTrainedModel) -> bool:
+    """Whether the base's folder is laid out as sentence-transformers does: what pools the tokens is listed there."""
+    folder = model.name_or_path
+    return bool(folder) and (Path(folder) / "modules.json").is_file()
 
 
 def _modern(name: str) -> str:

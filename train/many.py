@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compose
@@ -88,18 +88,22 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Share:
-    """Rows of one job in a pass, and where in the pass they lie."""
+    """Rows of one job in a pass."""
 
     run: _Run
     rows: Tensor
     items: int  # of the job's whole step
-
-    def cut(self, chosen: Tensor) -> _Share:
-        """Some of the rows."""
-        return _Share(self.run, self.rows[chosen], self.items)
+    last: bool = True  # of the job's rows in this step
 
 
-def fit_many(model: PreTrainedModel, jobs: Sequence[Job], *, rows: int | None = None) -> dict[str, FitResult]:
+def fit_many(
+    model: PreTrainedModel,
+    jobs: Sequence[Job],
+    *,
+    rows: int | None = None,
+    through: nn.Module | None = None,
+    seconds: float | None = None,
+) -> dict[str, FitResult]:
     """Train all jobs' adapters in place; each ends in its best state (without evaluation rows, in its last one).
 
     Parameters
@@ -107,7 +111,12 @@ def fit_many(model: PreTrainedModel, jobs: Sequence[Job], *, rows: int | None = 
     model
         The base on which the adapters are resident; what was active is active again at the end.
     rows
-        Rows in one pass at most, which bounds the memory; default: all rows of a step in one pass.
+        Rows in one pass at most, which bounds the memory: with those of one job the activations are those of one run,
+        and gradients of one adapter exist at a time. Default: all rows of a step in one pass.
+    through
+        What computes `.logits`, with the model inside it; default: the model itself.
+    seconds
+        Stop all jobs once training has taken this long.
 
     Returns
     -------
@@ -124,18 +133,21 @@ def fit_many(model: PreTrainedModel, jobs: Sequence[Job], *, rows: int | None = 
     home = compose.inject.runtime(model)
     before, training, config = home.rows, model.training, jobs[0].config
     runs = [_started(job) for job in jobs]
-    model.train()
+    (through or model).train()
+    started = time.perf_counter()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             for turn in range(max(run.result.total_steps for run in runs)):
                 torch.manual_seed(derive(config.seed, "dropout", turn))
                 if live := [run for run in runs if run.going]:
-                    _step(model, live, rows, config.precision)
+                    _step(model, through or model, live, rows, config.precision)
+                if seconds is not None and time.perf_counter() - started >= seconds:
+                    _out_of_time(runs)
     finally:
         for run in runs:
             if run.best_state is not None:
                 run.job.adapter.load_state_dict(run.best_state)
-        model.train(training)
+        (through or model).train(training)
         compose.activate(model, list(before) if len(before) > 1 else before[0])
     return {run.job.adapter.name: run.result for run in runs}
 
@@ -164,47 +176,60 @@ def _started(job: Job) -> _Run:
     return _Run(job, FitResult(total_steps=total), optimizer, parameters, epoch_steps)
 
 
-def _step(model: PreTrainedModel, runs: Sequence[_Run], limit: int | None, precision: str) -> None:
+def _out_of_time(runs: Sequence[_Run]) -> None:
+    for run in runs:
+        if run.going:
+            run.result.stopped = "time"
+
+
+def _step(model: PreTrainedModel, net: nn.Module, runs: Sequence[_Run], limit: int | None, precision: str) -> None:
     """One optimizer step of every job."""
-    started = time.perf_counter()
     shares = []
     for run in runs:
         rows = run.rows()
-        run.optimizer.zero_grad(set_to_none=True)
         run.total = torch.zeros((), device=run.parameters[0].device)
         shares.append(_Share(run, rows, int(run.job.train.items[rows].sum())))
+    started = time.perf_counter()
     for part in _passes(shares, limit):
-        _pass(model, part, precision)
-    spent = (time.perf_counter() - started) / len(runs)
+        _pass(model, net, part, precision)
+        done, now = [share for share in part if share.last], time.perf_counter()
+        for share in done:
+            _update(share.run, share.items, (now - started) / len(done))
+        started = now if done else started
     for run in runs:
-        _update(run, next(share.items for share in shares if share.run is run), spent)
         every = span_in_steps(run.job.config.eval_every, run.epoch_steps) or run.result.total_steps
         due = run.result.steps == run.result.total_steps or run.result.steps % every == 0
         if run.job.eval is not None and due:
-            _evaluate(model, run, run.job.eval)
+            _evaluate(model, net, run, run.job.eval)
 
 
 def _passes(shares: Sequence[_Share], limit: int | None) -> list[list[_Share]]:
-    """All rows of a step, the longest together, in parts of at most `limit` rows."""
-    owner = torch.cat([torch.full((len(share.rows),), i) for i, share in enumerate(shares)])
-    within = torch.cat([torch.arange(len(share.rows)) for share in shares])
-    lengths = torch.cat([share.run.job.train.lengths[share.rows] for share in shares])
-    order = torch.argsort(lengths, descending=True, stable=True)
-    parts = []
-    for chosen in torch.split(order, limit or len(order)):
-        mine = [(share, within[chosen[owner[chosen] == i]]) for i, share in enumerate(shares)]
-        parts.append([share.cut(places) for share, places in mine if len(places)])
+    """All rows of a step in parts of at most `limit` rows, the longest of a job first.
+
+    A job's rows follow each other, so that it can step and let go of its gradients before the next ones have theirs.
+    """
+    parts: list[list[_Share]] = []
+    room = 0
+    for share in shares:
+        order = torch.argsort(share.run.job.train.lengths[share.rows], descending=True, stable=True)
+        pieces = torch.split(share.rows[order], limit or len(order))
+        for i, rows in enumerate(pieces):
+            if not parts or (limit is not None and len(rows) > room):
+                parts.append([])
+                room = limit or 0
+            parts[-1].append(_Share(share.run, rows, share.items, last=i == len(pieces) - 1))
+            room -= len(rows)
     return parts
 
 
-def _pass(model: PreTrainedModel, shares: Sequence[_Share], precision: str) -> None:
+def _pass(model: PreTrainedModel, net: nn.Module, shares: Sequence[_Share], precision: str) -> None:
     """Forward and backward of rows of several jobs; gradients add up in their adapters."""
     device = shares[0].run.total.device
     batches = [{n: v.to(device) for n, v in share.run.job.train.batch(share.rows).items()} for share in shares]
     compose.activate(model, [share.run.job.adapter.name for share in shares for _ in range(len(share.rows))])
     task = shares[0].run.job.train.task
     with amp(device, precision):
-        logits = forward(model, _together(batches, shares[0].run.job.train.pad_id), task)
+        logits = forward(net, _together(batches, shares[0].run.job.train.pad_id), task)
         parts = torch.split(logits, [len(share.rows) for share in shares])
         loss = torch.zeros((), device=device)
         for share, batch, own in zip(shares, batches, parts, strict=True):
@@ -256,16 +281,17 @@ def _update(run: _Run, items: int, seconds: float) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     result.steps, result.items, result.seconds = result.steps + 1, result.items + items, result.seconds + seconds
     values: dict[str, Any] = {"step": result.steps, "loss": loss, "lr": rate, "grad_norm": size, "items": items}
     result.history.append(values)
 
 
-def _evaluate(model: PreTrainedModel, run: _Run, data: Dataset) -> None:
+def _evaluate(model: PreTrainedModel, net: nn.Module, run: _Run, data: Dataset) -> None:
     """Measure the job by itself, keep its best state, count its patience."""
     config, result, metric = run.job.config, run.result, run.job.config.best_metric
     compose.activate(model, run.job.adapter.name)
-    measured = evaluate(model, data, batch_size=2 * config.batch_size, precision=config.precision)
+    measured = evaluate(net, data, batch_size=2 * config.batch_size, precision=config.precision)
     sign = -1 if higher_is_better(metric) else 1
 
     def rank(found: dict[str, Any]) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
+from compose.inject import runtime
 from train.batches import IGNORE, Dataset
 from train.config import TrainConfig, span_in_steps
 from train.evaluate import amp
@@ -64,11 +65,12 @@ def preview(ready: Prepared) -> Preview:
     steps = span_in_steps(config.duration, math.ceil(len(data) / config.batch_size))
     weights = sum(p.numel() for p in trained)
     bases = [(name, p) for name, p in ready.model.named_parameters() if not name.startswith("moduloom_adapters.")]
-    sites = {path: _base_layer(ready.model, path) for path in adapter.paths}
+    module_of = runtime(ready.model).sites.module_of
+    sites = {path: _base_layer(ready.model, path) for path in map(module_of, adapter.paths)}
     return Preview(
         base=config.base,
         method=config.method,
-        sites=tuple(sites),
+        sites=tuple(adapter.paths),
         trainable=weights,
         changed=sum(_count(p) for layer in sites.values() for p in layer.parameters()),
         total=sum(_count(p) for _, p in bases),

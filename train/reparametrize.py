@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compose.kind import Adapter
 
-__all__ = ["attribute", "attributes", "fold", "function", "original", "reparametrize"]
+__all__ = ["Projected", "attribute", "attributes", "fold", "function", "original", "reparametrize"]
 
 
 def attribute(path: str, name: str) -> str:
@@ -60,3 +61,26 @@ def fold(adapter: Adapter) -> None:
             parametrize.remove_parametrizations(adapter, name, leave_parametrized=True)
     adapter.train(training)
     adapter.revision += 1
+
+
+class Projected(nn.Module):
+    """A prefix behind an MLP: P = W_2 tanh(W_1 E + b_1) + b_2 with E (n, h), P (n, width) (arXiv:2101.00190)."""
+
+    def __init__(self, width: int, hidden: int, random: torch.Generator) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(hidden, hidden), nn.Linear(hidden, width)
+        self._random, self._hidden = random, hidden
+        with torch.no_grad():
+            for layer in (self.first, self.second):
+                bound = layer.in_features**-0.5
+                for tensor in (layer.weight, layer.bias):
+                    tensor.uniform_(-bound, bound, generator=random)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """The prefix of all layers."""
+        projected: Tensor = self.second(torch.tanh(self.first(embedding)))
+        return projected
+
+    def right_inverse(self, prefix: Tensor) -> Tensor:
+        """The embedding starts as normals, whatever the prefix was."""
+        return torch.randn(prefix.shape[0], self._hidden, generator=self._random).to(prefix)

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 import compose
 from compose.kind import Adapter
 from compose.kinds.sparse import SparseShift
+from train.config import TrainConfig
+from train.optim import learning_rate
 from train.reparametrize import attribute, attributes
 
-__all__ = ["forget", "largest", "places", "to_sparse"]
+__all__ = ["largest", "places", "start_again", "to_sparse"]
 
 Place = tuple[str, str]  # path and name of a parameter
 _NAMES = ("weight", "bias")
@@ -41,10 +43,20 @@ def _count(values: Mapping[Place, Tensor], density: float) -> int:
     return max(1, int(density * sum(value.numel() for value in values.values())))
 
 
-def forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Drop the optimizer's memory of these parameters: old momentum must not move what starts anew."""
+def start_again(
+    optimizer: Optimizer, parameters: list[nn.Parameter], config: TrainConfig, step: int, total: int, scale: float = 1.0
+) -> None:
+    """Train these parameters from step `step` of `total` on as in a run of their own, whose rate is `scale` times ours.
+
+    Old momentum must not move what starts anew, and the rate stands at its peak again: what is left of the fall is as
+    much larger as the rate had fallen (of a line: the same line, from the top).
+    """
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
+    if not round(config.warmup * total) <= step < total:
+        return  # the rate is still rising, or there is no second phase
+    for group in optimizer.param_groups:
+        group["lr_scale"] = group.get("lr_scale", 1.0) * scale * config.lr / learning_rate(config, step, total)
 
 
 def to_sparse(model: PreTrainedModel, dense: Adapter, density: float, name: str) -> Adapter:

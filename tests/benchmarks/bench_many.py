@@ -18,21 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_tools import machine, shape_options
+from bench_tools import llama, machine, resident, shape_options
 
 import compose
 from train.batches import Dataset, Ragged
 from train.config import TrainConfig
 from train.loop import fit
 from train.many import Job, fit_many
-
-
-def resident(field: str, *, reset: bool = False) -> int:
-    """VmRSS (now) or VmHWM (the largest since the last reset), in bytes."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def data(seed: int, given: argparse.Namespace) -> Dataset:
@@ -45,7 +37,7 @@ def data(seed: int, given: argparse.Namespace) -> Dataset:
 def jobs(model: Any, given: argparse.Namespace, count: int) -> list[Job]:
     """Fresh adapters, one seed each."""
     run = TrainConfig(batch_size=given.rows, duration=given.steps, schedule="constant", warmup=0, lr=1e-3)
-    options = {"r": given.rank}
+    options = {"r": given.rank, "target_modules": given.targets}
     made = [compose.create(model, "lora", options, name=f"a{i}", seed=i) for i in range(count)]
     return [Job(adapter, data(i, given), run) for i, adapter in enumerate(made)]
 
@@ -76,11 +68,10 @@ def main() -> None:
         "steps": 3,
     }
     shape_options(parser, **shape, rounds=2)
+    parser.add_argument("--targets", default="all-linear", help="where the LoRAs act")
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    from bench_tools import llama
-
     base = llama(given)
     times: dict[str, list[float]] = {"together": [], "apart": []}
     for turn in range(given.rounds + 1):

@@ -4,8 +4,8 @@
 
 The same random Llama, the same rows in the same order, the same initial A, AdamW, clipping at 0.3: so the losses are
 the same too, and the report says how far apart. Each side runs in a process of its own, in turn; time is the median
-step of its best round, memory the largest resident size above what the process held before the base (on a GPU: what
-torch allocated at most).
+step of its best round in processor seconds, memory the largest resident size above what the process held before the
+base (on a GPU: seconds, and what torch allocated at most).
 """
 
 from __future__ import annotations
@@ -26,10 +26,18 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from bench_tools import llama, machine, shape_options
+from bench_tools import llama, machine, resident, shape_options
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RATE, CLIP = 1e-3, 0.3
+
+
+def clock() -> float:
+    """Processor seconds, which other work on the machine does not change; with a GPU, seconds."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def dataset(given: argparse.Namespace) -> Any:
@@ -40,14 +48,6 @@ def dataset(given: argparse.Namespace) -> Any:
     starts = torch.randint(4, given.vocabulary // 2, (given.rows * given.steps,), generator=random).tolist()
     ids = [[4 + (s + 7 * i) % (given.vocabulary - 4) for i in range(given.prompt)] for s in starts]
     return Dataset({"input_ids": Ragged.of(ids)}, "causal_lm", pad_id=0)
-
-
-def resident(field: str, *, reset: bool = False) -> int:
-    """VmRSS (now) or VmHWM (the largest since the last reset), in bytes."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def ours(folder: Path, given: argparse.Namespace) -> tuple[list[float], list[float]]:
@@ -61,13 +61,13 @@ def ours(folder: Path, given: argparse.Namespace) -> tuple[list[float], list[flo
 
     class Timed(Method):
         def after_step(self, learner: Any, step: int) -> None:
-            marks.append(time.perf_counter())
+            marks.append(clock())
 
     run = TrainConfig(
         base=str(folder), quantize="nf4", batch_size=given.rows, duration=given.steps, lr=RATE, clip=CLIP,
-        schedule="constant", warmup=0, gradient_checkpointing=given.checkpointing > 0,
+        schedule="constant", warmup=0, gradient_checkpointing=given.checkpointing > 0, precision=given.precision,
     )  # fmt: skip
-    model = compose.load(str(folder), quantize="nf4", dtype="fp32")
+    model = compose.load(str(folder), quantize="nf4", dtype=given.precision)
     options = {"r": given.rank, "lora_alpha": given.rank, "target_modules": "all-linear"}
     adapter = compose.create(model, "lora", options, name="a", seed=0)
     for index, path in enumerate(adapter.paths):
@@ -86,9 +86,10 @@ def peer(folder: Path, given: argparse.Namespace) -> tuple[list[float], list[flo
 
     from train.batches import epoch_order
 
-    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[given.precision]
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     quantization = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["lm_head"], **options)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype)
     model.train()  # before its first forward: in eval mode a CPU's weights are repacked and lose their gradient
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=given.checkpointing > 0)
     model = get_peft_model(
@@ -107,7 +108,7 @@ def peer(folder: Path, given: argparse.Namespace) -> tuple[list[float], list[flo
 
     class Mark(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            marks.append(time.perf_counter())
+            marks.append(clock())
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
@@ -122,6 +123,8 @@ def peer(folder: Path, given: argparse.Namespace) -> tuple[list[float], list[flo
         max_grad_norm=CLIP,
         gradient_checkpointing=given.checkpointing > 0,
         optim="adamw_torch",
+        bf16=given.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
         logging_steps=1,
         save_strategy="no",
         report_to=[],
@@ -171,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shape = {"width": 512, "layers": 6, "vocabulary": 2000, "rank": 16, "rows": 8, "prompt": 64, "steps": 8}
     shape_options(parser, **shape, rounds=2, checkpointing=0)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="what both sides compute in")
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -181,7 +185,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         llama(given).save_pretrained(folder)
         names = (*shape, "threads", "checkpointing")
-        options = [f"--{name}={getattr(given, name)}" for name in names]
+        options = [f"--{name}={getattr(given, name)}" for name in (*names, "precision")]
         for _ in range(given.rounds):
             for side, rounds in found.items():
                 command = [sys.executable, __file__, *options, f"--side={side}", f"--folder={folder}"]

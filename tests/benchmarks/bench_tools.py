@@ -66,6 +66,14 @@ def llama(options: argparse.Namespace) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
+def resident(field: str, *, reset: bool = False) -> int:
+    """VmRSS (now) or VmHWM (the largest since the last reset), in bytes (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
 def machine() -> str:
     """Processor (or GPU), threads, versions."""
     info = Path("/proc/cpuinfo")

@@ -1,18 +1,22 @@
 """DEMix on real text: experts of many domains on the built-in base, and domains that no expert has seen.
 
-    python tests/benchmarks/real_domains.py DATA_DIR [--known a,b] [--novel c] [--steps 100] [--json FILE|-]
+    python tests/benchmarks/real_domains.py DATA_DIR [--known a,b] [--novel c] [--steps 40] [--keep DIR] [--json FILE|-]
 
-DATA_DIR holds a folder for each domain with train.jsonl and test.jsonl, rows {"text": ...}. One LoRA is trained for
-each known domain, and one more, of four times their rank, on the union of their texts for as many tokens as
+DATA_DIR holds a folder for each domain with train.jsonl, valid.jsonl and test.jsonl, rows {"text": ...}. One LoRA is
+trained for each known domain, and one more, of four times their rank, on the union of their texts for as many tokens as
 all of them together (``dense``). The table gives perplexity on test texts (their first tokens) of
 
 base      the bare base
 dense     the one adapter of the union
 average   the experts' effects averaged
 uniform   their output probabilities averaged
-top1      the expert with the highest posterior at each token
 demix     the mixture by the Bayes posterior (gamma 1, uniform prior)
+hedged    the mixture by hedged weights (uniform prior)
+cached    demix with DEMix's prior, the moving average of posteriors over texts of valid.jsonl
+fitted    hedged with a prior fitted on texts of valid.jsonl
 oracle    the domain's own expert; for a novel domain the best one in hindsight
+
+With ``--keep`` what the models said of the texts is kept, and a second run only mixes.
 """
 
 from __future__ import annotations
@@ -23,24 +27,28 @@ import math
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from bench_tools import machine, report
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import compose
 from router.bench import Batch
 from router.ensemble import EnsembleScore, mix
 from router.fold import expert_log_probs
-from router.posterior import log_prior
+from router.posterior import fitted, log_prior, moving_average
 from train.config import TrainConfig
 from train.data import text_blocks
 from train.loop import fit
 
 BASE = "builtin:tiny-lm"
 NOVEL = "brown_editorial,brown_romance,political_speeches,web_overheard"
-WAYS = ("base", "dense", "average", "uniform", "top1", "demix", "oracle")
+WAYS = ("base", "dense", "average", "uniform", "demix", "hedged", "cached", "fitted", "oracle")
+OTHERS = ("base", "dense", "average")
+Said = dict[str, Tensor]  # log probabilities of the experts (E, B, T-1) and the others (B, T-1), and valid (B, T-1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,11 +57,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--known", help="domains with an expert [all that are not novel]")
     parser.add_argument("--novel", default=NOVEL, help="domains without an expert")
-    parser.add_argument("--steps", type=int, default=100, help="steps of 4 x 256 tokens for each expert")
+    parser.add_argument("--steps", type=int, default=40, help="steps of 4 x 256 tokens for each expert")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--texts", type=int, default=16, help="test texts of each domain")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of each test text")
+    parser.add_argument("--texts", type=int, default=12, help="test texts of each domain")
+    parser.add_argument("--dev", type=int, default=8, help="texts of valid.jsonl for the priors")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of each text")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="a directory for what the models say of the texts")
     parser.add_argument("--json", metavar="FILE|-")
     options = parser.parse_args(argv)
     started = time.process_time()
@@ -62,18 +72,16 @@ def main(argv: list[str] | None = None) -> None:
     known = options.known.split(",") if options.known else [name for name in domains if name not in novel]
     if absent := {*known, *novel} - set(domains):
         raise SystemExit(f"{options.data} has no {', '.join(sorted(absent))}")
-    study = Study(options)
-    for name in known:
-        study.train(name, texts(options.data / name / "train.jsonl"), options.steps, options.rank, 5e-3)
-    union = [text for name in known for text in texts(options.data / name / "train.jsonl")]
-    study.train("dense", union, options.steps * len(known), 4 * options.rank, 2e-3)
-    rows = [study.measure(name, known, novel) for name in [*known, *novel]]
-    rows += [mean("mean, known", rows[: len(known)]), mean("mean, novel", rows[len(known) :])]
+    study = Study(options, known)
+    rows = [study.measure(name, novel) for name in [*known, *novel]]
+    rows += [averaged("mean, known", rows[: len(known)]), averaged("mean, novel", rows[len(known) :])]
+    left_out = ("data", "keep", "json")
     found = {
         "machine": machine(),
-        "model": {**vars(options), "data": options.data.name},
+        "model": {key: value for key, value in vars(options).items() if key not in left_out} | {"known": known},
         "cpu_seconds": time.process_time() - started,
         "worst_regret": study.worst_regret,
+        "worst_hedge": study.worst_hedge,
         "rows": rows,
     }
     report(found, ("domain", *WAYS, "weight"), options.json, sys.stdout)
@@ -85,13 +93,29 @@ def texts(path: Path) -> list[str]:
 
 
 class Study:
-    """One base with all adapters on it."""
+    """One base with all adapters on it, trained when they are first asked.
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.model = compose.load(BASE, dtype="fp32")
-        self.tokenizer = compose.tokenizer(BASE)
-        self.worst_regret = -math.inf
+    Attributes
+    ----------
+    worst_regret : most that demix lost to an expert beyond ln(1 / prior), in nats a text: not above 0.
+    worst_hedge : most that hedged lost to the better of demix and uniform, in nats a text: not above ln 5.
+    """
+
+    def __init__(self, options: argparse.Namespace, known: list[str]) -> None:
+        self.options, self.known = options, known
+        self.worst_regret = self.worst_hedge = -math.inf
+        self.trained = False
+
+    def prepare(self) -> None:
+        """Train the experts and the dense adapter."""
+        self.model, self.tokenizer = compose.load(BASE, dtype="fp32"), compose.tokenizer(BASE)
+        steps, rank, union = self.options.steps, self.options.rank, []
+        for name in self.known:
+            rows = texts(self.options.data / name / "train.jsonl")
+            union += rows
+            self.train(name, rows, steps, rank, 5e-3)
+        self.train("dense", union, steps * len(self.known), 4 * rank, 2e-3)
+        self.trained = True
 
     def train(self, name: str, rows: list[str], steps: int, rank: int, lr: float) -> None:
         """Train an adapter called `name` for so many steps."""
@@ -114,57 +138,81 @@ class Study:
         compose.activate(self.model, None)
         print(f"{name}: {result.steps} steps, {result.seconds:.0f} s", file=sys.stderr, flush=True)
 
-    def measure(self, domain: str, known: list[str], novel: list[str]) -> dict[str, Any]:
-        """Perplexities of one domain."""
-        rows = [torch.tensor(self._ids(text)) for text in texts(self.options.data / domain / "test.jsonl")]
-        batch = Batch.of([row for row in rows if len(row) > 1][: self.options.texts], pad=1)
-        even = " + ".join(f"{1 / len(known)} * {name}" for name in known)
+    def said(self, domain: str, split: str, most: int) -> Said:
+        """What experts and the others say of the first texts of a file."""
+        kept = self.options.keep and self.options.keep / f"{domain}.{split}.safetensors"
+        if kept and kept.exists():
+            return load_file(kept)
+        if not self.trained:
+            self.prepare()
+        rows = [self._ids(text) for text in texts(self.options.data / domain / f"{split}.jsonl")]
+        batch = Batch.of([torch.tensor(row) for row in rows if len(row) > 1][:most], pad=1)
+        even = " + ".join(f"{1 / len(self.known)} * {name}" for name in self.known)
         ids, mask = batch.input_ids, batch.attention_mask
-        log_probs, valid = expert_log_probs(self.model, known, ids, mask)
-        others = [expert_log_probs(self.model, [other], ids, mask)[0][0] for other in (None, "dense", even)]
-        score = mix(log_probs, valid, log_prior=log_prior(None, len(known)))
-        self.worst_regret = max(self.worst_regret, float(score.regret.max()))
-        tokens = float(valid.sum())
+        experts, valid = expert_log_probs(self.model, self.known, ids, mask)
+        found = {"experts": experts, "valid": valid}
+        if split == "test":
+            for name, other in zip(OTHERS, (None, "dense", even), strict=True):
+                found[name] = expert_log_probs(self.model, [other], ids, mask)[0][0]
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in found.items()}, kept)
+        return found
+
+    def measure(self, domain: str, novel: list[str]) -> dict[str, Any]:
+        """Perplexities of one domain."""
+        test = self.said(domain, "test", self.options.texts)
+        dev = self.said(domain, "valid", self.options.dev)
+        demix = mix(test["experts"], test["valid"], log_prior=log_prior(None, len(self.known)))
+        uniform, hedged = demix.reweighed(temperature=math.inf), demix.reweighed(hedge=True)
+        held = fitted(dev["experts"][:, dev["valid"]].T).exp()
+        self.worst_regret = max(self.worst_regret, float(demix.regret.max()))
+        best = torch.minimum(demix.nll, uniform.nll)
+        self.worst_hedge = max(self.worst_hedge, float((hedged.nll - best).max()))
+        tokens = float(test["valid"].sum())
 
         def perplexity(nll: Tensor) -> float:
             return math.exp(float(nll.sum()) / tokens)
 
-        own = [perplexity(nll) for nll in score.expert_nll]
+        own = [perplexity(nll) for nll in demix.expert_nll]
         return {
             "domain": domain,
-            **{way: perplexity(-p.double()) for way, p in zip(("base", "dense", "average"), others, strict=True)},
-            "uniform": perplexity(score.reweighed(temperature=math.inf).nll),
-            "top1": perplexity(self._top1(score)),
-            "demix": perplexity(score.nll),
-            "oracle": min(own) if domain in novel else own[known.index(domain)],
-            "weight": self._weight(score, known, domain, novel),
-            "best_expert": known[own.index(min(own))],
+            **{way: perplexity(-test[way].double()) for way in OTHERS},
+            "uniform": perplexity(uniform.nll),
+            "demix": perplexity(demix.nll),
+            "hedged": perplexity(hedged.nll),
+            "cached": perplexity(demix.reweighed(prior=cached(dev)).nll),
+            "fitted": perplexity(hedged.reweighed(prior=held).nll),
+            "oracle": min(own) if domain in novel else own[self.known.index(domain)],
+            "weight": self._weight(hedged, domain, novel),
+            "best_expert": self.known[own.index(min(own))],
         }
 
-    @staticmethod
-    def _top1(score: EnsembleScore) -> Tensor:
-        best = score.posterior.argmax(-1)  # (B, T-1)
-        chosen = score.expert_log_probs.permute(1, 2, 0).gather(-1, best[..., None])[..., 0]
-        return -chosen.double().masked_fill(~score.valid, 0.0)
-
-    @staticmethod
-    def _weight(score: EnsembleScore, known: list[str], domain: str, novel: list[str]) -> str:
+    def _weight(self, score: EnsembleScore, domain: str, novel: list[str]) -> str:
         """How much the domain's own expert weighs at the end of a text; for a novel one, which expert weighs most."""
         final = score.final.mean(0)
         if domain in novel:
-            return f"{float(final.max()):.2f} {known[int(final.argmax())]}"
-        return f"{float(final[known.index(domain)]):.2f}"
+            return f"{float(final.max()):.2f} {self.known[int(final.argmax())]}"
+        return f"{float(final[self.known.index(domain)]):.2f}"
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, truncation=True, max_length=self.options.tokens).input_ids)
 
 
-def mean(label: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def cached(dev: Said) -> Tensor:
+    """DEMix's prior (E,) from development texts: the moving average of their last posteriors."""
+    prior = log_prior(None, len(dev["experts"]))
+    for row in range(dev["experts"].shape[1]):
+        score = mix(dev["experts"][:, row : row + 1], dev["valid"][row : row + 1], log_prior=prior)
+        prior = moving_average(prior, score.final[0])
+    return prior.exp()
+
+
+def averaged(label: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Geometric mean of the perplexities."""
     if not rows:
         return {"domain": label, **dict.fromkeys(WAYS, math.nan), "weight": ""}
-    means = {way: math.exp(sum(math.log(row[way]) for row in rows) / len(rows)) for way in WAYS}
-    return {"domain": label, **means, "weight": ""}
+    return {"domain": label, **{way: math.exp(mean(math.log(row[way]) for row in rows)) for way in WAYS}, "weight": ""}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,15 @@
 """Every method on real data: accuracy, what trains and is stored, seconds, peak memory, against full fine-tuning.
 
-    python tests/benchmarks/real_methods.py ENCODER DATA_DIR [--tasks sst2,rte] [--methods lora,bitfit] [--rows 4000]
+    python tests/benchmarks/real_methods.py ENCODER DATA_DIR --out runs.jsonl [--tasks sst2,rte] [--methods lora,bitfit]
+    python tests/benchmarks/real_methods.py ENCODER DATA_DIR --out runs.jsonl --tables [--plot accuracy.svg]
 
-ENCODER is a directory with a BERT-like encoder; DATA_DIR holds `sst2/`, `ag_news/`, ... with JSON lines. Each method
-has one learning rate for all data sets, written below; nothing is tuned on the rows that are measured on.
+ENCODER is a directory with a BERT-like encoder; DATA_DIR holds `sst2/`, `ag_news/`, ... with JSON lines. Each run is a
+line of runs.jsonl, and one that is there is not run again: a killed measurement goes on where it was. The first seed
+goes through all methods before the second starts.
+
+Each method has one learning rate for all data sets, written below. It was chosen with ``--choose --lr``, which measures
+on rows cut from the training file; nothing is chosen on the rows that are measured on. Models run without dropout and
+with attention written out, which is what is fastest on a CPU. Seconds are processor seconds of training.
 """
 
 from __future__ import annotations
@@ -18,12 +24,14 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from torch import nn
 
 import compose
 from train.config import TrainConfig
@@ -34,34 +42,34 @@ from train.loop import fit
 from train.method import Composite, make_method, methods
 from train.seeds import derive, generator
 
-# data set -> (files to train on, the first that is there; files to measure on; columns; tokens a row)
-TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[str, str], int]] = {
-    "sst2": (("train_sentences.jsonl", "train.jsonl"), ("dev.jsonl",), {}, 64),
-    "ag_news": (("train.jsonl",), ("test.jsonl",), {}, 64),
-    "cola": (("train.jsonl",), ("dev.jsonl",), {}, 48),
-    "rte": (("train.jsonl",), ("dev.jsonl",), {"text": "premise", "text_pair": "hypothesis"}, 128),
-    "banking77": (("train.jsonl",), ("test.jsonl",), {}, 48),
+# data set -> (files to train on, the first that is there; file to measure on; columns; tokens a row)
+TASKS: dict[str, tuple[tuple[str, ...], str, dict[str, str], int]] = {
+    "sst2": (("train_sentences.jsonl", "train.jsonl"), "dev.jsonl", {}, 32),
+    "ag_news": (("train.jsonl",), "test.jsonl", {}, 32),
+    "cola": (("train.jsonl",), "dev.jsonl", {}, 32),
+    "rte": (("train.jsonl",), "dev.jsonl", {"text": "premise", "text_pair": "hypothesis"}, 64),
+    "banking77": (("train.jsonl",), "test.jsonl", {}, 32),
 }
-# A step's size differs by what moves: whole weights, matrices beside them, vectors, inputs.
-RATES = {
-    "full": 1e-4,
-    "dense": 1e-4,
-    "partial_freezing": 2e-4,
-    "lt_sft": 2e-4,
-    "diff_pruning": 2e-4,
-    "feature_based": 5e-3,
-}
-RATES |= {"bitfit": 2e-3, "ia3": 1e-2, "t_few": 1e-2, "prompt": 1e-2, "p_tuning": 2e-3, "prefix": 5e-4, "said": 2e-2}
-RATES |= {"krona": 5e-3, "ladder": 2e-3, "lst": 2e-3, "attention_fusion": 1e-2, "head": 5e-3, "sparse": 1e-2}
-DEFAULT_RATE = 1e-3
+# A step's size differs by what moves: whole weights, matrices beside them, vectors, inputs. The head has the same rate.
+RATES = {"full": 3e-4, "partial_freezing": 5e-4, "lt_sft": 3e-4, "diff_pruning": 3e-4}
+RATES |= {"prefix": 1e-3, "ia3": 1e-2, "krona": 1e-2, "said": 1e-2, "feature_based": 1e-2}
+DEFAULT_RATE = 3e-3
 OPTIONS: dict[str, dict[str, Any]] = {
     "houlsby": {"bottleneck_size": 32},
     "mam": {"prefix_length": 16, "bottleneck_size": 16, "scaling": 2.0},  # the paper's for GLUE
     "parallel": {"bottleneck_size": 32, "scaling": 2.0},
     "qlora": {"r": 16},
     "sora": {"r": 16, "sparsity": 1.0},
+    # The head reads what stands first, which is the prompt: it starts as the token that the encoder has there.
+    "prompt": {"num_virtual_tokens": 10, "init_text": "[CLS] what is said here , and how ?"},
+    "lt_sft": {"second_rate": 10.0},  # 0.5% of the weights take what a LoRA takes, not what all of them take
+    "diff_pruning": {"second_rate": 10.0},
 }
-PLAIN_KINDS = ("bias", "bottleneck", "dense", "head", "sparse")  # the same as a method with a better name, or aimless
+# The same as a method with a better name, or aimless; without domains, and without answers to choose among, demix and
+# t_few are lora and ia3.
+LEFT_OUT = ("bias", "bottleneck", "dense", "head", "ladder", "sparse", "demix", "t_few")
+IDENTITY = ("task", "method", "seed", "lr", "options")
+SETTINGS = ("rows", "held", "epochs", "batch", "precision", "choose")  # of a measurement; equal in all its runs
 
 
 def resident(field: str, *, reset: bool = False) -> int:
@@ -77,33 +85,38 @@ def resident(field: str, *, reset: bool = False) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def load_task(folder: Path, name: str, tokenizer: Any, rows: int, held: int) -> tuple[Any, Any]:
-    """Training and held-out rows: the first `rows` of one shuffle, the same for every seed."""
+def load_task(given: argparse.Namespace, name: str, tokenizer: Any) -> tuple[Any, Any]:
+    """Rows to train and to measure on: the first ones of one shuffle of each file, the same for every seed.
+
+    To choose by, the rows to measure on are the next ones of the training file.
+    """
     train, test, columns, length = TASKS[name]
     config = TrainConfig(task="classification", columns=columns, max_length=length)
 
-    def some(files: tuple[str, ...], count: int) -> list[Any]:
-        path = next(folder / name / file for file in files if (folder / name / file).exists())
+    def shuffled(path: Path) -> list[Any]:
         found = read_rows(path)
         order = torch.randperm(len(found), generator=generator(0, name, path.name)).tolist()
-        return [found[i] for i in order[:count]]
+        return [found[i] for i in order]
 
-    learned = encode(some(train, rows), config, tokenizer, source=f"{name}/train")
-    return learned, encode(some(test, held), config, tokenizer, labels=learned.labels, source=f"{name}/held out")
+    folder = given.data / name
+    rows = shuffled(next(folder / file for file in train if (folder / file).exists()))
+    learned = encode(rows[: given.rows], config, tokenizer, source=f"{name}/train")
+    held = rows[given.rows :] if given.choose else shuffled(folder / test)
+    return learned, encode(held[: given.held], config, tokenizer, labels=learned.labels, source=f"{name}/held out")
 
 
-def one(base: str, method: str, data: tuple[Any, Any], seed: int, given: argparse.Namespace) -> dict[str, float]:
-    """One run, from loading the base to the accuracy of its last state."""
+def one(given: argparse.Namespace, method: str, data: tuple[Any, Any], seed: int, tokenizer: Any) -> dict[str, float]:
+    """One run, from loading the base to the accuracy of what it stores."""
     train, held = data
     run = TrainConfig(
-        base=base,
+        base=given.encoder,
         task="classification",
         method=method,
         options=OPTIONS.get(method, {}),
-        precision="fp32",
+        precision=given.precision,
         batch_size=given.batch,
         duration=f"{given.epochs} epochs",
-        lr=given.lr or RATES.get(method, DEFAULT_RATE),
+        lr=rate(given, method),
         schedule="linear",
         warmup=0.1,
         gradient_checkpointing=False,
@@ -114,79 +127,182 @@ def one(base: str, method: str, data: tuple[Any, Any], seed: int, given: argpars
     before = resident("VmRSS", reset=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = compose.load(base, task="classification", labels=train.labels, quantize=run.quantize, dtype="fp32")
+        model = compose.load(given.encoder, task="classification", labels=train.labels, quantize=run.quantize)
+    plain(model)
     heads = modules_to_save(model, "classification")
-    learner = way.build(model, seed=derive(seed, "init"), heads=heads)
+    started = time.process_time()
+    learner = way.build(model, seed=derive(seed, "init"), heads=heads, tokenizer=tokenizer)
     way.warm(model, learner, train)
     trainable = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-    started = time.perf_counter()
     fit(model, learner, train, None, run, method=way)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     memory = resident("VmHWM") - before
     stored = way.finish(model, learner)
     members = stored.members.values() if isinstance(stored, Composite) else (stored,)
     head = sum(v.numel() for m in members for v in m.head_state().values())
     total = sum(v.numel() for m in members for v in m.state().values())
-    accuracy = evaluate(model, held, batch_size=64)["accuracy"]
+    measured = evaluate(model, held, batch_size=64, precision=given.precision)
+    scores = {name: 100 * measured[name] for name in ("accuracy", "f1")}
     counts = {"trainable": trainable, "stored": total, "head": head}
-    return {"accuracy": 100 * accuracy, **counts, "seconds": seconds, "memory": memory}
+    return {**scores, **counts, "seconds": seconds, "memory": memory}
+
+
+def plain(model: nn.Module) -> None:
+    """Attention written out, and no dropout."""
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def rate(given: argparse.Namespace, method: str) -> float:
+    """Learning rate of a method."""
+    return float(given.lr or RATES.get(method, DEFAULT_RATE))
+
+
+def key(run: Mapping[str, Any]) -> str:
+    """What makes a run the same as another."""
+    return json.dumps(
+        {name: run[name] for name in ("task", "method", "seed", "lr", "options", *SETTINGS)}, sort_keys=True
+    )
+
+
+def settings(given: argparse.Namespace, method: str) -> dict[str, Any]:
+    """How a method is run: this file's rate and options for it, and what the command says."""
+    own = {"lr": rate(given, method), "options": OPTIONS.get(method, {})}
+    return {**own, **{field: getattr(given, field) for field in SETTINGS}}
+
+
+def is_current(given: argparse.Namespace, run: Mapping[str, Any]) -> bool:
+    """Whether a run was made as one would be made now."""
+    return all(run[field] == value for field, value in settings(given, run["method"]).items())
+
+
+def measure(given: argparse.Namespace, done: set[str]) -> Iterator[dict[str, Any]]:
+    """Every run that is not done, seed by seed."""
+    names = [n for n in methods() if n not in LEFT_OUT] if given.methods == "all" else given.methods.split(",")
+    tokenizer = compose.tokenizer(given.encoder)
+    data: dict[str, tuple[Any, Any]] = {}
+    for seed in given.seeds.split(","):
+        for task in given.tasks.split(","):
+            for name in names:
+                run = {"task": task, "method": name, "seed": int(seed), **settings(given, name)}
+                if key(run) in done:
+                    continue
+                if task not in data:
+                    data[task] = load_task(given, task, tokenizer)
+                yield {**run, **one(given, name, data[task], int(seed), tokenizer)}
+
+
+def tables(runs: list[dict[str, Any]]) -> str:
+    """A table for each data set that all methods ran on, best first, and one for the others together."""
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    most = max(len(by_method(runs, task)) for task in tasks)
+    whole = [task for task in tasks if len(by_method(runs, task)) > most / 2]
+    parts = [f"### {task}\n\n{table(by_method(runs, task))}" for task in whole]
+    few = {task: by_method(runs, task) for task in tasks if task not in whole}
+    if few:
+        names = list(dict.fromkeys(name for found in few.values() for name in found))
+        lines = [f"| method | {' | '.join(few)} |", "|---" * (len(few) + 1) + "|"]
+        for name in sorted(
+            names, key=lambda n: -sum(mean(found[n], "accuracy") for found in few.values() if n in found)
+        ):
+            cells = (spread(found[name]) if name in found else "" for found in few.values())
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        parts.append(f"### {', '.join(few)}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def table(by: Mapping[str, list[dict[str, Any]]]) -> str:
+    """One data set; counts leave out the task's head, which every method trains."""
+    columns = ("method", "accuracy", "seeds", "trained", "stored", "rate", "seconds", "peak memory")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name in sorted(by, key=lambda n: -mean(by[n], "accuracy")):
+        first = by[name][0]
+        counts = [f"{first[field] - first['head']:,}" for field in ("trainable", "stored")]
+        spent = [f"{mean(by[name], 'seconds'):.1f}", f"{mean(by[name], 'memory') / 2**20:.0f} MiB"]
+        seeds = ", ".join(str(run["seed"]) for run in by[name])
+        cells = [name, spread(by[name]), seeds, *counts, f"{first['lr']:g}", *spent]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def by_method(runs: list[dict[str, Any]], task: str) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each method on a data set."""
+    here = [run for run in runs if run["task"] == task]
+    return {name: [r for r in here if r["method"] == name] for name in dict.fromkeys(r["method"] for r in here)}
+
+
+def plot(by: Mapping[str, list[dict[str, Any]]], task: str, path: Path) -> None:
+    """Accuracy against trained parameters (log), with the deviation over seeds; the dotted line is full fine-tuning."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.hashsalt": "methods", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name, runs in by.items():
+            x = max(1, runs[0]["trainable"] - runs[0]["head"])  # feature-based trains the head alone
+            y, error = mean(runs, "accuracy"), deviation(runs)
+            axes.errorbar(x, y, error, fmt="o", color="C3" if name == "full" else "C0", elinewidth=0.8, markersize=4)
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3))
+        if "full" in by:
+            axes.axhline(mean(by["full"], "accuracy"), color="C3", linewidth=0.8, linestyle=":")
+        axes.set(xscale="log", xlabel="trained parameters, head left out", ylabel="accuracy (%)", title=task)
+        axes.grid(color="0.9", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+def mean(runs: list[dict[str, Any]], field: str) -> float:
+    """Over seeds."""
+    return statistics.mean(run[field] for run in runs)
+
+
+def deviation(runs: list[dict[str, Any]]) -> float:
+    """Standard deviation of the accuracy over seeds; 0 of one."""
+    return statistics.stdev(run["accuracy"] for run in runs) if len(runs) > 1 else 0.0
+
+
+def spread(runs: list[dict[str, Any]]) -> str:
+    """Accuracy with its deviation."""
+    return f"{mean(runs, 'accuracy'):.1f}" + (f" ± {deviation(runs):.1f}" if len(runs) > 1 else "")
 
 
 def main() -> None:
-    """Run all, print the table as it grows, then as Markdown or JSON."""
+    """Run what is missing, or print the tables of what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("encoder")
     parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="a line of JSON for each run")
     parser.add_argument("--tasks", default="sst2,ag_news")
     parser.add_argument("--methods", default="all")
-    parser.add_argument("--rows", type=int, default=4000)
-    parser.add_argument("--held", type=int, default=2000, help="rows to measure on, at most")
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--held", type=int, default=400, help="rows to measure on, at most")
+    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--lr", type=float, help="one learning rate for all methods, instead of those in this file")
-    parser.add_argument("--json", metavar="FILE", help="also write every run here, as it ends")
+    parser.add_argument("--choose", action="store_true", help="measure on rows cut from the training file")
+    parser.add_argument("--tables", action="store_true", help="run nothing: print the tables of --out as Markdown")
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="with --tables: accuracy against trained parameters")
     given = parser.parse_args()
     logging.getLogger("train").setLevel(logging.ERROR)
-    names = [n for n in methods() if n not in PLAIN_KINDS] if given.methods == "all" else given.methods.split(",")
-    seeds = [int(seed) for seed in given.seeds.split(",")]
-    tokenizer = compose.tokenizer(given.encoder)
-    runs: list[dict[str, Any]] = []
-    for task in given.tasks.split(","):
-        data = load_task(given.data, task, tokenizer, given.rows, given.held)
-        for name in names:
-            for seed in seeds:
-                found = one(given.encoder, name, data, seed, given)
-                runs.append({"task": task, "method": name, "seed": seed, **found})
-                print(
-                    f"{task} {name} seed {seed}: {found['accuracy']:.1f}% in {found['seconds']:.0f} s", file=sys.stderr
-                )
-                if given.json:
-                    Path(given.json).write_text(json.dumps(runs, indent=1) + "\n")
-        print(table([run for run in runs if run["task"] == task], task), flush=True)
-
-
-def table(runs: list[dict[str, Any]], task: str) -> str:
-    """One data set, best method first; counts leave out the task's head, which every method trains."""
-    lines = [
-        f"### {task}",
-        "",
-        "| method | accuracy | trained | stored | seconds | peak memory |",
-        "|---|---|---|---|---|---|",
-    ]
-    by = {name: [run for run in runs if run["method"] == name] for name in dict.fromkeys(run["method"] for run in runs)}
-
-    def mean(name: str, key: str) -> float:
-        return statistics.mean(run[key] for run in by[name])
-
-    for name in sorted(by, key=lambda n: -mean(n, "accuracy")):
-        sd = statistics.stdev([run["accuracy"] for run in by[name]]) if len(by[name]) > 1 else None
-        accuracy = f"{mean(name, 'accuracy'):.1f}" + (f" ± {sd:.1f}" if sd is not None else "")
-        first = by[name][0]
-        counts = " | ".join(f"{first[key] - first['head']:,}" for key in ("trainable", "stored"))
-        memory = f"{mean(name, 'memory') / 2**20:.0f} MiB"
-        lines.append(f"| {name} | {accuracy} | {counts} | {mean(name, 'seconds'):.0f} | {memory} |")
-    return "\n".join(lines) + "\n"
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    runs = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.exists() else []
+    if given.tables:
+        runs = [run for run in runs if is_current(given, run)]
+        print(tables(runs))
+        if given.plot:
+            first = runs[0]["task"]
+            plot(by_method(runs, first), first, given.plot)
+        return
+    for run in measure(given, {key(run) for run in runs}):
+        with given.out.open("a") as stream:
+            stream.write(json.dumps(run) + "\n")
+        told = f"{run['task']} {run['method']} seed {run['seed']} lr {run['lr']:g}"
+        print(f"{told}: {run['accuracy']:.1f}% in {run['seconds']:.1f} s", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

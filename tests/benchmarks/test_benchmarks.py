@@ -27,17 +27,20 @@ def bench(monkeypatch, capsys):
 
 
 def test_mixed_batch(bench):
-    report, table = bench("bench_mixed_batch", "--adapters=1,3", **SMALL, rank=2)
+    report, table = bench("bench_mixed_batch", "--adapters=1,3,5", "--peft=3", "--resident=6", **SMALL, rank=2)
     assert [(row["adapters"], row["phase"]) for row in report["rows"]] == [
         (1, "decode"),
         (1, "prefill"),
         (3, "decode"),
         (3, "prefill"),
+        (5, "decode"),
+        (5, "prefill"),
     ]
-    assert all(row["ours"] > 0 and row["peft"] > 0 for row in report["rows"])
+    assert all(row["ours"] > 0 for row in report["rows"])
+    assert [row["peft"] == "-" for row in report["rows"]] == [False] * 4 + [True] * 2
     assert 0 < report["largest_difference"] < 1e-4
     assert "threads" in report["machine"] and report["machine"] in table
-    assert len(table.splitlines()) == 3 + 4
+    assert len(table.splitlines()) == 3 + 6
 
 
 def test_mixed_kinds_and_the_plot(bench, tmp_path):
@@ -102,3 +105,11 @@ def test_residency(bench):
     report, _ = bench("bench_residency", "--counts=1,5", **shape)
     assert [row["resident"] for row in report["rows"]] == [1, 5]
     assert all(row[name] > 0 for row in report["rows"] for name in ("read_ms", "put_ms", "step"))
+
+
+def test_attach(bench):
+    shape = {key: SMALL[key] for key in ("prompt", "layers", "width", "vocabulary", "rounds")}
+    report, _ = bench("bench_attach", "--count=2", **shape, rank=2)
+    assert [row["side"] for row in report["rows"]] == ["ours", "peft"]
+    assert all(row[name] > 0 for row in report["rows"] for name in ("load_s", "load_cpu_s", "first_ms", "swap_ms"))
+    assert report["adapter_bytes"] > 0

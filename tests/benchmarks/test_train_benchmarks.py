@@ -42,6 +42,12 @@ def test_many():
     assert found["memory_ratio"] > 0
 
 
+def test_side():
+    found = bench("bench_side.py", "--rows=4", "--prompt=64")
+    assert found["encoder"]["added_ratio"] > 0
+    assert found["causal"]["added_ratio"] > 0
+
+
 @pytest.mark.slow  # four libraries are imported twice
 def test_qlora():
     found = bench("bench_qlora.py", "--rows=2")

@@ -16,7 +16,7 @@ from train.batches import Dataset, Ragged
 from train.errors import ConfigError, DataError
 from train.loop import fit
 from train.method import Composite, Method, get_method, make_method, register
-from train.methods import adamix, diff_pruning, s4
+from train.methods import adamix, diff_pruning, lst, s4
 from train.objective import forward, loss_sum
 from train.publish import publish_learned
 from train.reparametrize import attribute, function
@@ -190,6 +190,57 @@ def test_what_makes_a_prompt_trains_and_is_not_stored(tiny, config, name, extra)
         assert torch.equal(ours, theirs)
 
 
+def test_mam_makes_its_prefix_by_an_mlp_that_is_not_stored(tiny, config):
+    model, learner, method, _ = begun(tiny, config, "mam", {"hidden": 8, "prefix_length": 3, "bottleneck_size": 4})
+    assert any("second" in n for n, _ in learner.named_parameters())
+    batch = tiny.batch("llama", tiny.rows(5, 3))
+    before = tiny.logits(model, batch)
+    stored = method.finish(model, learner)
+    assert list(stored.members["prefix"].state()) == ["prompt_embeddings"]
+    assert all(torch.equal(a, b) for a, b in zip(tiny.logits(model, batch), before, strict=True))
+
+
+def test_the_same_tokens_make_the_same_prompt(tiny, config):
+    """A row's own prompt, whatever else is in the batch; and far fewer parameters than the table has."""
+    model, learner, _, _ = begun(tiny, config, "ipt", {"num_virtual_tokens": 3, "generator_width": 4})
+    assert sum(p.numel() for p in learner.parameters()) < model.get_input_embeddings().weight.numel() / 4
+    rows = tiny.rows(5, 4)
+    twins = [torch.cat([rows[0][:3], torch.tensor([9, 11])]), rows[0], rows[1]]
+    prompt = learner.prompt()
+    made = prompt.of(torch.stack([row[:3] for row in twins]))
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+    alone = tiny.logits(model, tiny.batch("llama", [rows[0]]))[0]
+    torch.testing.assert_close(tiny.logits(model, tiny.batch("llama", twins))[1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_pseudo_tokens_stand_where_the_text_has_slots(tiny, config, tokenizer):
+    slot = next(w for w in tokenizer.get_vocab() if len(tokenizer(w, add_special_tokens=False)["input_ids"]) == 1)
+    options = {"num_virtual_tokens": 2, "hidden": 8, "slot": slot}
+    method, run = make_method(config(method="p_tuning", options=options))
+    model = tiny.model("llama", vocab_size=len(tokenizer))
+    learner = method.build(model, tokenizer=tokenizer)
+    (at,) = tokenizer(slot, add_special_tokens=False)["input_ids"]
+    others = [i for i in range(4, 12) if i != at]
+    ids = torch.tensor([[others[0], at, others[1], others[2], at, others[3]]])
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    out = model(input_ids=ids).logits
+    assert out.shape[1] == ids.shape[1]  # nothing was put in front
+    prompt = learner.at("", "P").detach()
+    plain = model.get_input_embeddings().weight[ids[0]].detach()
+    assert torch.equal(seen[0][0, [1, 4]], prompt)
+    assert torch.equal(seen[0][0, [0, 2, 3, 5]], plain[[0, 2, 3, 5]])
+    out.square().mean().backward()
+    assert all(p.grad is not None for p in learner.parameters())
+    stored = method.finish(model, learner)
+    assert stored.config.slot_token == at
+    assert list(stored.state()) == ["prompt_embeddings"]
+    with pytest.raises(ConfigError, match="not one token"):
+        make_method(config(method="p_tuning", options={"slot": "two words"}))[0].build(model, tokenizer=tokenizer)
+    assert run.method == "p_tuning"
+
+
 def test_a_prompt_starts_from_words(tiny, config, tokenizer):
     method, _ = make_method(config(method="prompt", options={"num_virtual_tokens": 5, "init_text": "yes no"}))
     model = tiny.model("llama", vocab_size=len(tokenizer))
@@ -322,6 +373,18 @@ def test_a_ladder_starts_as_a_pruned_copy_of_the_blocks(tiny, config):
     after = dict(model.named_parameters())
     assert all(torch.equal(after[name], value) and after[name].grad is None for name, value in before.items())
     assert not any(p.requires_grad for p in model.model.layers.parameters())
+
+
+def test_squared_gradients_are_summed_row_by_row_and_none_is_kept():
+    weight, rows = torch.nn.Parameter(torch.randn(3, 4), requires_grad=False), torch.randn(5, 4)
+    with lst._squared_gradients([weight]) as sums:
+        for x in rows:
+            (weight @ x).square().sum().backward()
+            assert weight.grad is None
+    expected = sum((2 * torch.outer(weight @ x, x)).square() for x in rows)
+    torch.testing.assert_close(sums[weight].rows, expected.sum(0))
+    torch.testing.assert_close(sums[weight].columns, expected.sum(1))
+    assert not weight.requires_grad
 
 
 def test_a_run_that_ends_before_it_chose_still_stores_k_weights(tiny, config):

@@ -10,6 +10,7 @@ from train.checkpoint import read_checkpoint, write_checkpoint
 from train.errors import TrainError
 from train.method import Method
 from train.optim import learning_rate, make_optimizer
+from train.sparsify import start_again
 
 
 def rates(config, total):
@@ -30,6 +31,26 @@ def test_schedules_rise_to_the_peak_and_never_waste_a_step(config):
 def test_linear_and_cosine_at_known_points(config):
     assert rates(config(schedule="linear", lr=1.0), 4) == pytest.approx([1, 0.75, 0.5, 0.25])
     assert rates(config(schedule="cosine", lr=1.0), 4)[2] == pytest.approx(0.5)
+
+
+def test_a_second_phase_has_the_schedule_from_its_peak_again(config):
+    run = config(schedule="linear", warmup=0.1, lr=0.4)
+    module = nn.Linear(2, 2)
+    optimizer = make_optimizer(run, [{"params": [module.weight]}, {"params": [module.bias], "lr_scale": 5.0}])
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    start_again(optimizer, [module.weight], run, 20, 40)
+    assert list(optimizer.state) == [module.bias]
+    scales = [group["lr_scale"] for group in optimizer.param_groups]
+    second = [scales[0] * learning_rate(run, step, 40) for step in range(20, 40)]
+    assert second == pytest.approx([0.4 * (1 - i / 20) for i in range(20)])
+    assert scales[1] == pytest.approx(5 * scales[0])
+    start_again(optimizer, [], run, 20, 40, 3.0)
+    assert optimizer.param_groups[0]["lr_scale"] == pytest.approx(3 * scales[0] ** 2)
+    scales = [group["lr_scale"] for group in optimizer.param_groups]
+    for step in (2, 40):  # the rate has not begun to fall; nothing comes after
+        start_again(optimizer, [], run, step, 40)
+    assert [group["lr_scale"] for group in optimizer.param_groups] == scales
 
 
 def test_weight_decay_shrinks_matrices_only(config):

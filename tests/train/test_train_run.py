@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
 import compose
 from compose import probes
@@ -110,6 +111,16 @@ def test_a_decoder_classifies_with_its_score_head(reviews):
     model = compose.load(config.base, task="classification", labels=["a", "b"])
     assert modules_to_save(model, "classification") == ("score",)
     assert modules_to_save(compose.load(config.base), "causal_lm") == ()
+
+
+def test_the_pooler_that_a_sentence_encoder_never_used_trains_with_the_head(bert_base, tmp_path):
+    folder = tmp_path / "encoder"
+    BertModel(BertConfig.from_pretrained(bert_base)).save_pretrained(folder)  # with a pooler
+    for file, expected in ((None, ("classifier",)), ("modules.json", ("bert.pooler.dense", "classifier"))):
+        if file:
+            (folder / file).write_text("[]")
+        model = compose.load(folder, task="classification", labels=["a", "b"])
+        assert modules_to_save(model, "classification") == expected
 
 
 def test_an_earlier_run_and_a_taken_version_are_refused_before_anything_is_loaded(notes, tmp_path, monkeypatch):

@@ -1,16 +1,17 @@
-"""What `hub few-shot` does unless told otherwise: heads over frozen views, refined when that predicts better.
+"""What `hub few-shot` does unless told otherwise: a mixture of a frozen and an adapted reading of the examples.
 
-1. The base reads every example plainly and in a few templates: one pass, kept.
-2. A convex head starts from what the labels' own words say at the masks and learns from all views; its strength is
-   chosen, and averaged, by cross-validation inside the examples.
-3. With time left, a LoRA on the upper blocks is trained on half of the examples; if it predicts the other half better
-   than the frozen head does, by more than one standard error, it is trained on all.
+1. The base reads every example plainly and in a few templates: one pass, kept. A convex head starts from what the
+   labels' own words say at the masks and learns from all views.
+2. With time left, a LoRA on the upper blocks is trained (see `adapt`); it is read by the label words and by a head.
+3. Each is asked about rows it has not learned from (halves of the examples); the shares of the mixture maximize the
+   likelihood of those answers. What has next to no share is left out.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,18 +20,21 @@ from torch import Tensor
 
 import compose
 from train.errors import TrainError
-from train.fewshot.head import choose_head, fit_head, words_alone
+from train.fewshot.adapt import MANY, adapt
+from train.fewshot.classifier import head_member
+from train.fewshot.head import Head, choose_head, fit_head, words_alone
 from train.fewshot.job import Job, Learned
-from train.fewshot.refine import Refined, refine
+from train.fewshot.members import Member
 from train.fewshot.splits import folds
+from train.fewshot.verbalizer import VerbalizerError, WordScores
 from train.fewshot.views import Features, View
+from train.fewshot.words import find_words
 from train.loop import FitResult
 
-__all__ = ["auto", "feature", "views_of", "zero_shot"]
+__all__ = ["auto", "feature", "stack", "views_of", "zero_shot"]
 
-_MANY = 10  # classes from which one round of cross-validation is enough
-_STEPS = 40
-_REFINED_PENALTY = 4.0
+_LEAST = 0.05  # share of a member that is worth its passes at prediction
+_PLAIN_PENALTY = 1.0
 
 
 def views_of(job: Job) -> tuple[View, ...]:
@@ -44,101 +48,153 @@ def zero_shot(job: Job) -> Learned:
     """The label words alone: nothing is learned from the examples but each template's mean logits."""
     if not job.spoken:
         raise TrainError("the labels' names say nothing this base reads", hint="give words: --word LABEL=WORD")
-    views = tuple(View(t, "mask") for t in job.patterns)
+    views = _masks(job)
     adapter = job.identity()
-    classifier = job.classifier(views)
-    prior = classifier.features(job.examples).prior.mean(1).mean(0)
-    classifier.head = type(classifier.head)((), -prior, words_alone(len(job.labels)).strength)
-    return Learned(classifier, adapter, "zero-shot", job.config(1), FitResult(), {"templates": list(job.patterns)})
+    compose.activate(job.model, None)
+    head = Head((), -job.features(views).prior.mean(1).mean(0), words_alone(len(job.labels)).strength)
+    facts = {"templates": list(job.patterns)}
+    return Learned(job.headed(views, head, adapted=False), adapter, "zero-shot", job.config(1), FitResult(), facts)
 
 
 def feature(job: Job) -> Learned:
     """The frozen views and their head."""
-    views = views_of(job)
-    classifier = job.classifier(views)
-    features = classifier.features(job.examples)
-    head, accuracy = choose_head(features, job.answers, len(job.labels), _parts(job))
-    classifier.head = head
-    adapter = job.identity()
-    facts = _facts(job, views, accuracy, refined=False)
-    return Learned(classifier, adapter, "feature", job.config(1), FitResult(), facts)
+    frozen = _frozen(job, 0.8 * job.left)
+    return _frozen_alone(job, frozen, "feature")
 
 
 def auto(job: Job) -> Learned:
-    """The best of frozen and refined, by held-out likelihood inside the examples."""
-    views = views_of(job)
-    classifier = job.classifier(views)
-    features = classifier.features(job.examples)
-    head, accuracy = choose_head(features, job.answers, len(job.labels), _parts(job))
-    job.say(f"frozen views: cross-validated accuracy {accuracy:.3f}, {job.left:.0f} s left")
-    chosen = _refined(job, views, features) if job.left > 0.3 * job.budget else None
-    if chosen is None:
-        classifier.head, adapter = head, job.identity()
-        facts = _facts(job, views, accuracy, refined=False)
-        return Learned(classifier, adapter, "auto", job.config(1), FitResult(), facts)
-    refined, gain = chosen
-    after = classifier.features(job.examples)
-    classifier.head = fit_head(after, job.answers, len(job.labels), _REFINED_PENALTY)
-    facts = {**_facts(job, views, accuracy, refined=True), "held_out_gain_nats": round(gain, 4)}
-    return Learned(classifier, refined.adapter, "auto", job.config(_STEPS), refined.result, facts)
+    """The mixture, or the frozen views alone where there is no time for more."""
+    frozen = _frozen(job, 0.25 * job.left)
+    job.say(f"frozen views: cross-validated accuracy {frozen.accuracy:.3f}, {job.left:.0f} s left")
+    scores = _words(job)
+    held = _held_out(job, frozen, scores) if job.left > 0.3 * job.budget else None
+    if held is None:
+        return _frozen_alone(job, frozen, "auto")
+    shares = stack(torch.stack(list(held.values())), job.answers)
+    named = {name: share for name, share in zip(held, shares.tolist(), strict=True) if share >= _LEAST}
+    shares_of = {name: share / sum(named.values()) for name, share in named.items()}
+    job.say("shares: " + ", ".join(f"{name} {share:.2f}" for name, share in shares_of.items()))
+    if list(shares_of) == ["frozen"]:
+        return _frozen_alone(job, frozen, "auto")
+    tuned = adapt(job, range(len(job.examples)), scores, name="fewshot", seconds=0.9 * job.left)
+    made = {"frozen": frozen.member, **_adapted(job, scores, job.features([View()]), job.answers)}
+    classifier = job.classifier(*(made[name] for name in shares_of), shares=list(shares_of.values()))
+    facts = {
+        **_facts(job, frozen),
+        "shares": {name: round(share, 4) for name, share in shares_of.items()},
+        "held_out_nats": {n: round(float(F.nll_loss(said, job.answers)), 4) for n, said in held.items()},
+    }
+    return Learned(classifier, tuned.adapter, "auto", tuned.config, tuned.result, facts)
 
 
-def _refined(job: Job, views: Sequence[View], features: Features) -> tuple[Refined, float] | None:
-    """Train on half, compare on the other half; on all if that was better and there is time."""
-    started = time.perf_counter()
-    half, rest = folds(job.examples, 2, job.seed)
-    few = views[:2]
-    share = job.left / 3
-    name = "trial"
-    _train(job, few, features, half, name, seconds=share)
-    after = job.classifier(views).features(job.examples)
+def stack(held: Tensor, answers: Tensor) -> Tensor:
+    """(M,) shares w of the mixture log p = log_softmax(sum_m w_m log p_m); held (M, N, C), answers (N,).
+
+    They maximize sum_i log p(y_i) + sum_m log w_m: the likelihood of held-out answers under a Dirichlet(2, ...) prior,
+    which keeps every share away from zero while there is little to go by.
+    """
+    free = torch.zeros(len(held), requires_grad=True)
+    optimizer = torch.optim.LBFGS([free], max_iter=100, line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        log_w = free.log_softmax(0)
+        mixed = torch.einsum("m,mnc->nc", log_w.exp(), held).log_softmax(-1)
+        loss = F.nll_loss(mixed, answers, reduction="sum") - log_w.sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(objective)  # type: ignore[no-untyped-call]
+    return free.detach().softmax(0)
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """The frozen views: what they saw, and the member made of them."""
+
+    features: Features
+    views: tuple[View, ...]
+    member: tuple[Member, Mapping[str, Tensor]]
+    accuracy: float  # cross-validated
+
+
+def _frozen(job: Job, seconds: float) -> _Frozen:
     compose.activate(job.model, None)
-    compose.detach(job.model, name)
-    classes, answers = len(job.labels), job.answers
+    views, classes = views_of(job), len(job.labels)
+    features = job.features(views)
+    rounds = 1 if classes >= MANY else 2
+    parts = [part for i in range(rounds) for part in folds(job.examples, 4, job.seed + i)]
+    choice = choose_head(features, job.answers, classes, parts, seconds=seconds)
+    member = head_member(views, choice.head, job.spoken, adapted=False)
+    return _Frozen(features, views, member, choice.accuracy(job.answers))
 
-    def losses(seen: Features) -> Tensor:
-        head = fit_head(seen.select(half), answers[half], classes, _REFINED_PENALTY)
-        return F.cross_entropy(head(seen.select(rest)), answers[rest], reduction="none")
 
-    gains = losses(features) - losses(after)
-    gain, error = float(gains.mean()), float(gains.std()) / len(rest) ** 0.5
-    took = time.perf_counter() - started
-    job.say(f"refining gains {gain:+.3f} ± {error:.3f} nats on held-out examples ({took:.0f} s)")
-    if gain <= error or job.left < took:
+def _frozen_alone(job: Job, frozen: _Frozen, method: str) -> Learned:
+    adapter = job.identity()
+    return Learned(job.classifier(frozen.member), adapter, method, job.config(1), FitResult(), _facts(job, frozen))
+
+
+def _held_out(job: Job, frozen: _Frozen, scores: WordScores | None) -> dict[str, Tensor] | None:
+    """(N, C) log probabilities of each member for rows it did not learn from; None where that takes too long."""
+    classes, halves = len(job.labels), folds(job.examples, 2, job.seed)
+    held = {"frozen": choose_head(frozen.features, job.answers, classes, halves).held.log_softmax(-1)}
+    for turn, part in enumerate(halves):
+        started, out = time.perf_counter(), torch.tensor(part)
+        rest = [i for i in range(len(job.examples)) if i not in set(part)]
+        adapt(job, rest, scores, name="trial", seconds=job.left / 3)
+        plain = job.features([View()], [job.examples[i] for i in rest])
+        asked, trial = [job.examples[i] for i in part], replace(job.reading, adapter="trial")
+        for name, (member, tensors) in _adapted(job, scores, plain, job.answers[rest]).items():
+            logits = member.logits(trial, asked, tensors)
+            held.setdefault(name, torch.zeros(len(job.examples), classes))[out] = logits.log_softmax(-1)
+        compose.activate(job.model, None)
+        compose.detach(job.model, "trial")
+        if job.left < (len(halves) - turn) * (time.perf_counter() - started):  # as long for each half, and for all
+            job.say("no time is left for adapting")
+            return None
+    return held
+
+
+def _adapted(
+    job: Job, scores: WordScores | None, plain: Features, answers: Tensor
+) -> dict[str, tuple[Member, Mapping[str, Tensor]]]:
+    """Members that read the adapter; `plain` and `answers` are of the rows it learned from."""
+    classes = len(job.labels)
+    head = fit_head(plain, answers, classes, _PLAIN_PENALTY, prior=False)
+    found: dict[str, tuple[Member, Mapping[str, Tensor]]] = {"contrast": head_member([View()], head, ())}
+    if scores is not None:
+        found["words"] = head_member(_masks(job), words_alone(classes), scores.ids)
+    return found
+
+
+def _words(job: Job) -> WordScores | None:
+    """The label words: given, of the labels' names, or found by the model; None where there are none or too many."""
+    if job.spoken:
+        return WordScores(job.spoken)
+    if not job.masked or len(job.labels) >= MANY:
         return None
-    return _train(job, few, features, range(len(job.examples)), "fewshot", seconds=job.left * 0.8), gain
+    try:
+        return find_words(job, job.patterns[0])[0]
+    except VerbalizerError as error:
+        job.say(f"no label words: {error}")
+        return None
 
 
-def _train(
-    job: Job, views: Sequence[View], features: Features, rows: Sequence[int], name: str, seconds: float
-) -> Refined:
-    seen = Features(features.states[: len(views)], features.prior).select(list(rows))
-    examples = [job.examples[i] for i in rows]
-    options: dict[str, Any] = {"name": name, "max_length": job.max_length, "seconds": seconds}
-    batch = 32 if len(job.labels) >= _MANY else 16
-    return refine(
-        job.model, job.tokenizer, views, examples, seen, job.labels, job.config(_STEPS, batch=batch), **options
-    )
+def _masks(job: Job) -> tuple[View, ...]:
+    return tuple(View(template, "mask") for template in job.patterns)
 
 
-def _parts(job: Job) -> list[list[int]]:
-    rounds = 1 if len(job.labels) >= _MANY else 2
-    return [part for i in range(rounds) for part in folds(job.examples, 4, job.seed + i)]
-
-
-def _facts(job: Job, views: Sequence[View], accuracy: float, *, refined: bool) -> dict[str, Any]:
+def _facts(job: Job, frozen: _Frozen) -> dict[str, Any]:
     words = {
         lb: job.tokenizer.convert_ids_to_tokens(list(ids)) for lb, ids in zip(job.labels, job.spoken, strict=False)
     }
     return {
         "templates": list(job.patterns),
         "label_words": words,
-        "views": len(views),
-        "cross_validated_accuracy": round(accuracy, 4),
-        "refined": refined,
+        "views": len(frozen.views),
+        "cross_validated_accuracy": round(frozen.accuracy, 4),
     }
-
-
-def accuracy_of(logits: Tensor, answers: Tensor) -> float:
-    """Share of rows whose highest logit is the right one."""
-    return float((logits.argmax(1) == answers).double().mean()) if len(answers) else torch.nan

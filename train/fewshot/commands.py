@@ -85,6 +85,7 @@ _base = click.option(
 @click.option("--budget", default="60s", show_default=True, callback=_budget, help="Time that learning may take.")
 @click.option("--test", metavar="FILE", help="Rows to measure on [the rows of DATA that were not drawn].")
 @click.option("--unlabeled", metavar="FILE", help="Texts without labels: with pet and ipet, what is distilled on.")
+@click.option("--resume", metavar="DIR", help="Keep the stages of pet and ipet here; a run that was stopped goes on.")
 @click.option("--max-length", type=click.IntRange(8), default=128, show_default=True, help="Tokens a row.")
 @click.option("--publish", metavar="NS/NAME[@VERSION]", help="Put the classifier into the store.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is stdout.")

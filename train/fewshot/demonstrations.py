@@ -17,6 +17,7 @@ from train.batches import Dataset
 from train.fewshot.examples import Example
 from train.fewshot.prompts import encode, to_dataset
 from train.fewshot.template import Template
+from train.seeds import generator
 
 __all__ = ["candidates", "choose", "demonstrated"]
 
@@ -58,14 +59,18 @@ def demonstrated(
     labels: Sequence[str],
     *,
     samples: int,
-    random: torch.Generator,
+    seed: int,
     likeness: Tensor | None = None,
     max_length: int = 256,
 ) -> Dataset:
-    """Each query `samples` times in a row, every time with other demonstrations; `likeness` is (N, len(pool))."""
+    """Each query `samples` times in a row, every time with other demonstrations; `likeness` is (N, len(pool)).
+
+    What is drawn for a query depends on the seed and its own text alone.
+    """
     rows, answers = [], []
     for i, query in enumerate(queries):
         near = None if likeness is None else likeness[i]
+        random = generator(seed, "demonstrations", *query.key)
         for _ in range(samples):
             chosen = choose(query, pool, random, near)
             shown = [(pool[j], words[str(pool[j].label)]) for j in chosen]

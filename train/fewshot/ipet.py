@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import compose
 from train.errors import DataError
 from train.fewshot.examples import Example
 from train.fewshot.job import Job, Learned
-from train.fewshot.pet import Recipe, distil, ensemble_mean, member
+from train.fewshot.pet import Recipe, distil, ensemble_mean, facts_of, mean_of, members, plans
 from train.fewshot.prompts import prompt_dataset
 from train.fewshot.stages import Pipeline, Stage, Tensors
 from train.fewshot.template import Template
@@ -85,7 +85,7 @@ def most_likely(logits: Tensor, labels: Sequence[str], count: int = 100) -> list
     return found
 
 
-def ipet(job: Job, recipe: Recipe | None = None, generations: int = 3, folder: Path | None = None) -> Learned:
+def ipet(job: Job, recipe: Recipe | None = None, generations: int = 3) -> Learned:
     """IPET over the unlabelled texts, then distillation as in PET.
 
     Raises
@@ -100,63 +100,55 @@ def ipet(job: Job, recipe: Recipe | None = None, generations: int = 3, folder: P
     if len(job.patterns) < 2:
         raise DataError("iPET needs two patterns or more: models label for each other", hint="give --template twice")
     scores = scores_for(job)
-    pipeline = Pipeline(folder, job.say)
-    before: list[str] = []
+    pipeline = Pipeline(job.folder, job.say)
+    last: tuple[str, ...] = ()
     for g in range(generations):
-        before = _generation(pipeline, job, scores, recipe, texts, g, before)
-    soft_name = pipeline.add(
-        Stage("soft", {}, tuple(before), lambda r: {"logits": ensemble_mean([r[n]["logits"] for n in before])})
-    )
-    soft = pipeline.run(soft_name)[soft_name]["logits"]
-    return distil(job, texts, soft, recipe, "ipet")
+        last = (_generation(pipeline, job, scores, recipe, texts, g, last),)
+    soft = pipeline.add(Stage("soft", {}, last, lambda found: {"logits": mean_of(found[last[0]])}))
+    return distil(job, texts, pipeline.run(soft)[soft]["logits"], recipe, "ipet")
 
 
 def _generation(
-    pipeline: Pipeline, job: Job, scores: WordScores, recipe: Recipe, texts: list[Example], g: int, before: list[str]
-) -> list[str]:
-    """Add the stages of a generation: a fresh adapter per pattern and repetition."""
-    plans = [(template, r) for template in job.patterns for r in range(recipe.repetitions)]
-    names = []
-    for m, (template, r) in enumerate(plans):
-        seed = job.seed + 1000 * r + 100_000 * g
-        random = generator(job.seed, "ipet", g, m)
-        asked = [before[t] for t in teachers(m, len(plans), random)] if before else []
-        facts = {
-            "base": job.base,
-            "template": template,
-            "words": scores.ids,
-            "seed": seed,
-            "recipe": vars(recipe),
-            "rows": [(*e.key, str(e.label)) for e in job.examples],
-            "texts": [e.key for e in texts],
-            "generation": g,
-        }
+    pipeline: Pipeline,
+    job: Job,
+    scores: WordScores,
+    recipe: Recipe,
+    texts: Sequence[Example],
+    g: int,
+    before: tuple[str, ...],
+) -> str:
+    """Add the stage of a generation: a fresh adapter per pattern and repetition, all trained in one pass."""
+    fresh = plans(job, recipe, job.examples, g)
 
-        def run(needs: dict[str, Tensors], template: str = template, seed: int = seed, m: int = m) -> Tensors:
-            examples = _examples(job, scores, texts, [r["logits"] for r in needs.values()], g, m)
-            return member(job, template, examples, texts, scores, recipe, seed)
+    def run(found: Mapping[str, Tensors]) -> Tensors:
+        said = [found[name][f"logits.{m}"] for name in before for m in range(len(fresh))]
+        wanted = [replace(p, examples=_examples(job, scores, texts, said, g, m)) for m, p in enumerate(fresh)]
+        return members(job, wanted, texts, scores, recipe)
 
-        names.append(pipeline.add(Stage(f"generation {g}, model {m}", facts, tuple(asked), run)))  # type: ignore[arg-type]
-    return names
+    facts = {**facts_of(job, fresh, texts, scores, recipe), "generation": g}
+    return pipeline.add(Stage(f"generation {g}", facts, before, run))
 
 
 def _examples(
-    job: Job, scores: WordScores, texts: list[Example], said: Sequence[Tensor], g: int, m: int
+    job: Job, scores: WordScores, texts: Sequence[Example], said: Sequence[Tensor], g: int, m: int
 ) -> list[Example]:
-    """What a model of generation g learns from: the original rows and, after the first, new ones."""
+    """What member m of generation g learns from: the original rows and, after the first, what others label for it."""
     own = list(job.examples)
     if not said and own:
         return own
-    random = generator(job.seed, "ipet draw", g, m)
+    random = generator(job.seed, "ipet", g, m)
     if not said:  # no labelled row at all: start from what the bare base is surest of
-        logits = scores_of(job.model, scores, _texts(job, texts), precision=job.precision)
-        chosen = most_likely(logits, job.labels)
+        chosen = most_likely(_zero_shot(job, scores, texts), job.labels)
     else:
+        asked = [said[t] for t in teachers(m, len(said), random)]
         count = min(growth(max(len(own), 1), g - 1), len(texts))
         ratio = [str(e.label) for e in own] or list(job.labels)
-        chosen = draw(ensemble_mean(said), job.labels, quotas(ratio, count), random)
+        chosen = draw(ensemble_mean(asked), job.labels, quotas(ratio, count), random)
     return own + [replace(texts[i], label=label) for i, label in chosen]
 
 
-def _texts(job: Job, texts: list[Example]):  # type: ignore[no-untyped-def]
-    return prompt_dataset(Template.parse(job.patterns[0]), texts, job.tokenizer, job.labels, max_length=job.max_length)
+def _zero_shot(job: Job, scores: WordScores, texts: Sequence[Example]) -> Tensor:
+    """(N, C) what the label words score in the first pattern, without any adapter."""
+    data = prompt_dataset(Template.parse(job.patterns[0]), texts, job.tokenizer, job.labels, max_length=job.max_length)
+    compose.activate(job.model, None)
+    return scores_of(job.model, scores, data, precision=job.precision)

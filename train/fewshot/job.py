@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,12 +17,13 @@ from compose.kind import Adapter
 from hub.errors import UsageError, suggest
 from hub.lazy import load
 from train.config import TrainConfig
-from train.fewshot.classifier import FewShotClassifier, Spec
+from train.fewshot.classifier import FewShotClassifier, Spec, head_member
 from train.fewshot.defaults import PAIR_TEMPLATES, TEMPLATES, name_words, spoken
 from train.fewshot.examples import Example
-from train.fewshot.head import Head, words_alone
+from train.fewshot.head import Head
+from train.fewshot.members import Member, Reading
 from train.fewshot.verbalizer import Verbalizer
-from train.fewshot.views import View
+from train.fewshot.views import Features, View
 from train.loop import FitResult
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class Job:
         What the user wrote; defaults fit most tasks, and labels speak for themselves.
     writer
         A T5 that writes templates for LM-BFF.
+    folder
+        Where PET and iPET keep the stages that are done, so that a run that was stopped goes on; None keeps none.
     budget
         Seconds that learning may take, loading left out.
     """
@@ -66,6 +70,7 @@ class Job:
     templates: tuple[str, ...] = ()
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
     writer: str | None = None
+    folder: Path | None = None
     seed: int = 13
     budget: float = 60.0
     max_length: int = 128
@@ -115,18 +120,33 @@ class Job:
         fixed["precision"] = self.precision
         return TrainConfig(**{**fixed, "lr": lr, "duration": steps, "batch_size": batch, **more})
 
-    def classifier(self, views: Sequence[View], head: Head | None = None, words: Any = None) -> FewShotClassifier:
+    @cached_property
+    def reading(self) -> Reading:
+        """How members read: this base, these labels; the adapter is `fewshot`."""
+        return Reading(self.model, self.tokenizer, self.labels, self.max_length, self.precision)
+
+    def features(self, views: Sequence[View], examples: Sequence[Example] | None = None) -> Features:
+        """What the views see of the examples (default: all) under whatever is active."""
+        return self.reading.features(views, self.spoken, self.examples if examples is None else examples)
+
+    def classifier(
+        self, *members: tuple[Member, Mapping[str, Tensor]], shares: Sequence[float] = (1.0,)
+    ) -> FewShotClassifier:
         """A classifier of this task over the model as it is now."""
         spec = Spec(
             base=self.base,
             labels=self.labels,
-            views=tuple((v.template, v.pool) for v in views),
-            words=self.spoken if words is None else words,
+            members=tuple(member for member, _ in members),
+            shares=tuple(shares),
             max_length=self.max_length,
             base_task="masked_lm" if self.masked else "causal_lm",
             precision=self.precision,
         )
-        return FewShotClassifier(self.model, self.tokenizer, spec, head or words_alone(len(self.labels)))
+        return FewShotClassifier(self.model, self.tokenizer, spec, [tensors for _, tensors in members])
+
+    def headed(self, views: Sequence[View], head: Head, *, adapted: bool = True) -> FewShotClassifier:
+        """A classifier of one head over views."""
+        return self.classifier(head_member(views, head, self.spoken, adapted=adapted))
 
     def identity(self, name: str = "fewshot") -> Adapter:
         """An adapter that changes nothing: what a method stores that leaves the base as it is."""

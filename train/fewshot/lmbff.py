@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import compose
-from train.fewshot.demonstrations import demonstrated
+from train.fewshot.classifier import head_member
 from train.fewshot.generate import templates
 from train.fewshot.head import Head, words_alone
 from train.fewshot.job import Job, Learned
+from train.fewshot.members import Demonstrations
 from train.fewshot.prompts import prompt_dataset
-from train.fewshot.reader import MaskReader, mean_state
+from train.fewshot.reader import MaskReader, PromptModel, mean_state
 from train.fewshot.refine import adapter_options
 from train.fewshot.template import Template
 from train.fewshot.tuning import Tuned, accuracy, scores_of, tune
@@ -23,11 +25,12 @@ from train.fewshot.verbalizer import WordScores
 from train.fewshot.views import View, view_dataset
 from train.fewshot.words import scores_for
 from train.loop import fit
-from train.seeds import derive, generator
+from train.seeds import derive
 
-__all__ = ["best_template", "demonstrated_logits", "ensemble_logits", "fine_tune", "lm_bff", "lm_bff_demo", "written"]
+__all__ = ["best_template", "fine_tune", "lm_bff", "lm_bff_demo", "written"]
 
 _STEPS = 60
+_DRAWS = 16  # of demonstrations for each training row
 _SAMPLES = 16  # demonstrations averaged over at inference; 4 for pairs
 _BLOCKS = 3
 _BEAM = 100
@@ -40,10 +43,10 @@ def lm_bff(job: Job) -> Learned:
     """
     scores = scores_for(job)
     template = best_template(job, scores, written(job, scores) if job.writer else ())
-    tuned, config = _tuned(job, template, scores, "fewshot")
-    classifier = job.classifier([View(template, "mask")], words_alone(len(job.labels)), scores.ids)
+    tuned = _tuned(job, template, scores)
+    member = head_member([View(template, "mask")], words_alone(len(job.labels)), scores.ids)
     facts = _facts(job, template, scores)
-    return Learned(classifier, tuned.adapter, "lm-bff", config, tuned.result, facts)
+    return Learned(job.classifier(member), tuned.adapter, "lm-bff", tuned.config, tuned.result, facts)
 
 
 def written(job: Job, scores: WordScores, most: int = 20) -> list[str]:
@@ -69,76 +72,33 @@ def best_template(job: Job, scores: WordScores, candidates: Sequence[str] = ()) 
     return max(found, key=lambda pair: pair[0])[1]
 
 
-def _tuned(job: Job, template: str, scores: WordScores, name: str, **more: Any) -> tuple[Tuned, Any]:
+def _tuned(job: Job, template: str, scores: WordScores) -> Tuned:
     parsed = Template.parse(template)
     train = prompt_dataset(parsed, job.examples, job.tokenizer, job.labels, max_length=job.max_length)
     rows = job.dev
     dev = prompt_dataset(parsed, rows, job.tokenizer, job.labels, max_length=job.max_length) if rows else None
-    config = job.config(_STEPS, eval_every=20, **more)
-    tuned = tune(job.model, scores, train, config, name=name, dev=dev, blocks=_BLOCKS, seconds=job.left * 0.8)
-    return tuned, config
-
-
-def ensemble_logits(job: Job, templates: Sequence[str], scores: WordScores, test: Sequence[Any]) -> Tensor:
-    """(N, C) mean logits of one fine-tuned adapter a template."""
-    total = torch.zeros(len(test), len(job.labels))
-    for i, template in enumerate(templates):
-        name = f"member{i}"
-        _tuned(job, template, scores, name)
-        data = prompt_dataset(Template.parse(template), test, job.tokenizer, job.labels, max_length=job.max_length)
-        total += scores_of(job.model, scores, data, precision=job.precision) / len(templates)
-        compose.activate(job.model, None)
-        compose.detach(job.model, name)
-    return total
+    config = job.config(_STEPS, eval_every=20)
+    options: dict[str, Any] = {"name": "fewshot", "dev": dev, "blocks": _BLOCKS, "seconds": job.left * 0.8}
+    return tune(job.model, partial(PromptModel, scores=scores), train, config, **options)
 
 
 def lm_bff_demo(job: Job) -> Learned:
-    """Fine-tune with demonstrations, each example in many draws.
+    """Fine-tune with demonstrations, each example in many draws, and read texts in the same way.
 
-    The published classifier reads the template without demonstrations (its artifact holds no training text);
-    `demonstrated_logits` averages over them.
+    The artifact holds the examples' texts: they are the demonstrations at prediction.
     """
+    job.say("the artifact will hold the training texts: they are shown at prediction")
     scores = scores_for(job)
     template = best_template(job, scores)
-    words = _facts(job, template, scores)["demonstrated_words"]
-    draws = _draws(job)
-    data = draws(template, job.examples, words, 16, "train")
-    config = job.config(_STEPS)
-    tuned = tune(job.model, scores, data, config, name="fewshot", blocks=_BLOCKS, seconds=job.left * 0.8)
-    classifier = job.classifier([View(template, "mask")], words_alone(len(job.labels)), scores.ids)
     facts = _facts(job, template, scores)
-    return Learned(classifier, tuned.adapter, "lm-bff-demo", config, tuned.result, facts)
-
-
-def demonstrated_logits(job: Job, learned: Learned, test: Sequence[Any]) -> Tensor:
-    """(N, C) logits of a classifier of `lm_bff_demo`, averaged over 16 draws of demonstrations (4 for pairs)."""
-    template = learned.classifier.views[0].template or ""
-    scores = WordScores(learned.classifier.spec.words)
-    words = learned.facts["demonstrated_words"]
+    said = tuple(facts["demonstrated_words"].values())
+    rows = tuple((e.text, e.text2, str(e.label)) for e in job.examples)
     samples = _SAMPLES if job.examples[0].text2 is None else _SAMPLES // 4
-    data = _draws(job)(template, test, words, samples, "test")
-    return scores_of(job.model, scores, data, precision=job.precision).view(len(test), samples, -1).mean(1)
-
-
-def _draws(job: Job) -> Any:
-    """A function that puts demonstrations to queries, filtered by the bare base's sentence embeddings."""
-    plain = job.classifier([View()], words=())
-    compose.activate(job.model, None)
-    pool = plain.features(job.examples).states[0]
-    active = "fewshot" if "fewshot" in job.model.moduloom.adapters else None
-
-    def draw(template: str, queries: Sequence[Any], words: dict[str, str], samples: int, part: str) -> Any:
-        compose.activate(job.model, None)
-        likeness = plain.features(queries).states[0] @ pool.T
-        compose.activate(job.model, active)
-        random = generator(job.seed, "demonstrations", part)
-        options: dict[str, Any] = {"samples": samples, "random": random, "likeness": likeness}
-        parsed, rows = Template.parse(template), list(job.examples)
-        return demonstrated(
-            parsed, queries, rows, words, job.tokenizer, job.labels, max_length=2 * job.max_length, **options
-        )
-
-    return draw
+    shown = Demonstrations(template=template, words=scores.ids, said=said, rows=rows, samples=samples, seed=job.seed)
+    data = shown.prompts(job.reading, job.examples, _DRAWS)
+    options: dict[str, Any] = {"name": "fewshot", "blocks": _BLOCKS, "seconds": job.left * 0.8}
+    tuned = tune(job.model, partial(PromptModel, scores=scores), data, job.config(_STEPS), **options)
+    return Learned(job.classifier((shown, {})), tuned.adapter, "lm-bff-demo", tuned.config, tuned.result, facts)
 
 
 class _HeadModel(nn.Module):
@@ -173,8 +133,7 @@ def fine_tune(job: Job) -> Learned:
         reader.close()
     job.model.eval()
     head = Head((linear.weight.detach().T.clone(),), linear.bias.detach().clone(), 0.0)
-    classifier = job.classifier([View()], head, words=())
-    return Learned(classifier, adapter.freeze(), "fine-tune", config, result, {})
+    return Learned(job.headed([View()], head), adapter.freeze(), "fine-tune", config, result, {})
 
 
 def _facts(job: Job, template: str, scores: WordScores) -> dict[str, Any]:

@@ -1,37 +1,35 @@
 """PET (arXiv:2001.07676, arXiv:2009.07118): an ensemble over patterns labels text softly, a classifier learns from it.
 
-Stages: an adapter per pattern and repetition -> its logits on the unlabelled texts -> their mean -> a classifier
-adapter by distillation. Every adapter sits on the one frozen base, so an ensemble is a set of small tensors.
+Stages: an adapter per pattern and repetition, all trained in one pass -> their logits on the unlabelled texts -> their
+mean -> a classifier adapter by distillation. Every adapter sits on the one frozen base: an ensemble is a few tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import compose
-from train.errors import DataError
+from train.batches import Dataset
 from train.fewshot.examples import Example
 from train.fewshot.head import fit_head
 from train.fewshot.job import Job, Learned
 from train.fewshot.prompts import prompt_dataset
+from train.fewshot.reader import PromptModel
 from train.fewshot.refine import refine
 from train.fewshot.replay import blocks_of
 from train.fewshot.stages import Pipeline, Stage, Tensors
 from train.fewshot.template import Template
-from train.fewshot.tuning import WithLM, accuracy, scores_of, tune
+from train.fewshot.tuning import WithLM, accuracy, scores_of, tune, tune_many
 from train.fewshot.verbalizer import WordScores
 from train.fewshot.views import View, view_dataset
 from train.fewshot.words import scores_for
 
-__all__ = ["Recipe", "distil", "ensemble_mean", "member", "pet"]
-
-_LEAST_UNLABELED = 1
+__all__ = ["Plan", "Recipe", "distil", "ensemble_mean", "facts_of", "mean_of", "members", "pet", "plans"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,15 @@ class Recipe:
     lm_alpha: float | None = None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A member to train: its pattern, its rows and its seed."""
+
+    template: str
+    examples: Sequence[Example]
+    seed: int
+
+
 def ensemble_mean(logits: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """Mean of raw logits (N, C) over the members: uniform, or weighted by accuracy before training.
 
@@ -60,48 +67,72 @@ def ensemble_mean(logits: Sequence[Tensor], weights: Sequence[float] | None = No
     return torch.einsum("m,mnc->nc", shares, torch.stack(list(logits)))
 
 
-def member(
-    job: Job,
-    template: str,
-    examples: Sequence[Example],
-    to_label: Sequence[Example],
-    scores: WordScores,
-    recipe: Recipe,
-    seed: int,
+def plans(job: Job, recipe: Recipe, examples: Sequence[Example], generation: int = 0) -> list[Plan]:
+    """A member for every pattern and repetition."""
+    pairs = [(template, r) for template in job.patterns for r in range(recipe.repetitions)]
+    return [Plan(template, examples, job.seed + 1000 * r + 100_000 * generation) for template, r in pairs]
+
+
+def members(
+    job: Job, wanted: Sequence[Plan], to_label: Sequence[Example], scores: WordScores, recipe: Recipe
 ) -> Tensors:
-    """Train one adapter: its `logits` on `to_label` and its `accuracy` on the examples before training."""
-    parsed = Template.parse(template)
-    train = prompt_dataset(parsed, examples, job.tokenizer, job.labels, max_length=job.max_length)
+    """Train all members: `logits.m` (N, C) of each on `to_label`, and `accuracy` (M,) on their rows before training."""
     compose.activate(job.model, None)
-    before = accuracy(scores_of(job.model, scores, train, precision=job.precision), train)
-    name = "member"
-    config = job.config(recipe.steps, seed=seed)
-    blocks, method_of = recipe.blocks, None
-    if recipe.lm_alpha is not None:
+    sets = [_prompts(job, plan.template, plan.examples) for plan in wanted]
+    before = [accuracy(scores_of(job.model, scores, data, precision=job.precision), data) for data in sets]
+    names = [f"member{m}" for m in range(len(wanted))]
+    configs = [job.config(recipe.steps, seed=p.seed) for p in wanted]
+    if recipe.lm_alpha is None:
+        seconds = max(job.left * 0.4, 1.0)
+        tune_many(job.model, scores, sets, configs, names=names, blocks=recipe.blocks, seconds=seconds)
+    else:  # each step also reads other texts, of its own choice
         plain = view_dataset(None, to_label, job.tokenizer, job.labels, max_length=job.max_length)
-        alpha, blocks = recipe.lm_alpha, len(blocks_of(job.model) or ())
-        method_of = partial(WithLM, data=plain, tokenizer=job.tokenizer, alpha=alpha, seed=seed)
-    tune(job.model, scores, train, config, name=name, blocks=blocks, method_of=method_of)
-    texts = prompt_dataset(parsed, to_label, job.tokenizer, job.labels, max_length=job.max_length)
-    logits = scores_of(job.model, scores, texts, precision=job.precision)
+        depth = len(blocks_of(job.model) or ())
+        for data, config, name in zip(sets, configs, names, strict=True):
+            lm = partial(WithLM, data=plain, tokenizer=job.tokenizer, alpha=recipe.lm_alpha, seed=config.seed)
+            tune(job.model, partial(PromptModel, scores=scores), data, config, name=name, blocks=depth, method_of=lm)
+    found = {"accuracy": torch.tensor(before)}
+    for m, (plan, name) in enumerate(zip(wanted, names, strict=True)):
+        compose.activate(job.model, name)
+        texts = _prompts(job, plan.template, to_label)
+        found[f"logits.{m}"] = scores_of(job.model, scores, texts, precision=job.precision)
     compose.activate(job.model, None)
-    compose.detach(job.model, name)
-    return {"logits": logits, "accuracy": torch.tensor([before])}
+    for name in names:
+        compose.detach(job.model, name)
+    return found
+
+
+def _prompts(job: Job, template: str, examples: Sequence[Example]) -> Dataset:
+    return prompt_dataset(Template.parse(template), examples, job.tokenizer, job.labels, max_length=job.max_length)
+
+
+def facts_of(
+    job: Job, wanted: Sequence[Plan], texts: Sequence[Example], scores: WordScores, recipe: Recipe
+) -> dict[str, object]:
+    """All that decides what these members say."""
+    return {
+        "base": job.base,
+        "members": [(plan.template, plan.seed) for plan in wanted],
+        "words": scores.ids,
+        "recipe": vars(recipe),
+        "max_length": job.max_length,
+        "precision": job.precision,
+        "rows": [(*e.key, str(e.label)) for e in wanted[0].examples],
+        "texts": [e.key for e in texts],
+    }
 
 
 def distil(job: Job, texts: Sequence[Example], soft: Tensor, recipe: Recipe, method: str) -> Learned:
     """A classifier adapter from soft labels: `texts` with the ensemble's (N, C) logits."""
     views = (View(), View(job.patterns[0], "mask"))
-    classifier = job.classifier(views)
     compose.activate(job.model, None)
-    features = classifier.features(texts)
     config = job.config(recipe.distil_steps, batch=32)
     refined = refine(
         job.model,
         job.tokenizer,
         views,
         texts,
-        features,
+        job.features(views, texts),
         job.labels,
         config,
         name="fewshot",
@@ -110,57 +141,27 @@ def distil(job: Job, texts: Sequence[Example], soft: Tensor, recipe: Recipe, met
         soft=soft,
         seconds=max(job.left, 5.0),
     )
-    classifier.head = fit_head(classifier.features(texts), soft.softmax(-1), len(job.labels), 1.0)
+    head = fit_head(job.features(views, texts), soft.softmax(-1), len(job.labels), 1.0)
     facts = {"templates": list(job.patterns), "unlabeled": len(texts), "repetitions": recipe.repetitions}
-    return Learned(classifier, refined.adapter, method, config, refined.result, facts)
+    return Learned(job.headed(views, head), refined.adapter, method, config, refined.result, facts)
 
 
-def pet(job: Job, recipe: Recipe | None = None, folder: Path | None = None) -> Learned:
+def pet(job: Job, recipe: Recipe | None = None) -> Learned:
     """PET; without unlabelled texts the examples themselves are distilled on."""
     recipe = recipe or Recipe()
     texts = list(job.unlabeled or job.examples)
-    if len(texts) < _LEAST_UNLABELED:
-        raise DataError("PET distils on unlabelled texts and there are none", hint="--unlabeled FILE")
     scores = scores_for(job)
-    pipeline = Pipeline(folder, job.say)
-    names = add_members(pipeline, job, scores, recipe, list(job.examples), texts, generation=0)
-    pipeline.add(Stage("soft", {"weighted": recipe.weighted}, tuple(names), lambda r: soften(r, recipe.weighted)))
-    soft = pipeline.run("soft")["soft"]["logits"]
-    return distil(job, texts, soft, recipe, "pet")
+    wanted = plans(job, recipe, job.examples)
+
+    pipeline = Pipeline(job.folder, job.say)
+    facts = facts_of(job, wanted, texts, scores, recipe)
+    pipeline.add(Stage("members", facts, (), lambda _: members(job, wanted, texts, scores, recipe)))
+    weighted = recipe.weighted
+    pipeline.add(Stage("soft", {}, ("members",), lambda found: {"logits": mean_of(found["members"], weighted)}))
+    return distil(job, texts, pipeline.run("soft")["soft"]["logits"], recipe, "pet")
 
 
-def add_members(
-    pipeline: Pipeline,
-    job: Job,
-    scores: WordScores,
-    recipe: Recipe,
-    examples: Sequence[Example],
-    texts: Sequence[Example],
-    generation: int,
-) -> list[str]:
-    """A stage for every pattern and repetition."""
-    names = []
-    for p, template in enumerate(job.patterns):
-        for r in range(recipe.repetitions):
-            seed = job.seed + 1000 * r + 100_000 * generation
-            facts = {
-                "base": job.base,
-                "template": template,
-                "words": scores.ids,
-                "seed": seed,
-                "recipe": vars(recipe),
-                "rows": [(*e.key, str(e.label)) for e in examples],
-                "texts": [e.key for e in texts],
-            }
-
-            def run(_needs: Mapping[str, Tensors], template: str = template, seed: int = seed) -> Tensors:
-                return member(job, template, examples, texts, scores, recipe, seed)
-
-            names.append(pipeline.add(Stage(f"generation {generation}, pattern {p}, run {r}", facts, (), run)))
-    return names
-
-
-def soften(results: Mapping[str, Tensors], weighted: bool) -> Tensors:
-    """The ensemble's logits."""
-    weights = [float(r["accuracy"]) for r in results.values()] if weighted else None
-    return {"logits": ensemble_mean([r["logits"] for r in results.values()], weights)}
+def mean_of(found: Tensors, weighted: bool = False) -> Tensor:
+    """(N, C) the ensemble's logits."""
+    said = [found[f"logits.{m}"] for m in range(len(found["accuracy"]))]
+    return ensemble_mean(said, found["accuracy"].tolist() if weighted else None)

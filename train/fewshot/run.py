@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import compose
-from hub.errors import Conflict
+from hub.errors import Conflict, UsageError
 from hub.manifest import Draft, Metric
 from hub.pack import pack
 from hub.ref import AdapterRef
@@ -37,6 +37,7 @@ __all__ = ["Request", "interval", "run"]
 log = logging.getLogger(__name__)
 _MOST_TEST = 2000  # rows that are measured on when no test file is given
 _DEFAULT_K = 16
+_STAGED = ("pet", "ipet")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Request:
     words: Mapping[str, Sequence[str]] = field(default_factory=dict)
     max_length: int = 128
     writer: str | None = None
+    resume: str | None = None
 
 
 def run(
@@ -70,6 +72,7 @@ def run(
         The data, a template, a label word or an option is wrong; nothing was trained then.
     """
     started = time.perf_counter()
+    method = _method(request, say)
     for template in request.templates:
         Template.parse(template)
     store = store or Store()
@@ -101,10 +104,11 @@ def run(
         seed=request.seed,
         budget=request.budget,
         writer=request.writer,
+        folder=Path(request.resume) if request.resume else None,
         max_length=_positions(model, request.max_length),
         say=say,
     )
-    learned = learn(job, request.method)
+    learned = learn(job, method)
     seconds = time.perf_counter() - job.started
     measured = measure(learned.classifier, test) if test else {}
     found: dict[str, Any] = {
@@ -166,6 +170,20 @@ def publish(learned: Learned, request: Request, ref: AdapterRef, measured: Mappi
         write_card(directory / "README.md", Draft.model_validate(draft.model_dump()), trainable=trained)
         pack(directory, draft)
         return store.put(directory)
+
+
+def _method(request: Request, say: Callable[[str], None]) -> str:
+    """The method to run; options that it would not read are refused."""
+    if request.unlabeled and request.method == "auto":
+        say("--unlabeled: pet labels these texts softly, and a classifier learns from them")
+        return "pet"
+    if request.unlabeled and request.method not in _STAGED:
+        raise UsageError(f"--method {request.method} reads no unlabelled texts", hint="--method pet, or ipet")
+    if request.resume and request.method not in _STAGED:
+        raise UsageError(f"--method {request.method} has no stages to resume", hint="--resume goes with pet and ipet")
+    if request.writer and request.method != "lm-bff":
+        raise UsageError(f"--method {request.method} asks no T5 for templates", hint="--method lm-bff")
+    return request.method
 
 
 def _free(store: Store, name: AdapterRef) -> AdapterRef:

@@ -109,14 +109,9 @@ class Template:
         if masks != 1:
             found = "no mask" if not masks else f"{masks} masks"
             hint = "put {mask} where the label word belongs, such as '{text} It was {mask}.'"
-            raise TemplateError(f"the template {self._rough()!r} has {found}; exactly one is read", hint=hint)
+            raise TemplateError(f"the template {self.format()!r} has {found}; exactly one is read", hint=hint)
         if not any(isinstance(piece, Field) for piece in self.pieces):
-            raise TemplateError(f"the template {self._rough()!r} shows no text", hint="put {text} into it")
-
-    def _rough(self) -> str:
-        return "".join(
-            piece.text if isinstance(piece, Literal) else f"<{type(piece).__name__}>" for piece in self.pieces
-        )
+            raise TemplateError(f"the template {self.format()!r} shows no text", hint="put {text} into it")
 
     @property
     def fields(self) -> tuple[Field, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import compose
 from compose.kind import Adapter
-from train.batches import Dataset
+from train.batches import Dataset, Ragged
 from train.config import TrainConfig
 from train.evaluate import amp
 from train.fewshot.reader import MaskReader, PromptModel, inputs_of
@@ -20,13 +20,14 @@ from train.fewshot.refine import adapter_options, upper_blocks
 from train.fewshot.replay import Replay
 from train.fewshot.verbalizer import WordScores
 from train.loop import FitResult, fit
+from train.many import Job, fit_many
 from train.method import Method
 from train.seeds import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Tuned", "WithLM", "mask_tokens", "scores_of", "tune"]
+__all__ = ["Tuned", "WithLM", "accuracy", "mask_tokens", "scores_of", "tune", "tune_many"]
 
 
 class WithLM(Method):
@@ -72,15 +73,16 @@ def mask_tokens(
 
 @dataclass(frozen=True)
 class Tuned:
-    """A trained adapter, frozen and active."""
+    """A trained adapter, frozen and active, and how it was trained."""
 
     adapter: Adapter
     result: FitResult
+    config: TrainConfig
 
 
 def tune(
     model: PreTrainedModel,
-    scores: WordScores,
+    model_of: Callable[[MaskReader], nn.Module],
     train: Dataset,
     config: TrainConfig,
     *,
@@ -88,14 +90,12 @@ def tune(
     dev: Dataset | None = None,
     blocks: int = 3,
     method_of: Callable[[MaskReader], Method] | None = None,
-    model_of: Callable[[MaskReader], nn.Module] | None = None,
     seconds: float | None = None,
 ) -> Tuned:
     """Train a LoRA called `name` on prompts (see `prompts.prompt_dataset`); it ends active and frozen.
 
-    Blocks below the last `blocks` run once. `model_of(reader)` replaces the model that gives label logits, and
-    `method_of(reader)` the loss; one that feeds other rows than those of `train` (`WithLM`) needs `blocks` to cover
-    the model.
+    Blocks below the last `blocks` run once. `model_of(reader)` gives label logits, `method_of(reader)` the loss; one
+    that feeds other rows than those of `train` (`WithLM`) needs `blocks` to cover the model.
     """
     compose.activate(model, None)
     replay = Replay(model, upper_blocks(model, blocks)[0])
@@ -111,14 +111,53 @@ def tune(
         adapter = compose.create(model, "lora", adapter_options(model, blocks), name=name, seed=config.seed)
         train, dev = kept(train), kept(dev) if dev is not None else None
         compose.activate(model, name)
-        wrapped = PromptModel(reader, scores) if model_of is None else model_of(reader)
         with replay.on():
             method = None if method_of is None else method_of(reader)
-            result = fit(wrapped, adapter, train, dev, config, method=method, seconds=seconds)
+            result = fit(model_of(reader), adapter, train, dev, config, method=method, seconds=seconds)
     finally:
         reader.close()
     model.eval()
-    return Tuned(adapter.freeze(), result)
+    return Tuned(adapter.freeze(), result, config)
+
+
+def tune_many(
+    model: PreTrainedModel,
+    scores: WordScores,
+    sets: Sequence[Dataset],
+    configs: Sequence[TrainConfig],
+    *,
+    names: Sequence[str],
+    blocks: int = 3,
+    seconds: float | None = None,
+) -> list[Adapter]:
+    """As `tune` for one adapter a dataset, all in one pass a step; they end resident, frozen and inactive."""
+    compose.activate(model, None)
+    replay = Replay(model, upper_blocks(model, blocks)[0])
+    reader = MaskReader(model, replay)
+    try:
+        reader.eval()
+        jobs = []
+        for data, config, name in zip(_alike(sets), configs, names, strict=True):
+            with amp(model.device, config.precision):
+                rows = replay.record(data, lambda batch: reader(**inputs_of(batch)))
+            adapter = compose.create(model, "lora", adapter_options(model, blocks), name=name, seed=config.seed)
+            jobs.append(Job(adapter, replace(data, columns={**data.columns, "row": rows}), config))
+        with replay.on():
+            fit_many(model, jobs, through=PromptModel(reader, scores), seconds=seconds)
+    finally:
+        reader.close()
+    model.eval()
+    return [job.adapter.freeze() for job in jobs]
+
+
+def _alike(sets: Sequence[Dataset]) -> list[Dataset]:
+    """The datasets with token types in all, if one has them: rows of all go into one pass."""
+    if not any("token_type_ids" in data.columns for data in sets):
+        return list(sets)
+    return [
+        replace(data, columns={"token_type_ids": Ragged.of([[0] * n for n in data.lengths.tolist()]), **data.columns})
+        for data in sets
+    ]
 
 
 @torch.no_grad()

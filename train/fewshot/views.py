@@ -156,8 +156,8 @@ class ViewModel(nn.Module):
         return SimpleNamespace(logits=logits)
 
 
-def joined(datasets: Sequence[Dataset], rows: Sequence[Tensor]) -> Dataset:
-    """The rows of all views in one dataset, each with its view's number and its number in the replay."""
+def joined(datasets: Sequence[Dataset], rows: Sequence[Tensor] = ()) -> Dataset:
+    """The rows of all views in one dataset, each with its view's number and, if given, its number in the replay."""
     first = datasets[0]
     columns: dict[str, Ragged | Tensor] = {}
     for name, column in first.columns.items():
@@ -169,5 +169,6 @@ def joined(datasets: Sequence[Dataset], rows: Sequence[Tensor]) -> Dataset:
         else:
             columns[name] = torch.cat([torch.as_tensor(d.columns[name]) for d in datasets])
     columns["view"] = torch.cat([torch.full((len(d),), i) for i, d in enumerate(datasets)])
-    columns["row"] = torch.cat(list(rows))
+    if rows:
+        columns["row"] = torch.cat(list(rows))
     return replace(first, columns=columns)

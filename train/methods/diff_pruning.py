@@ -16,7 +16,7 @@ from train.config import TrainConfig
 from train.method import NAME, Method, MethodOptions, register
 from train.objective import item_count
 from train.reparametrize import attribute, fold, function, original, reparametrize
-from train.sparsify import forget, largest, places, to_sparse
+from train.sparsify import largest, places, start_again, to_sparse
 
 LOW, HIGH = -1.5, 1.5  # the interval a gate is stretched to before it is clipped to [0, 1]
 
@@ -29,6 +29,9 @@ class DiffPruningOptions(MethodOptions):
     alpha_lr: float = Field(0.1, gt=0, description="learning rate of the gates")
     alpha_init: float = Field(5.0, description="where log alpha starts: 5 is nearly open")
     first: float = Field(0.75, gt=0, lt=1, description="share of the steps before the weights are chosen")
+    second_rate: float = Field(
+        1.0, gt=0, description="learning rate of the second phase over that of the first: few weights bear larger steps"
+    )
 
 
 class HardConcrete(nn.Module):
@@ -90,6 +93,7 @@ class DiffPruning(Method):
 
     def groups(self, learner: Any, config: TrainConfig) -> list[dict[str, Any]]:
         """The gates have their own rate and no weight decay."""
+        self._config = config
         gates = [p for gate in self._gates for p in (gate.alpha, gate.group)]
         known = {id(p) for p in gates}
         groups = super().groups(learner, config)
@@ -99,7 +103,7 @@ class DiffPruning(Method):
 
     def start(self, learner: Any, optimizer: Optimizer, total_steps: int) -> None:
         """When to prune."""
-        self._optimizer = optimizer
+        self._optimizer, self._total = optimizer, total_steps
         self._choice = max(1, round(self.own.first * total_steps))
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
@@ -124,7 +128,8 @@ class DiffPruning(Method):
                 gate.get_buffer("mask").copy_(masks[place])
                 gate.get_buffer("fixed").fill_(True)
                 original(learner, *place).copy_(delta * masks[place])
-        forget(self._optimizer, [original(learner, *place) for place in moved])
+        left = [original(learner, *place) for place in moved]
+        start_again(self._optimizer, left, self._config, self._choice, self._total, self.own.second_rate)
 
     def keeps(self, step: int) -> bool:
         """Only states of the second phase are sparse."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -62,14 +63,13 @@ class LadderSideTuning(Method):
             return
         held = [{role: weight for role, weight in block.items() if weight is not None} for block in blocks]
         compose.activate(model, None)
-        with _gradients([weight for block in held for weight in block.values()]):
-            rows = torch.arange(min(self.own.fisher_rows, len(data)))
-            batch = {name: value.to(model.device) for name, value in data.batch(rows).items()}
-            loss_sum(data.task, forward(model, batch, data.task), batch["labels"]).backward()  # type: ignore[no-untyped-call]
-            fisher = [{r: w.grad.square() for r, w in block.items() if w.grad is not None} for block in held]
+        with _squared_gradients([weight for block in held for weight in block.values()]) as sums:
+            for row in range(min(self.own.fisher_rows, len(data))):
+                batch = {name: value.to(model.device) for name, value in data.batch(torch.tensor([row])).items()}
+                loss_sum(data.task, forward(model, batch, data.task), batch["labels"]).backward()  # type: ignore[no-untyped-call]
         compose.activate(model, NAME)
         with torch.no_grad():
-            _cut(learner, held, fisher)
+            _cut(learner, held, [{role: sums[weight] for role, weight in block.items()} for block in held])
 
 
 def _weights(model: PreTrainedModel, layer: int) -> dict[str, nn.Parameter | None]:
@@ -83,30 +83,50 @@ def _weights(model: PreTrainedModel, layer: int) -> dict[str, nn.Parameter | Non
     return found
 
 
+class Sums(NamedTuple):
+    """Of a weight's squared gradients: over its rows, (d_in,), and over its columns, (d_out,)."""
+
+    rows: Tensor
+    columns: Tensor
+
+
 @contextmanager
-def _gradients(weights: list[nn.Parameter]) -> Iterator[None]:
-    """Let frozen weights have gradients, for as long as it takes to look at them."""
-    for weight in weights:
-        weight.requires_grad_(True)
+def _squared_gradients(weights: list[nn.Parameter]) -> Iterator[dict[nn.Parameter, Sums]]:
+    """Let frozen weights have gradients, of which only these sums are kept: one whole gradient exists at a time."""
+    sums = {w: Sums(*(torch.zeros(size, device=w.device) for size in reversed(w.shape))) for w in weights}
+
+    def take(weight: Tensor) -> None:
+        assert isinstance(weight, nn.Parameter) and weight.grad is not None  # noqa: S101 - narrows the type
+        squares = weight.grad.float().square()
+        sums[weight].rows.add_(squares.sum(0))
+        sums[weight].columns.add_(squares.sum(1))
+        weight.grad = None
+
+    hooks = [
+        weight.requires_grad_(True).register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+        for weight in weights
+    ]
     try:
-        yield
+        yield sums
     finally:
+        for hook in hooks:
+            hook.remove()
         for weight in weights:
             weight.requires_grad_(False)
             weight.grad = None
 
 
-def _cut(ladder: Ladder, blocks: list[dict[str, nn.Parameter]], fisher: list[dict[str, Tensor]]) -> None:
+def _cut(ladder: Ladder, blocks: list[dict[str, nn.Parameter]], fisher: list[dict[str, Sums]]) -> None:
     """Copy the rows and columns that matter; grouped queries give the queries of their first group."""
     m = len(ladder.at("", "in"))
-    reads = sum(f[role].sum(0) for f in fisher for role in ("attn.q", "attn.k", "attn.v", "mlp.up"))
-    writes = sum(f[role].sum(1) for f in fisher for role in ("attn.o", "mlp.down"))
+    reads = sum(f[role].rows for f in fisher for role in ("attn.q", "attn.k", "attn.v", "mlp.up"))
+    writes = sum(f[role].columns for f in fisher for role in ("attn.o", "mlp.down"))
     kept = _top(torch.as_tensor(reads + writes), m)  # of the d dimensions that the blocks read and write
     choose = torch.zeros_like(ladder.at("", "in")).scatter_(1, kept[:, None], 1.0)
     ladder.at("", "in").copy_(choose)
     for rung, block, f in zip(ladder.rungs, blocks, fisher, strict=True):
-        keys, values = (_top(f[role].sum(1), m) for role in ("attn.k", "attn.v"))
-        inner = _top(f["mlp.up"].sum(1) + f["mlp.down"].sum(0), 4 * m)
+        keys, values = (_top(f[role].columns, m) for role in ("attn.k", "attn.v"))
+        inner = _top(f["mlp.up"].columns + f["mlp.down"].rows, 4 * m)
         parts = [block["attn.q"][keys], block["attn.k"][keys], block["attn.v"][values]]
         ladder.at("", f"{rung}.in").copy_(choose)
         _put(ladder.at("", f"{rung}.qkv"), torch.cat([_rows(part[:, kept], m) for part in parts]))

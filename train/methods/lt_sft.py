@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from compose.kind import Adapter
+from train.config import TrainConfig
 from train.method import NAME, Method, MethodOptions, register
 from train.reparametrize import attribute, fold, function, original, reparametrize
-from train.sparsify import forget, largest, places, to_sparse
+from train.sparsify import largest, places, start_again, to_sparse
 
 
 class LtSftOptions(MethodOptions):
@@ -21,6 +22,9 @@ class LtSftOptions(MethodOptions):
 
     density: float = Field(0.005, gt=0, le=1, description="share of the moved weights that stays (K)")
     first: float = Field(0.5, gt=0, lt=1, description="share of the steps that train all of them, to choose")
+    second_rate: float = Field(
+        1.0, gt=0, description="learning rate of the second phase over that of the first: few weights bear larger steps"
+    )
 
 
 class Masked(nn.Module):
@@ -41,7 +45,8 @@ class Masked(nn.Module):
 class LtSft(Method):
     """Fine-tune everything, take the K weights with the largest |theta - theta_0|, rewind, train only these again.
 
-    K counts over all parameters together and ties never exceed it. Stores indices and values.
+    The second phase is a run of its own: its rate starts at the peak. K counts over all parameters together and ties
+    never exceed it. Stores indices and values.
     """
 
     kind = "sparse"
@@ -58,9 +63,14 @@ class LtSft(Method):
         for path, name in places(adapter):
             reparametrize(adapter, path, name, Masked(getattr(adapter, attribute(path, name)).shape))
 
+    def groups(self, learner: Any, config: TrainConfig) -> list[dict[str, Any]]:
+        """As ever; the second phase asks for the schedule again."""
+        self._config = config
+        return super().groups(learner, config)
+
     def start(self, learner: Any, optimizer: Optimizer, total_steps: int) -> None:
         """When to choose."""
-        self._optimizer = optimizer
+        self._optimizer, self._total = optimizer, total_steps
         self._choice = max(1, round(self.own.first * total_steps))
 
     def after_step(self, learner: Any, step: int) -> None:
@@ -73,7 +83,8 @@ class LtSft(Method):
             for (path, name), delta in moved.items():
                 delta.zero_()
                 function(learner, path, name).get_buffer("mask").copy_(masks[path, name])
-        forget(self._optimizer, list(moved.values()))
+        run = self._config, self._choice, self._total
+        start_again(self._optimizer, list(moved.values()), *run, self.own.second_rate)
 
     def keeps(self, step: int) -> bool:
         """Only states of the second phase are sparse."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 import compose
 from compose.kind import Adapter
 from train.method import Composite, Method, MethodOptions, register
+from train.reparametrize import Projected, fold, reparametrize
 
 
 class MamOptions(MethodOptions):
@@ -19,13 +20,14 @@ class MamOptions(MethodOptions):
     prefix_length: int = Field(30, ge=1, description="virtual tokens of the prefix")
     bottleneck_size: int = Field(512, ge=1, description="width of the parallel adapter")
     scaling: float = Field(4.0, description="s of the parallel adapter")
+    hidden: int = Field(512, ge=0, description="width of the MLP that makes the prefix; 0 trains it directly")
 
 
 @register("mam")
 class Mam(Method):
     """A prefix in the attention and a parallel adapter beside the feed-forward block: `prefix >> bottleneck`.
 
-    Stores both, and the composition of the two.
+    The prefix is made by an MLP while it trains. Stores both, and the composition of the two.
     """
 
     kind = "prefix >> bottleneck"
@@ -45,5 +47,14 @@ class Mam(Method):
                 model, "parallel", "bottleneck", {**beside, **self.kind_options}, seed=seed + 1, heads=heads
             ),
         }
+        if self.own.hidden:
+            prefix = members["prefix"]
+            made = Projected(prefix.at("", "P").shape[1], self.own.hidden, prefix.generator)
+            reparametrize(prefix, "", "P", made)
         compose.activate(model, "prefix >> parallel")
         return Composite(members, "prefix >> parallel")
+
+    def finish(self, model: PreTrainedModel, learner: Composite) -> Composite:
+        """The prefix as the MLP leaves it."""
+        fold(learner.members["prefix"])
+        return learner

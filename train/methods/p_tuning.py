@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,13 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.kind import Adapter
-from train.method import Method, MethodOptions, register
+from train.errors import ConfigError
+from train.method import Composite, Method, MethodOptions, register
 from train.reparametrize import fold, reparametrize
 
 
 class PTuningOptions(MethodOptions):
-    """The encoder that makes the prompt."""
+    """The encoder that makes the prompt, and where the prompt stands."""
 
+    slot: str | None = Field(
+        None, description="a token of the rows that holds a place for the next pseudo token; default: all in front"
+    )
     hidden: int = Field(0, ge=0, description="width of the LSTM's states and of the MLP; 0: the embedding's own width")
 
 
@@ -46,13 +51,22 @@ class Encoded(nn.Module):
 class PTuning(Method):
     """Pseudo tokens through a two-layer BiLSTM and an MLP. Stores their outputs (n, d) alone, as a prompt.
 
-    The encoder ties the pseudo tokens together while they train, and is dropped at the end.
+    The encoder ties the pseudo tokens together while they train, and is dropped at the end. With `slot` they stand
+    where a template puts them: `"[unused1] {text} [unused1] It was [MASK]."` has two places.
     """
 
     kind = "prompt"
     paper = "arXiv:2103.10385"
     Options = PTuningOptions
     own: PTuningOptions
+
+    def build(
+        self, model: PreTrainedModel, *, seed: int = 0, heads: Sequence[str] = (), tokenizer: Any = None
+    ) -> Adapter | Composite:
+        """The token of the slots by its id."""
+        if self.own.slot is not None:
+            self.kind_options = {**self.kind_options, "slot_token": _id(tokenizer, self.own.slot)}
+        return super().build(model, seed=seed, heads=heads, tokenizer=tokenizer)
 
     def prepare(self, model: PreTrainedModel, adapter: Adapter, tokenizer: Any) -> None:
         """The prompt behind its encoder."""
@@ -63,3 +77,12 @@ class PTuning(Method):
         """What the encoder makes."""
         fold(learner)
         return learner
+
+
+def _id(tokenizer: Any, slot: str) -> int:
+    ids = tokenizer(slot, add_special_tokens=False)["input_ids"] if tokenizer else []
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise ConfigError(
+            f"slot {slot!r} is not one token of this base", hint="one that its texts do not use, such as '[unused1]'"
+        )
+    return int(ids[0])

@@ -19,7 +19,6 @@ from train.fewshot.classifier import FewShotClassifier, load_base
 from train.fewshot.examples import Columns, Example
 from train.fewshot.ipet import ipet
 from train.fewshot.job import learn
-from train.fewshot.lmbff import demonstrated_logits
 from train.fewshot.pet import Recipe, pet
 from train.fewshot.run import Request, interval, run
 from train.fewshot.template import Template
@@ -45,7 +44,7 @@ def test_a_method_learns_what_one_word_decides(make_job, reviews_of, method):
 def test_demonstrations_are_averaged_over(make_job, reviews_of):
     job = make_job(examples=tuple(reviews_of(16)))
     learned = learn(job, "lm-bff-demo")
-    logits = demonstrated_logits(job, learned, job.examples)
+    logits = learned.classifier.logits(job.examples)
     assert (logits.argmax(1) == job.answers).double().mean() >= 0.7
 
 
@@ -55,13 +54,13 @@ def test_ipet_and_pet_distil_on_unlabelled_text_and_resume(make_job, reviews_of,
     job = make_job(examples=tuple(reviews_of(8)), unlabeled=texts)
     said: list[str] = []
     job.say = said.append
-    learned = ipet(job, recipe, generations=2, folder=tmp_path)
+    job.folder = tmp_path
+    learned = ipet(job, recipe, generations=2)
     assert learned.facts["unlabeled"] == 24 and said[-1].endswith("soft")
     again = make_job(examples=tuple(reviews_of(8)), unlabeled=texts)
-    again.say = (more := []).append
-    assert torch.equal(
-        ipet(again, recipe, generations=2, folder=tmp_path).classifier.head.offset, learned.classifier.head.offset
-    )
+    again.say, again.folder = (more := []).append, tmp_path
+    resumed = ipet(again, recipe, generations=2).classifier
+    assert torch.equal(resumed.logits(texts), learned.classifier.logits(texts))
     assert more == []  # every stage was kept
     assert pet(make_job(unlabeled=texts), Recipe(steps=2, distil_steps=2, lm_alpha=0.9999)).facts["unlabeled"] == 24
     job = make_job(examples=tuple(reviews_of(16)), templates=("{text} it was {mask}.",))
@@ -77,7 +76,7 @@ def test_zero_shot_needs_words_that_speak(make_job, reviews_of):
     with pytest.raises(TrainError, match="say nothing"):
         learn(job, "zero-shot")
     assert accuracy(learn(make_job(examples=examples, labels=("0", "1"), words={}), "lm-bff"), examples) >= 0.75
-    assert learn(make_job(), "zero-shot").classifier.head.strength == 1.0
+    assert learn(make_job(), "zero-shot").classifier.spec.members[0].strength == 1.0
 
 
 def test_unknown_methods_are_answered_with_the_nearest(make_job):
@@ -279,6 +278,9 @@ def test_patterns_are_shown_filled(hub, review_file, masked_base):
         (["--k", "4", "--text", "txt"], 1, "did you mean 'text'"),
         (["--k", "1"], 1, "two rows"),
         (["--k", "4", "--method", "ipet"], 1, "--unlabeled FILE"),
+        (["--k", "4", "--method", "feature", "--unlabeled", "x.jsonl"], 2, "reads no unlabelled texts"),
+        (["--k", "4", "--resume", "x"], 2, "no stages to resume"),
+        (["--k", "4", "--writer", "t5-small"], 2, "asks no T5"),
     ],
 )
 def test_bad_options_end_in_one_sentence_and_a_hint(hub, review_file, masked_base, options, code, said):

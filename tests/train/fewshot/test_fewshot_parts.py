@@ -15,7 +15,7 @@ from train.fewshot.demonstrations import candidates, choose, demonstrated
 from train.fewshot.distil import Distil
 from train.fewshot.examples import Example
 from train.fewshot.head import PENALTIES, average, choose_head, fit_head, words_alone
-from train.fewshot.multimask import decode, hinge, sequence_ce
+from train.fewshot.masks import decode, hinge, sequence_ce
 from train.fewshot.pet import ensemble_mean
 from train.fewshot.prompts import encode, prompt_dataset
 from train.fewshot.reader import MaskReader, PromptModel, inputs_of
@@ -132,7 +132,7 @@ def views_of(n: int, seed: int = 0, classes: int = 3) -> tuple[Features, torch.T
 
 def test_the_head_is_at_the_minimum_of_its_objective():
     features, labels = views_of(18)
-    head = fit_head(features, labels, 3, 2.0, steps=300)
+    head = fit_head(features, labels, 3, 2.0)
     # gradient of the objective at the solution, in the original coordinates (features are scaled by 4 and centred)
     x = torch.cat(features.states, 1) * 4
     error = head(features).softmax(-1) - F.one_hot(labels, 3)
@@ -159,8 +159,19 @@ def test_an_average_of_heads_has_the_average_of_their_logits():
     joint = average(heads, [0.25, 0.75])(features)
     torch.testing.assert_close(joint, 0.25 * heads[0](features) + 0.75 * heads[1](features))
     examples = [Example(str(i), None, str(int(c))) for i, c in enumerate(labels)]
-    head, held_out = choose_head(features, labels, 3, folds(examples, 3, 0))
-    assert 0.5 < held_out <= 1 and (head(features).argmax(1) == labels).all()
+    parts = folds(examples, 3, 0)
+    choice = choose_head(features, labels, 3, parts)
+    assert choice.seen.all() and 0.5 < choice.accuracy(labels) <= 1
+    assert (choice.head(features).argmax(1) == labels).all()
+    hurried = choose_head(features, labels, 3, parts, seconds=0.0)  # the first fold alone
+    assert hurried.seen.nonzero()[:, 0].tolist() == parts[0] and hurried.head.offset.isfinite().all()
+    out = torch.tensor(parts[0])  # what is held out was not fitted on
+    rest = torch.tensor([i for i in range(len(labels)) if i not in set(parts[0])])
+    said = [fit_head(features.select(rest), labels[rest], 3, p)(features.select(out)) for p in PENALTIES]
+    losses = torch.stack([F.cross_entropy(one, labels[out], reduction="sum") for one in said])
+    shares = torch.softmax(-losses * len(labels) / len(out), 0)
+    mixed = torch.einsum("p,pnc->nc", shares, torch.stack(said))
+    torch.testing.assert_close(hurried.held[out].log_softmax(-1), mixed.log_softmax(-1), rtol=0, atol=0.05)
 
 
 # -- PET -------------------------------------------------------------------------------------------------------------
@@ -336,7 +347,7 @@ def test_demonstrations_follow_the_query_solved(masked_tokenizer):
     pool = [Example("good film", None, "pos"), Example("bad plot", None, "neg")]
     data = demonstrated(
         Template.parse("{text} is {mask}."), [Example("the film", None, "pos")], pool, {"pos": "great", "neg": "awful"},
-        masked_tokenizer, ("neg", "pos"), samples=2, random=random_of("x"),
+        masked_tokenizer, ("neg", "pos"), samples=2, seed=0,
     )  # fmt: skip
     text = " ".join(masked_tokenizer.convert_ids_to_tokens(data.tokens.row(0).tolist()))
     assert text == "[CLS] the film is [MASK] . [SEP] bad plot is awful . [SEP] good film is great . [SEP]"

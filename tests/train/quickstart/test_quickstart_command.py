@@ -66,7 +66,8 @@ def refused(words, tmp_path, monkeypatch):
         (["--domain", "a=a.txt", "--domain", "a"], 2, "is not NAME=PATH"),
         (["--domain", "a=short.txt", "--domain", "b=a.txt"], 2, "domain 'a' has too little text"),
         (["--domain", "a=a.txt", "--domain", "b=b.txt", "--base", "no/such-dir"], 1, "no/such-dir"),
-        (["--domain", "a=a.txt", "--domain", "b=b.txt", "--kind", "lorra"], 1, "did you mean 'lora'"),
+        (["--domain", "a=a.txt", "--domain", "b=b.txt", "--kind", "lorra"], 2, "did you mean lora"),
+        (["--kind", "bad"], 2, "kinds are attention_fusion, bias, bottleneck"),
         (["--quantize", "nf3"], 2, "nf3"),
         (["--seed", "-1"], 2, "-1"),
     ],
@@ -81,6 +82,24 @@ def test_bad_input_is_named_before_any_work(tmp_path, two_domains, monkeypatch, 
     found, err = refused(words, tmp_path, monkeypatch)
     assert message in err
     assert found == code
+
+
+def test_a_kind_is_called_like_its_file():
+    """That is how the command knows the kinds without importing torch."""
+    from compose.kind import kinds
+    from hub.plugins import names
+
+    assert names("compose.kinds", "hub.kinds") == list(kinds())
+
+
+def test_a_bad_kind_is_refused_without_torch():
+    code = (
+        "import sys; from hub.cli import main\n"
+        "try: main(['quickstart', '--kind', 'bad'])\n"
+        "except SystemExit as end: print(end.code, {'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 set()\n"
 
 
 @pytest.mark.parametrize("words", [["--out", "file"], ["--out", "file/below"], ["--json", "file/x.json"]])
