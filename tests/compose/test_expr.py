@@ -198,6 +198,7 @@ def test_trees_are_frozen() -> None:
         ("average()", "at least 1 adapter", "average"),
         ("average(2)", "adapters, not numbers", "2"),
         ("ensemble.demix(a, gamma=2)", "less than or equal to 1", "gamma=2"),
+        ("ensemble.demix(a, gamma=0.9, hedge=true)", "choose their own pace", "hedge=true"),
         ("ensemble.demix(a, prior=unform)", "none of uniform", "prior=unform"),
         ("a +", "something is missing", ""),
         ("a b", "does not fit here", "b"),
