@@ -16,9 +16,10 @@ from compose.branches import Chain, Mix
 from compose.coefficients import Coefficient
 from compose.expr import Call, Expr, normalize, parse
 from compose.function import bind
-from compose.kind import PREFIX, Adapter, KindError
+from compose.kind import Adapter, KindError
 from compose.lowering import site_program
 from compose.merge import Workshop, dense_merge, without_merges
+from compose.named import PREFIX
 from compose.parameter_space import deltas
 from compose.parameter_space.effect import Effect, effect_of
 from compose.parameter_space.job import Job, Member

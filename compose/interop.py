@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from compose import adapterhub
 from compose import peft_layout as layout
-from compose.kind import PREFIX, Adapter, KindConfig, KindError, get_kind, kinds, make_config, original_module
+from compose.kind import Adapter, KindConfig, KindError, get_kind, kinds, make_config, original_module
+from compose.named import PREFIX
 from compose.patterns import as_dict
 from compose.sites import SiteMap
 from hub.errors import IntegrityError, NotFound

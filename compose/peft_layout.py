@@ -12,7 +12,8 @@ from typing import Any
 
 import regex
 
-from compose.kind import PREFIX, Adapter, KindError
+from compose.kind import Adapter, KindError
+from compose.named import PREFIX
 from compose.sites import SiteMap
 
 PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from compose.expr import Call, Expr, Ref, Scale, Seq
-from compose.kind import PREFIX, Adapter
+from compose.kind import Adapter
+from compose.named import PREFIX
 from compose.sites import SiteMap
 from hub.errors import GateError, HubError
 

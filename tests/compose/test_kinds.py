@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import compose
 from compose import interop
 from compose.inject import activate, eject, runtime
-from compose.kind import PREFIX, KindError, get_kind, kinds, make_config
+from compose.kind import KindError, get_kind, kinds, make_config
+from compose.named import PREFIX
 from compose.sites import SiteError
 from compose.weights import dense_weight
 from hub.errors import NotFound
