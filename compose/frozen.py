@@ -79,9 +79,10 @@ class Vectors:
         self._count = len(vectors)
         self._rows: Tensor | None = None  # those that are not neutral, None: all
         self._value = vectors if len(vectors) == 1 else vectors[:, None]  # (n, 1, d)
-        rows = (vectors != neutral).any(1).nonzero().flatten()
-        if len(vectors) > 1 and 4 * len(rows) <= 3 * len(vectors):
-            self._rows, self._value = rows, vectors[rows, None]
+        if len(vectors) > 1:
+            rows = (vectors != neutral).any(1).nonzero().flatten()
+            if 4 * len(rows) <= 3 * len(vectors):
+                self._rows, self._value = rows, vectors[rows, None]
 
     def times(self, y: Tensor, *, own: bool) -> Tensor:
         """Each row of y (k R, T, d) times its vector; ``own``: y may be written over."""

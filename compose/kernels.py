@@ -128,7 +128,7 @@ def mix(weights: Tensor, vectors: Tensor) -> Tensor:
 
 def add_rows(y: Tensor, rows: Tensor, term: Tensor, of: int, *, own: bool) -> Tensor:
     """Y (k R, T, d) plus a term (n, k T, d) for n of its R = ``of`` rows; ``own``: y may be written over."""
-    folded = fold(y, of)
+    folded, term = fold(y, of), term.to(y.dtype)  # under autocast products are narrower
     if own:
         folded.index_add_(0, rows, term)
         return y

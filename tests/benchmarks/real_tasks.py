@@ -163,7 +163,8 @@ class Study:
 
     def run(self) -> dict[str, Any]:
         """Train everything; accuracy of each way on each task, and which tasks rows were taken for."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        # No cache of cast weights: it lives as long as this block, and would hide every step of the optimizer.
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
             for name, task in self.tasks.items():
                 torch.manual_seed(self.seed)
                 self.heads[name] = self._train(task, self.options.rank * (4 if name == "multi" else 1))
