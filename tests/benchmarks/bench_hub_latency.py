@@ -62,8 +62,10 @@ def registry(root: Path, latency: float):
                 if probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0:
                     break
             time.sleep(0.05)
-        yield url
-        server.terminate()
+        try:
+            yield url
+        finally:
+            server.terminate()
 
 
 def artifact(place: Path, files: int, kilobytes: int) -> Store:
@@ -142,6 +144,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
+    os.environ["HF_HUB_OFFLINE"] = "0"  # the server is on this machine
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
