@@ -211,9 +211,9 @@ class Vault:
         from hub.gates import REPACK, inspect_as
 
         if reuse and self.blobs.has(entry.digest, entry.size):
-            # A blob that is damaged here is fetched again, which mends it.
+            # A blob that is damaged here is fetched again, which mends it; so is one that a collector takes meanwhile.
             self.blobs.keep(entry.digest)
-            with suppress(IntegrityError):
+            with suppress(IntegrityError, NotFound):
                 return inspect_as(manifest, entry, self.blobs.path(entry.digest))
         staged = self.staging.claim(entry.digest, room) if reuse else room / entry.sha256
         resumed = staged.exists()

@@ -7,6 +7,7 @@ import torch
 
 import compose
 from compose.kind import get_kind, kinds
+from hub.errors import HubError
 from hub.store import Store
 from train.evaluate import evaluate
 from train.loop import fit
@@ -87,6 +88,6 @@ def test_gradient_checkpointing_gives_the_same_updates(tiny, data, config):
 def test_an_adapter_that_is_not_active_is_refused(tiny, data, config):
     model = tiny.model("llama")
     adapter = compose.create(model, "lora", {"r": 2}, name="a")
-    with pytest.raises(compose.kind.HubError, match=r"of 8 parameters get no gradient") as caught:
+    with pytest.raises(HubError, match=r"of 8 parameters get no gradient") as caught:
         fit(model, adapter, data(0), None, config())
     assert "compose.activate" in caught.value.hint
