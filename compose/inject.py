@@ -24,7 +24,7 @@ from compose.loading import keep_differentiable
 from compose.lowering import flatten, site_program, switch_program
 from compose.merge import Merged, resolve
 from compose.plan import Leaf, plan
-from compose.programs import Programs
+from compose.programs import Programs, stamps
 from compose.side import SideSlot
 from compose.sites import FINAL, SiteMap
 from compose.slot import Context, Slot
@@ -198,12 +198,9 @@ class Runtime:
         adapters = [self.adapters[name] for name in self._names]
         if len(self.rows) > 1 or self.routing is not None or self._tensors() or self.live:
             return None
-        if any(FINAL in (*a.paths, *a.saved) for a in adapters):
+        if any(FINAL in (*a.paths, *a.saved) for a in adapters) or (made_of := stamps(adapters)) is None:
             return None
-        made_of = [
-            (id(a), a.revision, sum(p._version for p in a._parameters.values() if p is not None)) for a in adapters
-        ]
-        return self.rows, tuple(self.weights.items()), self.model.device, tuple(made_of)
+        return self.rows, tuple(self.weights.items()), self._revisions(), made_of
 
     def adapter_changed(self) -> None:
         """Lower anew at once, if what is active has changed and does not train: calls then find all in place."""
@@ -252,9 +249,8 @@ class Runtime:
     def _keep_merged(self, call: Call, make: Callable[[], Merged]) -> None:
         """Make a merged adapter resident under the call's text, unless it is there and its members are as they were."""
         name = str(call)
-        members = [self.adapters[n] for n in call.refs]
-        stamp = [(id(p), p.data_ptr(), p._version) for a in members for p in a.parameters()]
-        if name not in self.adapters or self._stamps.get(name) != stamp:
+        stamp = stamps([self.adapters[n] for n in call.refs])
+        if name not in self.adapters or stamp is None or self._stamps.get(name) != stamp:
             self.add(name, make().adapter)
             self._stamps[name] = stamp
 

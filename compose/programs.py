@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
+from compose.kind import Adapter
 from compose.slot import Slot
 
 _ROOM = 8  # compositions; each keeps alive what was laid out for it, at most as much again as its adapters
+
+
+def stamps(adapters: Sequence[Adapter]) -> Hashable | None:
+    """What tells whether the tensors of these adapters are as they were; None where that cannot be told.
+
+    Tensors made in ``torch.inference_mode`` count no changes. What is written through ``.data`` is not counted either:
+    whoever does that to a frozen adapter says so with ``adapter.changed()``.
+    """
+    tensors = [[*a.parameters(), *a.buffers()] for a in adapters]
+    if any(t.is_inference() for some in tensors for t in some):
+        return None
+    return tuple(
+        (id(a), a.revision, tuple((t.data_ptr(), t._version) for t in some))
+        for a, some in zip(adapters, tensors, strict=True)
+    )
 
 
 class Programs:

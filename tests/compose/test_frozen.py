@@ -155,3 +155,31 @@ def test_going_back_to_a_composition_lowers_nothing_and_sees_what_has_changed(ti
     assert not torch.equal(fresh, first), "another adapter has the name now"
     runtime.adapters["a"].unfreeze()
     assert not runtime._programs.restore(runtime._key()), "what trains is lowered in each call"
+
+
+def test_what_was_made_in_inference_mode_is_activated_and_merged_anew(tiny):
+    """Tensors made there count no changes: nothing is remembered of them."""
+    model = tiny.model("llama")
+    batch = tiny.batch("llama", tiny.rows(5))
+    first, _ = tiny.adapter(model, "lora", "a").freeze(), tiny.adapter(model, "lora", "b", seed=2).freeze()
+    with torch.inference_mode():
+        inject.activate(model, "ties(a, b)")
+        inside = model(**batch).logits.clone()
+        inject.activate(model, "a")
+        inject.activate(model, "ties(a, b)")
+        assert torch.equal(model(**batch).logits, inside)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter *= -3
+        inject.activate(model, "ties(a, b)")
+        assert not torch.allclose(model(**batch).logits, inside, atol=1e-2)
+
+
+def test_another_kind_of_attention_is_not_served_what_the_last_one_had(tiny):
+    model = tiny.model("llama")
+    tiny.adapter(model, "lora", "a").freeze()
+    inject.activate(model, "a")
+    home = inject.runtime(model)
+    before = home._key()
+    model.set_attn_implementation("sdpa" if model.config._attn_implementation != "sdpa" else "eager")
+    assert home._key() != before
