@@ -29,8 +29,8 @@ __all__ = ["MANY", "WordsAndContrast", "adapt", "contrast"]
 
 TAU = 0.1
 _WEIGHT = 0.25  # a: at one the contrast, whose gradient is 1/tau times as steep, leaves the words untrained
-MANY = 10  # classes from which batches are larger, and less is tried
-_EPOCHS = 8  # between the least and the most steps
+MANY = 10  # classes from which batches are larger, and plain texts alone are learned from: there are enough of them
+_EPOCHS = (8, 4)  # with few classes and with many, between the least and the most steps
 _STEPS = (30, 80)
 
 
@@ -76,14 +76,12 @@ def adapt(job: Job, rows: Sequence[int], scores: WordScores | None, *, name: str
 
     Without label words the contrast is all that is learned.
     """
-    batch = 64 if len(job.labels) >= MANY else 24
-    readings = len(rows) * (1 + len(job.patterns))
-    steps = min(max(_EPOCHS * readings // batch, _STEPS[0]), _STEPS[1])
+    many = len(job.labels) >= MANY
+    templates, batch = ((None,), 64) if many else ((None, *job.patterns), 24)
+    readings = len(rows) * len(templates)
+    steps = min(max(_EPOCHS[many] * readings // batch, _STEPS[0]), _STEPS[1])
     examples = [job.examples[i] for i in rows]
-    sets = [
-        view_dataset(template, examples, job.tokenizer, job.labels, max_length=job.max_length)
-        for template in (None, *job.patterns)
-    ]
+    sets = [view_dataset(t, examples, job.tokenizer, job.labels, max_length=job.max_length) for t in templates]
     return tune(
         job.model,
         lambda reader: _Both(reader, scores),

@@ -22,18 +22,18 @@ from train.fewshot.demonstrations import demonstrated
 from train.fewshot.examples import Example
 from train.fewshot.head import Head
 from train.fewshot.masks import Order, decode
+from train.fewshot.match import match, pairs
 from train.fewshot.reader import MaskReader
 from train.fewshot.template import Template
 from train.fewshot.tuning import scores_of
 from train.fewshot.verbalizer import WordScores
-from train.fewshot.views import Features, View, extract, view_dataset
+from train.fewshot.views import Features, Pool, View, extract, view_dataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["Demonstrations", "Masks", "Member", "Reading", "Views"]
 
-Pool: TypeAlias = Literal["mean", "mask", "last"]
 Words: TypeAlias = tuple[tuple[Annotated[int, Field(ge=0)], ...], ...]
 
 
@@ -57,15 +57,25 @@ class Reading:
 
     def features(self, views: Sequence[View], words: Sequence[Sequence[int]], examples: Sequence[Example]) -> Features:
         """What the views see, under whatever is active."""
+        read = [view for view in views if view.pool != "match"]
+        data = {
+            t: view_dataset(t, examples, self.tokenizer, self.labels, max_length=self.max_length)
+            for t in dict.fromkeys(view.template for view in read)
+        }
+        found = Features((), torch.zeros(len(examples), 0, max(len(words), 1)))
         reader = MaskReader(self.model)
         try:
-            data = {
-                t: view_dataset(t, examples, self.tokenizer, self.labels, max_length=self.max_length)
-                for t in dict.fromkeys(view.template for view in views)
-            }
-            return extract(reader, views, data, words, precision=self.precision)
+            if read:
+                found = extract(reader, read, data, words, precision=self.precision)
+            if len(read) == len(views):
+                return found
+            agreed = match(
+                reader, pairs(examples), self.tokenizer, max_length=self.max_length, precision=self.precision
+            )
         finally:
             reader.close()
+        states = iter(found.states)
+        return Features(tuple(agreed if v.pool == "match" else next(states) for v in views), found.prior)
 
     def likeness(self, examples: Sequence[Example], pool: Sequence[Example]) -> Tensor:
         """(N, P) cosines of the bare base's mean states; the adapter is inactive then."""

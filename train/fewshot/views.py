@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ from train.fewshot.prompts import encode
 from train.fewshot.reader import MaskReader, mean_state
 from train.fewshot.template import Template
 
-__all__ = ["Features", "View", "ViewModel", "extract", "view_dataset"]
+__all__ = ["Features", "Pool", "View", "ViewModel", "extract", "view_dataset"]
 
 _BATCH = 32
+Pool: TypeAlias = Literal["mean", "mask", "last", "match"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ class View:
         Readable notation; None is the text (or pair) as the tokenizer joins it.
     pool
         `mean` over the last layer's real tokens, `mask`: what the output embedding is fed at the mask, `last`: the
-        last token's state (causal models). Every vector is scaled to length one.
+        last token's state (causal models); each scaled to length one. `match`: how well the two texts of a pair, read
+        apart, agree (see `match`).
     """
 
     template: str | None = None
-    pool: Literal["mean", "mask", "last"] = "mean"
+    pool: Pool = "mean"
 
 
 @dataclass(frozen=True)
