@@ -41,17 +41,19 @@ def test_shares_are_at_the_maximum_of_the_posterior():
     held = torch.stack(
         [(scale * right + torch.randn(20, 3, generator=random)).log_softmax(-1) for scale in (2, 0.5, 0)]
     )
-    shares = stack(held, answers)
+    belief = torch.tensor([1.0, 1.0, 6.0])
 
-    def posterior(w: torch.Tensor) -> float:
+    def posterior(w: torch.Tensor, b: torch.Tensor) -> float:
         mixed = torch.einsum("m,mnc->nc", w, held).log_softmax(-1)
-        return float(-F.nll_loss(mixed, answers, reduction="sum") + w.log().sum())
+        return float(-F.nll_loss(mixed, answers, reduction="sum") + b @ w.log())
 
-    assert shares.sum().item() == pytest.approx(1) and shares[0] > shares[1] > shares[2] > 0
-    best = posterior(shares)
-    for _ in range(200):
-        other = (shares.log() + 0.2 * torch.randn(3, generator=random)).softmax(0)
-        assert posterior(other) <= best + 1e-3
+    plain, believed = stack(held, answers), stack(held, answers, belief)
+    assert plain.sum().item() == pytest.approx(1) and plain[0] > plain[1] > plain[2] > 0 and believed[2] > plain[2]
+    for shares, b in ((plain, torch.ones(3)), (believed, belief)):
+        best = posterior(shares, b)
+        for _ in range(200):
+            other = (shares.log() + 0.2 * torch.randn(3, generator=random)).softmax(0)
+            assert posterior(other, b) <= best + 1e-3
 
 
 def test_equal_members_get_equal_shares():
