@@ -73,10 +73,10 @@ def beam_search(
         for value, at in zip(values.tolist(), where.tolist(), strict=True):
             row, token = divmod(at, scores.shape[1])
             (done if token == third else grown).append(Beam((*beams[row].tokens, token), value))
-        beams = grown
-        if not beams or (len(done) >= beam and min(done, key=lambda b: -b.score).score >= beams[0].score):
+        beams, done = grown, sorted(done, key=lambda b: -b.score)[:beam]
+        if not beams or (len(done) == beam and done[-1].score >= beams[0].score):  # scores only fall
             break
-    return sorted(done, key=lambda b: -b.score)[:beam]
+    return done
 
 
 def _next(model: Any, states: Tensor, mask: Tensor, prefixes: Sequence[Sequence[int]]) -> Tensor:

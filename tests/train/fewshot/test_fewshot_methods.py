@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -203,6 +204,25 @@ def test_written_templates_can_be_read(tiny_t5, reviews_of):
     assert all(
         t.paired for t, _ in generate.templates(model, tokenizer, pairs, ("bad", "great"), ("neg", "pos"), beam=4)
     )
+
+
+def test_what_a_t5_has_learned_to_write_is_found(tiny_t5, reviews_of):
+    model, tokenizer = copy.deepcopy(tiny_t5[0]).train(), tiny_t5[1]
+    word, rows = {"neg": "bad", "pos": "great"}, reviews_of(8)
+    sources = [generate.source_texts(e, word[e.label]) for e in rows]
+    written = ("<extra_id_0> it was <extra_id_1> . <extra_id_2>", "<extra_id_0> is this <extra_id_1> ? <extra_id_2>")
+    batches = [
+        tokenizer([pair[way] for pair in sources], padding=True, return_tensors="pt")
+        | {"labels": tokenizer([written[way]] * len(rows), return_tensors="pt")["input_ids"]}
+        for way in range(2)
+    ]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(120):
+        optimizer.zero_grad()
+        model(**batches[step % 2]).loss.backward()
+        optimizer.step()
+    found = generate.templates(model.eval(), tokenizer, rows, ("bad", "great"), ("neg", "pos"), beam=8)
+    assert {t.format() for t, _ in found[:2]} == {"{text} it was {mask}.", "is this {mask}? {text}"}
 
 
 def test_lm_bff_takes_templates_from_a_writer(make_job, reviews_of, tiny_t5, tmp_path):
