@@ -24,6 +24,7 @@ from compose.kind import Adapter, KindConfig, KindError, get_kind, kinds, make_c
 from compose.named import PREFIX
 from compose.patterns import as_dict
 from compose.sites import SiteMap
+from hub.disk import tensor_file
 from hub.errors import IntegrityError, NotFound
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "extra.safetensors"
@@ -155,7 +156,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         apart[key] = held.clone() if held.data_ptr() in seen else held
         seen.add(held.data_ptr())
     # One metadata key only: with more, safetensors' bytes are not deterministic.
-    save_file(apart, path, metadata={"format": "pt"})
+    with tensor_file(path):
+        save_file(apart, path, metadata={"format": "pt"})
 
 
 def read_config(directory: str | Path, sites: SiteMap) -> tuple[type[Adapter], KindConfig]:

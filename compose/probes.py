@@ -185,13 +185,19 @@ def check(
 
 
 def tokens(model: PreTrainedModel) -> Tensor:
-    """(P, T) random tokens, none of them special; the same ones for every base of one vocabulary."""
+    """(P, T) random tokens, none of them special; the same ones for every base of one vocabulary.
+
+    An encoder-decoder that classifies looks at the end of the text, so there the last token is that.
+    """
     config = model.config.get_text_config()
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")}
     words = model.get_input_embeddings().weight.shape[0]
     plain = torch.tensor([i for i in range(words) if i not in special] or [0])
     generator = torch.Generator().manual_seed(0)
-    return plain[torch.randint(len(plain), (PROBES, TOKENS), generator=generator)]
+    ids = plain[torch.randint(len(plain), (PROBES, TOKENS), generator=generator)]
+    if config.is_encoder_decoder and not model.can_generate() and config.eos_token_id is not None:
+        ids[:, -1] = config.eos_token_id
+    return ids
 
 
 def _active(model: PreTrainedModel, ids: Tensor, name: str | None) -> Tensor:
@@ -205,7 +211,7 @@ def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits (P, V) at the last position, or of the classes (P, C), in float32 on the CPU."""
     ids = ids.to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and model.can_generate():
         inputs["decoder_input_ids"] = ids[:, :4]
     out: Tensor = model(**inputs).logits
     return (out[:, -1] if out.dim() == 3 else out).float().cpu()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +21,20 @@ _DISK = {
     errno.EPERM: ("there is no permission", "check the owner, or move the store with HUB_HOME"),
     errno.ENOTDIR: ("a part of the path is not a directory", "move the store with HUB_HOME"),
 }
+
+
+@contextmanager
+def tensor_file(path: Path) -> Iterator[None]:
+    """Raise OSError where safetensors, which is writing this file, tells of a full disk in an error of its own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 @contextmanager

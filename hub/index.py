@@ -106,14 +106,16 @@ class Index:
         The file.
     frozen
         Open it as an immutable file, for a store on a read-only disk.
-    scratch
-        It lives as long as this process and is nobody else's: nothing is synced.
     """
 
-    def __init__(self, path: Path, *, frozen: bool = False, scratch: bool = False) -> None:
+    def __init__(self, path: Path, *, frozen: bool = False) -> None:
         self.path = path
         self.frozen = frozen
-        self.scratch = scratch
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is anything to connect to."""
+        return self.path.exists()
 
     @contextmanager
     def connect(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
@@ -123,8 +125,8 @@ class Index:
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None)
         try:
             if write:
-                connection.execute(f"PRAGMA journal_mode = {'MEMORY' if self.scratch else 'WAL'}")
-                connection.execute(f"PRAGMA synchronous = {'OFF' if self.scratch else 'NORMAL'}")
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = NORMAL")
                 connection.execute("BEGIN IMMEDIATE")
             yield connection
             if write:
@@ -136,7 +138,7 @@ class Index:
 
     def position(self) -> Position | None:
         """How far into the log this index has read; None where there is no index of this schema."""
-        if not self.path.exists():
+        if not self.exists:
             return None
         with self.connect() as db:
             if db.execute("PRAGMA user_version").fetchone()[0] != SCHEMA:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -14,6 +16,28 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 def json_option(function: FunctionT) -> FunctionT:
     """Add ``--json``, given to the command as ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout.")(function)
+
+
+def json_file_option(function: FunctionT) -> FunctionT:
+    """Add ``--json FILE``, given to the command as ``json_path``; a place that cannot be written is refused at once."""
+    told = "Write the result as JSON; - is stdout."
+    return click.option("--json", "json_path", metavar="FILE", callback=_writable, help=told)(function)
+
+
+def _writable(_ctx: click.Context, _option: click.Parameter, path: str | None) -> str | None:
+    if path not in (None, "-"):
+        place = Path(path)
+        if place.is_dir() or not os.access(place if place.exists() else place.parent, os.W_OK):
+            raise click.BadParameter(f"{path} cannot be written: is its folder there?")
+    return path
+
+
+def write_json(value: object, path: str | None) -> None:
+    """Write one JSON document to a file, or print it where the path is ``-``; nothing without a path."""
+    if path == "-":
+        print_json(value)
+    elif path:
+        Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def print_json(value: object) -> None:

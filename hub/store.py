@@ -6,13 +6,11 @@ import builtins
 import os
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import finalize
 
 from hub import canonical, layout, oci
 from hub.artifact import Artifact
@@ -20,6 +18,7 @@ from hub.disk import disk_errors
 from hub.errors import Conflict, IntegrityError, NotFound
 from hub.index import Facts, Index
 from hub.ledger import Position
+from hub.memory import MemoryIndex
 from hub.outline import outline
 from hub.query import build
 from hub.ref import AdapterRef
@@ -235,16 +234,14 @@ class Store(Vault):
                 return answer
 
     def _spare(self, end: Position) -> Index:
-        """Give the store's own index where that is current and at rest, else one in a temporary file."""
+        """Give the store's own index where that is current and at rest, else one in memory."""
         frozen = Index(self._index.path, frozen=True)
-        if frozen.path.exists() and not frozen.path.with_name(frozen.path.name + "-wal").exists():
+        if frozen.exists and not frozen.path.with_name(frozen.path.name + "-wal").exists():
             with suppress(sqlite3.DatabaseError):  # damaged, and it cannot be mended here
                 if frozen.position() == end:
                     return frozen
         if self._borrowed is None:
-            directory = tempfile.mkdtemp(prefix="moduloom-index-")
-            finalize(self, shutil.rmtree, directory, ignore_errors=True)
-            self._borrowed = Index(Path(directory) / "index.sqlite", scratch=True)
+            self._borrowed = MemoryIndex()
         if self._borrowed.position() != end:
             self._borrowed.apply(self.ledger.read(), self._document, anew=True)
         return self._borrowed

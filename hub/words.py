@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from hub.disk import tensor_file
 from hub.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def write_words(directory: Path, counts: Mapping[str, Counts]) -> None:
 
     path = directory / FILE
     path.parent.mkdir(exist_ok=True)
-    save_file(dict(counts), path)
+    with tensor_file(path):
+        save_file(dict(counts), path)
 
 
 def read_words(artifact: Artifact) -> dict[str, Counts]:

@@ -24,6 +24,7 @@ from compose.expr import Ref, add
 from compose.leaves import Held, Shelf
 from compose.plan import plan
 from compose.requirements import requirements
+from hub.disk import tensor_file
 from hub.errors import BaseMismatch, IntegrityError, NotFound, UsageError
 from hub.manifest import BaseIdentity, Digest, Draft, Lineage, Manifest, Requirement
 from hub.pack import pack
@@ -200,7 +201,8 @@ def _write(out: Path, router: Router, members: Mapping[str, Held], words: Mappin
         for key, value in known.items()
     }
     if tensors:
-        save_file(tensors, out / STATISTICS)
+        with tensor_file(out / STATISTICS):
+            save_file(tensors, out / STATISTICS)
     if words:
         write_words(out, {str(members[name].digest): counts for name, counts in words.items() if name in members})
 

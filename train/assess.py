@@ -11,9 +11,10 @@ from compose.leaves import Shelf
 from hub.errors import UsageError
 from hub.manifest import Manifest
 from hub.store import Store
-from train.config import TrainConfig
+from train.config import make_config
 from train.data import encode, read_rows
 from train.evaluate import evaluate
+from train.guards import heads_come_later, refuse_looking_ahead, refuse_misfit
 
 __all__ = ["assess"]
 
@@ -47,18 +48,23 @@ def assess(
     task = task or _agreed("task", {m.task for m in held if m.task})
     labels = next((m.labels for m in held if m.labels), ())
     options: dict[str, Any] = {"quantize": quantize, "precision": precision, "max_length": max_length}
-    config = TrainConfig(base=base, task=task, columns=dict(columns or {}), **options)
+    config = make_config({"base": base, "task": task, "columns": dict(columns or {}), **options})
     tokenizer = compose.tokenizer(base)
     rows = encode(read_rows(data), config, tokenizer, labels=labels, source=data)
-    model = compose.load(
-        base,
-        expression,
-        quantize=quantize,
-        dtype=precision,
-        task=task,
-        labels=(labels or rows.labels) or None,
-        store=store,
-    )
+    with heads_come_later(any(m.task == task for m in held)):
+        model = compose.load(
+            base,
+            expression,
+            quantize=quantize,
+            dtype=precision,
+            task=task,
+            labels=(labels or rows.labels) or None,
+            store=store,
+        )
+    resident = compose.inject.runtime(model).adapters.values()
+    refuse_misfit(model, tokenizer, rows, resident, hint="--max-length {}")
+    if task == "causal_lm":
+        refuse_looking_ahead(model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = rows.pad_id
     started = time.perf_counter()
@@ -85,5 +91,5 @@ def _manifests(expression: str | None, store: Store | None) -> list[Manifest]:
 def _agreed(what: str, values: set[str]) -> str:
     if len(values) == 1:
         return values.pop()
-    told = f"name {', '.join(sorted(values))}" if values else f"name no {what}"
-    raise UsageError(f"the adapters {told}", hint=f"give --{what}")
+    told = f"the adapters name {', '.join(sorted(values))}" if values else f"nothing names the {what}"
+    raise UsageError(told, hint=f"give --{what}")

@@ -52,7 +52,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         The file is missing, or is not a whole checkpoint.
     """
     if not path.is_file():
-        raise TrainError(f"nothing to resume: no {path}", path=path, hint="start without --resume")
+        raise TrainError(f"nothing to resume: no {path}", path=path, hint="start without --resume, in an empty folder")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             skeleton = json.loads((file.metadata() or {})["state"])
@@ -60,7 +60,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         state = _unpack(skeleton, tensors)
     except (safetensors.SafetensorError, OSError, KeyError, ValueError) as error:
         raise TrainError(
-            f"{path} is not a whole checkpoint: {error}", path=path, hint="start again without --resume"
+            f"{path} is not a whole checkpoint: {error}", path=path, hint="start without --resume, in an empty folder"
         ) from error
     if not isinstance(state, dict):
         raise TrainError(f"{path} is not a checkpoint of this program", path=path)

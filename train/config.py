@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hub import errors
 from train.errors import ConfigError
 
-__all__ = ["ROLES", "Task", "TrainConfig", "load_config", "parse_pairs", "read_words", "span_in_steps"]
+__all__ = ["ROLES", "Task", "TrainConfig", "load_config", "make_config", "parse_pairs", "read_words", "span_in_steps"]
 
 Task = Literal["causal_lm", "seq2seq", "classification", "token_classification", "regression"]
 ROLES = ("text", "text_pair", "label", "prompt", "completion", "messages", "tokens", "tags")
@@ -36,7 +36,7 @@ _SPAN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?)\s*$")
 class TrainConfig(BaseModel):
     """One run. Spans of training are a number of steps (`200`) or a text with a unit (`"3 epochs"`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     base: str = Field("builtin:tiny-lm", description="frozen model: builtin:tiny-lm, a directory or a Hugging Face id")
     quantize: Literal["none", "int8", "nf4"] = Field("none", description="how the base's linear weights are held")
@@ -53,7 +53,7 @@ class TrainConfig(BaseModel):
     )
     data: dict[str, str | float | bool] = Field(
         default_factory=dict,
-        description="train: a jsonl, csv, parquet or text file, a folder of texts, or hf:NAME[/CONFIG][:SPLIT]; eval: "
+        description="train: a jsonl, csv, parquet or text file, a folder of texts, or hf:NAME[@CONFIG][:SPLIT]; eval: "
         "another one, or the fraction of the training rows to hold out (0.1), or absent; packing: true puts several "
         "rows of completions or messages into one of max_length, apart from each other",
     )
@@ -69,6 +69,9 @@ class TrainConfig(BaseModel):
     )
     duration: int | str = Field("3 epochs", description="how long to train: 200, '200 steps' or '3 epochs'")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    head_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of modules that train whole, such as a fresh head (default: lr)"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("linear", description="decay after the warmup")
     warmup: float = Field(0.03, ge=0, lt=1, description="fraction of the steps over which the rate rises from 0")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
@@ -185,6 +188,11 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig
     values = _read_yaml(path) if path is not None else {}
     for text in overrides:
         _override(values, text)
+    return make_config(values, path=path)
+
+
+def make_config(values: Mapping[str, Any], *, path: Path | None = None) -> TrainConfig:
+    """The run of these values; ConfigError names each problem by its key."""
     try:
         return TrainConfig(**values)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from train import encoders
 from train.batches import IGNORE, Dataset, Ragged
-from train.config import ROLES, TrainConfig
-from train.errors import DataError
+from train.config import TrainConfig
+from train.encoders import pad_id
+from train.errors import ConfigError, DataError
 from train.files import file_digests, read_rows
 from train.seeds import generator
 
@@ -55,7 +57,7 @@ def text_blocks(tokenizer: Any, texts: Iterable[str], block_size: int, *, source
         raise DataError(f"{source}: no text to learn from ({len(texts)} documents)")
     starts = torch.tensor([*range(0, usable, block_size), usable])
     tokens = Ragged(torch.tensor(stream[:usable], dtype=torch.int32), starts)
-    return Dataset({"input_ids": tokens}, "causal_lm", _pad_id(tokenizer), source=source)
+    return Dataset({"input_ids": tokens}, "causal_lm", pad_id(tokenizer), source=source)
 
 
 def completions(
@@ -76,7 +78,7 @@ def completions(
     cut = sum(len(h) + len(t) + len(end) > max_length for h, t in zip(heads, tails, strict=True))
     _say_cut(cut, len(ids), max_length, source)
     columns = {"input_ids": Ragged.of(ids), "labels": Ragged.of(labels)}
-    data = Dataset(columns, "causal_lm", _pad_id(tokenizer), source=source)
+    data = Dataset(columns, "causal_lm", pad_id(tokenizer), source=source)
     check(data, hint=f"the prompt fills all {max_length} tokens: raise max_length or shorten it")
     return data
 
@@ -112,7 +114,7 @@ def labelled(
     index = {name: i for i, name in enumerate(labels)}
     columns = _texts_or_pairs(tokenizer, texts, pairs, max_length, source)
     columns["labels"] = torch.tensor([index[name] for name in names])
-    return Dataset(columns, "classification", _pad_id(tokenizer), tuple(labels), source)
+    return Dataset(columns, "classification", pad_id(tokenizer), tuple(labels), source)
 
 
 def _texts_or_pairs(
@@ -133,13 +135,15 @@ def load_splits(config: TrainConfig, tokenizer: Any) -> Splits:
 
     Raises
     ------
+    ConfigError
+        No training data is named.
     DataError
-        No training data, a missing column (with those present), an empty split, or labels that do not fit.
+        A missing column (with those present), an empty split, or labels that do not fit.
     """
     source, held = config.data.get("train"), config.data.get("eval")
     if not isinstance(source, str):
         hint = "set data.train=FILE (jsonl, csv, parquet, text) or a folder of texts"
-        raise DataError("no training data", hint=hint)
+        raise ConfigError("no training data", hint=hint)
     rows: Rows = read_rows(source)
     digests = file_digests(source)
     if isinstance(held, float):
@@ -156,8 +160,8 @@ def encode(
 ) -> Dataset:
     """Rows to the dataset of the config's task."""
     take = partial(_named, rows, config, source)
-    for name in config.columns.values():  # also one that the task does not look at: a typo must not go unseen
-        _column(rows, name, source)
+    for role in config.columns:  # also one that the task does not look at: a typo must not go unseen
+        take(role)
     length, told = config.max_length, {"source": source}
     if config.task in ("classification", "regression"):
         texts, answers = _texts(take("text")), take("label")
@@ -165,7 +169,7 @@ def encode(
         pairs = _texts(take("text_pair")) if paired else None
         if config.task == "regression":
             columns = _texts_or_pairs(tokenizer, texts, pairs, length, source)
-            return encoders.numbers(columns, answers, _pad_id(tokenizer), source=source)
+            return encoders.numbers(columns, answers, pad_id(tokenizer), source=source)
         return labelled(tokenizer, texts, pairs, answers, length, labels=labels or None, source=source)
     if config.task == "token_classification":
         data, cut = encoders.tagged(tokenizer, take("tokens"), take("tags"), length, labels=labels or None, **told)
@@ -185,7 +189,18 @@ def encode(
 
 
 def _named(rows: Rows, config: TrainConfig, source: str, role: str) -> list[Any]:
-    return _column(rows, config.columns.get(role, role), source)
+    """The values of a role, none of them empty."""
+    name, values = config.columns.get(role, role), []
+    for number, row in enumerate(rows, 1):
+        value = row.get(name)
+        if value is None:
+            if name in row:
+                raise DataError(f"{source}, row {number}: {name!r} is empty")
+            present = ", ".join(sorted(str(key) for key in row)) or "none"
+            hint = f"name the column: columns.{role}=..."
+            raise DataError(f"{source}, row {number}: no column {name!r}; it has: {present}", hint=hint)
+        values.append(value)
+    return values
 
 
 def check(data: Dataset, *, hint: str | None = None) -> None:
@@ -210,15 +225,23 @@ def check(data: Dataset, *, hint: str | None = None) -> None:
 def _hold_out(
     rows: Rows, config: TrainConfig, tokenizer: Any, *, fraction: float, source: str
 ) -> tuple[Dataset, Dataset]:
-    """Part of the training rows, by the seed; equal rows never straddle. Of few documents, part of the blocks."""
+    """Part of the training rows, by the seed; equal rows never straddle, and a class keeps a row to learn from.
+
+    Of few documents, part of the blocks.
+    """
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(repr(row), []).append(index)
     order = torch.randperm(len(groups), generator=generator(config.seed, "data", "held-out")).tolist()
     alike, held = list(groups.values()), set[int]()
+    left = Counter(name for row in rows for name in _classes(row, config))
     for group in (alike[i] for i in order):
-        if len(held) + len(group) <= round(len(rows) * fraction):
+        classes = _classes(rows[group[0]], config)
+        if len(held) + len(group) <= round(len(rows) * fraction) and all(left[c] > len(group) for c in classes):
             held.update(group)
+            left.subtract(dict.fromkeys(classes, len(group)))
+    if len(held) == len(rows):
+        raise DataError(f"{source}: all {len(rows)} rows would be held out", hint="a smaller data.eval, or a file")
     if held:
         kept = [i for i in range(len(rows)) if i not in held]
         train = encode([rows[i] for i in kept], config, tokenizer, source=source)
@@ -233,36 +256,22 @@ def _hold_out(
     return whole.select(turn[count:].sort().values), whole.select(turn[:count].sort().values)
 
 
+def _classes(row: Mapping[str, Any], config: TrainConfig) -> set[str]:
+    """The classes that a row is an example of."""
+    role = {"classification": "label", "token_classification": "tags"}.get(config.task, "")
+    found = row.get(config.columns.get(role, role))
+    if found is None:  # the task has none; or it is missing, which is told when the rows are encoded
+        return set()
+    return set(map(str, found)) if role == "tags" and isinstance(found, list | tuple) else {str(found)}
+
+
 def _numbered(data: Dataset, numbers: Sequence[int]) -> Dataset:
     """Remember row numbers of the file; blocks of text and packed rows are no rows of a file."""
     return replace(data, origin=torch.tensor(numbers)) if len(data) == len(numbers) else data
 
 
-def _column(rows: Rows, name: str, source: str) -> list[Any]:
-    values = []
-    for number, row in enumerate(rows, 1):
-        value = row.get(name)
-        if value is None:
-            if name in row:
-                raise DataError(f"{source}, row {number}: {name!r} is empty")
-            present = ", ".join(sorted(str(key) for key in row)) or "none"
-            hint = f"name the column: columns.{_role(name)}=..."
-            raise DataError(f"{source}, row {number}: no column {name!r}; it has: {present}", hint=hint)
-        values.append(value)
-    return values
-
-
-def _role(name: str) -> str:
-    return name if name in ROLES else "text"
-
-
 def _texts(values: Iterable[Any]) -> list[str]:
     return [value if isinstance(value, str) else str(value) for value in values]
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Its padding token, or any other: padded positions are masked in attention and loss."""
-    return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def _say_cut(cut: int, rows: int, max_length: int, source: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from train.batches import IGNORE, Dataset, Ragged
 from train.errors import DataError
 
-__all__ = ["chats", "numbers", "packed", "sequences", "tagged"]
+__all__ = ["chats", "numbers", "packed", "pad_id", "sequences", "tagged"]
 
 Message = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ def sequences(
     ids = tokenizer(list(prompts), **cut)["input_ids"]
     labels = tokenizer(text_target=list(answers), **cut)["input_ids"]
     columns = {"input_ids": Ragged.of(ids), "labels": Ragged.of(labels)}
-    return Dataset(columns, "seq2seq", _pad_id(tokenizer), source=source), longer
+    return Dataset(columns, "seq2seq", pad_id(tokenizer), source=source), longer
 
 
 def numbers(encoded: Mapping[str, Ragged | Tensor], values: Sequence[Any], pad_id: int, *, source: str) -> Dataset:
@@ -89,7 +89,7 @@ def tagged(
     rows = range(len(texts))
     columns["labels"] = Ragged.of([_first_pieces(encoded.word_ids(i), [index[t] for t in names[i]]) for i in rows])
     cut = sum(len(ids) > max_length for ids in whole)
-    return Dataset(columns, "token_classification", _pad_id(tokenizer), tuple(labels), source), cut
+    return Dataset(columns, "token_classification", pad_id(tokenizer), tuple(labels), source), cut
 
 
 def _first_pieces(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
@@ -125,7 +125,7 @@ def chats(
         ids.append(encoded["input_ids"][:max_length])
         labels.append(told[:max_length])
     columns = {"input_ids": Ragged.of(ids), "labels": Ragged.of(labels)}
-    return Dataset(columns, "causal_lm", _pad_id(tokenizer), source=source), cut
+    return Dataset(columns, "causal_lm", pad_id(tokenizer), source=source), cut
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
@@ -174,6 +174,6 @@ def packed(data: Dataset, max_length: int) -> Dataset:
     return replace(data, columns=columns, origin=None)
 
 
-def _pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any) -> int:
     """Its padding token, or any other: padded positions are masked in attention and loss."""
     return next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -16,12 +16,13 @@ from train.batches import IGNORE, Dataset
 from train.data import check
 from train.objective import forward, loss_sum
 
-__all__ = ["calibration_error", "evaluate", "f1_macro", "higher_is_better", "perplexity"]
+__all__ = ["calibration_error", "evaluate", "f1_macro", "perplexity", "rank"]
 
 
-def higher_is_better(metric: str) -> bool:
-    """Whether a larger value is a better one."""
-    return metric in ("accuracy", "f1", "pearson", "spearman")
+def rank(measured: Mapping[str, float], metric: str) -> tuple[float, float]:
+    """A sort key that is smaller for what is better: by the metric, then by the loss."""
+    rising = metric in ("accuracy", "f1", "pearson", "spearman")
+    return -measured[metric] if rising else measured[metric], measured["loss"]
 
 
 def evaluate(

@@ -1,17 +1,93 @@
-"""Refusals of the loop: training that would silently do nothing, or that has broken."""
+"""Refusals: training that would silently do nothing, that does not fit its base, or that has broken."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from train.errors import TrainError
+from compose.inject import runtime
+from compose.kind import KindError
+from compose.ladder import BaseWarning
+from train.batches import Dataset, Ragged
+from train.errors import ConfigError, DataError, TrainError
 
-__all__ = ["explain_non_finite", "is_finite", "refuse_another_run", "refuse_idle"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compose.kind import Adapter
+
+__all__ = [
+    "explain_non_finite",
+    "heads_come_later",
+    "is_finite",
+    "options_of_the_run",
+    "refuse_another_run",
+    "refuse_idle",
+    "refuse_looking_ahead",
+    "refuse_misfit",
+]
+
+
+@contextmanager
+def heads_come_later(expected: bool) -> Iterator[None]:
+    """No word about a head that the base's files lack, where a task trains one or an adapter brings it."""
+    with warnings.catch_warnings():
+        if expected:
+            warnings.filterwarnings("ignore", message=".*: drawn with seed 0", category=BaseWarning)
+        yield
+
+
+@contextmanager
+def options_of_the_run() -> Iterator[None]:
+    """What a kind refuses of its options was written in the run: a ConfigError."""
+    try:
+        yield
+    except KindError as error:
+        raise ConfigError(error.message, hint=error.hint) from error
+
+
+def refuse_misfit(
+    model: PreTrainedModel, tokenizer: Any, data: Dataset, adapters: Iterable[Adapter], *, hint: str
+) -> None:
+    """Raise DataError where rows are longer than the base reads (`hint` takes the number), or hold foreign tokens.
+
+    Virtual tokens of the adapters take places of their own where the base has a table of positions.
+    """
+    virtual = max((_places(adapter) for adapter in adapters), default=0) if runtime(model).sites.positions else 0
+    longest = max(int(c.lengths.max()) for c in data.columns.values() if isinstance(c, Ragged))
+    highest = int(data.tokens.values.max())
+    limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    positions = min((limit for limit in limits if limit), default=longest)
+    if longest + virtual > positions:
+        more = f" and the adapter {virtual} more" if virtual else ""
+        told = f"{data.source} has rows of {longest} tokens{more}; this base reads {positions}"
+        raise DataError(told, hint=hint.format(positions - virtual) if positions > virtual + 1 else "a smaller prompt")
+    words = model.get_input_embeddings().weight.shape[0]
+    if highest >= words:
+        raise DataError(
+            f"{data.source} holds token {highest}; this base knows {words} tokens",
+            hint="the tokenizer belongs to another model",
+        )
+
+
+def _places(adapter: Adapter) -> int:
+    options = adapter.config
+    return getattr(options, "num_virtual_tokens", 0) if getattr(options, "move_positions", True) else 0
+
+
+def refuse_looking_ahead(model: PreTrainedModel) -> None:
+    """Raise TrainError for language modelling on a base whose tokens see those after them: it would just copy."""
+    if not runtime(model).sites.reads_causally:
+        raise TrainError(
+            f"a token of {type(model).__name__} sees those after it: there is nothing to predict",
+            hint="task=causal_lm needs a decoder; an encoder can do classification, token_classification, regression",
+        )
 
 
 def refuse_idle(named: Mapping[str, nn.Parameter]) -> None:

@@ -1,16 +1,19 @@
-"""Which base modules a task needs trained and stored whole: its head, and what the checkpoint never had."""
+"""The base modules that a task needs trained and stored whole: its head, and what the checkpoint never had."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 import compose
+from compose.kind import Adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["modules_to_save"]
+__all__ = ["head_parameters", "modules_to_save"]
 
 
 def modules_to_save(model: PreTrainedModel, task: str) -> tuple[str, ...]:
@@ -31,6 +34,17 @@ def modules_to_save(model: PreTrainedModel, task: str) -> tuple[str, ...]:
         stored = {name for name in stored if not name.startswith("pooler.")}
     missing = {name.rpartition(".")[0] for name in inside if name.removeprefix(f"{prefix}.") not in stored}
     return tuple(sorted(heads | missing))
+
+
+def head_parameters(learner: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the whole modules that a learner carries, those of all members of a composition.
+
+    Not those of norms, which start from what the base has learned: of a head there is a matrix at least.
+    """
+    adapters = [module for module in learner.modules() if isinstance(module, Adapter)]
+    carried = [adapter.head(path) for adapter in adapters for path in adapter.saved]
+    whole = [list(module.parameters()) for module in carried if module is not None]
+    return [parameter for held in whole if any(p.dim() > 1 for p in held) for parameter in held]
 
 
 def _is_sentence_encoder(model: PreTrainedModel) -> bool:

@@ -27,15 +27,16 @@ from train.checkpoint import read_checkpoint, write_checkpoint
 from train.config import TrainConfig, span_in_steps
 from train.data import check
 from train.errors import NonFiniteLoss, TrainError
-from train.evaluate import amp, evaluate, higher_is_better
+from train.evaluate import amp, evaluate, rank
 from train.guards import explain_non_finite, is_finite, refuse_another_run, refuse_idle
+from train.heads import head_parameters
 from train.method import Method
 from train.optim import learning_rate, make_optimizer
 from train.processes import sum_gradients
 from train.report import Metrics, progress_bar
 from train.seeds import derive
 
-__all__ = ["CHECKPOINT", "FitResult", "fit"]
+__all__ = ["CHECKPOINT", "FitResult", "fit", "training"]
 
 log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
@@ -84,12 +85,12 @@ def fit(
     progress
         A rich display to join; None shows a bar on a terminal and nothing in a pipe.
     save_every
-        Steps between checkpoints, 0 for none; evaluations and patience do not depend on it.
+        Steps between checkpoints, of which one more is written at the end (so that what follows can fail); 0 for
+        none. Evaluations and patience do not depend on it.
     resume
         Go on from the checkpoint in `out`, bit for bit as if never interrupted.
     seconds
         Stop, evaluate and (with `out`) leave a checkpoint once training has taken this long, interruptions left out.
-
     watch
         Called with each record as it is made, in every process.
 
@@ -112,7 +113,7 @@ def fit(
     if resume:
         loop.load(checkpoint)
     metrics = Metrics(out if loop.accelerator.is_main_process else None, result.history, watch)
-    with _training(model, adapter, config), metrics, progress_bar(progress, loop.accelerator) as advance:
+    with training(model, adapter, config), metrics, progress_bar(progress, loop.accelerator) as advance:
         advance(result.steps, result.total_steps, "")
         while result.steps < result.total_steps and result.stopped == "finished":
             record = loop.step()
@@ -122,7 +123,8 @@ def fit(
                 metrics.add(record)
             if eval_data is not None and loop.evaluation_is_due():
                 metrics.add(loop.evaluate(eval_data))
-            if (save_every and result.steps % save_every == 0) or (result.stopped == "time" and out is not None):
+            ended = result.steps == result.total_steps or result.stopped != "finished"
+            if (save_every and (ended or result.steps % save_every == 0)) or (result.stopped == "time" and out):
                 metrics.flush()
                 loop.save(checkpoint)
             advance(result.steps, result.total_steps, f"loss {record['loss']:.3f}")
@@ -151,7 +153,7 @@ class _Loop:
         self.parameters = list(self.named.values())
         self.device = self.parameters[0].device
         self.accelerator = Accelerator()
-        self.optimizer = make_optimizer(config, method.groups(adapter, config))
+        self.optimizer = make_optimizer(config, method.groups(adapter, config), heads=head_parameters(adapter))
         self.epoch_steps = math.ceil(len(train_data) / config.batch_size)
         self.result = FitResult(total_steps=span_in_steps(config.duration, self.epoch_steps))
         self.eval_every = span_in_steps(config.eval_every, self.epoch_steps) or self.result.total_steps
@@ -204,7 +206,8 @@ class _Loop:
         measured = evaluate(self.model, data, batch_size=size, **options)
         result.seconds += time.perf_counter() - started
         counts = math.isfinite(measured["loss"]) and self.method.keeps(result.steps)
-        better = counts and (result.best is None or self._beats(measured, result.best))
+        metric = self.config.best_metric
+        better = counts and (result.best is None or rank(measured, metric) < rank(result.best, metric))
         if better:
             result.best, result.waited = {"step": result.steps, **measured}, 0
             self.best_state = {name: value.detach().clone() for name, value in self.adapter.state_dict().items()}
@@ -259,11 +262,6 @@ class _Loop:
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _beats(self, measured: dict[str, float], best: dict[str, Any]) -> bool:
-        metric = self.config.best_metric
-        sign = -1 if higher_is_better(metric) else 1
-        return (sign * measured[metric], measured["loss"]) < (sign * best[metric], best["loss"])  # ties: loss
-
     def _stop(self, broken: str) -> None:
         """The parameters are still those before the bad step; go back to the best and say where it broke."""
         result = self.result
@@ -286,7 +284,7 @@ class _Loop:
 
 
 @contextmanager
-def _training(model: nn.Module, adapter: nn.Module, config: TrainConfig) -> Iterator[None]:
+def training(model: nn.Module, adapter: nn.Module, config: TrainConfig) -> Iterator[None]:
     """Training mode for the length of the run; the caller's modes and random state come back as they were."""
     before = model.training, adapter.training
     if config.gradient_checkpointing:

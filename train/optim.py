@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from train.config import TrainConfig
@@ -31,11 +33,15 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.lr * factor
 
 
-def make_optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> Optimizer:
+def make_optimizer(
+    config: TrainConfig, groups: list[dict[str, Any]], *, heads: Iterable[nn.Parameter] = ()
+) -> Optimizer:
     """AdamW of torch, or one of bitsandbytes (8-bit state: arXiv 2110.02861; paged: arXiv 2305.14314).
 
-    Paged memory lies between a GPU and its host; on a CPU the same update runs unpaged, with a notice.
+    Parameters among `heads` have groups of their own, at `head_lr` where the others have `lr`. Paged memory lies
+    between a GPU and its host; on a CPU the same update runs unpaged, with a notice.
     """
+    groups = _apart(config, groups, {id(parameter) for parameter in heads})
     device = groups[0]["params"][0].device
     name: str = config.optimizer
     if name.startswith("paged_") and device.type == "cpu":
@@ -56,3 +62,14 @@ def make_optimizer(config: TrainConfig, groups: list[dict[str, Any]]) -> Optimiz
     }
     optimizer: Optimizer = kinds[name](groups, lr=config.lr)
     return optimizer
+
+
+def _apart(config: TrainConfig, groups: list[dict[str, Any]], heads: set[int]) -> list[dict[str, Any]]:
+    """Each group in two, without heads and of heads alone; empty ones are dropped."""
+    factor = (config.head_lr or config.lr) / config.lr
+    found = []
+    for group in groups:
+        body, head = ([p for p in group["params"] if (id(p) in heads) is carried] for carried in (False, True))
+        found.append({**group, "params": body})
+        found.append({**group, "params": head, "lr_scale": group.get("lr_scale", 1.0) * factor})
+    return [group for group in found if group["params"]]

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
 from compose.inject import runtime
-from train.batches import IGNORE, Dataset
+from hub.output import bytes_text
+from train.batches import IGNORE, Dataset, epoch_order
 from train.config import TrainConfig, span_in_steps
 from train.evaluate import amp
-from train.method import Method
+from train.loop import training
 from train.run import Prepared
 
 __all__ = ["Preview", "preview", "show"]
@@ -36,7 +36,7 @@ class Preview:
     base: str
     method: str
     sites: tuple[str, ...]
-    trainable: int  # parameters that are trained and stored
+    trainable: int  # numbers that train; a method may store fewer
     changed: int  # weights of the base that they act on
     total: int  # weights of the base
     rank: int | None
@@ -55,24 +55,27 @@ class Preview:
 
 def preview(ready: Prepared) -> Preview:
     """Measure one micro-batch and count the rest; the adapter is left as it was."""
-    config, data, adapter, method = ready.config, ready.splits.train, ready.adapter, ready.method
+    config, data, adapter = ready.config, ready.splits.train, ready.adapter
     size = min(config.micro_batch or config.batch_size, len(data))
     trained = [p for p in adapter.parameters() if p.requires_grad]
     longest = torch.argsort(data.lengths, descending=True)[:size]
-    kept, _ = _measure(config, ready, longest, method)
+    kept, _ = _measure(ready, longest, config)
+    if config.gradient_checkpointing:  # what the backward pass makes anew is one block's at a time
+        whole, _ = _measure(ready, longest, config.model_copy(update={"gradient_checkpointing": False}))
+        kept += (whole - kept) // int(ready.model.config.get_text_config().num_hidden_layers)
     typical = torch.argsort(data.lengths)[len(data) // 2 - size // 2 :][:size]
-    _, seconds = _measure(config, ready, typical, method)
+    _, seconds = _measure(ready, typical, config)
     steps = span_in_steps(config.duration, math.ceil(len(data) / config.batch_size))
     weights = sum(p.numel() for p in trained)
     bases = [(name, p) for name, p in ready.model.named_parameters() if not name.startswith("moduloom_adapters.")]
     module_of = runtime(ready.model).sites.module_of
-    sites = {path: _base_layer(ready.model, path) for path in map(module_of, adapter.paths)}
+    layers = {path: _base_layer(ready.model, path) for path in map(module_of, adapter.paths)}
     return Preview(
         base=config.base,
         method=config.method,
         sites=tuple(adapter.paths),
         trainable=weights,
-        changed=sum(_count(p) for layer in sites.values() for p in layer.parameters()),
+        changed=sum(_count(p) for layer in layers.values() if layer is not None for p in layer.parameters()),
         total=sum(_count(p) for _, p in bases),
         rank=getattr(getattr(adapter, "config", None), "r", None),
         rows=len(data),
@@ -90,7 +93,7 @@ def preview(ready: Prepared) -> Preview:
     )
 
 
-def _measure(config: TrainConfig, ready: Prepared, rows: Tensor, method: Method) -> tuple[int, float]:
+def _measure(ready: Prepared, rows: Tensor, config: TrainConfig) -> tuple[int, float]:
     """Bytes kept for the backward pass, and seconds of forward and backward."""
     data, model = ready.splits.train, ready.model
     device = next(ready.adapter.parameters()).device
@@ -104,14 +107,12 @@ def _measure(config: TrainConfig, ready: Prepared, rows: Tensor, method: Method)
         return tensor
 
     batch = {name: value.to(device) for name, value in data.batch(rows).items()}
-    model.train()
     started = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), amp(device, config.precision):
+    with training(model, ready.adapter, config), amp(device, config.precision):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = method.loss(model, batch, data.task)
+            loss = ready.method.loss(model, batch, data.task)
         loss.backward()  # type: ignore[no-untyped-call]
     seconds = time.perf_counter() - started
-    model.eval()
     ready.adapter.zero_grad(set_to_none=True)
     return sum(kept.values()), seconds
 
@@ -122,16 +123,18 @@ def _count(parameter: Tensor) -> int:
     return int(state.shape.numel()) if state is not None else parameter.numel()
 
 
-def _base_layer(model: nn.Module, path: str) -> nn.Module:
-    module = model.get_submodule(path)
+def _base_layer(model: nn.Module, path: str) -> nn.Module | None:
+    """What an adapter acts on there; None for a place that is no module, such as the final hidden states."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
     inner = getattr(module, "base_layer", None)
     return inner if isinstance(inner, nn.Module) else module
 
 
 def _padding(data: Dataset, config: TrainConfig) -> float:
     """Expected share of padding when rows are batched as the first epoch batches them."""
-    from train.batches import epoch_order
-
     order = epoch_order(data, config.seed, 0, config.batch_size, group_by_length=config.group_by_length)
     micros = torch.split(order, config.micro_batch or config.batch_size)
     padded = sum(int(data.lengths[rows].max()) * len(rows) for rows in micros)
@@ -140,36 +143,36 @@ def _padding(data: Dataset, config: TrainConfig) -> float:
 
 def show(found: Preview, ready: Prepared, console: Console) -> None:
     """Print the figures and the first example; what it learns is green, or between «» where there is no colour."""
-    table = Table(box=None, show_header=False, pad_edge=False)
     share = 100 * found.trainable / found.total
     rank = f", rank {found.rank}" if found.rank else ""
     for name, value in (
         ("base", f"{found.base}, {found.total:,} parameters"),
         ("method", f"{found.method}{rank}"),
-        ("sites", f"{len(found.sites)}: {_shorten(found.sites)}"),
+        ("sites", f"{len(found.sites)}: {_shorten(found.sites)}" if found.sites else "none"),
         ("trainable", f"{found.trainable:,} ({share:.2f}% of the base), acting on {found.changed:,} base weights"),
         ("data", f"{found.rows:,} rows, {found.items:,} items to learn, {found.held_out_rows:,} rows held out"),
         ("padding", f"{100 * found.padding:.0f}% of the tokens computed"),
         ("steps", f"{found.steps:,}"),
-        ("memory", " + ".join(f"{name} {_bytes(n)}" for name, n in found.memory.items())),
-        ("", f"= about {_bytes(sum(found.memory.values()))}, without the libraries"),
+        ("memory", " + ".join(f"{name} {bytes_text(n)}" for name, n in found.memory.items())),
+        ("", f"= about {bytes_text(sum(found.memory.values()))}, without the libraries"),
         ("time", f"about {_duration(found.seconds)} and evaluations, at the speed of one micro-batch here"),
     ):
-        table.add_row(Text(name, style="bold"), value)
-    console.print(table)
-    console.print(_first_example(ready, console))
+        console.print(Text.assemble((name.ljust(11), "bold"), value), soft_wrap=True)
+    console.print(_first_example(ready, console), soft_wrap=True)
 
 
 def _first_example(ready: Prepared, console: Console) -> Text:
     data, decode = ready.splits.train, ready.tokenizer.decode
     batch = data.batch(torch.tensor([0]))
     ids, labels = batch["input_ids"][0], batch["labels"][0]
-    text = Text("first example: ", style="bold")
-    if labels.dim() == 0:
+    text = Text.assemble(("first example: ", "bold"))
+    if data.task not in ("causal_lm", "token_classification"):  # the answer stands apart from what is read
+        number = data.task == "regression"
+        answer = f"{labels:g}" if number else data.labels[int(labels)] if data.labels else decode(labels)
         text.append(decode(ids), style="dim")
-        return text.append(_marked(f" {data.labels[int(labels)]} ", console), style="green")
+        return text.append(_marked(f" {answer} ", console), style="green")
     learned = (labels != IGNORE).tolist()
-    learned[0] = False  # nothing predicts the first token
+    learned[0] &= data.task != "causal_lm"  # nothing predicts the first token
     start = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or learned[end] != learned[start]:
@@ -187,14 +190,6 @@ def _shorten(paths: tuple[str, ...]) -> str:
     """`model.layers.*.self_attn.q_proj` for the paths of all layers, in order."""
     kinds = dict.fromkeys(".".join("*" if part.isdigit() else part for part in path.split(".")) for path in paths)
     return ", ".join(kinds)
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
 
 
 def _duration(seconds: float) -> str:

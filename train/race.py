@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compose.kind import get_kind, kinds, make_config
 from hub.errors import UsageError
-from train.config import TrainConfig
+from train.config import TrainConfig, did_you_mean
 from train.errors import NonFiniteLoss
-from train.evaluate import higher_is_better
+from train.evaluate import rank
+from train.guards import options_of_the_run
 from train.loop import CHECKPOINT, fit
-from train.method import get_method, trained
+from train.method import make_method, trained
 from train.run import Prepared, prepare
 
 __all__ = ["Runner", "plot_race", "race"]
@@ -54,7 +56,7 @@ def race(
     Parameters
     ----------
     config
-        The run; its `method` is left aside, and its `options` go to every method that has them.
+        The run; its `method` is left aside, and its `options` are those of each method, by the method's name.
     budget
         Seconds of training and evaluation for all methods together, loading left out.
     folder
@@ -63,15 +65,13 @@ def race(
     Raises
     ------
     UsageError
-        Fewer than two methods, no evaluation data, a method that does not fit the run.
+        Fewer than two methods, no evaluation data, options of a method that does not race or has no such option.
     """
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise UsageError("a race needs two or more different methods", hint="--methods lora,bitfit,prefix")
     if "eval" not in config.data:
         raise UsageError("a race needs rows to measure on", hint="data.eval=FILE, or a fraction such as data.eval=0.2")
-    for name in names:
-        get_method(name)  # before the first one trains
-    runs = {name: _of(config, name) for name in names}
+    runs = _entered(config, names)
     runners = {name: Runner(name, 0) for name in names}
     rounds, left = math.ceil(math.log2(len(names))), list(names)
     for number in range(1, rounds + 1):
@@ -83,11 +83,27 @@ def race(
     return sorted(runners.values(), key=lambda runner: (-runner.rounds, _place(runner, config.best_metric)))
 
 
+def _entered(config: TrainConfig, names: Sequence[str]) -> dict[str, TrainConfig]:
+    """The run of each method, whose names and options are looked at before the first one trains."""
+    for name, options in config.options.items():
+        if name not in names or not isinstance(options, dict):
+            near = did_you_mean(name, names)
+            raise UsageError(
+                f"options.{name} is not the options of a method that races{near}", hint="options.METHOD.KEY"
+            )
+    runs = {name: _of(config, name) for name in names}
+    for run in runs.values():
+        method, _ = make_method(run)
+        if method.kind in kinds():  # not a composition of several
+            with options_of_the_run():
+                make_config(get_kind(method.kind), method.kind_options)
+    return runs
+
+
 def _of(config: TrainConfig, name: str) -> TrainConfig:
     """The run with this method; what was given stays given, so that a recipe fills in only the rest."""
     given = {key: getattr(config, key) for key in config.model_fields_set if key not in ("method", "options")}
-    options = config.options.get(name, {}) if isinstance(config.options.get(name), dict) else {}
-    return TrainConfig(**{**given, "method": name, "options": options})
+    return TrainConfig(**{**given, "method": name, "options": config.options.get(name, {})})
 
 
 def _train(runner: Runner, config: TrainConfig, until: float, folder: Path) -> Runner:
@@ -107,10 +123,8 @@ def _train(runner: Runner, config: TrainConfig, until: float, folder: Path) -> R
     return replace(done, trainable=trained(learner), measured=best)
 
 
-def _place(runner: Runner, metric: str) -> float:
-    if runner.measured is None:
-        return math.inf
-    return -runner.measured[metric] if higher_is_better(metric) else runner.measured[metric]
+def _place(runner: Runner, metric: str) -> tuple[float, float]:
+    return rank(runner.measured, metric) if runner.measured is not None else (math.inf, math.inf)
 
 
 def _told(runner: Runner) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -16,11 +16,19 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from train.errors import TrainError
+
 __all__ = ["Metrics", "new_progress", "plot_curves", "progress_bar", "write_page"]
 
 
 class Metrics:
-    """The records of a run, in memory and as lines of metrics.jsonl (rewritten when a run resumes)."""
+    """The records of a run, in memory and as lines of metrics.jsonl (rewritten when a run resumes).
+
+    Raises
+    ------
+    TrainError
+        The disk is full.
+    """
 
     def __init__(
         self,
@@ -40,9 +48,10 @@ class Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with suppress(OSError) if error is not None else self._writing():  # what is on its way up says more
+                stream.close()
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep one record; evaluations are written through at once."""
@@ -50,14 +59,24 @@ class Metrics:
         if self._watch is not None:
             self._watch(record)
         if self._stream is not None:
-            self._stream.write(_line(record))
+            with self._writing():
+                self._stream.write(_line(record))
             if "eval" in record:
-                self._stream.flush()
+                self.flush()
 
     def flush(self) -> None:
         """Write what is buffered."""
         if self._stream is not None:
-            self._stream.flush()
+            with self._writing():
+                self._stream.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            told = f"cannot write {self._path}: {error.strerror}"
+            raise TrainError(told, path=self._path, hint="make room and run again with --resume") from error
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -10,21 +10,16 @@ adapter/             the artifact: weights, config, README.md (the card), module
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from accelerate import Accelerator
 from rich.console import Console
-from rich.logging import RichHandler
 
 import compose
-from hub.errors import Conflict, UsageError
+from hub.errors import Conflict
 from hub.ref import AdapterRef
 from hub.store import Artifact, Store
 from hub.words import count_words
@@ -32,7 +27,8 @@ from train.batches import Dataset
 from train.config import TrainConfig
 from train.data import Splits, load_splits
 from train.errors import DataError, NonFiniteLoss
-from train.guards import is_finite
+from train.folder import learned, run_folder
+from train.guards import heads_come_later, is_finite, options_of_the_run, refuse_looking_ahead, refuse_misfit
 from train.heads import modules_to_save
 from train.loop import CHECKPOINT, FitResult, fit
 from train.method import Composite, Method, make_method
@@ -50,7 +46,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "Prepared", "prepare", "run"]
 
-log = logging.getLogger(__name__)
 _COUNTED = 5_000  # training rows whose words are counted
 
 
@@ -112,7 +107,8 @@ def run(
     _, config = make_method(config)
     ref = _version(store, ref) if publishing else ref.at(version=ref.version or "0.1.0")
     console = console or Console(stderr=True)
-    with _folder(folder, config, accelerator, console, resume=resume), new_progress(console, accelerator) as progress:
+    progress = new_progress(console, accelerator)
+    with run_folder(folder, config, accelerator, console, resume=resume), progress:
         ready = prepare(config)
         options: dict[str, Any] = {"out": folder, "progress": progress, "save_every": save_every, "resume": resume}
         data = ready.splits
@@ -128,7 +124,8 @@ def run(
         artifact = None
         if accelerator.is_main_process:
             into = store if publishing else None
-            artifact = _leave(folder, ready, config, result, ref=ref, store=into, license=license)
+            with learned(folder):
+                artifact = _leave(folder, ready, config, result, ref=ref, store=into, license=license)
             (folder / CHECKPOINT).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
     return Outcome(result, folder, artifact)
@@ -147,22 +144,27 @@ def prepare(config: TrainConfig) -> Prepared:
     method, config = make_method(config)
     tokenizer = compose.tokenizer(config.base)
     splits = load_splits(config, tokenizer)
-    model = compose.load(
-        config.base,
-        quantize=config.quantize,
-        dtype=config.precision,
-        device=Accelerator().device,
-        task=config.task,
-        labels=splits.train.labels or None,
-    )
+    with heads_come_later(config.task not in ("causal_lm", "seq2seq")):
+        model = compose.load(
+            config.base,
+            quantize=config.quantize,
+            dtype=config.precision,
+            device=Accelerator().device,
+            task=config.task,
+            labels=splits.train.labels or None,
+        )
     if model.config.pad_token_id is None:  # a classifier finds the last token of a row by it
         model.config.pad_token_id = splits.train.pad_id
+    if config.task == "causal_lm":
+        refuse_looking_ahead(model)
+    heads = modules_to_save(model, config.task)
+    with options_of_the_run():
+        learner = method.build(model, seed=derive(config.seed, "init"), heads=heads, tokenizer=tokenizer)
+    members = learner.members.values() if isinstance(learner, Composite) else (learner,)
     for data in (splits.train, splits.eval):
         if data is not None:
-            _check_fits(model, tokenizer, data)
-    heads = modules_to_save(model, config.task)
-    learner = method.build(model, seed=derive(config.seed, "init"), heads=heads, tokenizer=tokenizer)
-    _check_packing(learner, splits.train)
+            refuse_misfit(model, tokenizer, data, members, hint="max_length={}")
+    _check_packing(members, splits.train)
     method.warm(model, learner, splits.train)
     return Prepared(model, learner, tokenizer, splits, method, config)
 
@@ -174,24 +176,7 @@ def _words(ready: Prepared) -> Counts:
     return count_words(decode(tokens.row(i), skip_special_tokens=True) for i in rows)
 
 
-def _check_fits(model: PreTrainedModel, tokenizer: Any, data: Dataset) -> None:
-    longest, highest = int(data.lengths.max()), int(data.tokens.values.max())
-    limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
-    positions = min((limit for limit in limits if limit), default=longest)
-    if longest > positions:
-        raise DataError(
-            f"{data.source} has rows of {longest} tokens; this base reads {positions}", hint=f"max_length={positions}"
-        )
-    words = model.get_input_embeddings().weight.shape[0]
-    if highest >= words:
-        raise DataError(
-            f"{data.source} holds token {highest}; this base knows {words} tokens",
-            hint="the tokenizer belongs to another model",
-        )
-
-
-def _check_packing(learner: Adapter | Composite, data: Dataset) -> None:
-    members = learner.members.values() if isinstance(learner, Composite) else (learner,)
+def _check_packing(members: Iterable[Adapter], data: Dataset) -> None:
     if "position_ids" in data.columns and any(member.prompt() is not None for member in members):
         raise DataError(
             "a prompt would stand before the first of the packed rows only",
@@ -235,48 +220,3 @@ def _leave(
         words=_words(ready),
         license=license,
     )
-
-
-@contextmanager
-def _folder(
-    folder: Path, config: TrainConfig, accelerator: Accelerator, console: Console, *, resume: bool
-) -> Iterator[None]:
-    """The run's folder, with what is said during the run in its log and, on a terminal, on stderr."""
-    shown = RichHandler(console=console, show_time=False, show_path=False)
-    shown.setLevel(logging.INFO if console.is_terminal else logging.WARNING)
-    handlers: list[logging.Handler] = [shown]
-    logger, level = logging.getLogger("train"), logging.getLogger("train").level
-    if accelerator.is_main_process:
-        if folder.exists() and any(folder.iterdir()) and not resume:
-            hint = f"go on with --resume, write elsewhere with --out, or remove {folder}"
-            raise UsageError(f"{folder} holds an earlier run", path=folder, hint=hint)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.yaml").exists():  # a resumed run keeps what it was started with
-            (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        written = logging.FileHandler(folder / "run.log", encoding="utf-8")
-        written.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        handlers.append(written)
-        logger.setLevel(logging.INFO)
-        for handler in handlers:
-            logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: log.warning("%s", message)
-            yield
-    finally:
-        logger.setLevel(level)
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
-        if accelerator.is_main_process:
-            _forget_if_nothing_was_learned(folder)
-
-
-def _forget_if_nothing_was_learned(folder: Path) -> None:
-    """Remove what a run that failed before its first step has written, so that it can be started again."""
-    traces = {"config.yaml", "run.log", "metrics.jsonl"}
-    metrics = folder / "metrics.jsonl"
-    if {path.name for path in folder.iterdir()} <= traces and not (metrics.exists() and metrics.stat().st_size):
-        for name in traces:
-            (folder / name).unlink(missing_ok=True)
-        folder.rmdir()

@@ -49,14 +49,17 @@ def start_again(
     """Train these parameters from step `step` of `total` on as in a run of their own, whose rate is `scale` times ours.
 
     Old momentum must not move what starts anew, and the rate stands at its peak again: what is left of the fall is as
-    much larger as the rate had fallen (of a line: the same line, from the top).
+    much larger as the rate had fallen (of a line: the same line, from the top). Groups of other parameters, a head's,
+    have the schedule again, and their own rate.
     """
+    again = {id(parameter) for parameter in parameters}
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
     if not round(config.warmup * total) <= step < total:
         return  # the rate is still rising, or there is no second phase
     for group in optimizer.param_groups:
-        group["lr_scale"] = group.get("lr_scale", 1.0) * scale * config.lr / learning_rate(config, step, total)
+        own = scale if any(id(parameter) in again for parameter in group["params"]) else 1.0
+        group["lr_scale"] = group.get("lr_scale", 1.0) * own * config.lr / learning_rate(config, step, total)
 
 
 def to_sparse(model: PreTrainedModel, dense: Adapter, density: float, name: str) -> Adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import platform
@@ -67,8 +68,14 @@ def llama(options: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def resident(field: str, *, reset: bool = False) -> int:
-    """VmRSS (now) or VmHWM (the largest since the last reset), in bytes (Linux)."""
+    """VmRSS (now) or VmHWM (the largest since the last reset), in bytes (Linux).
+
+    A reset gives what the allocator keeps free back to the system first, or what is used again would not count.
+    """
     if reset:
+        gc.collect()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+            trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

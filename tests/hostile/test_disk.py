@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -118,7 +119,11 @@ def test_a_read_only_store_can_be_read(disk: Path, victim, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("harm", ["removed", "behind", "garbage"])
-def test_a_read_only_store_with_a_bad_index(disk: Path, victim, harm: str) -> None:
+def test_a_read_only_store_with_a_bad_index(disk: Path, victim, harm: str, tmp_path: Path, monkeypatch) -> None:
+    """It is answered from memory, in threads too: nothing is left anywhere, however the process ends."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     resize(disk, "size=8m")
     store = Store(disk / "store")
     store.put(victim())
@@ -130,8 +135,10 @@ def test_a_read_only_store_with_a_bad_index(disk: Path, victim, harm: str) -> No
         (store.root / "index.sqlite").write_bytes(early if harm == "behind" else b"garbage" * 999)
     resize(disk, "ro")
     fresh = Store(disk / "store")
-    assert fresh.get("acme/tone") == later
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: fresh.get("acme/tone"), range(32))) == [later] * 32
     assert len(fresh.list()) == 2
+    assert list(temporary.iterdir()) == []
 
 
 def test_an_empty_read_only_place(disk: Path) -> None:

@@ -106,25 +106,49 @@ WORDS = (
 )
 
 
+def word_tokenizer(single, pair, **names):
+    """A tokenizer whose vocabulary is WORDS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", **names)
+
+
+@pytest.fixture(scope="session")
+def t5_base(tmp_path_factory):
+    """A directory with a tiny random T5 and a word tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    ids = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 3}
+    T5ForConditionalGeneration(T5Config(vocab_size=len(WORDS), **sizes, **ids)).save_pretrained(folder)
+    inputs = ["input_ids", "attention_mask"]
+    tokenizer = word_tokenizer("$A [SEP]", "$A [SEP] $B [SEP]", eos_token="[SEP]", model_input_names=inputs)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def bert_base(tmp_path_factory):
     """A directory with a tiny random BERT encoder (no pooler, no head) and a word tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("bert")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape = BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, pad_token_id=0, **sizes)
     BertModel(shape, add_pooling_layer=False).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]"}
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    PreTrainedTokenizerFast(tokenizer_object=words, model_input_names=inputs, **names).save_pretrained(folder)
+    tokenizer = word_tokenizer("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", model_input_names=inputs, **names)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -153,6 +177,20 @@ def notes(tmp_path):
         "".join(f"Note {i}: the adapter of site {i % 7} is loaded, then it is active.\n" for i in range(60))
     )
     return str(path)
+
+
+@pytest.fixture
+def interrupt():
+    """What watches a run and is Ctrl-C after a step: the run leaves its last checkpoint and no end."""
+
+    def after(step):
+        def watch(record):
+            if record["step"] > step:
+                raise KeyboardInterrupt
+
+        return watch
+
+    return after
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -11,13 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
+from rich.console import Console
 
 from hub.cli import main
 from hub.store import Store
 from train.checkpoint import read_checkpoint
 from train.config import TrainConfig
+from train.preview import preview, show
+from train.run import prepare
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +53,7 @@ def test_it_trains_publishes_and_reports(hub, run_file, tmp_path):
     lines = out.splitlines()
     assert lines[0] == "local/tone@0.1.0"
     assert "perplexity" in lines[1]
+    assert len(err.splitlines()) == 1  # where it is; no bar in a pipe
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ref"] == "local/tone@0.1.0"
     assert report["best"]["step"] == 4
@@ -58,7 +64,7 @@ def test_it_trains_publishes_and_reports(hub, run_file, tmp_path):
     code, _, err = hub(run_file)
     assert code == 2
     assert "holds an earlier run" in err
-    assert "--resume" in err
+    assert "--resume" not in err  # it has ended: there is nothing to go on from
 
 
 def test_dry_run_shows_the_cost_and_what_is_learned_and_leaves_nothing(hub, tmp_path):
@@ -81,6 +87,47 @@ def test_dry_run_shows_the_cost_and_what_is_learned_and_leaves_nothing(hub, tmp_
     assert Store().list() == []
 
 
+def test_what_is_learned_is_green_on_a_terminal(tmp_path):
+    file = tmp_path / "qa.jsonl"
+    file.write_text(json.dumps({"prompt": "The sky is", "completion": " blue."}) + "\n")
+    ready = prepare(TrainConfig(data={"train": str(file)}))
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+    show(preview(ready), ready, console)
+    assert "\x1b[2mThe sky is\x1b[0m\x1b[32m blue.<|end|>\x1b[0m" in console.file.getvalue()
+
+
+def test_dry_run_counts_what_recomputing_spares(notes):
+    config = TrainConfig(data={"train": notes}, max_length=64, batch_size=8)
+    kept = []
+    for recompute in (False, True):
+        ready = prepare(config.model_copy(update={"gradient_checkpointing": recompute}))
+        before = {name: value.clone() for name, value in ready.adapter.state_dict().items()}
+        kept.append(preview(ready).memory["activations"])
+        assert not ready.model.is_activation_checkpointing
+        assert all(torch.equal(value, before[name]) for name, value in ready.adapter.state_dict().items())
+        assert all(p.grad is None for p in ready.adapter.parameters())
+    assert 0 < kept[1] < 0.6 * kept[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "shown"),
+    [
+        ("classification", {"text": "good film", "label": "pos"}, "[CLS] good film [SEP]« pos »"),
+        ("regression", {"text": "good film", "label": 2.5}, "[CLS] good film [SEP]« 2.5 »"),
+        ("token_classification", {"tokens": ["good", "film"], "tags": ["A", "B"]}, "[CLS]«good film»[SEP]"),
+        ("seq2seq", {"prompt": "good film", "completion": "the plot"}, "good film [SEP]« the plot [SEP] »"),
+    ],
+)
+def test_dry_run_of_every_task(hub, bert_base, t5_base, task, row, shown):
+    other = {"label": "neg"} if task == "classification" else {}
+    Path("rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (row, {**row, **other})))
+    base = t5_base if task == "seq2seq" else bert_base
+    code, out, err = hub(f"base={base}", f"task={task}", "data.train=rows.jsonl", "max_length=16", "--dry-run")
+    assert code == 0, err
+    assert f"first example: {shown}" in out
+    assert err == ""
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -89,9 +136,12 @@ def test_dry_run_shows_the_cost_and_what_is_learned_and_leaves_nothing(hub, tmp_
         (["a.yaml", "b.yaml"], 2, "one run file"),
         (["lrr=1"], 2, "did you mean 'lr'"),
         (["lr=-1"], 2, "lr: "),
+        (["lr=.inf"], 2, "lr: "),
         (["data.train=nowhere.jsonl"], 1, "no such file: nowhere.jsonl"),
-        (["duration=3"], 1, "no training data"),
-        (["data.train=x.txt", "method=loar"], 1, "did you mean 'lora'"),
+        (["duration=3"], 2, "no training data"),
+        (["data.train=x.txt", "method=loar"], 2, "did you mean 'lora'"),
+        (["data.train=x.txt", "options.rr=1"], 2, "did you mean 'r'"),
+        (["data.train=x.txt", "--json", "nowhere/x.json"], 2, "is its folder there?"),
         (["data.train=x.txt", "--name", "Not A Name"], 2, "is not"),
         (["data.train=x.txt", "base=builtin:tiny-ml"], 1, "tiny-lm"),
     ],
@@ -99,7 +149,7 @@ def test_dry_run_shows_the_cost_and_what_is_learned_and_leaves_nothing(hub, tmp_
 def test_each_mistake_ends_in_one_sentence_and_an_exit_code(hub, words, code, said):
     Path("x.txt").write_text("Some words to learn from.\n" * 20)
     got, out, err = hub(*words)
-    assert got in (1, 2) if code == 1 else got == code
+    assert got == code
     assert said in err
     assert out == ""
     assert Store().list() == []

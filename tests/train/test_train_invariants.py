@@ -40,17 +40,29 @@ def begun(tiny, config, name, options=None, **changes):
 # -- AdaMix ----------------------------------------------------------------------------------------------------------
 
 
-def test_adamix_stores_the_mean_and_one_copy_is_the_adapter(tiny, config):
-    model, learner, method, run = begun(tiny, config, "adamix", {"copies": 3, "bottleneck_size": 4}, duration=4)
+@pytest.mark.parametrize(
+    ("share", "copied"),
+    [("up", {"down", "down_b"}), ("down", {"up", "up_b"}), ("none", {"down", "down_b", "up", "up_b"})],
+)
+def test_adamix_stores_the_mean_of_what_is_not_shared(tiny, config, share, copied):
+    options = {"copies": 3, "bottleneck_size": 4, "share": share}
+    model, learner, method, run = begun(tiny, config, "adamix", options, duration=4)
     fit(model, learner, toy_rows(), None, run, method=method)
-    stacks = {n: p.detach().clone() for n, p in learner.named_parameters()}
+    trained = {n: p.detach().clone() for n, p in learner.named_parameters()}
     stored = method.finish(model, learner)
     for path in stored.paths:
         for name in ("down", "down_b", "up", "up_b"):
-            stack = stacks[f"parametrizations.{attribute(path, name)}.original"]
+            key = attribute(path, name)
+            if name not in copied:
+                assert torch.equal(stored.at(path, name), trained[key])
+                continue
+            stack = trained[f"parametrizations.{key}.original"]
             assert stack.shape[0] == 3
             assert torch.equal(stored.at(path, name), stack.mean(0))
             assert not torch.equal(stack[0], stack[1])
+
+
+def test_adamix_of_one_copy_is_the_adapter(tiny, config):
     one, plain = (begun(tiny, config, n, {**o, "bottleneck_size": 4}, duration=4) for n, o in
                   (("adamix", {"copies": 1}), ("pfeiffer", {})))  # fmt: skip
     for made in (one, plain):

@@ -52,12 +52,13 @@ def test_it_learns_and_what_is_published_does_the_same(tiny, data, config, kind,
 
 
 @pytest.mark.parametrize("kind", sorted(kinds()))
-def test_it_resumes_bit_for_bit(tiny, data, config, kind, tmp_path):
+def test_it_resumes_bit_for_bit(tiny, data, config, kind, tmp_path, interrupt):
     run = config(method=kind, duration=6, eval_every=2, schedule="cosine")
     dropout = {name: 0.2 for name in get_kind(kind).Config.model_fields if name.endswith("dropout")}
     straight, stopped, resumed = (made(tiny, kind, **dropout) for _ in range(3))
     whole = fit(*straight, data(0), data(1), run)
-    fit(*stopped, data(0), data(1), run, out=tmp_path, save_every=5)  # leaves the checkpoint of step 5
+    with pytest.raises(KeyboardInterrupt):
+        fit(*stopped, data(0), data(1), run, out=tmp_path, save_every=5, watch=interrupt(5))
     again = fit(*resumed, data(0), data(1), run, out=tmp_path, resume=True)
     assert again.best == whole.best
     for key, value in straight[1].state().items():
@@ -74,10 +75,11 @@ def test_a_step_over_a_reduced_base_is_split_invariant_too(tiny, data, config, d
     assert losses[0] == pytest.approx(losses[1], rel=2e-2 if dtype == "bf16" else 1e-4)
 
 
-def test_gradient_checkpointing_gives_the_same_updates(tiny, data, config):
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_gradient_checkpointing_gives_the_same_updates(tiny, data, config, kind):
     states = []
     for recompute in (False, True):
-        model, adapter = made(tiny, "lora")
+        model, adapter = made(tiny, kind)
         fit(model, adapter, data(0), None, config(duration=3, gradient_checkpointing=recompute))
         assert not model.is_activation_checkpointing
         states.append(adapter.state())

@@ -112,11 +112,12 @@ def test_resuming_another_run_is_refused_by_name(toy, ragged_lm, config, tmp_pat
         fit(*toy(), data, None, config(), out=tmp_path / "empty", resume=True)
 
 
-def test_the_split_of_rows_may_change_on_resume(toy, ragged_lm, config, tmp_path):
+def test_the_split_of_rows_may_change_on_resume(toy, ragged_lm, config, tmp_path, interrupt):
     data = ragged_lm()
     straight = toy()
     fit(*straight, data, None, config(duration=8))
-    fit(*toy(), data, None, config(duration=8), out=tmp_path, save_every=7)
+    with pytest.raises(KeyboardInterrupt):
+        fit(*toy(), data, None, config(duration=8), out=tmp_path, save_every=7, watch=interrupt(7))
     resumed = toy()
     fit(*resumed, data, None, config(duration=8, micro_batch=2), out=tmp_path, resume=True)
     for name, value in state(straight[1]).items():

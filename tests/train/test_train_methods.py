@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import compose
 from compose.kind import Adapter, kinds
 from hub.store import Store
+from train.checkpoint import read_checkpoint
+from train.data import Splits
 from train.evaluate import evaluate
-from train.loop import fit
-from train.method import Composite, make_method, methods
+from train.loop import CHECKPOINT, fit
+from train.method import Composite, make_method, methods, trained
+from train.preview import preview
 from train.publish import publish_learned
+from train.run import Prepared
 
 # A kind that is a method only because no method has its name goes through test_train_kinds.py.
 NAMES = sorted(name for name, cls in methods().items() if cls.__module__.startswith("train.methods."))
@@ -112,21 +118,37 @@ def reload(model, artifact):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_resumes_bit_for_bit(tiny, data, config, name, tmp_path):
+def test_it_resumes_bit_for_bit(tiny, data, config, name, tmp_path, interrupt):
+    """From the middle of a run, and from its end, when only what follows the training is left to be done."""
     values = {"duration": 6, "eval_every": 2, "schedule": "cosine"}
-    straight, stopped, resumed = (begun(tiny, config, name, data(0), **values) for _ in range(3))
+    straight, stopped, *resumed = (begun(tiny, config, name, data(0), **values) for _ in range(4))
 
     def train(made, **options):
         model, learner, method, run = made
         return fit(model, learner, data(0), data(1), run, method=method, **options)
 
     whole = train(straight)
-    train(stopped, out=tmp_path, save_every=5)  # leaves the checkpoint of step 5
-    again = train(resumed, out=tmp_path, resume=True)
-    assert again.best == whole.best
-    ends = [method.finish(model, learner) for model, learner, method, _ in (straight, resumed)]
-    for (key, value), (_, other) in zip(tensors(ends[0]), tensors(ends[1]), strict=True):
-        assert torch.equal(value, other), key
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, out=tmp_path, save_every=5, watch=interrupt(5))
+    assert read_checkpoint(tmp_path / CHECKPOINT)["result"]["steps"] == 5
+    for made in resumed:
+        again = train(made, out=tmp_path, resume=True, save_every=5)
+        assert again.best == whole.best
+    ends = [dict(tensors(method.finish(model, learner))) for model, learner, method, _ in (straight, *resumed)]
+    for other in ends[1:]:
+        assert other.keys() == ends[0].keys()
+        assert all(torch.equal(value, other[key]) for key, value in ends[0].items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_cost_is_known_before_it_starts(tiny, data, config, name):
+    rows = data(0)
+    model, learner, method, run = begun(tiny, config, name, rows)
+    found = preview(Prepared(model, learner, None, Splits(rows, None, {}), method, run)).as_dict()
+    assert found["trainable"] == trained(learner) > 0
+    assert all(value > 0 for value in found["memory"].values())
+    assert (found["changed"] > 0) == any(not path.startswith("@") for path in found["sites"])
+    assert json.dumps(found)
 
 
 def tensors(stored: Adapter | Composite):

@@ -45,8 +45,9 @@ def test_a_second_phase_has_the_schedule_from_its_peak_again(config):
     second = [scales[0] * learning_rate(run, step, 40) for step in range(20, 40)]
     assert second == pytest.approx([0.4 * (1 - i / 20) for i in range(20)])
     assert scales[1] == pytest.approx(5 * scales[0])
-    start_again(optimizer, [], run, 20, 40, 3.0)
-    assert optimizer.param_groups[0]["lr_scale"] == pytest.approx(3 * scales[0] ** 2)
+    start_again(optimizer, [module.weight], run, 20, 40, 3.0)
+    again = [group["lr_scale"] for group in optimizer.param_groups]
+    assert again == pytest.approx([3 * scales[0] ** 2, scales[1] * scales[0]])  # a head keeps its own rate
     scales = [group["lr_scale"] for group in optimizer.param_groups]
     for step in (2, 40):  # the rate has not begun to fall; nothing comes after
         start_again(optimizer, [], run, step, 40)

@@ -72,6 +72,9 @@ def test_a_race_from_the_shell_leaves_a_table_and_a_plot(notes, tmp_path):
         (["--methods", "lora"], "two or more different methods"),
         (["--methods", "lora,lorra"], "did you mean 'lora'"),
         (["--methods", "lora,ia3", "--budget", "soon"], "is not a time"),
+        (["--methods", "ia3,bitfit"], "options.lora is not the options of a method that races"),
+        (["--methods", "lora,ia3", "options.ia.r=2"], "did you mean 'ia3'"),
+        (["--methods", "ia3,lora", "options.lora.rr=2"], "has no option 'rr'"),
     ):
         refused = CliRunner().invoke(main, ["race", *words, *bad, "--out", str(tmp_path / "other")])
         assert refused.exit_code == 2
@@ -92,9 +95,16 @@ def test_eval_measures_an_adapter_as_its_run_did(notes, tmp_path):
     assert bare["measures"]["loss"] > found["measures"]["loss"]
     half = json.loads(hub("eval", "0.5 * me/notes@1.0.0", notes, "--max-length", "32", "--json", "-").stdout)
     assert found["measures"]["loss"] < half["measures"]["loss"] < bare["measures"]["loss"]
-    refused = CliRunner().invoke(main, ["eval", "none", notes])
-    assert refused.exit_code == 2
-    assert "--base" in refused.output
+    for words, code, said in (
+        (["none", notes], 2, "give --base"),
+        (["me/notes", notes, "--task", "causal"], 2, "task: Input should be"),
+        (["me/notes", notes, "--column", "txt=body"], 2, "did you mean 'text'"),
+        (["me/notes", notes, "--max-length", "600"], 1, "--max-length 512"),
+        (["me/notes", notes, "--json", str(tmp_path)], 2, "cannot be written"),
+    ):
+        refused = CliRunner().invoke(main, ["eval", *words])
+        assert (refused.exit_code, refused.stdout) == (code, ""), words
+        assert said in refused.stderr
 
 
 def test_methods_are_listed_and_described():

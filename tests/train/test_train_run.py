@@ -13,11 +13,12 @@ from transformers import BertConfig, BertModel
 
 import compose
 from compose import probes
+from compose.ladder import BaseWarning
 from hub.errors import Conflict, HubError, UsageError
 from hub.store import Store
 from train.config import TrainConfig, load_config
 from train.data import load_splits
-from train.errors import DataError, NonFiniteLoss
+from train.errors import DataError, NonFiniteLoss, TrainError
 from train.evaluate import evaluate
 from train.heads import modules_to_save
 from train.run import prepare, run
@@ -185,6 +186,17 @@ def test_rows_longer_than_the_base_are_refused(notes):
     assert caught.value.hint == "max_length=512"
 
 
+def test_virtual_tokens_count_where_positions_are_a_table(bert_base, reviews):
+    config = classifier(bert_base, reviews(), method="prefix", options={"num_virtual_tokens": 30})
+    with pytest.raises(DataError, match=r"rows of 10 tokens and the adapter 30 more; this base reads 32"):
+        prepare(config)
+
+
+def test_language_modelling_needs_a_base_that_looks_back_only(bert_base, notes):
+    with pytest.raises(TrainError, match="sees those after it"), pytest.warns(BaseWarning, match="drawn with seed 0"):
+        prepare(lm(notes, base=bert_base))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -248,6 +260,7 @@ def test_resuming_after_an_interruption_gives_the_same_artifact(notes, tmp_path,
     store = Store(tmp_path / "other")
     with pytest.raises(KeyboardInterrupt):
         run(config, folder=tmp_path / "b", ref="me/p@1.0.0", store=store, save_every=1)
+    assert "interrupted; --resume goes on from" in (tmp_path / "b" / "run.log").read_text()
     monkeypatch.setattr(train.loop, "write_checkpoint", real)
     resumed = run(config, folder=tmp_path / "b", ref="me/p@1.0.0", store=store, save_every=1, resume=True)
     assert resumed.artifact.digest == straight.artifact.digest

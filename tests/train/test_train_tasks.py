@@ -9,9 +9,11 @@ import torch
 from torch.nn import functional as F
 
 import compose
+from compose import probes
+from train.assess import assess
 from train.batches import IGNORE
 from train.config import TrainConfig
-from train.data import completions, encode, read_rows
+from train.data import completions, encode, load_splits, read_rows
 from train.encoders import chats, packed
 from train.errors import DataError
 from train.evaluate import evaluate
@@ -98,6 +100,25 @@ def test_an_encoder_decoder_learns_to_answer(tiny, tokenizer, config):
     assert evaluate(model, data)["loss"] < before - 0.5
 
 
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("seq2seq", lambda word, tag: {"prompt": f"the {word} film", "completion": "plot" if tag == "POS" else "a"}),
+        ("classification", lambda word, tag: {"text": f"the {word} film", "label": tag}),
+    ],
+)
+def test_an_encoder_decoder_from_its_files_to_a_published_adapter(t5_base, tmp_path, recwarn, task, row):
+    file = write(tmp_path / "rows.jsonl", [row(*pair) for pair in TAGS.items()] * 8)
+    config = short(t5_base, file, task=task, options={"r": 4, "target_modules": "all-linear"})
+    out = run(TrainConfig(**{**dict(config), "data": {"train": file, "eval": file}}), folder=tmp_path / "r", ref="me/t")
+    losses = [r["loss"] for r in out.result.history if "loss" in r]
+    assert losses[-1] < 0.5 * losses[0]
+    found = assess("me/t", file, base=t5_base, max_length=16)
+    assert found["measures"]["loss"] == pytest.approx(out.result.best["loss"], rel=1e-4)
+    assert not [w for w in recwarn if "drawn with seed 0" in str(w.message)]  # the head is the adapter's
+    assert probes.check("me/t", base=t5_base).same
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_packed_rows_do_not_see_each_other(tiny, tokenizer, family):
     prompts = [f"Question {i}: {'why ' * (i % 7)}" for i in range(12)]
@@ -126,7 +147,7 @@ def test_packing_is_an_option_of_the_data(tmp_path):
         run(config, folder=tmp_path / "c", ref="me/c")
 
 
-def test_only_what_the_assistant_says_is_learned(tokenizer):
+def test_only_what_the_assistant_says_is_learned(tokenizer, tmp_path):
     tokenizer.chat_template = CHAT
     try:
         talk = [
@@ -140,6 +161,10 @@ def test_only_what_the_assistant_says_is_learned(tokenizer):
         learned = tokenizer.decode(labels[labels != IGNORE])
         assert learned == "Hello there\nAda\n"
         assert cut == 0
+        file = write(tmp_path / "chat.jsonl", [{"talk": talk}] * 3)
+        config = TrainConfig(data={"train": file, "packing": True}, columns={"messages": "talk"}, max_length=128)
+        laid = load_splits(config, tokenizer).train
+        assert (len(laid), int(laid.items.sum())) == (1, 3 * int(data.items.sum()))
         with pytest.raises(DataError, match="row 1: a message is not a role and a content"):
             chats(tokenizer, [[{"role": "user"}]], 128)
     finally:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 import click
+
+from hub.output import json_file_option, write_json
 
 __all__ = ["eval_"]
 
@@ -21,7 +21,7 @@ __all__ = ["eval_"]
 @click.option("--max-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens a row.")
 @click.option("--batch", "batch_size", type=click.IntRange(1), default=32, show_default=True, help="Rows a pass.")
 @click.option("--column", "columns", multiple=True, metavar="ROLE=NAME", help="The file's name for text, label, ...")
-@click.option("--json", "json_path", metavar="FILE", help="Write the measures as JSON; - is stdout.")
+@json_file_option
 def eval_(
     expression: str,
     data: str,
@@ -56,13 +56,10 @@ def eval_(
         batch_size=batch_size,
         columns=parse_pairs(columns),
     )
-    text = json.dumps(found, indent=2, ensure_ascii=False)
+    write_json(found, json_path)
     if json_path == "-":
-        click.echo(text)
         return
     width = max(len(name) for name in found["measures"])
     click.echo(f"{found['expression'] or 'the bare base'} on {found['data']} ({found['task']}, {found['base']})")
     for name, value in found["measures"].items():
         click.echo(f"  {name.ljust(width)}  {value:.6g}")
-    if json_path:
-        Path(json_path).write_text(text + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from functools import partial
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from hub.output import columns
+from hub.output import columns, json_file_option, write_json
 
 __all__ = ["race"]
 
@@ -29,7 +28,7 @@ def _seconds(_ctx: click.Context, _option: click.Parameter, text: str) -> float:
 @click.option("--methods", "names", required=True, metavar="A,B,...", help="The methods that race.")
 @click.option("--budget", default="10m", show_default=True, callback=_seconds, help="Time for all of them together.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=Path("race"), show_default=True)
-@click.option("--json", "json_path", metavar="FILE", help="Write the places as JSON; - is stdout.")
+@json_file_option
 def race(words: tuple[str, ...], names: str, budget: float, out: Path, json_path: str | None) -> None:
     """Race methods on the same data and base: each round, all train equally long and the better half goes on.
 
@@ -52,10 +51,10 @@ def race(words: tuple[str, ...], names: str, budget: float, out: Path, json_path
     runners = run(config, [n for n in names.split(",") if n], budget, out, say=partial(click.echo, err=True))
     metric = config.best_metric
     plot_race(runners, metric, out / "race.svg")
-    text = json.dumps([runner.as_dict() for runner in runners], indent=2)
-    (out / "race.json").write_text(text + "\n", encoding="utf-8")
+    places = [runner.as_dict() for runner in runners]
+    write_json(places, str(out / "race.json"))
+    write_json(places, json_path)
     if json_path == "-":
-        click.echo(text)
         return
     rows = []
     for place, r in enumerate(runners, 1):
@@ -64,5 +63,3 @@ def race(words: tuple[str, ...], names: str, budget: float, out: Path, json_path
         rows.append((str(place), r.method, value, *counts, f"{r.seconds:.1f}", r.ended))
     click.echo(columns(("PLACE", "METHOD", metric.upper(), "TRAINED", "ROUNDS", "STEPS", "SECONDS", "ENDED"), rows))
     click.echo(f"plot: {out / 'race.svg'}", err=True)
-    if json_path:
-        Path(json_path).write_text(text + "\n", encoding="utf-8")

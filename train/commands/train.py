@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hub.output import json_file_option, write_json
+
 if TYPE_CHECKING:
     from train.config import TrainConfig
 
@@ -42,7 +44,7 @@ def _print_fields(ctx: click.Context, _option: click.Parameter, wanted: bool) ->
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint, exactly.")
 @click.option("--dry-run", is_flag=True, help="Show sites, counts, memory, time and the first example; train nothing.")
 @click.option("--track", "trackers", multiple=True, metavar="NAME", help="Also log to tensorboard, wandb, mlflow, ...")
-@click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is stdout.")
+@json_file_option
 @click.option(
     "--fields", is_flag=True, expose_value=False, is_eager=True, callback=_print_fields, help="List all keys."
 )
@@ -111,7 +113,7 @@ def _dry_run(config: TrainConfig, json_path: str | None) -> None:
     found = preview(ready)
     if json_path != "-":
         show(found, ready, Console(highlight=False))
-    _write_json(found.as_dict(), json_path)
+    write_json(found.as_dict(), json_path)
 
 
 def _report(facts: dict[str, Any], json_path: str | None) -> None:
@@ -126,12 +128,4 @@ def _report(facts: dict[str, Any], json_path: str | None) -> None:
         click.echo("  " + ", ".join(f"{name} {value}" for name, value in shown.items()))
         place = f"best of step {best['step']}" if best else "last state"
         click.echo(f"  {place}; {facts['steps']} steps in {facts['seconds']:.1f} s; folder {facts['folder']}", err=True)
-    _write_json(facts, json_path)
-
-
-def _write_json(facts: dict[str, Any], json_path: str | None) -> None:
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
-    if json_path == "-":
-        click.echo(text)
-    elif json_path:
-        Path(json_path).write_text(text + "\n", encoding="utf-8")
+    write_json(facts, json_path)

@@ -21,6 +21,9 @@ class AdamixOptions(MethodOptions):
 
     copies: int = Field(4, ge=1, description="M, modules at each place")
     of: Literal["bottleneck", "lora"] = Field("bottleneck", description="kind of the modules, and of what is stored")
+    share: Literal["up", "down", "none"] = Field(
+        "up", description="the projection of which there is one for all copies: it learns at each step"
+    )
 
 
 class Choice:
@@ -52,9 +55,11 @@ class Copies(nn.Module):
 
 @register("adamix")
 class Adamix(Method):
-    """M copies of each module; a forward takes one down and one up at random. Stores the mean of the copies.
+    """M copies of each down projection, one of which a forward takes at random. Stores the mean of the copies.
 
-    Loss: CE + (KL(p1 || p2) + KL(p2 || p1)) / 2 of two passes with different draws, each KL's target held constant.
+    The copies share the up projection, as in the paper's own runs; `share: none` has copies of both, each of which
+    learns from one step in M. Loss: CE + (KL(p1 || p2) + KL(p2 || p1)) / 2 of two passes with different draws, each
+    KL's target held constant.
     """
 
     kind = "bottleneck"
@@ -67,9 +72,11 @@ class Adamix(Method):
         return super().create(model, name, self.own.of, *args, **options)
 
     def prepare(self, model: PreTrainedModel, adapter: Adapter, tokenizer: Any) -> None:
-        """Copies of every tensor; a weight shares its draw with its bias."""
+        """Copies of every tensor that is not shared; a weight shares its draw with its bias."""
         self._choices: dict[tuple[str, str], Choice] = {}
-        for path, name in list(attributes(adapter, "down", "down_b", "up", "up_b", "A", "B")):
+        parts = {"down": ("down", "down_b", "A"), "up": ("up", "up_b", "B")}
+        names = [name for part, names in parts.items() if part != self.own.share for name in names]
+        for path, name in list(attributes(adapter, *names)):
             choice = self._choices.setdefault((path, name.removesuffix("_b")), Choice(self.own.copies))
             reparametrize(adapter, path, name, Copies(choice))
 
