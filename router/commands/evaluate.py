@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hub.output import columns, print_json, say
+from hub.output import columns, json_file_option, say, write_json
 from router.commands._options import Told, bar, base_options, load_with_members, text_options
 
 if TYPE_CHECKING:
@@ -27,10 +26,10 @@ if TYPE_CHECKING:
 )
 @text_options
 @base_options
-@click.option("--json", "json_file", metavar="FILE|-", help="Write the figures as JSON; - for stdout.")
+@json_file_option
 @click.option("--plot", type=click.Path(dir_okay=False), help="Write the confusion of routing as SVG.")
 def evaluate(
-    router: str, data: tuple[str, ...], dev: tuple[str, ...], json_file: str | None, plot: str | None, **given: Any
+    router: str, data: tuple[str, ...], dev: tuple[str, ...], json_path: str | None, plot: str | None, **given: Any
 ) -> None:
     """Measure a router on named sets of rows: perplexity, or accuracy where its members classify.
 
@@ -57,13 +56,9 @@ def evaluate(
         picture = heatmap(f"{router}: mean weight of each adapter", list(found.confusion), experts, values)
         Path(plot).write_text(picture, encoding="utf-8")
         say(f"wrote {plot}")
-    told_json = {"router": router, **found.as_dict()}
-    if json_file == "-":
-        print_json(_finite(told_json))
-        return
-    if json_file:
-        Path(json_file).write_text(json.dumps(_finite(told_json), indent=2) + "\n", encoding="utf-8")
-    _print(found)
+    write_json(_finite({"router": router, **found.as_dict()}), json_path)
+    if json_path != "-":
+        _print(found)
 
 
 def _measure(router: str, sets: Any, dev: Any, given: dict[str, Any], told: Told | None) -> Report:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import click
 
-from hub.output import say
+from hub.output import json_file_option, say, write_json
 
 __all__ = ["few_shot"]
 
@@ -88,7 +87,7 @@ _base = click.option(
 @click.option("--resume", metavar="DIR", help="Keep the stages of pet and ipet here; a run that was stopped goes on.")
 @click.option("--max-length", type=click.IntRange(8), default=128, show_default=True, help="Tokens a row.")
 @click.option("--publish", metavar="NS/NAME[@VERSION]", help="Put the classifier into the store.")
-@click.option("--json", "json_path", metavar="FILE", help="Write the result as JSON; - is stdout.")
+@json_file_option
 def learn(
     data: str,
     base: str,
@@ -110,12 +109,9 @@ def learn(
     _quiet()
     request = Request(data, base, Columns(text, text2, label), words=words, budget=budget, **options)
     found = run(request, say=say)
-    if json_path == "-":
-        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
-        return
-    if json_path:
-        Path(json_path).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _tell(found, text2)
+    write_json(found, json_path)
+    if json_path != "-":
+        _tell(found, text2)
 
 
 def _tell(found: dict[str, Any], text2: str | None) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from functools import partial
 from pathlib import Path
 
 import click
+
+from hub.output import json_file_option, write_json
 
 __all__ = ["quickstart"]
 
@@ -38,7 +39,7 @@ def _known(_ctx: click.Context, _option: click.Parameter, kind: str) -> str:
     show_default=True,
     help="Folder for report.html and the second store.",
 )
-@click.option("--json", "json_path", metavar="FILE", help="Write the figures as JSON; - is stdout.")
+@json_file_option
 def quickstart(
     domains: tuple[str, ...],
     base: str,
@@ -64,8 +65,6 @@ def quickstart(
     from train.quickstart.gather import gather
     from train.quickstart.userfiles import parse_domains
 
-    if json_path and json_path != "-":
-        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
     found = gather(parse_domains(domains) if domains else {}, seed=seed, say=partial(click.echo, err=True))
 
     from rich.console import Console
@@ -82,12 +81,8 @@ def quickstart(
     story = run(Options(out, base, quantize, kind, seed, steps), found, chatter, started=started)
     report = write_report(story, out / "report.html")
     facts = as_dict(story)
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
-    if json_path == "-":
-        click.echo(text)
-    else:
+    if json_path != "-":
         show(story, Console())
-        if json_path:
-            Path(json_path).write_text(text + "\n", encoding="utf-8")
+    write_json(facts, json_path)
     click.echo(f"report: {report}", err=True)
     click.echo(f"{facts['seconds']:.0f} s, {facts['peak_rss_mb'] or 0:.0f} MB at most", err=True)
