@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = (10.0, 120.0)  # seconds to connect, and between two bytes
 MAX_PAGES = 1000
+_TRIES = 3  # of what can be sent again
 _ODD = "is it an OCI registry? look at the URL"
 
 
@@ -125,9 +127,13 @@ class Wire:
                     skip = max(skip - len(chunk), 0)
 
     def put(self, path: str, data: bytes, media_type: str, about: str) -> None:
-        """Write a manifest."""
-        with self._send("PUT", self.base + path, headers={"Content-Type": media_type}, data=data) as answer:
-            self._good(answer, about)
+        """Write a manifest; again where the registry stumbles (5xx), as docker's may when several write one tag."""
+        for tried in range(1, _TRIES + 1):
+            with self._send("PUT", self.base + path, headers={"Content-Type": media_type}, data=data) as answer:
+                if answer.status_code < 500 or tried == _TRIES:
+                    self._good(answer, about)
+                    return
+            time.sleep(0.2 * tried)
 
     def drop(self, path: str) -> bool:
         """Delete a manifest; False where this registry, or this login, deletes none."""

@@ -150,3 +150,24 @@ def test_more_bytes_than_announced(hostile: Server, victim, tmp_path: Path) -> N
     with pytest.raises(HubError, match="sends more than"):
         pull(Store(tmp_path / "store"), from_url(hostile.url), "acme/tone")
     assert Store(tmp_path / "store").list() == []
+
+
+def test_a_registry_that_stumbles_is_asked_again(hostile: Server) -> None:
+    from hub.oci_http import Wire
+
+    asked = []
+
+    def answer(method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+        asked.append(method)
+        return 500 if len(asked) < fails else 201, {}, b""
+
+    hostile.answer = answer
+    wire = Wire(hostile.url.removeprefix("oci://").removesuffix("/x"), hostile.url)
+    for fails, tries in ((2, 2), (99, 3)):
+        asked.clear()
+        if fails < tries + 1:
+            wire.put("/v2/x/manifests/1.0", b"{}", "application/json", "1.0")
+        else:
+            with pytest.raises(HubError, match=r"refuses 1\.0 \(500\)"):
+                wire.put("/v2/x/manifests/1.0", b"{}", "application/json", "1.0")
+        assert asked == ["PUT"] * tries
