@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "full": (5e-4, {}),
     "lora": (3e-3, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
     "houlsby": (3e-3, {"bottleneck_size": 24}),
-    "prefix": (5e-3, {"num_virtual_tokens": 16}),
+    "prefix": (1e-3, {"num_virtual_tokens": 16}),
 }
 SETTINGS = ("base", "rows", "epochs", "inputs", "precision")
 _SLOT = re.compile(r"(\w[\w ]*)\[([^\]]*)\]")
@@ -136,14 +136,15 @@ def one(given: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
 
 def key(run: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a run the same as another."""
-    return tuple(run[name] for name in ("method", "seed", *SETTINGS))
+    return tuple(run[name] for name in ("method", "seed", "lr", *SETTINGS))
 
 
 def table(runs: list[dict[str, Any]]) -> str:
     """A row for each method, the best BLEU first."""
     columns = ("method", "BLEU", "ROUGE-L", "held-out loss", "seeds", "trained", "stored", "rate", "seconds")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    by = {name: [r for r in runs if r["method"] == name] for name in dict.fromkeys(r["method"] for r in runs)}
+    current = [r for r in runs if r["lr"] == METHODS[r["method"]][0]]
+    by = {name: [r for r in current if r["method"] == name] for name in dict.fromkeys(r["method"] for r in current)}
     for name, own in sorted(by.items(), key=lambda pair: -statistics.mean(r["bleu"] for r in pair[1])):
         cells = [
             _spread([r[field] for r in own], digits) for field, digits in (("bleu", 1), ("rouge_l", 1), ("loss", 2))
@@ -181,7 +182,8 @@ def main() -> None:
     done = {key(run) for run in runs}
     for seed in map(int, given.seeds.split(",")):
         for method in given.methods.split(","):
-            run = {"method": method, "seed": seed, **{name: getattr(given, name) for name in SETTINGS}}
+            run = {"method": method, "seed": seed, "lr": METHODS[method][0]}
+            run |= {name: getattr(given, name) for name in SETTINGS}
             if key(run) in done:
                 continue
             run |= one(given, method, seed) | {"machine": machine()}
