@@ -26,17 +26,19 @@ def json_file_option(function: FunctionT) -> FunctionT:
 
 def _writable(_ctx: click.Context, _option: click.Parameter, path: str | None) -> str | None:
     if path not in (None, "-"):
-        place = Path(path)
-        if place.is_dir() or not os.access(place if place.exists() else place.parent, os.W_OK):
-            raise click.BadParameter(f"{path} cannot be written: is its folder there?")
+        place = Path(path).absolute()
+        there = next(p for p in (place, *place.parents) if p.exists())
+        if there.is_dir() is (there == place) or not os.access(there, os.W_OK):
+            raise click.BadParameter(f"{path} cannot be written: {there} is in the way")
     return path
 
 
 def write_json(value: object, path: str | None) -> None:
-    """Write one JSON document to a file, or print it where the path is ``-``; nothing without a path."""
+    """Write one JSON document to a file, whose folder is made, or print it where the path is ``-``; None: neither."""
     if path == "-":
         print_json(value)
     elif path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
