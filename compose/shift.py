@@ -6,6 +6,7 @@ its parameters p, so its shift is M(p = delta) - M(p = 0), evaluated on the modu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -51,7 +52,7 @@ class ShiftConfig(KindConfig):
     biases: bool = Field(True, description="the biases of those modules move too")
 
 
-class Shift(Adapter):
+class Shift(Adapter, ABC):
     """theta_0 + w delta: linear in its weight w, and the identity at first (delta = 0).
 
     A parameter that two modules share (tied embeddings) is stored once and moves in both where both are chosen.
@@ -101,13 +102,13 @@ class Shift(Adapter):
         """Where the delta of this parameter is kept, or None if it does not move."""
         return self._tied.get((path, name))
 
+    @abstractmethod
     def map_at(self, path: str, name: str) -> LinearMap:
         """The delta of a linear weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def vector_at(self, path: str, name: str) -> Tensor:
         """The delta of any other parameter, in its own shape."""
-        raise NotImplementedError
 
     def lower(self, path: str, below: Below) -> Atoms | None:
         """A map and a bias at a linear site, a moved module elsewhere."""

@@ -56,7 +56,7 @@ def race(
     Parameters
     ----------
     config
-        The run; its `method` is left aside, and its `options` are those of each method, by the method's name.
+        The run. Its `options` are those of each method, by the method's name; others are those of its own `method`.
     budget
         Seconds of training and evaluation for all methods together, loading left out.
     folder
@@ -86,12 +86,14 @@ def race(
 def _entered(config: TrainConfig, names: Sequence[str]) -> dict[str, TrainConfig]:
     """The run of each method, whose names and options are looked at before the first one trains."""
     for name, options in config.options.items():
-        if name not in names or not isinstance(options, dict):
-            near = did_you_mean(name, names)
+        nested = isinstance(options, dict)
+        near = did_you_mean(name, names) if nested else ""
+        fits = nested if name in names else config.method in names and not near
+        if not fits:
             raise UsageError(
                 f"options.{name} is not the options of a method that races{near}", hint="options.METHOD.KEY"
             )
-    runs = {name: _of(config, name) for name in names}
+    runs = {name: _of(config, name, names) for name in names}
     for run in runs.values():
         method, _ = make_method(run)
         if method.kind in kinds():  # not a composition of several
@@ -100,10 +102,11 @@ def _entered(config: TrainConfig, names: Sequence[str]) -> dict[str, TrainConfig
     return runs
 
 
-def _of(config: TrainConfig, name: str) -> TrainConfig:
+def _of(config: TrainConfig, name: str, names: Sequence[str]) -> TrainConfig:
     """The run with this method; what was given stays given, so that a recipe fills in only the rest."""
+    own = {key: value for key, value in config.options.items() if key not in names and name == config.method}
     given = {key: getattr(config, key) for key in config.model_fields_set if key not in ("method", "options")}
-    return TrainConfig(**{**given, "method": name, "options": config.options.get(name, {})})
+    return TrainConfig(**{**given, "method": name, "options": {**own, **config.options.get(name, {})}})
 
 
 def _train(runner: Runner, config: TrainConfig, until: float, folder: Path) -> Runner:

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from hub.cli import main
+from hub.errors import UsageError
 from train import race
 from train.config import TrainConfig
 from train.loop import fit
@@ -53,8 +54,18 @@ def test_a_race_halves_the_field_at_equal_times(notes, tmp_path, monkeypatch):
     places = race.race(config, list(losses), 80.0, tmp_path, say=lambda text: None)
     assert asked == [(name, 10.0) for name in losses] + [("bitfit", 30.0), ("lora", 30.0)]
     assert [r.method for r in places] == ["bitfit", "lora", "ia3", "prompt"]
-    assert race._of(config, "lora").options == {"r": 2}
-    assert race._of(config, "ia3").options == {}
+    assert race._of(config, "lora", list(losses)).options == {"r": 2}
+    assert race._of(config, "ia3", list(losses)).options == {}
+
+
+def test_the_run_of_one_method_races_as_it_is(notes):
+    """`options` without a method's name are of the run's own method."""
+    config = TrainConfig(data={"train": notes, "eval": 0.2}, options={"r": 2, "bitfit": {}}, **LM)
+    runs = race._entered(config, ["lora", "bitfit"])
+    assert (runs["lora"].options, runs["bitfit"].options) == ({"r": 2}, {})
+    for options, names in (({"r": 2}, ["ia3", "bitfit"]), ({"lora": 2}, ["lora", "bitfit"])):
+        with pytest.raises(UsageError, match="is not the options of a method that races"):
+            race._entered(config.model_copy(update={"options": options}), names)
 
 
 def test_a_race_from_the_shell_leaves_a_table_and_a_plot(notes, tmp_path):

@@ -36,8 +36,8 @@ def race(words: tuple[str, ...], names: str, budget: float, out: Path, json_path
     hub race run.yaml --methods lora,bitfit,prefix,houlsby --budget 10m
     hub race data.train=train.jsonl data.eval=0.2 task=classification base=DIR options.lora.r=16 --methods lora,ia3
 
-    Options of one method are given as options.METHOD.KEY. The folder keeps race.svg (the metric against trained
-    parameters and seconds), race.json and each method's checkpoint.
+    Options of one method are given as options.METHOD.KEY; without METHOD they are of the run's own. The
+    folder keeps race.svg (the metric against trained parameters and seconds), race.json and each method's checkpoint.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported: see `hub train`
     from hub.errors import UsageError

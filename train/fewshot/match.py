@@ -1,8 +1,10 @@
 """How well the second text of a pair is borne out by the first: cosines between the states of their tokens.
 
-With unit states a_s of the first text's tokens and b_t of the second's, both read apart (arXiv:1904.09675):
+With states a_s of the first text's tokens and b_t of the second's, both read apart, and c_st = cos(a_s, b_t):
 
-    cos(mean a, mean b),   mean_t max_s a_s . b_t,   mean_s max_t a_s . b_t,   min_t max_s a_s . b_t
+    cos(mean_s a_s, mean_t b_t),   mean_t max_s c_st,   mean_s max_t c_st,   min_t max_s c_st
+
+The second and third are recall and precision of arXiv:1904.09675.
 
 Entailment, paraphrase and answers show in these four numbers after a few examples; in the one vector of a joined pair,
 which says above all what it is about, they do not.
