@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from compose.api import route as route
     from compose.api import save as save
     from compose.api import tokenizer as tokenizer
-    from compose.expr import parse as parse
+    from compose.expr.tree import parse as parse
 
 _HOMES = {
     **dict.fromkeys(
         ("activate", "attach", "create", "detach", "eject", "identity", "load", "route", "save", "tokenizer"),
         "compose.api",
     ),
-    "parse": "compose.expr",
+    "parse": "compose.expr.tree",
 }
 
 __all__ = ["activate", "attach", "create", "detach", "eject", "identity", "load", "parse", "route", "save", "tokenizer"]

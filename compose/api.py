@@ -15,15 +15,16 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compose import base as bases
-from compose import inject, interop
-from compose.expr import Expr
-from compose.inject import ExprLike
-from compose.kind import Adapter, KindConfig, get_kind, make_config
-from compose.ladder import compare
-from compose.plan import Leaf, plan
-from compose.switch import Gate, Mixer
-from compose.unfold import Resolved
+from compose.base import model as bases
+from compose.base.compatibility import compare
+from compose.expr.tree import Expr
+from compose.formats import directory as interop
+from compose.kind.adapter import Adapter, KindConfig, get_kind, make_config
+from compose.planning.plan import Leaf, plan
+from compose.planning.unfold import Resolved
+from compose.runtime import model_runtime as inject
+from compose.runtime.model_runtime import ExprLike
+from compose.slots.gate import Gate, Mixer
 from hub.manifest import BaseIdentity, Manifest
 from hub.store import Artifact, Store
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compose.maps import Dense, Lifted, LinearMap
-from compose.rows import Rows
+from compose.kernels.fused_rows import Rows
+from compose.kernels.maps import Dense, Lifted, LinearMap
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Moved:
 class Side:
     """A network beside the model, at the pseudo-site of the final states h: it adds F(h, trace) to them.
 
-    ``fn`` reads the hidden states of the call under way from the trace (see :mod:`compose.side`), which the runtime
+    ``fn`` reads the hidden states of the call under way from the trace (:mod:`compose.slots.side`), which the runtime
     sets.
     """
 

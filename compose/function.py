@@ -20,8 +20,8 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from compose.expr import Call, Expr
-from compose.tokens import ExpressionError
+from compose.expr.tokens import ExpressionError
+from compose.expr.tree import Call, Expr
 from hub.errors import suggest
 from hub.plugins import discover
 

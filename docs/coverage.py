@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import transformers
 
-from compose.inject import activate, runtime
-from compose.kind import KindError, get_kind, kinds, make_config
-from compose.merge import lower_to_lora
-from compose.plan import PlanError
-from compose.sites import SiteError
+from compose.base.sites import SiteError
+from compose.kind.adapter import KindError, get_kind, kinds, make_config
+from compose.merging.merge import lower_to_lora
+from compose.planning.plan import PlanError
+from compose.runtime.model_runtime import activate, runtime
 
 HOME = Path(__file__).parent
 IDS = {"vocab_size": 37, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}

@@ -40,7 +40,7 @@ def _help(command: click.Command, name: str, parent: click.Context) -> Iterator[
 
 def methods() -> str:
     """docs/methods.md with the table of methods made anew between its two marks."""
-    from train import listing
+    from train import methods_table as listing
 
     start, end = "<!-- methods: begin -->", "<!-- methods: end -->"
     head, rest = (HOME / "methods.md").read_text(encoding="utf-8").split(start)

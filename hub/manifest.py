@@ -27,9 +27,9 @@ from pydantic import (
     model_validator,
 )
 
-from hub import canonical
 from hub.errors import ManifestError, RefError, suggest
-from hub.files import check_relative
+from hub.io import canonical_json as canonical
+from hub.io.files import check_relative
 from hub.ref import AdapterRef, check_digest, check_range, check_version
 
 SCHEMA_VERSION = 1  # of `Manifest.schema_version`; raised only where an old reader would misread
@@ -326,7 +326,7 @@ def _place(location: tuple[int | str, ...]) -> str:
 
 def read_manifest(directory: Path) -> Manifest:
     """Read and validate ``module.json`` of an artifact directory."""
-    from hub.files import read_capped
+    from hub.io.files import read_capped
 
     path = directory / MANIFEST_NAME
     return Manifest.parse(read_capped(path, canonical.MAX_JSON), what=str(path))

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from hub import gates as hub_gates
+from hub.contents import gates as hub_gates
+from hub.contents.gates import Gate
+from hub.contents.tensor_files import FileScan, tensors_digest
 from hub.errors import GateError, HubError, NotFound
-from hub.files import atomic_write, walk
-from hub.gates import Gate
+from hub.io.files import atomic_write, walk
 from hub.manifest import MANIFEST_NAME, Draft, Manifest, read_manifest
-from hub.tensors import FileScan, tensors_digest
 
 
 def pack(directory: Path, draft: Draft, *, gates: Sequence[Gate] = ()) -> Manifest:

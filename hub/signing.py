@@ -2,7 +2,7 @@
 
 A signature is a Sigstore bundle over an in-toto statement that lists the sha256 of every file of the artifact,
 ``module.json`` included. It is kept apart from the artifact, whose digest it must not change: in the store by digest
-and key (`hub.signatures`), from where push and pull take it along, or in any file. Stock ``model_signing verify key
+and key (`hub.storage.signatures`), where push and pull take it along, or in any file. Stock ``model_signing verify key
 DIR`` accepts it for the directory that ``hub pull REF --out DIR`` writes.
 """
 
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hub.errors import IntegrityError, NotFound, UsageError
-from hub.files import atomic_write, read_capped
+from hub.io.files import atomic_write, read_capped
 from hub.manifest import MANIFEST_NAME
 from hub.pack import check_directory
-from hub.signatures import MAX_SIGNATURE
+from hub.storage.signatures import MAX_SIGNATURE
 
 if TYPE_CHECKING:
     from hub.store import Store

@@ -12,22 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from hub import canonical, layout, oci
-from hub.artifact import Artifact
-from hub.disk import disk_errors
+from hub.contents.manifest_outline import outline
 from hub.errors import Conflict, IntegrityError, NotFound
-from hub.index import Facts, Index
-from hub.ledger import Position
-from hub.memory import MemoryIndex
-from hub.outline import outline
-from hub.query import build
+from hub.io import canonical_json as canonical
+from hub.io.disk import disk_errors
 from hub.ref import AdapterRef
-from hub.resolve import ABSENT, Catalogue, Release
-from hub.vault import Vault
+from hub.storage import oci
+from hub.storage import oci_index as layout
+from hub.storage.artifact import Artifact
+from hub.storage.index import Facts, Index
+from hub.storage.ledger import Position
+from hub.storage.memory_index import MemoryIndex
+from hub.storage.query import build
+from hub.storage.releases import ABSENT, Catalogue, Release
+from hub.storage.vault import Vault
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry
-    from hub.search import Score
+    from hub.storage.search import Score
 
 __all__ = ["ABSENT", "Artifact", "Problem", "Store", "default_root"]
 
@@ -88,7 +90,7 @@ class Store(Vault):
         IntegrityError, GateError, ManifestError
             The directory does not hold what its manifest says, or must not be published. Nothing is changed.
         """
-        from hub.files import open_regular
+        from hub.io.files import open_regular
         from hub.pack import check_listing
 
         directory = Path(directory)
@@ -157,7 +159,7 @@ class Store(Vault):
 
     def verify(self, ref: str | AdapterRef | None = None) -> list[Problem]:
         """Read every byte of one artifact, or of the whole store with its log and index; list what is wrong."""
-        from hub.verify import verify_release, verify_store
+        from hub.storage.verify import verify_release, verify_store
 
         if ref is None:
             return verify_store(self)
@@ -271,7 +273,7 @@ class Store(Vault):
 
         Filters as for `list`.
         """
-        from hub.search import digests
+        from hub.storage.search import digests
 
         asked = dict(filters)
         chosen = self._ask(lambda i: digests(i, text, limit=limit, yanked=yanked, newest=newest, filters=asked))
@@ -279,7 +281,7 @@ class Store(Vault):
 
     def scores(self, chosen: Iterable[Artifact], metric: str) -> dict[str, builtins.list[Score]]:
         """Figures of one metric, by digest of the artifacts that have any."""
-        from hub.search import scores
+        from hub.storage.search import scores
 
         digests = [artifact.digest for artifact in chosen]
         return self._ask(lambda index: scores(index, digests, metric))
@@ -297,7 +299,7 @@ class Store(Vault):
         """Artifacts that pass all filters, by name and version unless `sort` says otherwise.
 
         Filters: name (with ``*``), namespace, version, digest, type, kind, method, task, license, base (repo or
-        digest), label, language, domain, alias, text (full text, by prefix). See `hub.query.build` for the rest.
+        digest), label, language, domain, alias, text (full text, by prefix). The rest: `hub.storage.query.build`.
         """
         where, arguments, order = build(
             filters, yanked=yanked, newest=newest, sort=sort, ascending=ascending, limit=limit

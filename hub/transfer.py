@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hub import canonical
+from hub.console.progress import Progress, quiet
 from hub.errors import GateError, IntegrityError, NotFound, suggest
-from hub.parallel import JOBS, Crew
-from hub.progress import Progress, quiet
+from hub.io import canonical_json as canonical
+from hub.io.parallel import JOBS, Crew
 from hub.ref import LATEST, AdapterRef, version_key
-from hub.resolve import Catalogue, Release, choose, refuse_conflict
-from hub.signatures import fitting
+from hub.storage.releases import Catalogue, Release, choose, refuse_conflict
+from hub.storage.signatures import fitting
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest, Requirement

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from router.dispatch import row_expressions as row_expressions
     from router.engine.engine import Engine as Engine
     from router.engine.request import Request as Request
-    from router.ensemble import Ensemble as Ensemble
+    from router.ensemble.demix import Ensemble as Ensemble
     from router.gating import Gating as Gating
     from router.gating import gate as gate
     from router.router import Router as Router
@@ -17,7 +17,7 @@ _HOMES = {
     "Batch": "router.bench",
     "Bench": "router.bench",
     "Engine": "router.engine.engine",
-    "Ensemble": "router.ensemble",
+    "Ensemble": "router.ensemble.demix",
     "Gating": "router.gating",
     "Request": "router.engine.request",
     "Router": "router.router",

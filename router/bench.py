@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from compose.expr import Expr, parse
-from compose.inject import runtime
+from compose.expr.tree import Expr, parse
+from compose.runtime.model_runtime import runtime
 from hub.errors import UsageError
 
 Experts: TypeAlias = Mapping[str, Expr | str]  # name of an expert -> what it is in the model

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from compose.expr import Add, Expr, Scale, parse
+from compose.expr.tree import Add, Expr, Scale, parse
 
 
 def row_expressions(experts: Sequence[Expr | str], weights: Tensor) -> list[Expr | None]:

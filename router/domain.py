@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compose
-from compose.expr import Ref, parse
-from compose.inject import runtime
-from compose.kind import Adapter
+from compose.expr.tree import Ref, parse
+from compose.kind.adapter import Adapter
+from compose.runtime.model_runtime import runtime
 from hub.errors import Conflict, UsageError
-from router.fold import expert_log_probs
+from router.ensemble.experts import expert_log_probs
 
 
 def closest(

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from router.bench import Batch
-from router.fold import active
+from router.ensemble.experts import active
 
 
 def hidden_means(model: PreTrainedModel, batch: Batch) -> Tensor:

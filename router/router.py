@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compose
-from compose.expr import Ref, add
-from compose.inject import runtime
+from compose.expr.tree import Ref, add
+from compose.runtime.model_runtime import runtime
 from hub.errors import Conflict, NotFound, UsageError, suggest
 from router.bench import Batch, Bench, Experts, tree
 from router.dispatch import row_expressions

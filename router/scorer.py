@@ -104,7 +104,7 @@ class SiteScorer(Scorer):
         """Function of a site's path and input x (B, T, d) that gives scores (B, T or 1, E), or None: no expert."""
 
     def mixer(self, statistics: Mapping[str, Statistics]) -> Any | None:
-        """A `compose.switch.Mixer`, where experts are mixed by what they answer; the gating is then not asked."""
+        """A `compose.slots.gate.Mixer`, where experts are mixed by what they answer; the gating is then not asked."""
         return None
 
 

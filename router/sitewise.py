@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import compose
-from compose.inject import runtime
+from compose.runtime.model_runtime import runtime
 from router.bench import Bench, Experts
 from router.gating import Gating
 from router.scorer import SiteScores, Statistics
@@ -54,7 +54,7 @@ class Table:
 
 
 class SiteGate:
-    """A `compose.switch.Gate`: scores, then the gating; a site without any scores gives no expert weight."""
+    """A `compose.slots.gate.Gate`: scores, then the gating; a site without any scores gives no expert weight."""
 
     def __init__(self, scores: SiteScores, gating: Gating, experts: int, record: Recorder | None = None) -> None:
         self.scores, self.gating, self.experts, self.record = scores, gating, experts, record

@@ -11,9 +11,9 @@ _HOMES = {
     "FitResult": "train.loop",
     "TrainConfig": "train.config",
     "fit": "train.loop",
-    "perplexity": "train.evaluate",
-    "read_rows": "train.data",
-    "text_blocks": "train.data",
+    "perplexity": "train.steps.evaluate",
+    "read_rows": "train.data.datasets",
+    "text_blocks": "train.data.datasets",
 }
 
 

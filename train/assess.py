@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import compose
-from compose.leaves import Shelf
+from compose.planning.members import Shelf
 from hub.errors import UsageError
 from hub.manifest import Manifest
 from hub.store import Store
 from train.config import make_config
-from train.data import encode, read_rows
-from train.evaluate import evaluate
-from train.guards import heads_come_later, refuse_looking_ahead, refuse_misfit
+from train.data.datasets import encode, read_rows
+from train.steps.evaluate import evaluate
+from train.steps.guards import heads_come_later, refuse_looking_ahead, refuse_misfit
 
 __all__ = ["assess"]
 
@@ -61,7 +61,7 @@ def assess(
             labels=(labels or rows.labels) or None,
             store=store,
         )
-    resident = compose.inject.runtime(model).adapters.values()
+    resident = compose.runtime.model_runtime.runtime(model).adapters.values()
     refuse_misfit(model, tokenizer, rows, resident, hint="--max-length {}")
     if task == "causal_lm":
         refuse_looking_ahead(model)

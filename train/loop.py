@@ -22,19 +22,19 @@ from accelerate import Accelerator
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from train.batches import Dataset, epoch_order
-from train.checkpoint import read_checkpoint, write_checkpoint
 from train.config import TrainConfig, span_in_steps
-from train.data import check
+from train.data.batches import Dataset, epoch_order
+from train.data.datasets import check
 from train.errors import NonFiniteLoss, TrainError
-from train.evaluate import amp, evaluate, rank
-from train.guards import explain_non_finite, is_finite, refuse_another_run, refuse_idle
-from train.heads import head_parameters
+from train.learner.heads import head_parameters
 from train.method import Method
-from train.optim import learning_rate, make_optimizer
-from train.processes import sum_gradients
-from train.report import Metrics, progress_bar
+from train.results.report import Metrics, progress_bar
 from train.seeds import derive
+from train.steps.checkpoint import read_checkpoint, write_checkpoint
+from train.steps.evaluate import amp, evaluate, rank
+from train.steps.guards import explain_non_finite, is_finite, refuse_another_run, refuse_idle
+from train.steps.optimizer import learning_rate, make_optimizer
+from train.steps.processes import sum_gradients
 
 __all__ = ["CHECKPOINT", "FitResult", "fit", "training"]
 

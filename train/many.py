@@ -22,22 +22,22 @@ from torch.nn import functional as F
 
 import compose
 from hub.errors import UsageError
-from train.batches import IGNORE, Dataset, epoch_order
 from train.config import TrainConfig, span_in_steps
-from train.data import check
+from train.data.batches import IGNORE, Dataset, epoch_order
+from train.data.datasets import check
 from train.errors import NonFiniteLoss, TrainError
-from train.evaluate import amp, evaluate, rank
-from train.heads import head_parameters
+from train.learner.heads import head_parameters
 from train.loop import FitResult
 from train.method import Method
-from train.objective import forward, loss_sum
-from train.optim import learning_rate, make_optimizer
 from train.seeds import derive
+from train.steps.evaluate import amp, evaluate, rank
+from train.steps.objective import forward, loss_sum
+from train.steps.optimizer import learning_rate, make_optimizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from compose.kind import Adapter
+    from compose.kind.adapter import Adapter
 
 __all__ = ["Job", "fit_many"]
 
@@ -132,7 +132,7 @@ def fit_many(
         A job's loss or gradient broke; every job is back in its best state, and the error names the job.
     """
     _check(jobs)
-    home = compose.inject.runtime(model)
+    home = compose.runtime.model_runtime.runtime(model)
     before, training, config = home.rows, model.training, jobs[0].config
     runs = [_started(job) for job in jobs]
     (through or model).train()

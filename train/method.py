@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import compose
-from compose.kind import Adapter, get_kind, kinds
+from compose.kind.adapter import Adapter, get_kind, kinds
 from hub.errors import did_you_mean
 from hub.plugins import discover
 from train.config import TrainConfig
 from train.errors import ConfigError
-from train.objective import forward, loss_sum
+from train.steps.objective import forward, loss_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from train.batches import Dataset
+    from train.data.batches import Dataset
 
 __all__ = [
     "NAME",
@@ -112,7 +112,7 @@ class Method:
         return adapter
 
     def prepare(self, model: PreTrainedModel, adapter: Adapter, tokenizer: Any) -> None:
-        """Change a fresh adapter: where its tensors start, or what they are made of (see train.reparametrize)."""
+        """Change a fresh adapter: where its tensors start, or what they are made of (train.learner.reparametrize)."""
 
     def create(
         self,

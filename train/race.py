@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compose.kind import get_kind, kinds, make_config
+from compose.kind.adapter import get_kind, kinds, make_config
 from hub.errors import UsageError
 from train.config import TrainConfig, did_you_mean
 from train.errors import NonFiniteLoss
-from train.evaluate import rank
-from train.guards import options_of_the_run
 from train.loop import CHECKPOINT, fit
 from train.method import make_method, trained
 from train.run import Prepared, prepare
+from train.steps.evaluate import rank
+from train.steps.guards import options_of_the_run
 
 __all__ = ["Runner", "plot_race", "race"]
 

@@ -21,28 +21,28 @@ from rich.console import Console
 import compose
 from hub.errors import Conflict
 from hub.ref import AdapterRef
+from hub.relations.word_counts import count_words
 from hub.store import Artifact, Store
-from hub.words import count_words
-from train.batches import Dataset
 from train.config import TrainConfig
-from train.data import Splits, load_splits
+from train.data.batches import Dataset
+from train.data.datasets import Splits, load_splits
 from train.errors import DataError, NonFiniteLoss
-from train.folder import learned, run_folder
-from train.guards import heads_come_later, is_finite, options_of_the_run, refuse_looking_ahead, refuse_misfit
-from train.heads import modules_to_save
+from train.learner.heads import modules_to_save
 from train.loop import CHECKPOINT, FitResult, fit
 from train.method import Composite, Method, make_method
-from train.publish import next_version, publish_learned
-from train.report import new_progress, plot_curves, write_page
+from train.results.folder import learned, run_folder
+from train.results.publish import next_version, publish_learned
+from train.results.report import new_progress, plot_curves, write_page
+from train.results.tracking import tracking
 from train.seeds import derive
-from train.tracking import tracking
+from train.steps.guards import heads_come_later, is_finite, options_of_the_run, refuse_looking_ahead, refuse_misfit
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
     from transformers import PreTrainedModel
 
-    from compose.kind import Adapter
-    from hub.words import Counts
+    from compose.kind.adapter import Adapter
+    from hub.relations.word_counts import Counts
 
 __all__ = ["Outcome", "Prepared", "prepare", "run"]
 

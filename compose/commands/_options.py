@@ -53,8 +53,8 @@ def expression(word: str) -> str:
         return word
     import yaml
 
-    from compose.recipe import from_json
-    from compose.tokens import ExpressionError
+    from compose.algebra.recipe import from_json
+    from compose.expr.tokens import ExpressionError
 
     try:
         value = yaml.safe_load(path.read_text("utf-8"))  # JSON is YAML

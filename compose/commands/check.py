@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from compose.commands._options import adapter_option, base_options, expression
-from hub.output import json_option, print_json, say, warn
+from hub.console.output import json_option, print_json, say, warn
 
 
 @click.command()
@@ -24,8 +24,8 @@ def check(ctx: click.Context, /, expr: str, adapters: tuple[str, ...], as_json: 
     Checked are the text, that all adapters are there and made for one base and for this one, that the functions fit
     the kinds, that every tensor has its place, and that each site can carry what acts there.
     """
-    from compose.explain import check as examine
-    from compose.leaves import Shelf, assignments
+    from compose.inspection.explain import check as examine
+    from compose.planning.members import Shelf, assignments
     from hub.errors import HubError
 
     try:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compose.commands._options import base_option, steps_bar
-from hub.output import columns, json_option, print_json, say
+from hub.console.output import columns, json_option, print_json, say
 
 if TYPE_CHECKING:
-    from compose.doctor import Diagnosis
+    from compose.inspection.merge_doctor import Diagnosis
 
 _SHOWN = 12  # sites that are listed, the worst first
 
@@ -74,8 +74,8 @@ def doctor(
     directories or refs. Known mistakes are named: A and B merged apart, a scale kept from rsLoRA, a mean divided
     twice. The base is needed for DoRA only.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from compose.doctor import examine
-    from compose.leaves import Shelf
+    from compose.inspection.merge_doctor import examine
+    from compose.planning.members import Shelf
 
     with steps_bar() as progress:
         found = examine(result, members, Shelf(), weights=weights or None, progress=progress, **options)

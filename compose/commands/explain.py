@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from compose.commands._options import adapter_option, base_options, expression
-from hub.output import print_json
+from hub.console.output import print_json
 
 
 @click.command()
@@ -28,9 +28,9 @@ def explain(expr: str, adapters: tuple[str, ...], form: str, as_json: bool, **op
     What `hub compose check` refuses is refused here too, in the same way. Costs are operations in matrix products,
     counted on the shapes of the base with a text of 128 tokens.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from compose.explain import explain as examine
-    from compose.leaves import Shelf, assignments
-    from compose.telling import as_dot, as_text
+    from compose.inspection.explain import explain as examine
+    from compose.inspection.explain_text import as_dot, as_text
+    from compose.planning.members import Shelf, assignments
 
     found = examine(expression(expr), Shelf(given=assignments(adapters)), **options)
     if as_json or form == "json":

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hub.output import columns, json_option, print_json
+from hub.console.output import columns, json_option, print_json
 
 
 @click.command()

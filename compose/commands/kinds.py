@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from compose.commands.functions import fields
-from hub.output import columns, json_option, print_json
+from hub.console.output import columns, json_option, print_json
 
 
 @click.command()
@@ -39,8 +39,8 @@ def kinds(name: str | None, as_json: bool) -> None:
 
 def rows(name: str | None = None) -> list[dict[str, Any]]:
     """Facts of all kinds, or of the one called ``name``, from the registry."""
-    from compose.kind import get_kind
-    from compose.kind import kinds as known
+    from compose.kind.adapter import get_kind
+    from compose.kind.adapter import kinds as known
 
     classes = [get_kind(name)] if name is not None else list(known().values())
     return [
@@ -64,6 +64,6 @@ def _first(doc: str | None) -> str:
 
 def _own(row: dict[str, Any]) -> list[str]:
     """Options that not every kind has."""
-    from compose.kind import KindConfig
+    from compose.kind.adapter import KindConfig
 
     return [option["name"] for option in row["options"] if option["name"] not in KindConfig.model_fields]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from compose.commands._options import base_option, steps_bar
-from hub.output import columns, json_option, print_json, say
+from hub.console.output import columns, json_option, print_json, say
 
 if TYPE_CHECKING:
-    from compose.interference import Interference
+    from compose.merging.interference import Interference
 
 
 @click.command("map")
@@ -31,8 +31,8 @@ def map_(adapters: tuple[str, ...], base: str | None, by_site: bool, svg: Path |
     1: adding both doubles the effect. 0: each leaves the other alone. -1: they cancel. Plain LoRAs are compared in
     factor space without their base; other kinds need it.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from compose.leaves import Shelf
-    from compose.pairs import interference_of
+    from compose.inspection.lora_files import interference_of
+    from compose.planning.members import Shelf
 
     with steps_bar() as progress:
         found = interference_of(adapters, Shelf(), base=base, progress=progress)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compose.commands._options import adapter_option, base_option, expression, steps_bar
-from hub.output import bytes_text, json_option, print_json, say, warn
+from hub.console.output import bytes_text, json_option, print_json, say, warn
 
 if TYPE_CHECKING:
-    from hub.artifact import Artifact
+    from hub.storage.artifact import Artifact
 
 
 @click.command(name="EXPR")
@@ -45,7 +45,7 @@ def publish(
     A composition requires its members, each by range and digest: it goes on meaning what it means now, whatever is
     published later. With --base it is tried on the shapes of that base first; --merge always does that.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from compose.leaves import Shelf, assignments
+    from compose.planning.members import Shelf, assignments
     from hub.errors import UsageError
 
     text = expression(_one(words, ref))
@@ -56,7 +56,7 @@ def publish(
     if merging:
         _merge(text, str(ref), shelf, as_json, rank=rank, **options)
     else:
-        from compose.publishing import publish_composition
+        from compose.artifacts.publish import publish_composition
 
         artifact = publish_composition(text, str(ref), shelf, **options)
         _tell(artifact, as_json)
@@ -79,7 +79,7 @@ def _one(words: tuple[str, ...], ref: str | None) -> str:
 
 
 def _merge(text: str, ref: str, shelf: Any, as_json: bool, **options: Any) -> None:
-    from compose.publishing import publish_merge
+    from compose.artifacts.publish import publish_merge
 
     with steps_bar() as progress:
         artifact, merged = publish_merge(text, ref, shelf, progress=progress, **options)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hub.output import columns, json_option, print_json, say
+from hub.console.output import columns, json_option, print_json, say
 
 if TYPE_CHECKING:
-    from compose.outline import Outline
-    from compose.sites import Site
+    from compose.base.sites import Site
+    from compose.inspection.fake_base import Outline
 
 
 @click.command()
@@ -29,7 +29,7 @@ def sites(base: str, task: str | None, brief: bool, as_json: bool) -> None:
     outside the blocks, and the parts of a fused layer (q of GPT-2's c_attn), are acted on only where a target names
     them. Only config.json of the base is read.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from compose.outline import Outline
+    from compose.inspection.fake_base import Outline
 
     outline = Outline(base, task=task)
     found = rows(outline)
@@ -70,7 +70,7 @@ def rows(outline: Outline) -> list[dict[str, Any]]:
 
 def recognised(site: Site, model_type: str) -> tuple[str, str]:
     """How a site got its role: ``table``, ``part``, ``name``, ``path`` or ``outside``, and the explanation."""
-    from compose.families import FAMILIES, guess_role
+    from compose.base.families import FAMILIES, guess_role
 
     if site.rows is not None:
         return "part", f"part of {site.module.rsplit('.', 1)[-1]}: {site.rows}"

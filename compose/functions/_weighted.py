@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import Field
 
-from compose.expr import Call, Expr
+from compose.algebra.normal_form import sort_key
+from compose.expr.tree import Call, Expr
 from compose.function import CallError, Options
-from compose.normal import sort_key
 
 
 class WeightedOptions(Options):

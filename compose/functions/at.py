@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from compose.expr import Add, Call, Expr, Scale, Seq, add, seq
+from compose.expr.tree import Add, Call, Expr, Scale, Seq, add, seq
 from compose.function import CallError, FunctionSpec, Options, register
 
 

@@ -10,9 +10,9 @@ from fractions import Fraction
 
 from pydantic import Field
 
-from compose.expr import Call, Expr
+from compose.algebra.normal_form import sort_key
+from compose.expr.tree import Call, Expr
 from compose.function import CallError, FunctionSpec, Options, register
-from compose.normal import sort_key
 
 _ROUNDING = Fraction(1, 10**9)  # weights whose sum is this near to 1 are shares already
 

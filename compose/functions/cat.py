@@ -5,7 +5,7 @@ In the algebra it is the sum itself, so its normal form is ``w_1 * a + w_2 * b +
 
 from __future__ import annotations
 
-from compose.expr import Call, Expr, Scale, add
+from compose.expr.tree import Call, Expr, Scale, add
 from compose.function import FunctionSpec, register
 from compose.functions._weighted import WeightedOptions, check_weights
 

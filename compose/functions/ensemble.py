@@ -10,7 +10,7 @@ import math
 
 from pydantic import Field
 
-from compose.expr import Call
+from compose.expr.tree import Call
 from compose.function import CallError, FunctionSpec, Options, register
 
 _PRIORS = ("uniform", "updating", "cached", "fitted")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from compose.expr import Call
+from compose.expr.tree import Call
 from compose.function import FunctionSpec, register
 from compose.functions._weighted import RankOptions, check_positive, check_weights, in_any_order
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from compose.expr import Call, Expr
+from compose.expr.tree import Call, Expr
 from compose.function import FunctionSpec, Options, register
 from compose.functions._weighted import plain
 

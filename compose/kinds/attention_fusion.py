@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Side
-from compose.kind import Adapter, KindConfig, KindError, register
-from compose.side import Trace, depth
-from compose.sites import FINAL, SiteMap
+from compose.base.sites import FINAL, SiteMap
+from compose.kind.adapter import Adapter, KindConfig, KindError, register
+from compose.slots.side import Trace, depth
 
 
 class AttentionFusionConfig(KindConfig):

@@ -6,9 +6,9 @@ import torch
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below
-from compose.kind import Adapter, KindConfig, original_module, register
-from compose.sites import SiteMap
-from compose.weights import bias_of
+from compose.base.sites import SiteMap
+from compose.base.weights import bias_of
+from compose.kind.adapter import Adapter, KindConfig, original_module, register
 
 
 class BiasConfig(KindConfig):

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from compose.atoms import Atoms, Below, Block, Function, Replace
-from compose.kind import Adapter, KindConfig, KindError, register
-from compose.sites import Site, SiteMap
+from compose.base.sites import Site, SiteMap
+from compose.kind.adapter import Adapter, KindConfig, KindError, register
 from hub.errors import suggest
 
 _PLACES = {"houlsby": ("attn.o", "mlp.down"), "pfeiffer": ("mlp.down",), "parallel": ("mlp.down",)}

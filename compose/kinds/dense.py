@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compose.kind import register
-from compose.maps import Dense, LinearMap
-from compose.shift import Shift
-from compose.sites import SiteMap
+from compose.base.sites import SiteMap
+from compose.kernels.maps import Dense, LinearMap
+from compose.kind.adapter import register
+from compose.kind.parameter_shift import Shift
 
 
 @register("dense")

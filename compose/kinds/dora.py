@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below
-from compose.kind import original_module, register
-from compose.lowrank import LowRank
-from compose.sites import SiteMap
-from compose.weights import row_norm_squared
+from compose.base.sites import SiteMap
+from compose.base.weights import row_norm_squared
+from compose.kind.adapter import original_module, register
+from compose.kind.low_rank import LowRank
 
 
 @register("dora")

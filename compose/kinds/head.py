@@ -7,9 +7,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compose import heads
-from compose.kind import Adapter, KindConfig, KindError, original_module, register
-from compose.sites import SiteMap
+from compose.base.sites import SiteMap
+from compose.kind import heads
+from compose.kind.adapter import Adapter, KindConfig, KindError, original_module, register
 
 
 class HeadConfig(KindConfig):

@@ -10,8 +10,8 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below
-from compose.kind import Adapter, KindConfig, register
-from compose.sites import SiteMap
+from compose.base.sites import SiteMap
+from compose.kind.adapter import Adapter, KindConfig, register
 
 
 class Ia3Config(KindConfig):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below
-from compose.kind import Adapter, KindConfig, KindError, register
-from compose.maps import Kronecker, factors_of
-from compose.patterns import Patterns, as_dict, value_at, whole
-from compose.sites import SiteMap
+from compose.base.sites import SiteMap
+from compose.kernels.maps import Kronecker, factors_of
+from compose.kind.adapter import Adapter, KindConfig, KindError, register
+from compose.kind.patterns import Patterns, as_dict, value_at, whole
 
 
 class KronaConfig(KindConfig):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Function
-from compose.kind import Adapter, KindConfig, register
-from compose.maps import Kronecker, factors_of
-from compose.sites import SiteMap
+from compose.base.sites import SiteMap
+from compose.kernels.maps import Kronecker, factors_of
+from compose.kind.adapter import Adapter, KindConfig, register
 
 
 class KronaBConfig(KindConfig):

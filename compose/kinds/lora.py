@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Moved
-from compose.kind import KindConfig, register
-from compose.lowrank import LowRank, LowRankConfig
-from compose.sites import Site, SiteMap
+from compose.base.sites import Site, SiteMap
+from compose.kind.adapter import KindConfig, register
+from compose.kind.low_rank import LowRank, LowRankConfig
 
 
 class LoraConfig(LowRankConfig):

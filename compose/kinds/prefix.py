@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.atoms import Prefix
-from compose.attention import takes_prefix
-from compose.kind import Adapter, KindConfig, KindError, original_module, register
-from compose.sites import SiteMap
-from compose.slot import position_argument
+from compose.base.sites import SiteMap
+from compose.kind.adapter import Adapter, KindConfig, KindError, original_module, register
+from compose.runtime.prefixes import takes_prefix
+from compose.slots.slot import position_argument
 
 
 class PrefixConfig(KindConfig):

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Prompt, Replace
-from compose.kind import Adapter, KindConfig, KindError, original_module, register
-from compose.sites import SiteMap
+from compose.base.sites import SiteMap
+from compose.kind.adapter import Adapter, KindConfig, KindError, original_module, register
 
 
 class PromptConfig(KindConfig):

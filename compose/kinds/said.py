@@ -7,10 +7,10 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below
-from compose.fastfood import Fastfood
-from compose.kind import Adapter, KindConfig, register
-from compose.maps import Dense
-from compose.sites import SiteMap
+from compose.base.sites import SiteMap
+from compose.kernels.fastfood import Fastfood
+from compose.kernels.maps import Dense
+from compose.kind.adapter import Adapter, KindConfig, register
 
 
 class SaidConfig(KindConfig):

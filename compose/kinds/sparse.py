@@ -10,10 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
-from compose.kind import KindError, register
-from compose.maps import LinearMap, Sparse
-from compose.shift import Shift, ShiftConfig
-from compose.sites import SiteMap
+from compose.base.sites import SiteMap
+from compose.kernels.maps import LinearMap, Sparse
+from compose.kind.adapter import KindError, register
+from compose.kind.parameter_shift import Shift, ShiftConfig
 
 
 class SparseConfig(ShiftConfig):

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from compose.kind import Adapter, KindConfig, KindError
+from compose.kind.adapter import Adapter, KindConfig, KindError
 from compose.parameter_space.method import linear, weights
 
 _Joined: TypeAlias = tuple[KindConfig, dict[tuple[str, str], Tensor]]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compose.kernels import Pair
+from compose.kernels.low_rank import Pair
 from compose.parameter_space.combine import merge_tensors
 from compose.parameter_space.method import factored, get_method
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from compose import factors
-from compose.expr import Call, Expr, Ref
-from compose.kernels import Pair
-from compose.kind import KindError
-from compose.merge import merge
+from compose.expr.tree import Call, Expr, Ref
+from compose.kernels import factors
+from compose.kernels.low_rank import Pair
+from compose.kind.adapter import KindError
+from compose.merging.merge import merge
 from compose.parameter_space.method import factored
 
 _CANDIDATE = "lorahub candidate"
@@ -120,7 +120,7 @@ class _Bench:
         penalty: float,
         variant: str,
     ) -> None:
-        from compose.inject import runtime
+        from compose.runtime.model_runtime import runtime
 
         self.model, self.names, self.score, self.penalty, self.variant = model, names, score, penalty, variant
         self.home = runtime(model)

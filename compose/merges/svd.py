@@ -11,6 +11,6 @@ from compose.parameter_space.method import linear, weights
 def svd(o: Any, n: int) -> list[float]:
     """The best approximation of sum_i w_i D_i of rank ``rank`` (Eckart and Young); without a rank the sum itself.
 
-    The decomposition goes through two thin QRs and a small core, so D is never formed: see ``compose.factors.core``.
+    The decomposition goes through two thin QRs and a small core, D is never formed: ``compose.kernels.factors.core``.
     """
     return weights(o, n)

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compose import factors
-from compose.kernels import Pair
-from compose.kind import Adapter, get_kind, make_config
+from compose.base.weights import row_norm_squared
+from compose.kernels import factors
+from compose.kernels.low_rank import Pair
+from compose.kind.adapter import Adapter, get_kind, make_config
 from compose.parameter_space.certificate import Certificate, SiteLoss
 from compose.parameter_space.combine import at_place, trimmed
 from compose.parameter_space.effect import Effect, effect_of
 from compose.parameter_space.job import Job
 from compose.parameter_space.method import Elementwise, Factored, Linear
 from compose.parameter_space.tensors import merge_heads, saved_modules
-from compose.weights import row_norm_squared
 
 
 @dataclass(frozen=True)

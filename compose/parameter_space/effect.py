@@ -12,17 +12,17 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from compose import factors
-from compose.branches import Chain, Mix
-from compose.coefficients import Coefficient
-from compose.expr import Expr
-from compose.kernels import Pair
-from compose.kind import Adapter, KindError
-from compose.lowering import Scene, site_program
-from compose.maps import LinearMap
-from compose.sites import linear_shape
-from compose.stage import Entry, Node, Stage
-from compose.weights import bias_of, dense_weight, row_norm_squared
+from compose.base.sites import linear_shape
+from compose.base.weights import bias_of, dense_weight, row_norm_squared
+from compose.expr.tree import Expr
+from compose.kernels import factors
+from compose.kernels.coefficients import Coefficient
+from compose.kernels.low_rank import Pair
+from compose.kernels.maps import LinearMap
+from compose.kind.adapter import Adapter, KindError
+from compose.slots.branches import Chain, Mix
+from compose.slots.lowering import Scene, site_program
+from compose.slots.stage import Entry, Node, Stage
 
 _BLOCK = 2**16  # elements of a block when two dense effects are compared
 _HELD: WeakKeyDictionary[nn.Module, ref[Tensor]] = WeakKeyDictionary()

@@ -8,11 +8,11 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from transformers import PreTrainedModel
 
-from compose.expr import Expr, Ref, Seq
-from compose.kind import Adapter, KindError
-from compose.lowering import Scene, flatten
+from compose.base.sites import SiteMap
+from compose.expr.tree import Expr, Ref, Seq
+from compose.kind.adapter import Adapter, KindError
 from compose.parameter_space.method import Method
-from compose.sites import SiteMap
+from compose.slots.lowering import Scene, flatten
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # what, done, total
 _T = TypeVar("_T")

@@ -22,8 +22,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from compose.kernels import Pair
-from compose.kind import Adapter, KindConfig, KindError
+from compose.kernels.low_rank import Pair
+from compose.kind.adapter import Adapter, KindConfig, KindError
 from compose.parameter_space.trim import Trim, all_of_it
 from hub.plugins import discover
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hub.parallel import JOBS, MOST_JOBS
+from hub.io.parallel import JOBS, MOST_JOBS
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 

@@ -1,14 +1,14 @@
-"""What the commands of ``hub`` print: the tools of `hub.output`, and the facts of an artifact."""
+"""What the commands of ``hub`` print: the tools of `hub.console.output`, and the facts of an artifact."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hub.output import bytes_text, columns, json_option, print_json, say, warn
+from hub.console.output import bytes_text, columns, json_option, print_json, say, warn
 
 if TYPE_CHECKING:
-    from hub.artifact import Artifact
+    from hub.storage.artifact import Artifact
     from hub.store import Store
 
 __all__ = ["bytes_text", "columns", "documents", "json_option", "print_json", "say", "summary", "table", "warn"]
@@ -51,7 +51,7 @@ def documents(store: Store, found: Sequence[Artifact], metric: str | None) -> li
 
 def table(store: Store, found: Sequence[Artifact], metric: str | None, ascending: bool | None = None) -> str:
     """Artifacts as a table, with their best figure of one metric."""
-    from hub.query import low_is_good
+    from hub.storage.query import low_is_good
 
     scores = {} if metric is None else store.scores(found, metric)
     best = min if metric is not None and low_is_good(metric, ascending) else max

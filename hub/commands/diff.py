@@ -11,7 +11,7 @@ import click
 from hub.commands._output import columns, json_option, print_json, say
 
 if TYPE_CHECKING:
-    from hub.diff import Change, Diff
+    from hub.relations.diff import Change, Diff
 
 _SHOWN = 20  # tensors that are listed, the most changed first
 
@@ -31,7 +31,7 @@ def diff(a: str, b: str, everything: bool, as_json: bool) -> None:
     A and B are refs of the store or adapter directories, PEFT's included. A tensor that changed is shown with
     ||B - A||, that over ||A||, the cosine between the two and the largest change of a number.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from hub import diff as differ
+    from hub.relations import diff as differ
     from hub.store import Store
 
     store = Store()

@@ -18,7 +18,7 @@ def doctor(ctx: click.Context, /, offline: bool, as_json: bool) -> None:
 
     Each problem comes with what to do. The bytes of the store are `hub verify`'s to read.
     """
-    from hub import doctor as checks
+    from hub.project import doctor as checks
     from hub.store import Store
 
     found = []

@@ -9,7 +9,7 @@ import click
 
 from hub.commands._output import json_option, print_json, say
 
-_EXPORT = "compose.exporting:export"
+_EXPORT = "compose.artifacts.exporting:export"
 
 
 @click.command()

@@ -21,7 +21,7 @@ def gc(run: bool, superseded: bool, grace: float, as_json: bool) -> None:
     are not the newest of their name, and that no alias, lock file, requirement or descendant leads to; they can be
     pulled again.
     """
-    from hub.gc import collect, plan
+    from hub.project.gc import collect, plan
     from hub.store import Store
 
     store, seconds = Store(), grace * 60

@@ -11,14 +11,14 @@ import click
 from hub.commands._output import json_option, print_json, say, summary, warn
 
 if TYPE_CHECKING:
-    from hub.artifact import Artifact
-    from hub.sources import Found
+    from hub.foreign.sources import Found
+    from hub.storage.artifact import Artifact
     from hub.store import Store
 
-_CONVERT = "compose.importing:convert"
-_IDENTITY = "compose.base:identity"
+_CONVERT = "compose.artifacts.importing:convert"
+_IDENTITY = "compose.base.model:identity"
 _OF_THE_BASE = ("base_model_name_or_path", "revision")  # a path of somebody's machine, often; the manifest knows better
-_RECORD = "compose.probes:record_directory"
+_RECORD = "compose.artifacts.probes:record_directory"
 
 
 @click.command("import")
@@ -46,7 +46,7 @@ def import_(source: str, subfolder: str | None, probe: bool, alias: str | None, 
     It is read onto the shapes of the base: a type, a field or a tensor that has no place there is refused by name. The
     source is not changed. Pickles are never read. What the files do not say is asked for, not guessed.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from hub import sources
+    from hub.foreign import sources
     from hub.store import Store
 
     store = Store()
@@ -69,7 +69,7 @@ def import_(source: str, subfolder: str | None, probe: bool, alias: str | None, 
 def _facts(source: str, found: Found, given: dict[str, Any]) -> dict[str, Any]:
     """Facts by flags and by the config; what is missing is asked for, never invented."""
     from hub.errors import UsageError
-    from hub.peft_config import facts_of
+    from hub.foreign.peft_config import facts_of
 
     facts = {**facts_of(found.directory), **given}
     missing = [f"--{name}" for name in ("name", "version", "base") if name not in facts]

@@ -31,7 +31,7 @@ def list_(
 
     NAME is ns/name, a bare name in any namespace, or a pattern such as 'acme/*'.
     """
-    from hub.query import ORDERS
+    from hub.storage.query import ORDERS
     from hub.store import Store
 
     store = Store()

@@ -11,9 +11,9 @@ from hub.commands._options import jobs_option
 from hub.commands._output import columns, json_option, print_json, say
 
 if TYPE_CHECKING:
-    from hub.lock import Lock, Pin
+    from hub.project.lock import Lock, Pin
     from hub.remotes import Remote
-    from hub.resolve import Catalogue
+    from hub.storage.releases import Catalogue
     from hub.store import Store
 
 _FILE = click.option(
@@ -38,7 +38,7 @@ def lock(refs: tuple[str, ...], source: str | None, path: Path, upgrade: bool, a
     What is locked already stays, until --upgrade. No files are fetched: `hub sync` does that.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     from hub.errors import UsageError
-    from hub.lock import Lock, Resolver, Roots, read_wishes
+    from hub.project.lock import Lock, Resolver, Roots, read_wishes
     from hub.ref import AdapterRef
     from hub.store import Store
 
@@ -66,9 +66,9 @@ def lock(refs: tuple[str, ...], source: str | None, path: Path, upgrade: bool, a
 @json_option
 def sync(source: str | None, path: Path, jobs: int, as_json: bool) -> None:
     """Bring exactly what modules.lock says into the store, every byte checked."""
-    from hub import lock as locks
+    from hub.console.progress import bars
     from hub.errors import UsageError
-    from hub.progress import bars
+    from hub.project import lock as locks
     from hub.store import Store
 
     store, held = Store(), locks.Lock.load(path)
@@ -95,7 +95,7 @@ def outdated(source: str | None, path: Path, as_json: bool) -> None:
     WANTED is the highest that the range allows; LATEST is the highest there is.
     """
     from hub.errors import UsageError
-    from hub.lock import Lock
+    from hub.project.lock import Lock
     from hub.store import Store
 
     store, remote = Store(), _remote(source)
@@ -120,7 +120,7 @@ def outdated(source: str | None, path: Path, as_json: bool) -> None:
 def _remote(text: str | None) -> Remote | None:
     if text is None:
         return None
-    from hub.named import Remotes
+    from hub.project.named_remotes import Remotes
 
     return Remotes().open(text)
 
@@ -164,7 +164,7 @@ def _version(ref: str, catalogue: Catalogue) -> str | None:
     """Version that a ref stands for in a catalogue; None where nothing fits."""
     from hub.errors import NotFound
     from hub.ref import AdapterRef
-    from hub.resolve import choose
+    from hub.storage.releases import choose
 
     try:
         return choose(AdapterRef.parse(ref), catalogue).version

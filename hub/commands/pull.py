@@ -41,8 +41,8 @@ def pull(ref: str, source: str | None, out: Path | None, requires: bool, jobs: i
     if source is None:
         artifact = store.get(ref)
     else:
-        from hub.named import Remotes
-        from hub.progress import bars
+        from hub.console.progress import bars
+        from hub.project.named_remotes import Remotes
         from hub.ref import AdapterRef
         from hub.transfer import find
         from hub.transfer import pull as transfer

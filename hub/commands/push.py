@@ -11,10 +11,10 @@ from hub.commands._options import jobs_option
 from hub.commands._output import json_option, print_json, say, summary, warn
 
 if TYPE_CHECKING:
-    from hub.artifact import Artifact
-    from hub.bump import Level
     from hub.manifest import Draft, Manifest
+    from hub.relations.next_version import Level
     from hub.remotes import Remote
+    from hub.storage.artifact import Artifact
     from hub.store import Store
 
 
@@ -86,7 +86,7 @@ def push(
         ref = f"{artifact.ref.id}@{alias}"
         artifact = store.tag(artifact.ref, alias)
     if remote is not None:
-        from hub.progress import bars
+        from hub.console.progress import bars
         from hub.transfer import push as transfer
 
         with bars() as progress:
@@ -100,7 +100,7 @@ def push(
 def _open(place: str | None) -> Remote | None:
     if place is None:
         return None
-    from hub.named import Remotes
+    from hub.project.named_remotes import Remotes
 
     return Remotes().open(place)
 
@@ -120,8 +120,8 @@ def _published(store: Store, target: str, something_to_do: bool, facts: bool) ->
 
 
 def _publish(store: Store, directory: Path, given: dict[str, Any], repack: bool) -> Artifact:
+    from hub.contents.gates import pushing
     from hub.errors import UsageError
-    from hub.gates import pushing
     from hub.manifest import MANIFEST_NAME, read_manifest
     from hub.pack import pack
 
@@ -143,11 +143,11 @@ def _publish(store: Store, directory: Path, given: dict[str, Any], repack: bool)
 
 def _bumped(store: Store, remote: Remote | None, directory: Path, given: dict[str, Any], bump: str) -> Artifact:
     """Publish a directory under the version that follows from what changed since the last one, here or there."""
-    from hub.bump import FIRST, Change, compare, highest, raised
+    from hub.contents.gates import pushing
     from hub.errors import UsageError
-    from hub.gates import pushing
     from hub.manifest import MANIFEST_NAME
     from hub.pack import measure, pack
+    from hub.relations.next_version import FIRST, Change, compare, highest, raised
     from hub.transfer import last_manifest
 
     if "version" in given:
@@ -189,8 +189,8 @@ def _draft_again(directory: Path, given: dict[str, Any]) -> Draft:
 def _draft(directory: Path, given: dict[str, Any]) -> Draft:
     """Facts by flags and by the PEFT config; what is missing is asked for, never invented."""
     from hub.errors import UsageError
+    from hub.foreign.peft_config import facts_of, without_paths
     from hub.manifest import Draft, validate
-    from hub.peft_config import facts_of, without_paths
 
     found = {**facts_of(directory), **_facts(given)}
     type_ = found.get("type", "adapter")
@@ -215,12 +215,12 @@ def _facts(given: dict[str, Any]) -> dict[str, Any]:
 
 def _identity(base: str) -> Any:
     """Identity of a base: from a JSON file, or measured by the package that knows models."""
-    from hub.canonical import MAX_JSON, loads
-    from hub.files import read_capped
+    from hub.io.canonical_json import MAX_JSON, loads
+    from hub.io.files import read_capped
     from hub.lazy import load
     from hub.manifest import BaseIdentity, validate
 
     if base.endswith(".json"):
         path = Path(base).expanduser()
         return validate(BaseIdentity, loads(read_capped(path, MAX_JSON), what=base), what=base)
-    return load("compose.base:identity")(base)
+    return load("compose.base.model:identity")(base)

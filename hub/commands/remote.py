@@ -27,7 +27,7 @@ def remote() -> None:
 @json_option
 def add(name: str, url: str, replace: bool, as_json: bool) -> None:
     """Let NAME stand for a place. Nothing is sent there, and no credentials are kept."""
-    from hub.named import Remotes
+    from hub.project.named_remotes import Remotes
 
     kept = Remotes().add(name, url, replace=replace)
     if as_json:
@@ -40,7 +40,7 @@ def add(name: str, url: str, replace: bool, as_json: bool) -> None:
 @json_option
 def list_(as_json: bool) -> None:
     """List the named places."""
-    from hub.named import Remotes
+    from hub.project.named_remotes import Remotes
 
     found = Remotes().all()
     if as_json:
@@ -56,7 +56,7 @@ def list_(as_json: bool) -> None:
 @json_option
 def remove(name: str, as_json: bool) -> None:
     """Forget NAME; what is there stays there."""
-    from hub.named import Remotes
+    from hub.project.named_remotes import Remotes
 
     url = Remotes().remove(name)
     if as_json:

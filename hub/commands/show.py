@@ -10,8 +10,8 @@ import click
 from hub.commands._output import bytes_text, columns, json_option, print_json, summary
 
 if TYPE_CHECKING:
-    from hub.artifact import Artifact
     from hub.manifest import Manifest, Metric
+    from hub.storage.artifact import Artifact
 
 
 @click.command()

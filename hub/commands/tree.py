@@ -44,7 +44,7 @@ def tree(ref: str, invert: bool, format_: str, as_json: bool) -> None:
 
     What is not in the store is marked as missing; what was shown already is not shown again.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from hub import lineage
+    from hub.relations import lineage
     from hub.store import Store
 
     store = Store()
@@ -111,7 +111,7 @@ def _dot(found: nx.DiGraph[str], root: str) -> Iterator[str]:
 
 
 def _svg(found: nx.DiGraph[str], root: str) -> str:
-    from hub.registry.graph import Graph, Node, svg
+    from hub.registry.state.lineage import Graph, Node, svg
 
     graph = Graph(edges=[(a, b, facts["relation"]) for a, b, facts in found.edges(data=True)])
     for node, facts in found.nodes(data=True):

@@ -12,7 +12,7 @@ from hub.commands._output import json_option, print_json, say
 if TYPE_CHECKING:
     from hub.store import Problem, Store
 
-_RUN = "compose.probes:check"
+_RUN = "compose.artifacts.probes:check"
 
 
 @click.command()

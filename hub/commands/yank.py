@@ -11,7 +11,7 @@ from hub.commands._output import json_option, print_json, say
 if TYPE_CHECKING:
     from hub.ref import AdapterRef
     from hub.remotes import Remote
-    from hub.resolve import Release
+    from hub.storage.releases import Release
 
 
 @click.command()
@@ -52,7 +52,7 @@ def _there(place: str, ref: AdapterRef, reason: str | None) -> Release:
 
 
 def _found(place: str, ref: AdapterRef) -> tuple[Remote, Release]:
-    from hub.named import Remotes
+    from hub.project.named_remotes import Remotes
     from hub.transfer import find
 
     remote = Remotes().open(place)

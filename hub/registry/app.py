@@ -15,15 +15,15 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 
 from hub.errors import HubError
-from hub.registry import views
 from hub.registry.context import Context
-from hub.registry.drafts import Drafts
 from hub.registry.errors import ApiError, from_hub
 from hub.registry.guard import LOOPBACK, Guard
 from hub.registry.limits import Limits
-from hub.registry.repos import Repos
-from hub.registry.routes import account, files, repos, uploads
+from hub.registry.protocol import account, files, repos, uploads
+from hub.registry.state.drafts import Drafts
+from hub.registry.state.repositories import Repos
 from hub.registry.tokens import Authority, Everyone
+from hub.registry.web import views
 from hub.store import Store
 
 logger = logging.getLogger("hub.registry")

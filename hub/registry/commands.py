@@ -38,9 +38,9 @@ def registry(
     """
     if ctx.invoked_subcommand is not None:
         return
+    from hub.console.sizes import parse_size
     from hub.errors import UsageError
-    from hub.listening import is_loopback, require_extra
-    from hub.sizes import parse_size
+    from hub.io.listen import is_loopback, require_extra
 
     if tokens is None and not is_loopback(host):
         raise UsageError(
@@ -52,7 +52,7 @@ def registry(
 
 
 def _serve(host: str, port: int, root: Path | None, tokens: Path | None, max_file: int, access_log: bool) -> None:
-    from hub.listening import listen
+    from hub.io.listen import listen
     from hub.registry.app import create_app
     from hub.registry.limits import Limits
     from hub.registry.tokens import Tokens

@@ -11,12 +11,12 @@ from starlette.requests import Request
 
 from hub.errors import RefError
 from hub.ref import AdapterRef
-from hub.registry.drafts import Repo
 from hub.registry.errors import ApiError, repo_not_found
-from hub.registry.graph import Relations
 from hub.registry.limits import Limits
-from hub.registry.repos import Repos
-from hub.registry.search import Shelf
+from hub.registry.state.drafts import Repo
+from hub.registry.state.lineage import Relations
+from hub.registry.state.repositories import Repos
+from hub.registry.state.search import Shelf
 from hub.registry.tokens import Authority, Caller
 
 

@@ -21,9 +21,9 @@ from typing import Annotated, Protocol
 
 from pydantic import AfterValidator, AwareDatetime, StringConstraints
 
-from hub import canonical
 from hub.errors import ManifestError, NotFound, RefError, StoreError, UsageError, suggest
-from hub.files import atomic_write, read_capped
+from hub.io import canonical_json as canonical
+from hub.io.files import atomic_write, read_capped
 from hub.manifest import Record, validate
 from hub.ref import DEFAULT_NAMESPACE, check_name
 from hub.registry.errors import ApiError

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from hub.errors import UsageError, suggest
 from hub.plugins import discover
-from hub.resolve import Catalogue
-from hub.staging import Advance
+from hub.storage.releases import Catalogue
+from hub.storage.staging import Advance
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest

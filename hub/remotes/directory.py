@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from hub.disk import disk_errors
 from hub.errors import NotFound, UsageError
-from hub.files import CHUNK, open_regular
+from hub.io.disk import disk_errors
+from hub.io.files import CHUNK, open_regular
 from hub.ref import AdapterRef
 from hub.remotes.base import register
-from hub.resolve import Catalogue
-from hub.staging import Advance
-from hub.vault import Vault
+from hub.storage.releases import Catalogue
+from hub.storage.staging import Advance
+from hub.storage.vault import Vault
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest

@@ -20,15 +20,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hub import canonical
 from hub.errors import Conflict, HubError, IntegrityError, NotFound, RemoteError, UsageError
-from hub.files import CHUNK
-from hub.ledger import GENESIS, Event, Position, event_of, line_of, load_line
+from hub.io import canonical_json as canonical
+from hub.io.files import CHUNK
 from hub.ref import AdapterRef, check_digest
 from hub.remotes.base import register
-from hub.resolve import Catalogue, refuse_aliased, refuse_conflict
-from hub.signatures import MAX_KEYS, MAX_SIGNATURE, names_key
-from hub.staging import Advance
+from hub.storage.ledger import GENESIS, Event, Position, event_of, line_of, load_line
+from hub.storage.releases import Catalogue, refuse_aliased, refuse_conflict
+from hub.storage.signatures import MAX_KEYS, MAX_SIGNATURE, names_key
+from hub.storage.staging import Advance
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest

@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hub import canonical
+from hub.clients.huggingface import DEFAULT_ENDPOINT, Client, Offline, Tag, cached_manifests, fits_name, parse
 from hub.errors import Conflict, IntegrityError, NotFound, RemoteError, UsageError
-from hub.files import CHUNK, open_regular, read_capped, sha256_file
-from hub.hf_client import DEFAULT_ENDPOINT, Client, Offline, Tag, cached_manifests, fits_name, parse
+from hub.io import canonical_json as canonical
+from hub.io.files import CHUNK, open_regular, read_capped, sha256_file
 from hub.manifest import MANIFEST_NAME
 from hub.ref import (
     AdapterRef,
@@ -30,9 +30,9 @@ from hub.ref import (
     names_version,
 )
 from hub.remotes.base import register
-from hub.resolve import Catalogue, Release, in_order, refuse_conflict
-from hub.signatures import MAX_KEYS, MAX_SIGNATURE, names_key
-from hub.staging import Advance
+from hub.storage.releases import Catalogue, Release, in_order, refuse_conflict
+from hub.storage.signatures import MAX_KEYS, MAX_SIGNATURE, names_key
+from hub.storage.staging import Advance
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest

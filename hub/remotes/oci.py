@@ -1,8 +1,8 @@
 """OCI registries as a remote: Harbor, GHCR, Zot, ECR, or a plain docker-registry.
 
 One repository holds one adapter, and a tag is a version: its image manifest has ``module.json`` as the config and
-every file as a layer (`hub.oci`). Other tags on the same image are aliases. Beside a version there may be marks, small
-images with tags of their own: ``_yanked.<version>``, ``_deleted.<version>``, and ``_signed.<hex>`` with its signatures.
+every file as a layer (`hub.storage.oci`). Other tags on the same image are aliases. Beside a version may be marks:
+small images with tags of their own: ``_yanked.<version>``, ``_deleted.<version>``, and ``_signed.<hex>`` with its signatures.
 Requests are our own, so that every byte is checked against its digest; who may do what, the ``oras`` client finds out:
 it reads the logins of docker, podman and their helpers.
 
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from hub import canonical, oci
 from hub.errors import Conflict, IntegrityError, NotFound, RefError, UsageError
-from hub.files import open_regular
+from hub.io import canonical_json as canonical
+from hub.io.files import open_regular
 from hub.ref import (
     check_digest,
     names_adapter,
@@ -33,13 +33,14 @@ from hub.ref import (
     version_key,
 )
 from hub.remotes.base import register
-from hub.resolve import Catalogue, Release, Tombstone, in_order, refuse_aliased, refuse_conflict
-from hub.signatures import MAX_KEYS, names_key
-from hub.staging import Advance
+from hub.storage import oci
+from hub.storage.releases import Catalogue, Release, Tombstone, in_order, refuse_aliased, refuse_conflict
+from hub.storage.signatures import MAX_KEYS, names_key
+from hub.storage.staging import Advance
 
 if TYPE_CHECKING:
+    from hub.clients.oci import Wire
     from hub.manifest import FileEntry, Manifest
-    from hub.oci_http import Wire
 
 _WORKERS = 8  # tags or blobs looked up at a time
 _YANK, _DELETE, _SIGN = "_yanked.", "_deleted.", "_signed."  # before a version; nothing else starts with an underscore
@@ -82,7 +83,7 @@ class OciRemote:
 
     @cached_property
     def _wire(self) -> Wire:
-        from hub.oci_http import Wire
+        from hub.clients.oci import Wire
 
         return Wire(self.host, self.url)
 

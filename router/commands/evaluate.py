@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hub.output import columns, json_file_option, say, write_json
+from hub.console.output import columns, json_file_option, say, write_json
 from router.commands._options import Told, bar, base_options, load_with_members, text_options
 
 if TYPE_CHECKING:
-    from router.measuring import Report
+    from router.evaluation.measure import Report
 
 
 @click.command(name="eval")
@@ -41,8 +41,8 @@ def evaluate(
     perplexity also their probabilities: uniform), and the oracle: the adapter of the set's name, or for another name
     the one that does best on it.
     """  # noqa: D301
-    from router.pictures import heatmap
-    from router.texts import named_files, read_texts
+    from router.evaluation.pictures import heatmap
+    from router.evaluation.texts import named_files, read_texts
 
     sets, more = (
         {name: read_texts(file, most=given["max_rows"]) for name, file in named_files(pairs).items()}
@@ -63,9 +63,9 @@ def evaluate(
 
 def _measure(router: str, sets: Any, dev: Any, given: dict[str, Any], told: Told | None) -> Report:
     from hub.errors import UsageError, suggest
-    from router.measuring import Labelled, accuracies, perplexities
-    from router.stored import load
-    from router.texts import encode
+    from router.artifact import load
+    from router.evaluation.measure import Labelled, accuracies, perplexities
+    from router.evaluation.texts import encode
 
     stored = load(router)
     if dev and stored.router.scorer.name != "likelihood":

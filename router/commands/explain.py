@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hub.output import json_option, print_json, say
+from hub.console.output import json_option, print_json, say
 from router.commands._options import base_options, load_with_members
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def explain(router: str, text: str, html: str | None, svg: str | None, as_json: 
     Weights are means over the sites for routers that choose at each site, and those of the whole row for routers that
     choose by row; of a likelihood router they are its posterior as the text is read.
     """
-    from router.pictures import heatmap, in_terminal, legend, page
-    from router.stored import load
+    from router.artifact import load
+    from router.evaluation.pictures import heatmap, in_terminal, legend, page
 
     stored = load(router)
     pieces, weights = _weights(stored, _text(text), given)
@@ -57,7 +57,7 @@ def explain(router: str, text: str, html: str | None, svg: str | None, as_json: 
 def _text(text: str) -> str:
     if not text.startswith("@"):
         return text
-    from router.texts import read_texts
+    from router.evaluation.texts import read_texts
 
     return "\n\n".join(row.text for row in read_texts(text[1:]))
 
@@ -66,7 +66,7 @@ def _weights(stored: Any, text: str, given: dict[str, Any]) -> tuple[list[str], 
     """Tokens as text, and the weights of the experts for each (T, E)."""
     from hub.errors import UsageError
     from router.bench import Batch
-    from router.texts import encode
+    from router.evaluation.texts import encode
 
     model, tokenizer = load_with_members(stored.artifacts, given)
     rows = encode(tokenizer, [text], most=given["max_length"])
@@ -83,7 +83,7 @@ def _posterior(router: Any, model: Any, batch: Any) -> Tensor:
     """The posterior after each token (T, E): before the first one it is the prior."""
     import torch
 
-    from router.ensemble import Ensemble
+    from router.ensemble.demix import Ensemble
 
     options = router.scorer.options
     ensemble = Ensemble(

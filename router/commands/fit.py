@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hub.output import json_option, print_json, say
+from hub.console.output import json_option, print_json, say
 from router.commands._options import Told, bar, base_options, load_with_members, text_options
 
 if TYPE_CHECKING:
-    from hub.artifact import Artifact
+    from hub.storage.artifact import Artifact
 
 
 def _shared(function: Any) -> Any:
@@ -46,9 +46,9 @@ def fit(members: tuple[str, ...], ref: str, as_json: bool, **given: Any) -> None
 
     A member is called by the last part of its ref, or by NAME=REF.
     """  # noqa: D301
-    from compose.leaves import Shelf
+    from compose.planning.members import Shelf
+    from router.artifact import members_of
     from router.scorer import make_scorer
-    from router.stored import members_of
 
     shelf = Shelf()
     scorer = make_scorer(given["method"], _options(given["options"]))  # what is wrong here is told before any work
@@ -62,11 +62,11 @@ def fit(members: tuple[str, ...], ref: str, as_json: bool, **given: Any) -> None
 def _fit(
     found: Any, scorer: Any, gating: Any, ref: str, shelf: Any, given: dict[str, Any], told: Told | None
 ) -> Artifact:
-    from compose.expr import Ref
-    from hub.words import count_words
+    from compose.expr.tree import Ref
+    from hub.relations.word_counts import count_words
+    from router.artifact import publish
     from router.bench import refuse_missing
     from router.router import Router
-    from router.stored import publish
 
     texts = _texts(given["data"], found, given["max_rows"])
     if scorer.needs_data:
@@ -94,11 +94,11 @@ def add(router: str, adapter: str, ref: str, as_json: bool, **given: Any) -> Non
     hub route add acme/router acme/mail -o acme/router@1.1.0
     hub route add acme/near mail=acme/mail --data mail=mail.jsonl -o acme/near@1.1.0
     """  # noqa: D301
-    from compose.expr import Ref
-    from compose.leaves import Shelf
+    from compose.expr.tree import Ref
+    from compose.planning.members import Shelf
     from hub.errors import Conflict
-    from hub.words import count_words, read_words
-    from router.stored import load, members_of, publish
+    from hub.relations.word_counts import count_words, read_words
+    from router.artifact import load, members_of, publish
 
     shelf = Shelf()
     stored = load(router, shelf.store)
@@ -121,7 +121,7 @@ def add(router: str, adapter: str, ref: str, as_json: bool, **given: Any) -> Non
 
 def _bench(model: Any, tokenizer: Any, names: Any, texts: Any, given: dict[str, Any], told: Told | None) -> Any:
     from router.bench import Bench
-    from router.texts import encode
+    from router.evaluation.texts import encode
 
     rows = {name: encode(tokenizer, found, most=given["max_length"]) for name, found in texts.items()}
     return Bench(model, names, rows, pad=tokenizer.pad_token_id or 0, seed=given["seed"], told=told)
@@ -130,7 +130,7 @@ def _bench(model: Any, tokenizer: Any, names: Any, texts: Any, given: dict[str, 
 def _texts(pairs: tuple[str, ...], members: Any, most: int) -> dict[str, list[str]]:
     """Texts by member; a name that is no member is an error."""
     from hub.errors import NotFound, suggest
-    from router.texts import named_files, read_texts
+    from router.evaluation.texts import named_files, read_texts
 
     files: dict[str, Path] = named_files(pairs)
     for name in files:

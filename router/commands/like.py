@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hub.output import columns, json_option, print_json
+from hub.console.output import columns, json_option, print_json
 
 
 @click.command()
@@ -18,8 +18,8 @@ def like(file: str, limit: int, as_json: bool) -> None:
     """
     from hub.errors import NotFound
     from hub.store import Store
-    from router.like import rank
-    from router.texts import read_texts
+    from router.evaluation.similar import rank
+    from router.evaluation.texts import read_texts
 
     found = rank(Store(), "\n".join(row.text for row in read_texts(file, most=1000)))
     if not found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hub.output import columns, json_option, print_json
+from hub.console.output import columns, json_option, print_json
 
 
 @click.command()

@@ -16,15 +16,15 @@ from transformers import PreTrainedModel
 
 from hub.errors import HubError
 from hub.store import Store
-from router.engine.flight import Flight, Row
 from router.engine.host import Host
 from router.engine.prepare import Prepared, prepare
 from router.engine.request import Request, Result
+from router.engine.residency import Residency
 from router.engine.routing import Routing
+from router.engine.running_batch import Flight, Row
 from router.engine.schedule import batches
 from router.engine.sources import Known, Source, Sources
 from router.engine.targets import Targets
-from router.residency import Residency
 
 Answer = Result | HubError
 # What a library may raise over one batch (out of memory among them): it belongs to some row, and not to the others.

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from compose.expr import Call, Expr, Ref, Scale, Seq
-from compose.kind import Adapter
-from compose.named import PREFIX
-from compose.sites import SiteMap
+from compose.base.sites import SiteMap
+from compose.expr.tree import Call, Expr, Ref, Scale, Seq
+from compose.kind.adapter import Adapter
+from compose.kind.tensors import PREFIX
 from hub.errors import GateError, HubError
 
 Weighted = list[tuple[float, str]]

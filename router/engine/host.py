@@ -16,12 +16,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import compose
-from compose import base as bases
-from compose.expr import Expr
-from compose.inject import runtime
-from compose.loading import held_as
+from compose.base import model as bases
+from compose.base.loading import held_as
+from compose.expr.tree import Expr
+from compose.runtime.model_runtime import runtime
 from router.engine.heads import Heads
-from router.fold import context_of
+from router.ensemble.experts import context_of
 
 
 class Host:

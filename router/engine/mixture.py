@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from compose.expr import Call, Expr
+from compose.expr.tree import Call, Expr
 from compose.function import bind
 from hub.errors import UsageError
 from router.engine.host import Host
 from router.engine.request import Request
-from router.ensemble import Ensemble
+from router.ensemble.demix import Ensemble
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Mixture:
     experts
         Over the names of residents.
     options
-        Of `router.ensemble.Ensemble`.
+        Of `router.ensemble.demix.Ensemble`.
     """
 
     experts: tuple[Expr, ...]

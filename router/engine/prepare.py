@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from compose.expr import Expr
+from compose.expr.tree import Expr
 from hub.errors import HubError, UsageError
 from router.engine.host import Host
 from router.engine.request import Request

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compose.expr import Ref
+from compose.expr.tree import Ref
 from hub.store import Artifact, Store
+from router.artifact import Stored, load
 from router.bench import Batch
 from router.dispatch import row_expressions
 from router.engine.host import Host
@@ -16,7 +17,6 @@ from router.engine.prepare import Prepared, prepare
 from router.engine.sources import Known
 from router.engine.targets import Target
 from router.router import Router
-from router.stored import Stored, load
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from compose import interop
-from compose.inject import leaf
-from compose.kind import Adapter
-from compose.plan import Leaf
-from compose.unfold import Resolved
+from compose.formats import directory as interop
+from compose.kind.adapter import Adapter
+from compose.planning.plan import Leaf
+from compose.planning.unfold import Resolved
+from compose.runtime.model_runtime import leaf
+from hub.contents.tensor_files import read_header
 from hub.errors import NotFound, UsageError, did_you_mean
 from hub.manifest import Manifest
 from hub.ref import AdapterRef
 from hub.store import Artifact, Store
-from hub.tensors import read_header
 from router.engine.host import Host
 
 Source: TypeAlias = Adapter | Artifact | str | Path

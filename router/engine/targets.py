@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compose.expr import IDENTITY, Call, Expr, Ref, Seq, parse, substitute
+from compose.base.compatibility import compare
+from compose.expr.tree import IDENTITY, Call, Expr, Ref, Seq, parse, substitute
 from compose.function import get_function
-from compose.ladder import compare
-from compose.plan import plan
-from compose.unfold import Resolved
+from compose.planning.plan import plan
+from compose.planning.unfold import Resolved
 from hub.errors import UsageError
 from hub.manifest import BaseIdentity
 from hub.store import Artifact

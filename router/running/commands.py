@@ -97,8 +97,8 @@ def _options(given: dict[str, Any]) -> Options:
 
 def _base_of(text: str) -> str:
     """The base that the first adapter of an expression was made for."""
-    from compose.expr import parse
-    from compose.unfold import unfold
+    from compose.expr.tree import parse
+    from compose.planning.unfold import unfold
     from hub.errors import UsageError
     from hub.store import Store
 
@@ -139,7 +139,7 @@ def _run(
 ) -> None:
     from time import perf_counter
 
-    from hub.progress import bars
+    from hub.console.progress import bars
     from router.running.job import Stream, check, check_adapters, go
     from router.running.journal import refuse_finished
     from router.running.lines import Lines
@@ -173,7 +173,7 @@ def _run(
 def _engine(base: str, given: dict[str, Any]) -> Engine:
     import torch
 
-    from hub.sizes import parse_size
+    from hub.console.sizes import parse_size
     from router.engine.engine import Engine
 
     on_cpu = not torch.cuda.is_available()

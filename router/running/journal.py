@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hub.errors import Conflict, UsageError
-from hub.files import atomic_write, fsync_directory
+from hub.io.files import atomic_write, fsync_directory
 
 VERSION = 1
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compose.atoms import Atoms
-from compose.expr import Ref
-from compose.factors import core, stack
-from compose.inject import runtime
-from compose.kernels import Pair
-from compose.kind import Adapter
-from compose.lowering import site_program
-from compose.merge import Workshop
+from compose.expr.tree import Ref
+from compose.kernels.factors import core, stack
+from compose.kernels.low_rank import Pair
+from compose.kind.adapter import Adapter
+from compose.merging.merge import Workshop
 from compose.parameter_space.effect import entries
+from compose.runtime.model_runtime import runtime
+from compose.slots.lowering import site_program
 from hub.errors import UsageError
 from router.bench import Bench, tree
 from router.gating import Gating
@@ -39,7 +39,7 @@ class ArrowOptions(ScorerOptions):
 class Arrow(SiteScorer):
     """score_e = |p_e . x| with p_e the top right-singular vector of D_e = s_e B_e A_e (arXiv 2405.11157).
 
-    The vector is exact: QR(A^T), QR(B) and the SVD of the small core (`compose.factors.core`), where PEFT takes 15
+    The vector is exact: QR(A^T), QR(B) and the SVD of the small core (`compose.kernels.factors.core`), PEFT takes 15
     power iterations. It needs no text at all, so a member is added from its weights alone.
     """
 

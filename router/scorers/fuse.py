@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compose.inject import runtime
+from compose.runtime.model_runtime import runtime
 from hub.errors import UsageError
 from router.bench import Bench, sites_of
 from router.scorer import SHARED, ScorerOptions, SiteScorer, SiteScores, Statistics, register
@@ -71,7 +71,7 @@ class Fuse(SiteScorer):
 
 
 class _Attention:
-    """A `compose.switch.Mixer`."""
+    """A `compose.slots.gate.Mixer`."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors

@@ -8,10 +8,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from router import posterior as bayes
-from router.belief import belief
 from router.bench import Batch, Experts
-from router.fold import expert_log_probs
+from router.ensemble import posterior as bayes
+from router.ensemble.belief import belief
+from router.ensemble.experts import expert_log_probs
 from router.gating import Gating
 from router.scorer import RowScorer, ScorerOptions, Statistics, register
 
@@ -35,7 +35,7 @@ class Likelihood(RowScorer):
     """score_e = sum_t gamma^(T-t) log p_e(x_t | x_<t), in nats (DEMix layers, arXiv 2108.05036).
 
     Softmax of it is the posterior over experts under a uniform prior. It needs no statistics and reads each row once
-    with every expert, folded into one batch. See `router.ensemble` for the mixture of probabilities it belongs to.
+    with every expert, folded into one batch. See `router.ensemble.demix` for the mixture it belongs to.
     """
 
     Options = LikelihoodOptions

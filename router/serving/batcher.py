@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from hub.errors import HubError
 from router.engine.engine import BREAKDOWNS, Answer, Engine, told
-from router.engine.flight import Flight, Row
 from router.engine.prepare import Prepared
 from router.engine.request import Piece
+from router.engine.running_batch import Flight, Row
 from router.serving.metrics import Metrics
 
 T = TypeVar("T")

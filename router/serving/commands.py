@@ -43,7 +43,7 @@ def serve(base: str, host: str, port: int, token: str | None, access_log: bool, 
          -d '{"model": "local/legal", "prompt": "The parties agree"}'
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     from hub.errors import UsageError
-    from hub.listening import is_loopback, listen, require_extra
+    from hub.io.listen import is_loopback, listen, require_extra
 
     if token is None and not is_loopback(host):
         raise UsageError(f"without a token the server serves this machine only, not {host}", hint="--token TEXT")
@@ -54,9 +54,9 @@ def serve(base: str, host: str, port: int, token: str | None, access_log: bool, 
 def _app(base: str, token: str | None, given: dict[str, Any]) -> FastAPI:
     import torch
 
-    from hub.sizes import parse_size
+    from hub.console.sizes import parse_size
     from router.engine.engine import Engine
-    from router.server import create_app
+    from router.serving.app import create_app
 
     on_cpu = not torch.cuda.is_available()
     engine = Engine(

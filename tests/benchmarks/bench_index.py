@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-from hub.ledger import Event, Position, line_of
 from hub.manifest import BaseIdentity, Manifest, weights_fingerprint
-from hub.oci import image_manifest
+from hub.storage.ledger import Event, Position, line_of
+from hub.storage.oci import image_manifest
 from hub.store import Store
 
 TASKS = ("chat", "nli", "ner", "summarization", "translation", "code", "math", "sentiment")

@@ -20,7 +20,7 @@ from bench_tools import interleave, machine, ratio, report, shape_options
 from torch import Tensor
 from torch.nn import functional as F
 
-from compose.kernels import BACKENDS, Pair, choose, for_all
+from compose.kernels.low_rank import BACKENDS, Pair, choose, for_all
 
 FAST = ("stacked", "gather")
 

@@ -20,10 +20,10 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import compose
-from train.batches import Dataset, Ragged
 from train.config import TrainConfig
+from train.data.batches import Dataset, Ragged
 from train.loop import fit
-from train.objective import next_token
+from train.steps.objective import next_token
 
 LR = 1e-3
 

@@ -21,8 +21,8 @@ import torch
 from bench_tools import llama, machine, resident, shape_options
 
 import compose
-from train.batches import Dataset, Ragged
 from train.config import TrainConfig
+from train.data.batches import Dataset, Ragged
 from train.loop import fit
 from train.many import Job, fit_many
 

@@ -69,8 +69,8 @@ def ours(method: str, dim: int, sites: int, adapters: int) -> tuple[Callable[[],
     import torch
 
     import compose
-    from compose.inject import runtime
-    from compose.merge import merge
+    from compose.merging.merge import merge
+    from compose.runtime.model_runtime import runtime
 
     suffixes, layers = targets(method, sites)
     model = base(dim, layers)

@@ -25,8 +25,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compose import inject
-from compose.kind import get_kind, make_config
+from compose.kind.adapter import get_kind, make_config
+from compose.runtime import model_runtime as inject
 
 Call = Callable[[], Any]
 

@@ -42,7 +42,7 @@ def clock() -> float:
 
 def dataset(given: argparse.Namespace) -> Any:
     """Rows of one length in which tokens repeat, so that there is something to learn."""
-    from train.batches import Dataset, Ragged
+    from train.data.batches import Dataset, Ragged
 
     random = torch.Generator().manual_seed(0)
     starts = torch.randint(4, given.vocabulary // 2, (given.rows * given.steps,), generator=random).tolist()
@@ -84,7 +84,7 @@ def peer(folder: Path, given: argparse.Namespace) -> tuple[list[float], list[flo
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
-    from train.batches import epoch_order
+    from train.data.batches import epoch_order
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[given.precision]
     options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}

@@ -28,9 +28,9 @@ from peft import PeftModel
 
 import compose
 from router.engine.engine import Engine
-from router.engine.flight import Flight, Row
 from router.engine.prepare import Prepared
 from router.engine.request import Request
+from router.engine.running_batch import Flight, Row
 
 # Milliseconds are of the processor, which a busy machine does not change; only a GPU's have to be read off the wall.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time

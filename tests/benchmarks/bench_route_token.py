@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
-from compose import inject
-from compose.kind import get_kind, make_config
+from compose.kind.adapter import get_kind, make_config
+from compose.runtime import model_runtime as inject
 from router.bench import Batch, Bench
 from router.gating import Gating
 from router.router import Router

@@ -23,8 +23,8 @@ import torch
 from bench_tools import llama, machine, resident, shape_options
 from transformers import BertConfig, BertForSequenceClassification
 
-from train.batches import Dataset, Ragged
 from train.config import TrainConfig
+from train.data.batches import Dataset, Ragged
 from train.loop import fit
 from train.method import make_method
 

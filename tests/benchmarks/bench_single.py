@@ -21,8 +21,9 @@ import torch
 from bench_tools import interleave, llama, machine, ratio, report, shape_options
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from compose import inject, interop
-from compose.loading import keep_differentiable
+from compose.base.loading import keep_differentiable
+from compose.formats import directory as interop
+from compose.runtime import model_runtime as inject
 
 CONFIGS = {
     "lora": lambda: peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),

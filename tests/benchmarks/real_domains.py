@@ -37,11 +37,11 @@ from torch import Tensor
 
 import compose
 from router.bench import Batch
-from router.ensemble import EnsembleScore, mix
-from router.fold import expert_log_probs
-from router.posterior import fitted, log_prior, moving_average
+from router.ensemble.demix import EnsembleScore, mix
+from router.ensemble.experts import expert_log_probs
+from router.ensemble.posterior import fitted, log_prior, moving_average
 from train.config import TrainConfig
-from train.data import text_blocks
+from train.data.datasets import text_blocks
 from train.loop import fit
 
 BASE = "builtin:tiny-lm"

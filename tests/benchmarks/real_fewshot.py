@@ -50,7 +50,7 @@ K = 16
 
 
 def rows_of(folder: Path, task: str, part: int):
-    from train.data import read_rows
+    from train.data.datasets import read_rows
     from train.fewshot.examples import Columns, to_examples
 
     file, (text, text2) = TASKS[task][part], TASKS[task][2]
@@ -78,10 +78,10 @@ def majority(base, task, method, seed, split, test, args):
 
 def ours(base, task, method, seed, split, test, args):
     import compose
-    from train.fewshot.classifier import load_base
-    from train.fewshot.ipet import ipet
+    from train.fewshot.classifier.classifier import load_base
     from train.fewshot.job import Job, learn
-    from train.fewshot.pet import Recipe, pet
+    from train.fewshot.recipes.ipet import ipet
+    from train.fewshot.recipes.pet import Recipe, pet
 
     manual = TASKS[task][3]
     facts = {"budget": args.budget, "seed": seed, "max_length": 128}

@@ -24,11 +24,11 @@ from bench_tools import machine
 
 import compose
 from train.config import TrainConfig
-from train.data import encode, read_rows
-from train.evaluate import evaluate
+from train.data.datasets import encode, read_rows
 from train.loop import fit
 from train.method import Composite, make_method
 from train.seeds import derive, generator
+from train.steps.evaluate import evaluate
 
 # Rates differ by what moves: whole weights, matrices beside them, what stands before the text.
 METHODS: dict[str, tuple[float, dict[str, Any]]] = {

@@ -36,12 +36,12 @@ from torch import nn
 
 import compose
 from train.config import TrainConfig
-from train.data import encode, read_rows
-from train.evaluate import evaluate
-from train.heads import head_parameters, modules_to_save
+from train.data.datasets import encode, read_rows
+from train.learner.heads import head_parameters, modules_to_save
 from train.loop import fit
 from train.method import Composite, make_method, methods
 from train.seeds import derive, generator
+from train.steps.evaluate import evaluate
 
 # data set -> (files to train on, the first that is there; file to measure on; columns; tokens a row)
 TASKS: dict[str, tuple[tuple[str, ...], str, dict[str, str], int]] = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from compose.families import FAMILIES
-from compose.inject import activate, eject
-from compose.kind import KindError, kinds
-from compose.sites import SiteError
+from compose.base.families import FAMILIES
+from compose.base.sites import SiteError
+from compose.kind.adapter import KindError, kinds
+from compose.runtime.model_runtime import activate, eject
 
 _IDS = {"vocab_size": 53, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 _BLOCKS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compose.inject import activate
+from compose.runtime.model_runtime import activate
 
 
 @pytest.fixture

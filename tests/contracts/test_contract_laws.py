@@ -7,10 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from compose.expr import Ref, Scale, add, seq
-from compose.inject import activate, eject, runtime
-from compose.kind import get_kind, kinds
-from compose.weights import bias_of
+from compose.base.weights import bias_of
+from compose.expr.tree import Ref, Scale, add, seq
+from compose.kind.adapter import get_kind, kinds
+from compose.runtime.model_runtime import activate, eject, runtime
 
 WEIGHTS = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compose import interop
-from compose.inject import activate, eject, runtime
+from compose.formats import directory as interop
+from compose.runtime.model_runtime import activate, eject, runtime
 
 
 @pytest.fixture

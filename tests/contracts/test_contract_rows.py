@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compose.inject import activate, eject
+from compose.runtime.model_runtime import activate, eject
 
 LENGTHS = (5, 3, 6, 4, 2, 5)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compose.inject import activate, runtime
+from compose.runtime.model_runtime import activate, runtime
 
 
 def loss_of(model, batch):

@@ -15,7 +15,7 @@ from pathlib import Path
 import packaging.specifiers  # noqa: F401  (another user cannot read it later)
 
 from hub.errors import HubError
-from hub.gc import collect, plan
+from hub.project.gc import collect, plan
 from hub.remotes import from_url
 from hub.store import Store
 from hub.transfer import pull

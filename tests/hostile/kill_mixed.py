@@ -21,9 +21,9 @@ from pathlib import Path
 from kill_rounds import CHUNK, artifact, check, child, killed
 
 import hub.remotes.directory
-import hub.staging
+import hub.storage.staging
 from hub.errors import Conflict, NotFound
-from hub.gc import collect, plan
+from hub.project.gc import collect, plan
 from hub.remotes import from_url
 from hub.store import Store
 from hub.transfer import pull, push
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    hub.remotes.directory.CHUNK = hub.staging.CHUNK = CHUNK
+    hub.remotes.directory.CHUNK = hub.storage.staging.CHUNK = CHUNK
     moments = random.Random(options.seed)
     sources = [artifact(options.directory / "sources" / str(number), number) for number in range(COUNT)]
     begin(options.directory / "warm", sources)  # every module is imported before the first fork

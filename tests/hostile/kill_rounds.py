@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import hub.remotes.directory
-import hub.staging
+import hub.storage.staging
 from hub.manifest import Draft
 from hub.pack import pack
 from hub.remotes import from_url
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    hub.remotes.directory.CHUNK = hub.staging.CHUNK = CHUNK
+    hub.remotes.directory.CHUNK = hub.storage.staging.CHUNK = CHUNK
     job = push_once if options.job == "push" else pull_once
     moments = random.Random(options.seed)
     sources = [artifact(options.directory / "sources" / str(number), number) for number in range(BLOCK)]

@@ -15,8 +15,8 @@ import pytest
 
 import hub
 from hub.errors import NotFound, StoreError
-from hub.gc import collect, plan
-from hub.named import Remotes
+from hub.project.gc import collect, plan
+from hub.project.named_remotes import Remotes
 from hub.remotes import from_url
 from hub.store import Store
 from hub.transfer import pull, push

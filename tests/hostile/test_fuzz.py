@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from hub.cli import _row_of
-from hub.diff import flat
+from hub.contents.tensor_files import read_header, scan
 from hub.errors import HubError
-from hub.lock import Lock, read_wishes
+from hub.foreign.peft_config import facts_of
 from hub.manifest import Draft, Manifest
-from hub.named import Remotes
 from hub.pack import check_directory, pack
-from hub.peft_config import facts_of
+from hub.project.lock import Lock, read_wishes
+from hub.project.named_remotes import Remotes
 from hub.ref import AdapterRef
+from hub.relations.diff import flat
 from hub.store import Store
-from hub.tensors import read_header, scan
 
 TOTAL = 20_000  # examples of the slow run, over all targets
 QUICK = 25  # examples of each target by default

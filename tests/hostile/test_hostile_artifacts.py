@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from hub import canonical
 from hub.errors import GateError, HubError, IntegrityError, ManifestError, NotFound
-from hub.files import check_relative
-from hub.ledger import Event, Ledger
+from hub.io import canonical_json as canonical
+from hub.io.files import check_relative
 from hub.manifest import Draft, Manifest
 from hub.pack import pack
 from hub.remotes import from_url
+from hub.storage.ledger import Event, Ledger
 from hub.store import Store
 from hub.transfer import pull, push
 
@@ -135,7 +135,7 @@ def test_a_socket(victim, monkeypatch) -> None:
 
 def test_too_many_and_too_deep(victim, monkeypatch) -> None:
     directory = victim()
-    monkeypatch.setattr("hub.files.MAX_FILES", 10)
+    monkeypatch.setattr("hub.io.files.MAX_FILES", 10)
     for i in range(11):
         (directory / f"{i}.txt").touch()
     with pytest.raises(GateError, match="more than 10 files"):

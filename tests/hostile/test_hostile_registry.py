@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hub import canonical
 from hub.errors import HubError
+from hub.io import canonical_json as canonical
 from hub.manifest import Manifest
-from hub.oci import image_manifest
 from hub.remotes import from_url
+from hub.storage.oci import image_manifest
 from hub.store import Store
 from hub.transfer import pull
 
@@ -153,7 +153,7 @@ def test_more_bytes_than_announced(hostile: Server, victim, tmp_path: Path) -> N
 
 
 def test_a_registry_that_stumbles_is_asked_again(hostile: Server) -> None:
-    from hub.oci_http import Wire
+    from hub.clients.oci import Wire
 
     asked = []
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from hub.cli import _row_of
+from hub.contents.gates import inspect
+from hub.contents.tensor_files import read_header, scan
 from hub.errors import HubError
-from hub.files import read_capped
-from hub.gates import inspect
+from hub.foreign.peft_config import facts_of
+from hub.foreign.sources import find
+from hub.io.files import read_capped
 from hub.manifest import MAX_TENSORS, Manifest
-from hub.peft_config import facts_of
 from hub.signing import check
-from hub.sources import find
 from hub.store import Store
-from hub.tensors import read_header, scan
 
 MIB = 2**20
 

@@ -302,7 +302,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch) -> None:
 
 
 def test_our_warnings_are_sentences_and_a_library_s_keep_their_place(capsys: pytest.CaptureFixture[str]) -> None:
-    from compose.ladder import BaseWarning
+    from compose.base.compatibility import BaseWarning
     from hub.cli import _warn
 
     _warn("the base is held as none", BaseWarning, "api.py", 7)

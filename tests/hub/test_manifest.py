@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hub import canonical
+from hub.contents.manifest_outline import outline
 from hub.errors import ManifestError
+from hub.io import canonical_json as canonical
 from hub.manifest import BaseIdentity, Draft, FileEntry, Lineage, Manifest, Metric, Requirement, TensorEntry, TrainedOn
-from hub.outline import outline
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 json_values = st.recursive(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hub import gates
+from hub.contents import gates
 from hub.errors import GateError, IntegrityError, ManifestError, NotFound, UsageError
 from hub.manifest import Draft, read_manifest
 from hub.pack import check_directory, pack

@@ -59,7 +59,7 @@ def test_a_settled_posterior_collapses_to_one_merged_adapter(model, texts):
     assert torch.equal(alone, made.sequences), "it goes on exactly as the merged adapter does"
     compose.activate(model, "c")
     ensemble.generate(prompt, collapse=0.01, **OPTIONS)
-    assert [str(row) for row in compose.inject.runtime(model).rows] == ["c"]
+    assert [str(row) for row in compose.runtime.model_runtime.runtime(model).rows] == ["c"]
     for wrong in (-0.1, 1.5):
         with pytest.raises(UsageError, match="collapse"):
             ensemble.generate(prompt, collapse=wrong, **OPTIONS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import compose
-from compose.kind import KindError
+from compose.kind.adapter import KindError
 from hub.errors import UsageError
 from router import Ensemble
 from router.bench import Batch, Bench
@@ -137,7 +137,7 @@ def test_what_acts_at_a_norm_is_weighed_there_too(tiny, method):
     model = tiny.model("gpt2")
     for seed, name in enumerate("ab"):
         tiny.adapter(model, "bias", name, seed=seed, noise=0.1).freeze()
-    assert any("ln_1" in path for path in compose.inject.runtime(model).adapter("a").paths)
+    assert any("ln_1" in path for path in compose.runtime.model_runtime.runtime(model).adapter("a").paths)
     rows = {name: [torch.arange(4 + seed, 12 + seed)] for seed, name in enumerate("ab")}
     bench = Bench(model, {"a": "a", "b": "b"}, rows)
     router, batch = fitted(bench, method), Batch.of([rows["a"][0]])

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import compose
-from train.batches import Dataset, Ragged
 from train.config import TrainConfig
+from train.data.batches import Dataset, Ragged
 
 VOCABULARY = 23
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from train.batches import Dataset, Ragged
+from train.data.batches import Dataset, Ragged
 from train.errors import DataError, NonFiniteLoss, TrainError
 from train.loop import FitResult, fit
 from train.method import Method
-from train.objective import loss_sum
+from train.steps.objective import loss_sum
 
 
 def losses(result: FitResult) -> list[float]:

@@ -7,11 +7,11 @@ import torch
 
 import compose
 from hub.errors import UsageError
-from train.batches import Dataset, Ragged
+from train.data.batches import Dataset, Ragged
 from train.errors import NonFiniteLoss
 from train.loop import fit
 from train.many import Job, fit_many
-from train.objective import loss_sum
+from train.steps.objective import loss_sum
 
 KINDS = ("lora", "dora", "bottleneck", "ia3", "bias", "prefix", "prompt", "krona")
 
@@ -83,7 +83,7 @@ def test_each_stops_by_itself_and_has_its_own_loss(tiny, config):
     assert len(seen) == 12
     first = [results[name].history[0]["loss"] for name in ("better", "still")]
     assert first[0] == pytest.approx(2 * first[1], rel=1e-5)
-    assert compose.inject.runtime(model).rows == (compose.inject.IDENTITY,)
+    assert compose.runtime.model_runtime.runtime(model).rows == (compose.runtime.model_runtime.IDENTITY,)
 
 
 def test_a_job_that_breaks_is_named(tiny, config):

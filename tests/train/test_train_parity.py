@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import compose
-from compose.locate import locate
-from train.batches import IGNORE, Dataset, Ragged, epoch_order
+from compose.base.location import locate
 from train.config import TrainConfig
-from train.data import text_blocks
+from train.data.batches import IGNORE, Dataset, Ragged, epoch_order
+from train.data.datasets import text_blocks
 from train.loop import fit
 from train.method import make_method
 

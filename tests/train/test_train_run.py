@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 import compose
-from compose import probes
-from compose.ladder import BaseWarning
+from compose.artifacts import probes
+from compose.base.compatibility import BaseWarning
 from hub.errors import Conflict, HubError, UsageError
 from hub.store import Store
 from train.config import TrainConfig, load_config
-from train.data import load_splits
+from train.data.datasets import load_splits
 from train.errors import DataError, NonFiniteLoss, TrainError
-from train.evaluate import evaluate
-from train.heads import modules_to_save
+from train.learner.heads import modules_to_save
 from train.run import prepare, run
+from train.steps.evaluate import evaluate
 
 LM = {"max_length": 32, "batch_size": 8, "duration": 6, "eval_every": 2, "lr": 5e-3, "options": {"r": 4}}
 

@@ -9,17 +9,17 @@ import torch
 from torch.nn import functional as F
 
 import compose
-from compose import probes
+from compose.artifacts import probes
 from train.assess import assess
-from train.batches import IGNORE
 from train.config import TrainConfig
-from train.data import completions, encode, load_splits, read_rows
-from train.encoders import chats, packed
+from train.data.batches import IGNORE
+from train.data.datasets import completions, encode, load_splits, read_rows
+from train.data.encoders import chats, packed
 from train.errors import DataError
-from train.evaluate import evaluate
 from train.loop import fit
-from train.objective import forward, loss_sum
 from train.run import run
+from train.steps.evaluate import evaluate
+from train.steps.objective import forward, loss_sum
 
 TAGS = {"good": "POS", "fine": "POS", "bad": "NEG", "poor": "NEG"}
 CHAT = (

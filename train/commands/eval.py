@@ -6,7 +6,7 @@ import os
 
 import click
 
-from hub.output import json_file_option, write_json
+from hub.console.output import json_file_option, write_json
 
 __all__ = ["eval_"]
 

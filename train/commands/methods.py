@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hub.output import columns, json_option, print_json
+from hub.console.output import columns, json_option, print_json
 
 __all__ = ["methods"]
 
@@ -20,7 +20,7 @@ def methods(name: str | None, markdown: bool, as_json: bool) -> None:
 
     A method is how an adapter is learned; its kind is what the adapter is when it is applied.
     """
-    from train import listing
+    from train import methods_table as listing
 
     found = listing.rows(name)
     if as_json:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from hub.output import columns, json_file_option, write_json
+from hub.console.output import columns, json_file_option, write_json
 
 __all__ = ["race"]
 

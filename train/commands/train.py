@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hub.output import json_file_option, write_json
+from hub.console.output import json_file_option, write_json
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
@@ -106,7 +106,7 @@ def _slug(text: str) -> str:
 def _dry_run(config: TrainConfig, json_path: str | None) -> None:
     from rich.console import Console
 
-    from train.preview import preview, show
+    from train.dry_run import preview, show
     from train.run import prepare
 
     ready = prepare(config)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hub.output import json_file_option, say, write_json
+from hub.console.output import json_file_option, say, write_json
 
 __all__ = ["few_shot"]
 
@@ -140,9 +140,9 @@ def _tell(found: dict[str, Any], text2: str | None) -> None:
 def predict(ref: str, data: str | None, text: str | None, text2: str | None, base: str | None, as_json: bool) -> None:
     """Label one --text, or every row of the file DATA."""
     from hub.errors import UsageError
-    from train.fewshot.classifier import FewShotClassifier
+    from train.data.files import read_rows
+    from train.fewshot.classifier.classifier import FewShotClassifier
     from train.fewshot.examples import Columns, Example, to_examples
-    from train.files import read_rows
 
     if data is None and text is None:
         raise UsageError("nothing to label", hint=f'hub few-shot predict {ref} --text "..."')
@@ -176,7 +176,7 @@ def patterns(
 ) -> None:
     """Show templates filled with rows of DATA, and what the base makes of the label words."""
     from train.fewshot.examples import Columns
-    from train.fewshot.show import show
+    from train.fewshot.prompts.show import show
 
     _quiet()
     for line in show(data, template, base, Columns(text, text2, label), words, rows):
@@ -187,6 +187,6 @@ def _quiet() -> None:
     """No report of what is normal here: a base without a classification head."""
     import warnings
 
-    from compose.ladder import BaseWarning
+    from compose.base.compatibility import BaseWarning
 
     warnings.simplefilter("ignore", BaseWarning)

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 import compose
-from compose.kind import Adapter
+from compose.kind.adapter import Adapter
 from hub.errors import UsageError, suggest
 from hub.lazy import load
 from train.config import TrainConfig
-from train.fewshot.classifier import FewShotClassifier, Spec, head_member
-from train.fewshot.defaults import PAIR_TEMPLATES, TEMPLATES, name_words, spoken
+from train.fewshot.classifier.classifier import FewShotClassifier, Spec, head_member
+from train.fewshot.classifier.members import Member, Reading
 from train.fewshot.examples import Example
-from train.fewshot.head import Head
-from train.fewshot.members import Member, Reading
-from train.fewshot.verbalizer import Verbalizer
-from train.fewshot.views import Features, View
+from train.fewshot.prompts.defaults import PAIR_TEMPLATES, TEMPLATES, name_words, spoken
+from train.fewshot.prompts.verbalizer import Verbalizer
+from train.fewshot.reading.head import Head
+from train.fewshot.reading.views import Features, View
 from train.loop import FitResult
 
 if TYPE_CHECKING:
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "Job", "Learned", "learn"]
 
 METHODS: Mapping[str, str] = {
-    "auto": "train.fewshot.auto:auto",
-    "feature": "train.fewshot.auto:feature",
-    "zero-shot": "train.fewshot.auto:zero_shot",
-    "fine-tune": "train.fewshot.lmbff:fine_tune",
-    "lm-bff": "train.fewshot.lmbff:lm_bff",
-    "lm-bff-demo": "train.fewshot.lmbff:lm_bff_demo",
-    "pet": "train.fewshot.pet:pet",
-    "ipet": "train.fewshot.ipet:ipet",
-    "multi-mask": "train.fewshot.multimask:multi_mask",
+    "auto": "train.fewshot.recipes.auto:auto",
+    "feature": "train.fewshot.recipes.auto:feature",
+    "zero-shot": "train.fewshot.recipes.auto:zero_shot",
+    "fine-tune": "train.fewshot.recipes.lmbff:fine_tune",
+    "lm-bff": "train.fewshot.recipes.lmbff:lm_bff",
+    "lm-bff-demo": "train.fewshot.recipes.lmbff:lm_bff_demo",
+    "pet": "train.fewshot.recipes.pet:pet",
+    "ipet": "train.fewshot.recipes.ipet:ipet",
+    "multi-mask": "train.fewshot.recipes.multimask:multi_mask",
 }
 
 

@@ -20,17 +20,17 @@ from hub.manifest import Draft, Metric
 from hub.pack import pack
 from hub.ref import AdapterRef
 from hub.store import Artifact, Store
-from train.card import write_card
-from train.data import read_rows
+from train.data.datasets import read_rows
+from train.data.files import file_digests
 from train.errors import DataError
-from train.fewshot.classifier import FewShotClassifier, load_base
+from train.fewshot.classifier.classifier import FewShotClassifier, load_base
 from train.fewshot.examples import Columns, Example, check_texts, label_names, to_examples, warn_of_duplicates
 from train.fewshot.job import Job, Learned, learn
+from train.fewshot.prompts.template import Template
+from train.fewshot.prompts.verbalizer import VerbalizerError
 from train.fewshot.splits import KShot, k_shot
-from train.fewshot.template import Template
-from train.fewshot.verbalizer import VerbalizerError
-from train.files import file_digests
-from train.publish import next_version, write_artifact
+from train.results.card import write_card
+from train.results.publish import next_version, write_artifact
 
 __all__ = ["Request", "interval", "run"]
 
@@ -129,7 +129,7 @@ def run(
 
 def measure(classifier: FewShotClassifier, test: Sequence[Example]) -> dict[str, Any]:
     """Accuracy with its 95% confidence interval, and macro F1."""
-    from train.evaluate import f1_macro
+    from train.steps.evaluate import f1_macro
 
     guess = classifier.logits(test).argmax(1)
     answers = torch.tensor([classifier.labels.index(str(e.label)) for e in test])

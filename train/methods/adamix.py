@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compose.kind import Adapter
+from compose.kind.adapter import Adapter
+from train.learner.reparametrize import attributes, fold, reparametrize
 from train.method import Method, MethodOptions, register
-from train.objective import learned, loss_sum
-from train.reparametrize import attributes, fold, reparametrize
+from train.steps.objective import learned, loss_sum
 
 
 class AdamixOptions(MethodOptions):

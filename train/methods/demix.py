@@ -10,11 +10,11 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 import compose
-from compose.kind import Adapter
-from train.batches import Dataset
+from compose.kind.adapter import Adapter
+from train.data.batches import Dataset
 from train.errors import ConfigError
-from train.evaluate import evaluate
 from train.method import NAME, Composite, Method, MethodOptions, register
+from train.steps.evaluate import evaluate
 
 
 class DemixOptions(MethodOptions):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from compose.kind import Adapter
+from compose.kind.adapter import Adapter
 from train.config import TrainConfig
+from train.learner.reparametrize import attribute, fold, function, original, reparametrize
+from train.learner.sparsify import largest, places, start_again, to_sparse
 from train.method import NAME, Method, MethodOptions, register
-from train.objective import item_count
-from train.reparametrize import attribute, fold, function, original, reparametrize
-from train.sparsify import largest, places, start_again, to_sparse
+from train.steps.objective import item_count
 
 LOW, HIGH = -1.5, 1.5  # the interval a gate is stretched to before it is clipped to [0, 1]
 

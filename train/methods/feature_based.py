@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compose.kind import Adapter
+from compose.kind.adapter import Adapter
 from train.method import Composite, Method, register
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from compose.inject import runtime
-from compose.kind import Adapter
+from compose.kind.adapter import Adapter
+from compose.runtime.model_runtime import runtime
 from train.method import Composite, Method, register
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import compose
-from compose.inject import runtime
-from compose.kind import Adapter, original_module
+from compose.kind.adapter import Adapter, original_module
 from compose.kinds.ladder import Ladder
-from train.batches import Dataset
+from compose.runtime.model_runtime import runtime
+from train.data.batches import Dataset
 from train.method import NAME, Method, MethodOptions, register
-from train.objective import forward, loss_sum
+from train.steps.objective import forward, loss_sum
 
 log = logging.getLogger(__name__)
 _ROLES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")

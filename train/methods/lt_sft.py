@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from compose.kind import Adapter
+from compose.kind.adapter import Adapter
 from train.config import TrainConfig
+from train.learner.reparametrize import attribute, fold, function, original, reparametrize
+from train.learner.sparsify import largest, places, start_again, to_sparse
 from train.method import NAME, Method, MethodOptions, register
-from train.reparametrize import attribute, fold, function, original, reparametrize
-from train.sparsify import largest, places, start_again, to_sparse
 
 
 class LtSftOptions(MethodOptions):

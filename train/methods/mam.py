@@ -9,9 +9,9 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 import compose
-from compose.kind import Adapter
+from compose.kind.adapter import Adapter
+from train.learner.reparametrize import Projected, fold, reparametrize
 from train.method import Composite, Method, MethodOptions, register
-from train.reparametrize import Projected, fold, reparametrize
 
 
 class MamOptions(MethodOptions):

@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compose.kind import Adapter
+from compose.kind.adapter import Adapter
 from train.errors import ConfigError
+from train.learner.reparametrize import fold, reparametrize
 from train.method import Composite, Method, MethodOptions, register
-from train.reparametrize import fold, reparametrize
 
 
 class PTuningOptions(MethodOptions):

@@ -7,9 +7,9 @@ from typing import Any
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from compose.kind import Adapter
+from compose.kind.adapter import Adapter
+from train.learner.reparametrize import Projected, fold, reparametrize
 from train.method import Method, MethodOptions, register
-from train.reparametrize import Projected, fold, reparametrize
 
 
 class PrefixOptions(MethodOptions):

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel
 
-from compose.kind import Adapter
+from compose.kind.adapter import Adapter
 from train.errors import ConfigError
 from train.method import Method, MethodOptions, register
 

@@ -10,9 +10,9 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 import compose
-from compose.inject import runtime
-from compose.kind import Adapter
-from compose.sites import SiteMap
+from compose.base.sites import SiteMap
+from compose.kind.adapter import Adapter
+from compose.runtime.model_runtime import runtime
 from train.errors import ConfigError
 from train.method import Composite, Method, MethodOptions, register
 

@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 import compose
-from compose.kind import Adapter
-from compose.lowrank import LowRank, LowRankConfig
+from compose.kind.adapter import Adapter
+from compose.kind.low_rank import LowRank, LowRankConfig
 from train.config import TrainConfig
+from train.learner.reparametrize import attributes, fold, function, reparametrize
 from train.method import NAME, Method, MethodOptions, register
-from train.reparametrize import attributes, fold, function, reparametrize
 
 
 class SoraOptions(MethodOptions):

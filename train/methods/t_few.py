@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compose.kind import Adapter
-from train.batches import IGNORE
+from compose.kind.adapter import Adapter
+from train.data.batches import IGNORE
 from train.errors import ConfigError, DataError
 from train.method import Method, MethodOptions, register
 

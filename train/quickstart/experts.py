@@ -15,14 +15,14 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 
 import compose
-from compose.base import identity
+from compose.base.model import identity
+from hub.relations.word_counts import count_words
 from hub.store import Artifact, Store
-from hub.words import count_words
 from train.config import TrainConfig
-from train.data import text_blocks
+from train.data.datasets import text_blocks
 from train.loop import fit
-from train.publish import next_version, publish
 from train.quickstart.corpus import Document, Domain
+from train.results.publish import next_version, publish
 
 NAMESPACE = "quickstart"
 CURVE = "aux/curve.json"  # [[step, loss], ...], kept in the artifact so that a report never needs to train again

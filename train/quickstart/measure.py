@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from router import Ensemble
-from router.ensemble import EnsembleScore
-from router.fold import context_of, expert_log_probs
+from router.ensemble.demix import EnsembleScore
+from router.ensemble.experts import context_of, expert_log_probs
 from train.quickstart.corpus import Domain
 
 CONTEXT = 512  # tokens in one window; a base with fewer positions gets its own

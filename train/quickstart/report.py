@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from hub.files import atomic_write
+from hub.io.files import atomic_write
 from train.quickstart import plots
 from train.quickstart.findings import claims, hindsight, means, table, worst_regret
 from train.quickstart.measure import DomainResult

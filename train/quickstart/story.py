@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from transformers import AutoConfig, PreTrainedModel
 
 import compose
-from compose.base import locate
-from compose.inject import runtime
+from compose.base.model import locate
+from compose.runtime.model_runtime import runtime
 from hub.remotes.directory import DirectoryRemote
 from hub.store import Store
 from hub.transfer import pull

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import compose
-from compose.expr import parse
-from compose.inject import runtime
-from compose.merge import merge
+from compose.expr.tree import parse
+from compose.merging.merge import merge
 from compose.parameter_space.effect import effect_of
+from compose.runtime.model_runtime import runtime
 
 
 class Lab:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import compose
-from compose.inject import runtime
-from compose.kind import KindError
-from compose.merge import merge
+from compose.kind.adapter import KindError
 from compose.merges import lorahub
+from compose.merging.merge import merge
+from compose.runtime.model_runtime import runtime
 
 WEIGHTS = ("lora", "dora")  # kinds that add a matrix to a weight
 VECTORS = ("ia3", "bias")

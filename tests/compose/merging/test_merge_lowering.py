@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import compose
-from compose.fold import fold
-from compose.inject import runtime
-from compose.kind import KindError
-from compose.merge import lower_to_lora, merge
-from compose.weights import dense_weight
+from compose.base.weights import dense_weight
+from compose.kind.adapter import KindError
+from compose.merging.fold import fold
+from compose.merging.merge import lower_to_lora, merge
+from compose.runtime.model_runtime import runtime
 
 WEIGHTS = ("lora", "dora")  # kinds that add a matrix to a weight
 VECTORS = ("ia3", "bias")

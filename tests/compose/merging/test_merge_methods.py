@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compose.inject import runtime
-from compose.merge import merge
+from compose.merging.merge import merge
 from compose.parameter_space import blocks
+from compose.runtime.model_runtime import runtime
 
 WEIGHTS = ("lora", "dora")  # kinds that add a matrix to a weight
 VECTORS = ("ia3", "bias")

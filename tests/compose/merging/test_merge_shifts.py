@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from compose.inject import activate, runtime
-from compose.kind import KindError
-from compose.merge import lower_to_lora, merge
+from compose.kind.adapter import KindError
+from compose.merging.merge import lower_to_lora, merge
+from compose.runtime.model_runtime import activate, runtime
 
 
 def outputs(tiny, model, expr):

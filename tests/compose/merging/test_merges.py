@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import compose
-from compose.expr import Call, Ref, parse
-from compose.fold import fold
+from compose.expr.tree import Call, Ref, parse
 from compose.function import functions
-from compose.inject import runtime
-from compose.kind import KindError, kinds
-from compose.merge import lower_to_lora, merge, methods
+from compose.kind.adapter import KindError, kinds
+from compose.merging.fold import fold
+from compose.merging.merge import lower_to_lora, merge, methods
+from compose.runtime.model_runtime import runtime
 
 WEIGHTS = ("lora", "dora")  # kinds that add a matrix to a weight
 VECTORS = ("ia3", "bias")

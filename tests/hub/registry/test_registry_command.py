@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from hub.console.sizes import parse_size
 from hub.errors import UsageError
 from hub.registry import commands
 from hub.registry.tokens import add
-from hub.sizes import parse_size
 
 START = [sys.executable, "-c", "from hub.registry.commands import registry; registry(prog_name='hub registry')"]
 
@@ -118,7 +118,7 @@ def test_a_killed_server_leaves_a_sound_store(tmp_path: Path, packed) -> None:
     import json
     import threading
 
-    from hub.registry.drafts import Drafts
+    from hub.registry.state.drafts import Drafts
     from hub.store import Store
 
     root = tmp_path / "store"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hub.registry import gitids
+from hub.registry.state import git_ids as gitids
 
 WHEN = datetime(2026, 11, 21, 12, 0, tzinfo=timezone.utc)
 FILES = {

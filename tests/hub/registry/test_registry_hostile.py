@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hub.registry.commits import Operation, read_commit
 from hub.registry.errors import ApiError, header_text
 from hub.registry.limits import Limits
+from hub.registry.state.commit_stream import Operation, read_commit
 
 HEADER = {"key": "header", "value": {"summary": "x"}}
 

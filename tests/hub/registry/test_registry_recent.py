@@ -7,7 +7,7 @@ import threading
 
 from hub.errors import HubError
 from hub.ref import AdapterRef
-from hub.registry.recent import Catalogues, Recent
+from hub.registry.state.recent import Catalogues, Recent
 from hub.store import Store
 
 NAMES = ("acme/a", "acme/b")

@@ -9,7 +9,7 @@ import compose
 from hub.errors import HubError, UsageError
 from router.engine.engine import Engine
 from router.engine.request import Request
-from router.ensemble import Ensemble
+from router.ensemble.demix import Ensemble
 
 BASE = "builtin:tiny-lm"
 

@@ -105,7 +105,7 @@ def test_what_an_encoder_decoder_cannot_do_is_said_before_anything_runs(translat
 def test_run_and_serve_take_one_from_a_directory(tiny, tokenizer, tmp_path, jsonl):
     from starlette.testclient import TestClient
 
-    from router.server import create_app
+    from router.serving.app import create_app
 
     place, model = tmp_path / "t5", tiny.model("t5")
     model.save_pretrained(place)

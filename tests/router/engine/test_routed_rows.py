@@ -10,10 +10,10 @@ from click.testing import CliRunner
 
 import compose
 from hub.cli import main
+from router.artifact import load
 from router.bench import Batch
 from router.engine.engine import Engine
 from router.engine.request import Request
-from router.stored import load
 
 BASE = "builtin:tiny-lm"
 ROWS = ["The parties to this agreement", "def run(self):", "import json", "The court shall"]

@@ -99,7 +99,7 @@ def make_job(masked_base, masked_tokenizer, reviews_of):
     def make(**changes) -> Job:
         import warnings
 
-        from train.fewshot.classifier import load_base
+        from train.fewshot.classifier.classifier import load_base
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

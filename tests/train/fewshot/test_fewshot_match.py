@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from hub.errors import HubError
 from hub.store import Store
 from train.errors import DataError
-from train.fewshot.classifier import FewShotClassifier
+from train.fewshot.classifier.classifier import FewShotClassifier
 from train.fewshot.examples import Example
 from train.fewshot.job import learn
-from train.fewshot.match import agreement, match, pairs
-from train.fewshot.reader import MaskReader
+from train.fewshot.reading.match import agreement, match, pairs
+from train.fewshot.reading.reader import MaskReader
+from train.fewshot.reading.views import View
 from train.fewshot.run import Request, publish
-from train.fewshot.views import View
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

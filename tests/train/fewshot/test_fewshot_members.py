@@ -14,19 +14,19 @@ import compose
 from hub.pack import pack
 from hub.store import Store
 from train.errors import DataError
-from train.fewshot.adapt import adapt, contrast
-from train.fewshot.auto import stack
-from train.fewshot.classifier import FACTS, HEAD, FewShotClassifier, Spec, head_member
+from train.fewshot.classifier.classifier import FACTS, HEAD, FewShotClassifier, Spec, head_member
+from train.fewshot.classifier.members import Demonstrations
 from train.fewshot.examples import Example
-from train.fewshot.head import Head, words_alone
 from train.fewshot.job import learn
-from train.fewshot.members import Demonstrations
-from train.fewshot.prompts import prompt_dataset
-from train.fewshot.reader import PromptModel
+from train.fewshot.prompts.filled import prompt_dataset
+from train.fewshot.prompts.template import Template
+from train.fewshot.reading.head import Head, words_alone
+from train.fewshot.reading.reader import PromptModel
+from train.fewshot.reading.views import View
+from train.fewshot.recipes.adapt import adapt, contrast
+from train.fewshot.recipes.auto import stack
 from train.fewshot.run import Request, publish
-from train.fewshot.template import Template
-from train.fewshot.tuning import tune, tune_many
-from train.fewshot.views import View
+from train.fewshot.tuning.prompt_tuning import tune, tune_many
 from train.seeds import generator
 
 pytestmark = pytest.mark.filterwarnings("ignore")

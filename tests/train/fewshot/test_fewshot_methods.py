@@ -15,14 +15,15 @@ from hub.cli import main
 from hub.errors import Conflict, NotFound, UsageError
 from hub.store import Store
 from train.errors import DataError, TrainError
-from train.fewshot import generate, likelihood
-from train.fewshot.classifier import FewShotClassifier, load_base
+from train.fewshot.classifier.classifier import FewShotClassifier, load_base
 from train.fewshot.examples import Columns, Example
-from train.fewshot.ipet import ipet
 from train.fewshot.job import learn
-from train.fewshot.pet import Recipe, pet
+from train.fewshot.prompts import likelihood
+from train.fewshot.prompts import written_templates as generate
+from train.fewshot.prompts.template import Template
+from train.fewshot.recipes.ipet import ipet
+from train.fewshot.recipes.pet import Recipe, pet
 from train.fewshot.run import Request, interval, run
-from train.fewshot.template import Template
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,23 +10,23 @@ import torch.nn.functional as F
 
 import compose
 from train.errors import TrainError
-from train.fewshot import ipet
-from train.fewshot.demonstrations import candidates, choose, demonstrated
-from train.fewshot.distil import Distil
 from train.fewshot.examples import Example
-from train.fewshot.head import PENALTIES, average, choose_head, fit_head, words_alone
-from train.fewshot.masks import decode, hinge, sequence_ce
-from train.fewshot.pet import ensemble_mean
-from train.fewshot.prompts import encode, prompt_dataset
-from train.fewshot.reader import MaskReader, PromptModel, inputs_of
-from train.fewshot.replay import Replay
+from train.fewshot.prompts.demonstrations import candidates, choose, demonstrated
+from train.fewshot.prompts.filled import encode, prompt_dataset
+from train.fewshot.prompts.template import Template
+from train.fewshot.prompts.verbalizer import Verbalizer
+from train.fewshot.reading.head import PENALTIES, average, choose_head, fit_head, words_alone
+from train.fewshot.reading.masks import decode, hinge, sequence_ce
+from train.fewshot.reading.reader import MaskReader, PromptModel, inputs_of
+from train.fewshot.reading.replay import Replay
+from train.fewshot.reading.views import Features, view_dataset
+from train.fewshot.recipes import ipet
+from train.fewshot.recipes.label_words import assignments, candidate_words
+from train.fewshot.recipes.pet import ensemble_mean
+from train.fewshot.recipes.stages import Pipeline, Stage
 from train.fewshot.splits import folds
-from train.fewshot.stages import Pipeline, Stage
-from train.fewshot.template import Template
-from train.fewshot.tuning import WithLM, mask_tokens
-from train.fewshot.verbalizer import Verbalizer
-from train.fewshot.views import Features, view_dataset
-from train.fewshot.words import assignments, candidate_words
+from train.fewshot.tuning.distil import Distil
+from train.fewshot.tuning.prompt_tuning import WithLM, mask_tokens
 from train.seeds import generator
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from train.fewshot.examples import Example
-from train.fewshot.prompts import encode, lengths_after_cut, render
-from train.fewshot.template import Field, Literal, Mask, Sep, Template, TemplateError
-from train.fewshot.verbalizer import Verbalizer, VerbalizerError, WordScores, nearest_single_tokens
+from train.fewshot.prompts.filled import encode, lengths_after_cut, render
+from train.fewshot.prompts.template import Field, Literal, Mask, Sep, Template, TemplateError
+from train.fewshot.prompts.verbalizer import Verbalizer, VerbalizerError, WordScores, nearest_single_tokens
 
 GRAMMAR = [  # LM-BFF's notation, the readable one, the tree
     ("*cls**sent_0*_It_was*mask*.*sep+*", "{text} It was{mask}.", (Field(), Literal(" It was"), Mask(), Literal("."))),

@@ -1,0 +1,114 @@
+"""Foreign adapter directories become ours: read onto the shapes of a base, checked key by key, written canonically.
+
+Nothing of the base is loaded for that but its config; its weights are read only where a file repeats some of them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from compose.formats import adapterhub
+from compose.formats import directory as interop
+from compose.inspection.fake_base import Outline
+from compose.kind.adapter import Adapter, KindError
+from compose.planning.members import Held
+from compose.planning.plan import Leaf
+
+__all__ = ["Read", "convert", "read_onto"]
+
+_HEADED = ("classification", "token_classification")
+
+
+@dataclass(frozen=True)
+class Read:
+    """An adapter directory on the shapes of a base: ``adapter`` has all but the numbers, ``tensors`` has those."""
+
+    adapter: Adapter
+    tensors: Mapping[str, Tensor]
+    outline: Outline
+
+
+def read_onto(
+    directory: Path, base: str | Path, *, task: str | None = None, labels: Sequence[str] | None = None
+) -> Read:
+    """Read an adapter directory, PEFT's or ours; every tensor must find its place on the base.
+
+    Raises
+    ------
+    HubError
+        A PEFT type, field or key that this base and this project cannot carry: by name.
+    """
+    outline = Outline(base, task=task, labels=labels or None)
+    kind, _ = interop.peek(directory)
+    adapter = outline.put("imported", Held(str(directory), Leaf(kind), directory))
+    extra = directory / interop.EXTRA
+    tensors = interop.read_tensors(directory / interop.WEIGHTS, extra if extra.exists() else None)
+    if any(".base_layer." in key for key in tensors):  # copies of the base's weights, to be compared with them
+        from compose.base.model import load_base
+
+        tensors = interop._without_base(tensors, load_base(base, task=task, labels=labels or None))
+    return Read(adapter, interop._rename(adapter, tensors), outline)
+
+
+def convert(
+    source: Path, out: Path, *, base: str | Path, task: str | None = None, labels: Sequence[str] = ()
+) -> Adapter:
+    """Write a foreign adapter directory as one of ours: canonical config, core and whole modules apart, the card.
+
+    Parameters
+    ----------
+    source
+        What PEFT's ``save_pretrained``, or the adapters library's ``save_adapter``, has written; it is not changed.
+    out
+        An empty directory.
+    base
+        What it was made for, as for :func:`compose.load`.
+    task, labels
+        Its task, and the names of its classes where it has any.
+
+    Returns
+    -------
+    The adapter without numbers: its kind, config and paths are what a manifest needs.
+
+    Raises
+    ------
+    HubError
+        As :func:`read_onto`; a classifier without labels.
+    """
+    if task in _HEADED and not labels:
+        raise KindError(
+            f"{source} is a {task} adapter, and its files do not name the classes",
+            hint="name them in order: --label first --label second ...",
+        )
+    card = source / "README.md"
+    if card.is_file():
+        shutil.copyfile(card, out / card.name)
+    if adapterhub.is_adapterhub(interop._json(source / interop.CONFIG)):
+        return _convert_adapterhub(source, out, base, task, labels)
+    found = read_onto(source, base, task=task, labels=labels)
+    adapter = found.adapter
+    core = adapter.state(heads=False)
+    interop._write_tensors(out / interop.WEIGHTS, {k: v for k, v in found.tensors.items() if k in core})
+    heads = {key: value for key, value in found.tensors.items() if key not in core}
+    if heads:
+        interop._write_tensors(out / interop.EXTRA, heads)
+    fields = interop.config_fields(adapter, found.outline.sites, base=found.outline.name, task=task)
+    interop._write_config(out / interop.CONFIG, fields)
+    return adapter
+
+
+def _convert_adapterhub(source: Path, out: Path, base: str | Path, task: str | None, labels: Sequence[str]) -> Adapter:
+    """A directory of the adapters library; what it stores is computed with, so the base is loaded."""
+    from compose.base.model import load_base, name_of
+    from compose.runtime.model_runtime import runtime
+
+    model = load_base(base, task=task, labels=labels or None)
+    sites = runtime(model).sites
+    adapter = interop.read(source, sites, model, name="imported")
+    interop.save(adapter, out, sites, base=name_of(model), task=task)
+    return adapter

@@ -1,0 +1,307 @@
+"""From an expression to an artifact: a composition, which requires its members, or one merged adapter.
+
+A composition pins each member by digest, so it means tomorrow what it means today; the range beside it says what a
+newer release of it may take instead. A merged adapter stands alone; its parents are in its lineage.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from compose.algebra.carets import point
+from compose.artifacts.cards import composition_card, merge_card
+from compose.expr.tree import Call, Expr, Ref, parse, substitute
+from compose.function import get_function
+from compose.inspection.explain import check
+from compose.planning.members import Held, Shelf
+from compose.planning.plan import Plan, PlanError, plan
+from compose.planning.requirements import requirements, unpublished
+from hub.errors import HubError, UsageError
+from hub.manifest import BaseIdentity, Draft, Lineage, Manifest, Metric
+from hub.pack import pack
+from hub.ref import AdapterRef
+from hub.store import Artifact
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compose.merging.merge import Merged
+    from compose.parameter_space.job import Progress
+
+__all__ = ["publish_composition", "publish_merge", "requirements"]
+
+CERTIFICATE = "certificate.json"
+T = TypeVar("T")
+
+
+def publish_composition(
+    text: str,
+    ref: str | AdapterRef,
+    shelf: Shelf,
+    *,
+    base: str | Path | None = None,
+    allow_base_drift: bool = False,
+    license: str | None = None,
+    summary: str = "",
+    method: str | None = None,
+    metrics: Sequence[Metric] = (),
+) -> Artifact:
+    """Publish an expression as a composition artifact into the shelf's store.
+
+    Parameters
+    ----------
+    text
+        The expression. Its adapters are artifacts of the store.
+    ref
+        ``ns/name@version`` of the new artifact.
+    base
+        Check it on this base, shapes and all, and record that base; default: the one its members were made for.
+    method, metrics
+        How its members were learned together, and what the whole was measured at.
+
+    Raises
+    ------
+    HubError
+        Anything ``hub compose check`` refuses; a member that is no published artifact; a version that is taken.
+    """
+    name = _versioned(ref)
+    expr = parse(text)
+    if base is not None:
+        made = check(text, shelf, base=base, allow_base_drift=allow_base_drift).plan
+    else:
+        made = _checked(text, expr, shelf, allow_base_drift)
+    for leaf in expr.refs:
+        _refuseunpublished(text, shelf.find(leaf))
+    pinned = _unambiguous(expr, shelf)
+    requires = requirements(expr.refs, shelf)
+    facts = _shared_facts([shelf.find(leaf) for leaf in made.leaves])
+    facts.pop("trained_on", None)  # a composition was not trained
+    draft = Draft(
+        name=name.id,
+        version=str(name.version),
+        type="composition",
+        expression=str(pinned),
+        requires=requires,
+        base=_identity(base) if base is not None else made.base,
+        placement=tuple(made.sites),
+        lineage=Lineage(parents=tuple(dict.fromkeys(shelf.find(leaf).ref for leaf in expr.refs))),
+        summary=summary,
+        metrics=tuple(metrics),
+        **{**facts, **({"license": license} if license else {}), **({"method": method} if method else {})},
+    )
+    held = {(h.manifest.name, h.digest): h.ref for h in map(shelf.find, expr.refs) if h.manifest is not None}
+    members = [held[need.name, need.digest] for need in requires]
+    return _put(shelf, draft, lambda out: _write(out / "README.md", composition_card(draft, members)))
+
+
+def _unambiguous(expr: Expr, shelf: Shelf) -> Expr:
+    """The expression with refs that say what they mean without the command line that named them.
+
+    A name that stands for two versions is written by digest, since a requirement pins a name; names given by
+    ``--adapter`` are written as the refs they stand for.
+    """
+    digests: dict[str, set[str | None]] = {}
+    for text in expr.refs:
+        held = shelf.find(text)
+        digests.setdefault(_id(held), set()).add(held.digest)
+
+    def leaf(ref: Ref) -> Expr:
+        held = shelf.find(ref.text)
+        if len(digests[_id(held)]) > 1:
+            return Ref(f"{_id(held)}@{held.digest}")
+        return Ref(str(AdapterRef.parse(str(shelf.given.get(ref.text, ref.text)))))
+
+    return substitute(expr, leaf)
+
+
+def _id(held: Held) -> str:
+    return held.manifest.name if held.manifest is not None else held.text
+
+
+def publish_merge(
+    text: str,
+    ref: str | AdapterRef,
+    shelf: Shelf,
+    *,
+    base: str | Path | None = None,
+    rank: int | None = None,
+    allow_base_drift: bool = False,
+    license: str | None = None,
+    summary: str = "",
+    progress: Progress | None = None,
+) -> tuple[Artifact, Merged]:
+    """Carry an expression out in parameter space and publish the one adapter it makes.
+
+    Parameters
+    ----------
+    text
+        The expression: a merge such as ``ties(a, b)``, or sums and sequences where the kinds allow it. Its adapters
+        are artifacts of the store or directories.
+    base
+        Default: the one its members were made for.
+    rank
+        Write the whole as one plain LoRA of this rank, whatever the kinds; the certificate says what that loses.
+    progress
+        Called with what is done, how many sites are done, and how many there are.
+
+    Returns
+    -------
+    The artifact, and the merge with its certificate.
+
+    Raises
+    ------
+    HubError
+        Anything ``hub compose check`` refuses, before a tensor is read; an expression that is no merge.
+    """
+    name = _versioned(ref)
+    found = check(text, shelf, base=base, allow_base_drift=allow_base_drift)
+    _refuse_outputs(text, found.expr)
+    members = [shelf.find(leaf) for leaf in found.plan.leaves]
+    facts = _shared_facts(members)
+    model = _load(found.base, members, facts, allow_base_drift)
+    merged = _merge(model, found.plan.expression, rank, name, progress)
+    parents = [held.ref for held in members if held.digest is not None]
+    adapter, loss = merged.adapter, merged.certificate
+    draft = Draft(
+        name=name.id,
+        version=str(name.version),
+        type="merge",
+        kind=adapter.kind,
+        method=found.expr.function if isinstance(found.expr, Call) else "sum",
+        hyperparameters={
+            "adapter": adapter.config.model_dump(mode="json", exclude_defaults=True),
+            "certificate": {"exact": loss.exact, "discarded": loss.share},
+            **({"rank": rank} if rank is not None else {}),
+        },
+        base=_identity(model),
+        placement=tuple(adapter.paths),
+        lineage=Lineage(parents=tuple(parents)),
+        expression=text,
+        summary=summary,
+        **{**facts, **({"license": license} if license else {})},
+    )
+
+    def fill(out: Path) -> None:
+        import compose
+
+        compose.save(adapter, out, model=model, task=draft.task)
+        _write(out / CERTIFICATE, json.dumps(loss.as_dict(), indent=2, sort_keys=True) + "\n")
+        _write(out / "README.md", merge_card(draft, [held.ref for held in members], loss))
+
+    return _put(shelf, draft, fill), merged
+
+
+def _load(base: str | Path, members: Sequence[Held], facts: dict[str, Any], drift: bool) -> PreTrainedModel:
+    from compose.api import attach
+    from compose.base.model import load_base
+    from compose.kind.adapter import get_kind
+
+    task = facts.get("task")
+    labels = facts.get("labels") if task in ("classification", "token_classification") else None
+    # Norms of a bfloat16 weight are exact in float32 only; where no kind asks for them the base stays as it is stored.
+    exact = any(get_kind(held.facts.kind).reads_below for held in members)
+    model = load_base(base, task=task, labels=labels or None, dtype="fp32" if exact else None)
+    for held in members:
+        attach(model, held.text, held.where, allow_base_drift=drift)
+    return model
+
+
+def _merge(model: PreTrainedModel, expr: Expr, rank: int | None, name: AdapterRef, progress: Progress | None) -> Merged:
+    from compose.merging.merge import lower_to_lora, merge
+
+    if rank is not None:
+        return lower_to_lora(model, expr, rank=rank, name=name.name, progress=progress)
+    return merge(model, expr, name=name.name, progress=progress)
+
+
+def _refuse_outputs(text: str, expr: Expr) -> None:
+    """Refuse what acts on outputs or chooses by input: it has no parameters to fold."""
+
+    def attempt(part: Expr) -> None:
+        for node in part.walk():
+            if isinstance(node, Call) and get_function(node.function).family != "merge":
+                raise PlanError(
+                    f"{node} works on outputs, so no single adapter does what it does",
+                    hint="leave --merge out: a composition holds any expression",
+                )
+
+    try:
+        attempt(expr)
+    except PlanError as error:
+        raise point(text, error, attempt) from error
+
+
+# -- what both share -----------------------------------------------------------------------------------------------
+
+
+def _versioned(ref: str | AdapterRef) -> AdapterRef:
+    name = AdapterRef.parse(ref)
+    if name.version is None:
+        raise UsageError(f"{ref} names no version, and a published one never changes", hint=f"write {name.id}@1.0.0")
+    return name
+
+
+def _checked(text: str, expr: Expr, shelf: Shelf, drift: bool) -> Plan:
+    def attempt(part: Expr) -> Plan:
+        return plan(part, shelf.resolve, allow_base_drift=drift)
+
+    try:
+        return attempt(expr)
+    except HubError as error:
+        raise point(text, error, attempt) from error
+
+
+def _refuseunpublished(text: str, held: Held) -> None:
+    def attempt(part: Expr) -> None:
+        if held.digest is None and held.text in part.refs:
+            raise unpublished(held)
+
+    try:
+        attempt(Ref(held.text))
+    except UsageError as error:
+        raise point(text, error, attempt) from error
+
+
+def _shared_facts(members: Sequence[Held]) -> dict[str, Any]:
+    """Facts that all members state alike; languages and domains of all of them."""
+    manifests = [held.manifest for held in members if held.manifest is not None]
+    if not manifests:
+        return {}
+
+    def alike(of: Callable[[Manifest], T]) -> T | None:
+        values = [of(manifest) for manifest in manifests]
+        return values[0] if len(manifests) == len(members) and all(v == values[0] for v in values) else None
+
+    facts = {
+        "task": alike(lambda m: m.task),
+        "labels": alike(lambda m: m.labels),
+        "license": alike(lambda m: m.license),
+        "trained_on": alike(lambda m: m.trained_on),
+        "languages": tuple(dict.fromkeys(x for m in manifests for x in m.languages)),
+        "domains": tuple(dict.fromkeys(x for m in manifests for x in m.domains)),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _identity(base: str | Path | PreTrainedModel) -> BaseIdentity:
+    from compose.base.model import identity
+
+    return identity(base)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _put(shelf: Shelf, draft: Draft, fill: Callable[[Path], None]) -> Artifact:
+    """Write a directory, pack it and put it into the store: whole or not at all."""
+    with tempfile.TemporaryDirectory(prefix="moduloom-compose-") as place:
+        out = Path(place) / "artifact"
+        out.mkdir()
+        fill(out)
+        pack(out, draft)
+        return shelf.store.put(out)

@@ -1,0 +1,1 @@
+"""The tree itself: nodes, words, quoting. Pure data."""

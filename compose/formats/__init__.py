@@ -1,0 +1,1 @@
+"""Adapter directories on disk: ours, PEFT's, AdapterHub's."""

@@ -1,0 +1,232 @@
+"""PEFT's conventions: which modules a config means, what its fields say, and how its files spell tensors.
+
+PEFT matches by the end of a module's path and tolerates much; here every rule is followed to the letter, and a config
+that says something this project cannot express is refused by the name of the field.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import regex
+
+from compose.base.sites import SiteMap
+from compose.kind.adapter import Adapter, KindError
+from compose.kind.tensors import PREFIX
+
+PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING")
+PROMPT_PREFIX = "base_model."  # prompt learning wraps the model once less
+
+# Where the head is, by task: PEFT trains and stores these modules unasked, if the model has them.
+_AUTOMATIC_HEADS: Mapping[str | None, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+# Read by this module and by interop, or about provenance only.
+_COMMON = frozenset(
+    [
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "peft_version",
+        "modules_to_save",
+    ]
+)
+_PLACEMENT = frozenset(["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"])
+_PATIENCE = 1.0  # seconds for one match of a pattern from outside: some take exponential time by design
+_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+
+
+def refuse_unread(kind: type[Adapter], fields: Mapping[str, Any]) -> None:
+    """Refuse a config with a field that is set and that this kind does not read: PEFT would compute something else.
+
+    Raises
+    ------
+    KindError
+        Names every such field.
+    """
+    read = _COMMON | kind.peft_fields | (frozenset() if kind.peft_type in PROMPT_LEARNING else _PLACEMENT)
+    odd = sorted(f for f, value in fields.items() if f not in read and value not in (None, False, "", [], {}))
+    if odd:
+        told = ", ".join(f"{f}={fields[f]!r}"[:80] for f in odd)
+        raise KindError(
+            f"this PEFT {kind.peft_type} config sets {told}, which kind {kind.kind!r} cannot express",
+            hint="remove a field only if it is sure to have no effect on the outputs",
+        )
+
+
+def check_types(fields: Mapping[str, Any]) -> None:
+    """Refuse a config whose fields about places are of another type than PEFT's.
+
+    Raises
+    ------
+    KindError
+        Names the field.
+    """
+    for name in (*sorted(_PLACEMENT), "feedforward_modules", "modules_to_save"):
+        value = fields.get(name)
+        several = isinstance(value, list) and all(isinstance(v, int if "layers_to" in name else str) for v in value)
+        single = isinstance(value, int if "layers_to" in name else str) and name != "modules_to_save"
+        if value is not None and not several and not single:
+            raise KindError(f"this PEFT config has {name}={str(value)[:80]}, neither a name nor a list of names")
+
+
+def check_shape_fields(kind: type[Adapter], wanted: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Compare the fields that say how a prompt's matrix is cut into layers and heads with what this base needs."""
+    names = ("num_layers", "num_attention_heads", "token_dim") if kind.peft_type == "PREFIX_TUNING" else ("token_dim",)
+    for name in names:
+        if fields.get(name) is not None and fields[name] != wanted[name]:
+            raise KindError(
+                f"this PEFT {kind.peft_type} config has {name}={fields[name]!r}, and this base needs {wanted[name]!r}",
+                hint="it was made for another base, or the file was edited",
+            )
+
+
+def placement(fields: Mapping[str, Any], sites: SiteMap) -> list[str]:
+    """Paths of the linear layers that PEFT would adapt, in model order.
+
+    A target that is a list matches a module of that very path, or one whose path ends in ``.target``; in the latter
+    case ``layers_to_transform`` filters. A target that is a string is a regular expression over the whole path.
+
+    Raises
+    ------
+    KindError
+        If ``target_modules`` is missing or matches no linear layer.
+    """
+    targets = fields.get("target_modules")
+    if not isinstance(targets, str | list) or not targets:
+        raise KindError(
+            f"this PEFT config has target_modules={targets!r}: it does not say where it acts",
+            hint="save it again with PEFT, which then writes the names",
+        )
+    linear = set(sites.paths) if fields.get("peft_type") == "LORA" else {*sites.sites, *sites.outside}
+    hit = [path for path in sites.modules if _is_target(path, targets, fields)]
+    found = [path for path in hit if path in linear]
+    if odd := [path for path in hit if path in sites.tables and path not in linear]:
+        raise KindError(f"this PEFT config adapts the embeddings {odd[0]}, which no kind here does")
+    if not found:
+        raise KindError(
+            f"target_modules={targets!r} matches no linear layer of this {sites.model_type} model",
+            hint="it was made for another base",
+        )
+    return found
+
+
+def _is_target(path: str, targets: str | list[str], fields: Mapping[str, Any]) -> bool:
+    if _excluded(path, fields):
+        return False
+    if isinstance(targets, str):
+        return _whole(targets, path)
+    if path in targets:
+        return True
+    return any(path.endswith("." + t) for t in targets) and _in_layers(path, fields)
+
+
+def _excluded(path: str, fields: Mapping[str, Any]) -> bool:
+    exclude = fields.get("exclude_modules") or ()
+    if isinstance(exclude, str):
+        if _whole(exclude, path):
+            return True
+    elif any(path == e or path.endswith("." + e) for e in exclude):
+        return True
+    heads = [*(fields.get("modules_to_save") or ()), *_AUTOMATIC_HEADS.get(fields.get("task_type"), ())]
+    return any(f".{name}." in f".{path}." for name in heads)
+
+
+def _in_layers(path: str, fields: Mapping[str, Any]) -> bool:
+    layers, patterns = fields.get("layers_to_transform"), fields.get("layers_pattern") or ()
+    if layers is None or layers == []:
+        return True
+    if patterns:
+        names = (patterns,) if isinstance(patterns, str) else patterns
+        tried = (re.match(rf"(?:^|.*?\.){re.escape(name)}\.(?P<index>\d+)\.", path) for name in names)
+        match = next((m for m in tried if m), None)
+    else:
+        match = _LAYER.match(path)
+    return match is not None and int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _whole(pattern: str, path: str) -> bool:
+    try:
+        return regex.fullmatch(pattern, path, timeout=_PATIENCE) is not None
+    except regex.error as error:
+        raise KindError(f"target pattern {pattern[:80]!r} is no regular expression: {error}") from None
+    except TimeoutError:
+        raise KindError(f"target pattern {pattern[:80]!r} takes too long to match {path!r}") from None
+
+
+def feedforward(fields: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
+    """Those of ``paths`` whose input (IA)^3 scales: matched by the end of the path, dot or not, as PEFT does."""
+    marked = fields.get("feedforward_modules") or ()
+    if isinstance(marked, str):
+        return [p for p in paths if _whole(marked, p)]
+    return [p for p in paths if p.endswith(tuple(marked))]
+
+
+def short_targets(paths: Iterable[str], sites: SiteMap, *, bare_end: bool = False) -> list[str]:
+    """Shortest ``target_modules`` that mean exactly ``paths``: ends of paths where unambiguous, else whole ones.
+
+    With ``bare_end`` they also have to be exact where no dot is asked for before the end (``feedforward_modules``).
+    """
+    wanted = set(paths)
+    found: set[str] = set()
+    for path in wanted:
+        parts = path.split(".")
+        ends = (".".join(parts[-n:]) for n in range(1, len(parts)))
+        found.add(next((end for end in ends if _selects(end, sites, bare_end) <= wanted), path))
+    return sorted(found)
+
+
+def _selects(end: str, sites: SiteMap, bare_end: bool) -> set[str]:
+    dotted = {p for p in sites.modules if p == end or p.endswith("." + end)}
+    return dotted | ({p for p in sites.modules if p.endswith(end)} if bare_end else set())
+
+
+def head_paths(names: Sequence[str], sites: SiteMap) -> dict[str, list[str]]:
+    """Modules that PEFT stores whole for each of ``names``: all whose path ends in it, dot or not."""
+    return {name: [p for p in sites.modules if p.endswith(name)] for name in names}
+
+
+def heads_named(names: Sequence[str], carried: Iterable[str], sites: SiteMap) -> list[str]:
+    """``modules_to_save`` that PEFT reads as these modules: whole paths where the end of a name means others too."""
+    wanted = set(carried)
+    kept: list[str] = []
+    for name, found in head_paths(names, sites).items():
+        exact = [p for p in found if p == name or p.endswith("." + name)]
+        kept.extend([name] if set(found) <= wanted else exact)
+    return sorted(kept)
+
+
+def heads_to_read(fields: Mapping[str, Any], sites: SiteMap) -> tuple[str, ...]:
+    """``modules_to_save`` of our config for a PEFT config: the names that this base has, as whole paths where needed.
+
+    PEFT adds the usual names of a task's head by itself; of those, the ones this base lacks mean nothing.
+    """
+    usual = _AUTOMATIC_HEADS.get(fields.get("task_type"), ())
+    kept: list[str] = []
+    for name, found in head_paths(sorted(set(fields.get("modules_to_save") or ())), sites).items():
+        exact = [p for p in sites.modules if p == name or p.endswith("." + name)]
+        if found or name not in usual:
+            kept.extend([name] if found == exact else found)
+    return tuple(kept)
+
+
+def heads_to_write(own: Sequence[str], task_type: str | None, sites: SiteMap) -> list[str]:
+    """Paths of the modules whose weights PEFT will look for in a directory of this task."""
+    names = [*own, *_AUTOMATIC_HEADS.get(task_type, ())]
+    return sorted({p for found in head_paths(names, sites).values() for p in found})
+
+
+def our_key(key: str, known: Mapping[str, Any]) -> str:
+    """Our spelling of a key in a PEFT file: wrappers' names taken out, one prefix."""
+    plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    for prefix in (PREFIX, PROMPT_PREFIX, ""):
+        if plain.startswith(prefix) and PREFIX + plain.removeprefix(prefix) in known:
+            return PREFIX + plain.removeprefix(prefix)
+    return plain

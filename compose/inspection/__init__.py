@@ -1,0 +1,1 @@
+"""Looking before loading: a base of fake tensors, explain, adapter map, the doctor of merges."""

@@ -1,0 +1,1 @@
+"""What every kind is made of: contract, named tensors, low-rank pair, shifted parameters, heads, registry."""

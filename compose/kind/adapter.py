@@ -1,0 +1,258 @@
+"""The contract of a kind: a frozen config and a module of tensors that lowers to atoms at sites.
+
+A kind is one file under ``compose/kinds/`` (or any package's ``hub.kinds`` entry point)::
+
+    @register("bias")
+    class Bias(Adapter):
+        Config = BiasConfig
+        ...
+
+Saving, loading, the CLI, the docs table and the contract tests follow from the registration.
+"""
+
+from __future__ import annotations
+
+import difflib
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+from transformers import PreTrainedModel
+
+from compose.atoms import Atoms, Below, Prefix, Prompt
+from compose.base.sites import Site, SiteError, SiteMap
+from compose.kind.tensors import KindError, NamedTensors
+from hub.plugins import discover
+
+__all__ = [
+    "Adapter",
+    "KindConfig",
+    "KindError",
+    "get_kind",
+    "kinds",
+    "make_config",
+    "original_module",
+    "register",
+]
+
+
+class KindConfig(BaseModel):
+    """Fields every kind shares."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    target_modules: tuple[str, ...] | str | None = Field(
+        None,
+        description='roles ("attn.q"), PEFT-style suffixes ("q_proj"), or "all-linear"; default: the paper\'s sites',
+    )
+    layers: tuple[int, ...] | None = Field(None, description="only these layers (0-based)")
+    modules_to_save: tuple[str, ...] = Field((), description="base modules trained and stored whole, e.g. the head")
+
+
+class Adapter(NamedTensors):
+    """One trained parameter set: the tensors of a kind, named by site, and how they lower to atoms.
+
+    Subclasses set the class attributes, fill ``self`` with :meth:`add` in ``build`` and answer :meth:`lower`
+    (linear sites), :meth:`prefix` (attention) or :meth:`prompt` (embedding).
+    """
+
+    Config: ClassVar[type[KindConfig]]
+    peft_type: ClassVar[str | None] = None
+    peft_aliases: ClassVar[tuple[str, ...]] = ()  # other PEFT types whose files it reads
+    paper: ClassVar[str] = ""
+    averages_in_weight: ClassVar[bool] = True  # an average of parameters is a weighted sum of effects
+    reads_below: ClassVar[bool] = False  # lowering looks at the weight underneath (DoRA's norm)
+    adapts_tables: ClassVar[bool] = False  # the input embeddings can be a target
+    default_targets: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v", "attn.qkv")
+    peft_fields: ClassVar[frozenset[str]] = frozenset()  # of PEFT's config: read here, or without effect on outputs
+
+    config: KindConfig
+
+    def __init__(
+        self, config: KindConfig, sites: SiteMap, model: PreTrainedModel, *, name: str, seed: int | None = None
+    ) -> None:
+        super().__init__(name)
+        self.config = config
+        self.labels: tuple[str, ...] = ()  # names of the classes of its head, where known
+        self._frozen = False
+        self.revision = 0  # moves when what a model has lowered is no longer so
+        self.home: weakref.ref[Any] | None = None  # the runtime it is resident in, which then lowers it anew
+        self._generator = torch.Generator().manual_seed(0 if seed is None else seed)
+        self.paths: tuple[str, ...] = ()  # of the sites: a part of a fused linear has one of its own
+        self.build(sites, model)
+        self.module_paths = tuple(dict.fromkeys(map(sites.module_of, self.paths)))  # where its sites lie
+        for path in _modules_to_save(model, config.modules_to_save):
+            self._carry(path, original_module(model, path))
+
+    # -- to be written by a kind ---------------------------------------------------------------------------------
+
+    def build(self, sites: SiteMap, model: PreTrainedModel) -> None:
+        """Create the parameters, initialized from ``self.generator``, and set ``self.paths``."""
+        raise KindError(f"kind {self.kind!r} does not build anything")
+
+    def lower(self, path: str, below: Below) -> Atoms | None:
+        """Atoms at the site ``path``, or None. Called anew each forward while the adapter trains."""
+        return None
+
+    def prefix(self, path: str) -> Prefix | None:
+        """Prefix of the attention module at ``path``, or None."""
+        return None
+
+    def prompt(self) -> Prompt | None:
+        """Prompt before the input embeddings, or None."""
+        return None
+
+    @classmethod
+    def peft_config(cls, config: KindConfig, sites: SiteMap) -> dict[str, Any]:
+        """Fields of PEFT's adapter_config.json for this config (only kinds with a ``peft_type``)."""
+        return {}
+
+    @classmethod
+    def from_peft(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Config fields read from PEFT's adapter_config.json; refuses by name what this kind cannot express."""
+        raise KindError(f"kind {cls.kind!r} has no PEFT form: {sorted(fields)}")
+
+    # -- what every kind gets ------------------------------------------------------------------------------------
+
+    @property
+    def identity_at_init(self) -> bool:
+        """Whether a fresh adapter leaves the base's outputs exactly as they are."""
+        return True
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The seeded stream initial values are drawn from."""
+        return self._generator
+
+    @property
+    def trainable(self) -> bool:
+        """Live: lowered anew in each forward, with gradient."""
+        return not self._frozen
+
+    def freeze(self) -> Adapter:
+        """Stop training: factors are gathered once and cached. Undone by :meth:`unfreeze`."""
+        self._frozen = True
+        self.requires_grad_(False)
+        self.changed()
+        return self
+
+    def unfreeze(self) -> Adapter:
+        """Train (again)."""
+        self._frozen = False
+        self.requires_grad_(True)
+        self.changed()
+        return self
+
+    def changed(self) -> None:
+        """Say that what a model has lowered of this adapter is no longer so."""
+        self.revision += 1
+        home = None if self.home is None else self.home()
+        if home is not None:
+            home.adapter_changed()
+
+    @property
+    def acts_on_parts(self) -> bool:
+        """Whether some of its sites are parts of fused linears."""
+        return not set(self.paths) <= set(self.module_paths)
+
+    def targets(self, sites: SiteMap, *, default: tuple[str, ...] | None = None) -> list[Site]:
+        """Sites the config asks for, or the default roles (those of them that the family has)."""
+        wanted = self.config.target_modules
+        if wanted is not None:
+            chosen = sites.select(wanted, layers=self.config.layers)
+            if not self.adapts_tables and any(s.role == "embed" for s in chosen):
+                raise KindError(f"kind {self.kind!r} acts on linear layers, not on the embeddings {sites.embedding}")
+            # A module that is carried whole is not adapted as well (PEFT's rule too).
+            carried = tuple(f".{name}." for name in self.config.modules_to_save)
+            return [s for s in chosen if not any(name in f".{s.path}." for name in carried)]
+        default = default or self.default_targets
+        present = tuple(t for t in default if sites.with_role(t))
+        if not present:
+            raise SiteError(
+                f"kind {self.kind!r} acts at {', '.join(default)} and this {sites.model_type} model has none",
+                hint="give target_modules yourself",
+            )
+        return sites.select(present, layers=self.config.layers)
+
+
+def original_module(model: nn.Module, path: str) -> nn.Module:
+    """The base module at ``path``, also when a slot stands there."""
+    module = model.get_submodule(path)
+    base = getattr(module, "base_layer", None)
+    return base if isinstance(base, nn.Module) and getattr(module, "is_slot", False) else module
+
+
+def _modules_to_save(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
+    if not names:
+        return
+    paths = [
+        p for p, m in model.named_modules() if p and "base_layer" not in p and "saved:" not in p and m is not model
+    ]
+    for name in names:
+        found = [p for p in paths if p == name or p.endswith("." + name)]
+        if not found:
+            near = difflib.get_close_matches(name, {p.rsplit(".", 1)[-1] for p in paths}, n=2)
+            raise SiteError(f"modules_to_save names {name!r}, which this base does not have", hint=f"near: {near}")
+        yield from found
+
+
+# -- the registry ------------------------------------------------------------------------------------------------
+
+_KINDS: dict[str, type[Adapter]] = {}
+_A = TypeVar("_A", bound=type[Adapter])
+
+
+def register(name: str) -> Callable[[_A], _A]:
+    """Class decorator that makes a kind known under ``name``."""
+
+    def add(cls: _A) -> _A:
+        if name in _KINDS and _KINDS[name].__qualname__ != cls.__qualname__:
+            raise KindError(f"kind {name!r} is registered twice: {_KINDS[name].__module__} and {cls.__module__}")
+        cls.kind = name
+        _KINDS[name] = cls
+        return cls
+
+    return add
+
+
+def kinds() -> dict[str, type[Adapter]]:
+    """All kinds by name: the files of ``compose.kinds`` and the entry points ``hub.kinds``."""
+    discover("compose.kinds", "hub.kinds")
+    return dict(sorted(_KINDS.items()))
+
+
+def get_kind(name: str) -> type[Adapter]:
+    """The kind called ``name``; KindError with a suggestion otherwise."""
+    known = kinds()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        guess = f"; did you mean {near[0]!r}?" if near else ""
+        raise KindError(f"unknown kind {name!r}{guess}", hint="known kinds: " + ", ".join(known))
+    return known[name]
+
+
+def make_config(kind: type[Adapter], options: Mapping[str, Any] | KindConfig | None) -> KindConfig:
+    """Validate ``options`` for ``kind``; an unknown option is refused with a suggestion."""
+    if isinstance(options, KindConfig):
+        if not isinstance(options, kind.Config):
+            raise KindError(f"{type(options).__name__} is not the config of kind {kind.kind!r}")
+        return options
+    given = dict(options or {})
+    fields = kind.Config.model_fields
+    for key in given:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            guess = f"; did you mean {near[0]!r}?" if near else ""
+            raise KindError(f"kind {kind.kind!r} has no option {key!r}{guess}", hint="options: " + ", ".join(fields))
+    try:
+        return kind.Config.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "config"
+        raise KindError(
+            f"kind {kind.kind!r}, option {where}: {first['msg']} (got {first['input']!r})",
+            hint="options: " + ", ".join(fields),
+        ) from None

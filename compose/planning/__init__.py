@@ -1,0 +1,1 @@
+"""From an expression to a checked plan, by manifests alone: members, unfolded compositions, requirements."""

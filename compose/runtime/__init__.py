@@ -1,0 +1,1 @@
+"""Adapters living in one whole model: residents, activation, hooks, prompts, prefixes, positions."""

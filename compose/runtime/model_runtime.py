@@ -1,0 +1,350 @@
+"""Inject, activate, eject: the life of adapters inside a frozen model.
+
+``model.moduloom`` holds the runtime: which adapters are resident, which composition is active. Slots replace base
+layers where some adapter acts and stay until :func:`eject` puts every module, parameter and flag back as it was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compose.base.loading import keep_differentiable
+from compose.base.sites import FINAL, SiteMap
+from compose.expr.tree import IDENTITY, Call, Expr, add, normalize, parse
+from compose.kernels.coefficients import Coefficient, check_weights
+from compose.kind.adapter import Adapter, KindError
+from compose.merging.merge import Merged, resolve
+from compose.planning.plan import Leaf, plan
+from compose.runtime.hooks import Calls
+from compose.runtime.inputs import Inputs, Row, is_zero, replace_module
+from compose.runtime.recent_programs import Programs, stamps
+from compose.slots.branches import weighs_rows
+from compose.slots.gate import Gate, Mixer, Routing, refuse_outside
+from compose.slots.limits import check_limits, covers
+from compose.slots.lowering import flatten, site_program, switch_program
+from compose.slots.side import SideSlot
+from compose.slots.slot import Context, Slot
+from hub.errors import NotFound, did_you_mean
+
+ExprLike = Expr | str | None
+_HOME = "moduloom"  # attribute of the model that holds the runtime
+
+
+class Runtime:
+    """Adapters and slots of one model, and the composition that is active."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        keep_differentiable(model)
+        self.model = model
+        self.sites = SiteMap(model)
+        self.context = Context()
+        self.adapters: dict[str, Adapter] = {}
+        self.rows: tuple[Expr, ...] = (IDENTITY,)
+        self.weights: Mapping[str, Coefficient] = {}
+        self.routing: Routing | None = None
+        self._slots: dict[str, Slot] = {}
+        self._side = SideSlot(model, self.sites, self._only_sides_learn)
+        self._inputs = Inputs(model, self.sites, self.context)
+        self._names: tuple[str, ...] = ()  # adapters of the active rows, as of the last lowering
+        self._trains = False  # whether an active adapter trains, as of the last lowering
+        self._lowered: Any = None  # what the slots were made of: see _revisions
+        self._programs = Programs()
+        self._stamps: dict[str, Any] = {}  # of merged adapters: what their members were
+        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        model.requires_grad_(False)
+        self._bank = nn.ModuleDict()  # as submodules, adapters follow .to(), .train() and DDP
+        model.add_module("moduloom_adapters", self._bank)
+        self._calls = Calls(model, self.sites, self.context, self._before_call)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lowered": None}  # a copy of the model (copy.deepcopy) lowers at its first call
+
+    # -- residents -------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, adapter: Adapter) -> Adapter:
+        """Make an adapter resident under ``name``; an earlier one of that name is replaced.
+
+        Raises
+        ------
+        KindError
+            It acts in modules that this model does not have, or cannot take the place of one that is active.
+        """
+        absent = sorted({*adapter.module_paths, *adapter.saved} - {FINAL, *self.sites.modules})
+        if absent:
+            raise KindError(
+                f"adapter {name!r} acts at {absent[0]}, which this {self.sites.model_type} model does not have",
+                hint="it was made for another model",
+            )
+        before = self.adapters.get(name)
+        self._keep(name, adapter)
+        if any(name in row.refs for row in self.rows):
+            try:
+                self.refresh()
+            except Exception:
+                self._keep(name, cast("Adapter", before))
+                self.refresh()
+                raise
+        return adapter
+
+    def _keep(self, name: str, adapter: Adapter) -> None:
+        self._programs.drop(name)
+        adapter.name = name
+        adapter.home = weakref.ref(self)
+        adapter.to(self.model.device).train(self.model.training)
+        self.adapters[name] = adapter
+        self._bank[_key(name)] = adapter
+
+    def remove(self, name: str) -> None:
+        """Let a resident adapter go. It must not be active."""
+        self.adapter(name)
+        if any(name in row.refs for row in self.rows):
+            raise KindError(f"adapter {name!r} is active", hint="activate something else first")
+        del self.adapters[name], self._bank[_key(name)]
+        self._programs.drop(name)
+
+    def adapter(self, name: str) -> Adapter:
+        """The resident adapter called ``name``; NotFound with a suggestion otherwise."""
+        if name not in self.adapters:
+            near = did_you_mean(name, self.adapters)
+            raise NotFound(
+                f"no adapter {name!r} is attached" + (f"; did you mean {' or '.join(near)}?" if near else ""),
+                ref=name,
+                hint="compose.attach(model, name, source) makes one resident",
+            )
+        return self.adapters[name]
+
+    # -- activation ------------------------------------------------------------------------------------------------
+
+    def activate(
+        self, rows: Sequence[Expr], weights: Mapping[str, Coefficient], routing: Routing | None = None
+    ) -> None:
+        """Make these rows active (one: for all rows of any batch). On an error what was active stays active."""
+        for name in weights:
+            self.adapter(name)
+        check_weights(len(rows), weights)
+        self._set(self._lower(rows, weights), weights, routing)
+
+    def route(self, experts: Sequence[Expr], gate: Gate | Mixer) -> None:
+        """Make these experts active, weighed by a gate at each site. On an error what was active stays active."""
+        lowered = self._lower(experts, {})
+        for name in dict.fromkeys(name for expert in lowered for name in expert.refs):
+            refuse_outside(self.adapters[name])
+        self._set((add(*lowered),), {}, Routing(lowered, gate))
+
+    def _lower(self, rows: Sequence[Expr], weights: Mapping[str, Coefficient]) -> tuple[Expr, ...]:
+        lowered = tuple(normalize(resolve(self, normalize(row), weights, self._keep_merged)) for row in rows)
+        for row in lowered:
+            for name in row.refs:
+                self.adapter(name)
+            for node in row.walk():
+                if isinstance(node, Call):
+                    check_limits(self.sites, node, self.adapters)
+        return lowered
+
+    def _set(self, rows: tuple[Expr, ...], weights: Mapping[str, Coefficient], routing: Routing | None) -> None:
+        before = self.rows, self.weights, self.routing
+        self.rows, self.weights, self.routing = rows, weights, routing
+        try:
+            self.refresh()
+        except Exception:
+            self.rows, self.weights, self.routing = before
+            self.refresh()
+            raise
+
+    def refresh(self) -> None:
+        """Lower the active composition anew: after activation, and each forward while an adapter trains."""
+        self._names = tuple(dict.fromkeys(name for row in self.rows for name in row.refs))
+        pairs = [self._row(i) for i in range(self._row_count())]
+        # A weight of zero costs nothing: where no row has another, the adapter is not there.
+        active = {n: self.adapters[n] for row in pairs for c, n in row if not is_zero(c)}
+        self.context.tokens = max((w.shape[1] for w in self._tensors() if w.dim() == 2 and w.shape[1] > 1), default=0)
+        self._side.clear()
+        for slot in self._slots.values():
+            slot.clear()
+        key = self._key()
+        if not self._programs.restore(key):
+            self._lower_slots(active)
+            self._programs.keep(key, active, self._slots.values())
+        self._side.attend()
+        self._calls.rows = len(pairs)
+        self._calls.measures_past = self._inputs.set_prefixes(
+            active, lambda path: [self._row(i, path) for i in range(len(pairs))]
+        )
+        self._calls.prompt = self._inputs.prompts(active, pairs)
+        if self._calls.prompt is not None:
+            self._calls.embedding = self.slot(self.sites.embedding)
+        self._lowered, self._trains = self._revisions(), self.live
+
+    def _lower_slots(self, active: Mapping[str, Adapter]) -> None:
+        paths = dict.fromkeys(p for a in active.values() for p in (*a.module_paths, *a.saved) if self._is_site(p, a))
+        for path in paths:
+            slot = self.slot(path)
+            if self.routing is not None:
+                slot.program = switch_program(self, path, self.routing.experts, self.routing.gate)
+                slot.per_row = slot.program is not None
+                continue
+            slot.program = site_program(self, path, self.rows)
+            slot.per_row = slot.program is not None and weighs_rows(slot.program)
+            slot.lay_out()
+
+    def _key(self) -> Hashable | None:
+        """What the slots' programs are made of; None for those that are not worth keeping, or that train."""
+        adapters = [self.adapters[name] for name in self._names]
+        if len(self.rows) > 1 or self.routing is not None or self._tensors() or self.live:
+            return None
+        if any(FINAL in (*a.paths, *a.saved) for a in adapters) or (made_of := stamps(adapters)) is None:
+            return None
+        return self.rows, tuple(self.weights.items()), self._revisions(), made_of
+
+    def adapter_changed(self) -> None:
+        """Lower anew at once, if what is active has changed and does not train: calls then find all in place."""
+        self._trains = self.live
+        if self._lowered is not None and not self._trains and self._lowered != self._revisions():
+            self.refresh()
+
+    def _before_call(self) -> None:
+        if torch.compiler.is_compiling() and self._lowered is not None and not self._trains:
+            return  # a look at revisions would compile each of them; adapters tell when they change
+        if self.live or self._lowered != self._revisions():  # live parameters have moved since the last lowering
+            self.refresh()
+
+    def _revisions(self) -> tuple[Any, ...]:
+        revisions = ((name, self.adapters[name].revision) for name in self._names)
+        return self.model.device, self.model.config._attn_implementation, *revisions
+
+    def _is_site(self, path: str, adapter: Adapter) -> bool:
+        return path in adapter.saved or not (adapter.prefix(path) or adapter.prompt())
+
+    @property
+    def live(self) -> bool:
+        """Whether an active adapter is training."""
+        return any(self.adapters[n].trainable for n in self._names)
+
+    def _only_sides_learn(self) -> bool:
+        """Whether no gradient is asked for inside the backbone: side networks and heads stand outside it."""
+        active = (self.adapters[n] for n in self._names)
+        learning = [a for a in active if a.trainable]
+        return bool(learning) and all(
+            set(a.paths) <= {FINAL} and not any(self._side.holds(self.model.get_submodule(p)) for p in a.saved)
+            for a in learning
+        )
+
+    def slot(self, path: str) -> Slot:
+        """The slot at ``path``, put in place on first use."""
+        if path == FINAL:
+            return cast("Slot", self._side)
+        if path not in self._slots:
+            slot = Slot(self.model.get_submodule(path), self.context)
+            slot.train(slot.base_layer.training)
+            replace_module(self.model, path, slot)
+            self._slots[path] = slot
+        return self._slots[path]
+
+    def _keep_merged(self, call: Call, make: Callable[[], Merged]) -> None:
+        """Make a merged adapter resident under the call's text, unless it is there and its members are as they were."""
+        name = str(call)
+        stamp = stamps([self.adapters[n] for n in call.refs])
+        if name not in self.adapters or stamp is None or self._stamps.get(name) != stamp:
+            self.add(name, make().adapter)
+            self._stamps[name] = stamp
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def _tensors(self) -> list[Tensor]:
+        return [w for w in self.weights.values() if isinstance(w, Tensor)]
+
+    def _row_count(self) -> int:
+        """Rows told apart by the expressions or by the weights given by name."""
+        return max([len(self.rows), *(w.shape[0] for w in self._tensors())])
+
+    def _row(self, i: int, path: str | None = None) -> Row:
+        """Adapters of row i (at ``path``, or anywhere) with that row's weights (a number, or (T,) per token)."""
+        expr = self.rows[i if len(self.rows) > 1 else 0]
+        pairs = flatten(expr, self.weights, lambda call: path is None or covers(self.sites, call, path))
+        return [(c[i] if isinstance(c, Tensor) else c, n) for c, n in pairs]
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Put everything back."""
+        self.rows, self.weights, self.routing = (IDENTITY,), {}, None
+        self.refresh()
+        for path, slot in self._slots.items():
+            replace_module(self.model, path, slot.base_layer)
+        self._inputs.close()
+        self._calls.close()
+        del self.model._modules["moduloom_adapters"]
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self._slots.clear()
+        self.adapters.clear()
+
+
+def _key(name: str) -> str:
+    """An adapter's key among the submodules, where "train" or "a.b" could not stand."""
+    return "@" + name.replace(".", "\u00b7")
+
+
+# -- functions over a model --------------------------------------------------------------------------------------
+
+
+def runtime(model: PreTrainedModel) -> Runtime:
+    """The runtime of ``model``; the first call injects it and freezes the base."""
+    found = model.__dict__.get(_HOME)
+    if found is None:
+        found = Runtime(model)
+        model.__dict__[_HOME] = found
+    return cast("Runtime", found)
+
+
+def activate(
+    model: PreTrainedModel, expr: ExprLike | Sequence[ExprLike], *, weights: Mapping[str, Coefficient] | None = None
+) -> None:
+    """Make a composition active; see :func:`compose.activate`."""
+    rows = as_rows(expr)
+    found = runtime(model)
+    plans = {row: plan(row, lambda name: leaf(found.adapter(name))) for row in dict.fromkeys(rows)}
+    found.activate([plans[row].expression for row in rows], dict(weights or {}))
+
+
+def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixer) -> None:
+    """Let a gate weigh experts at each site; see :func:`compose.route`."""
+    found = runtime(model)
+    trees = as_rows(list(experts))
+    plans = {tree: plan(tree, lambda name: leaf(found.adapter(name))) for tree in dict.fromkeys(trees)}
+    found.route([plans[tree].expression for tree in trees], gate)
+
+
+def leaf(adapter: Adapter) -> Leaf:
+    """What the planner needs to know of an adapter in memory; its base was checked when it was attached."""
+    return Leaf(
+        adapter.kind, placement=adapter.paths, labels=adapter.labels, hyperparameters=adapter.config.model_dump()
+    )
+
+
+def as_rows(expr: ExprLike | Sequence[ExprLike]) -> list[Expr]:
+    """One tree for all rows, or one a row; an empty list is refused."""
+    rows = [expr] if expr is None or isinstance(expr, str | Expr) else list(expr)
+    if not rows:
+        raise KindError("an empty list of rows was given", hint="give one expression per row, or None for the base")
+    return [as_expr(row) for row in rows]
+
+
+def as_expr(value: ExprLike) -> Expr:
+    """Read an expression from text, a tree, or None (nothing applied)."""
+    if value is None:
+        return IDENTITY
+    return parse(value) if isinstance(value, str) else value
+
+
+def eject(model: PreTrainedModel) -> None:
+    """Restore modules, parameters and requires_grad flags as they were before the first adapter."""
+    found = model.__dict__.pop(_HOME, None)
+    if found is not None:
+        found.close()

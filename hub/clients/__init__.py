@@ -1,0 +1,1 @@
+"""Clients of foreign services, with errors that say what to do: Hugging Face, OCI registries."""

@@ -1,0 +1,263 @@
+"""What must hold before an artifact is published or admitted. Torch-free; other packages add theirs by name.
+
+A gate is a function ``(directory, manifest) -> warnings``: it raises GateError, or returns sentences that are
+recorded in the manifest. `compose` has the gate that needs a model: every key must resolve on the base.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from hub.contents.tensor_files import FileScan, refuse_nonfinite, scan, tensors_digest
+from hub.errors import GateError, IntegrityError, ManifestError, UsageError, suggest
+from hub.io import canonical_json as canonical
+from hub.io.files import CHUNK, open_regular, read_capped, sha256_file
+from hub.lazy import load
+from hub.manifest import Draft, FileEntry, Manifest, Role, TensorEntry
+
+Gate = Callable[[Path, Manifest], Iterable[str]]
+
+WEIGHTS: Final = "adapter_model.safetensors"
+EXTRA: Final = "extra.safetensors"
+CONFIG: Final = "adapter_config.json"
+IGNORED = frozenset({".DS_Store", ".git", ".gitattributes", ".gitignore", ".cache"})
+MAX_TEXT_FILE = 64 * 2**20  # bytes
+
+REPACK: Final = "restore the file, or pack the change as a new version: hub push DIR --repack --version NEW"
+
+_ROLES: dict[str, Role] = {
+    CONFIG: "config",
+    WEIGHTS: "weights",
+    EXTRA: "extra",
+    "README.md": "card",
+    "probes.safetensors": "probes",
+}
+_TEXT = {".json", ".jsonl", ".md", ".txt", ".csv", ".yaml", ".yml", ".jinja"}
+_BARE = {"LICENSE", "NOTICE", "CITATION.cff"}
+_PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".model"}
+_PICKLE_START = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+
+# Gates of other packages for what a user pushes, by name, so that none is imported before it is needed.
+_PUSHING = {"placement": "compose.artifacts.placement_gate:gate"}
+_registered: dict[str, Gate] = {}
+
+
+def register(name: str) -> Callable[[Gate], Gate]:
+    """Add a gate that every later `pack` of this process runs."""
+
+    def add(gate: Gate) -> Gate:
+        _registered[name] = gate
+        return gate
+
+    return add
+
+
+def registered(*names: str) -> list[Gate]:
+    """Return the registered gates: all of them, or those named; UsageError with did-you-mean otherwise."""
+    for name in names:
+        if name not in _registered:
+            raise UsageError(f"there is no gate {name!r}", hint=suggest(name, _registered))
+    return [gate for name, gate in _registered.items() if not names or name in names]
+
+
+def pushing() -> list[Gate]:
+    """Gates that `hub push` runs besides: whether every tensor has a place on the base, where that is at hand."""
+    return [load(target) for target in _PUSHING.values()]
+
+
+def role_of(path: str) -> Role:
+    """Return what a file is in an artifact, from its path alone."""
+    top = path.split("/", maxsplit=1)[0]
+    if top == "aux" and top != path:
+        return "aux"
+    if top == "resume" and top != path:
+        return "resume"
+    return _ROLES.get(path, "other")
+
+
+def check_file_set(paths: Iterable[str], draft: Draft) -> None:
+    """Refuse files that an artifact does not hold: pickles first of all, code, archives, unknown types."""
+    names = list(paths)
+    for path in names:
+        suffix = Path(path).suffix.lower()
+        if suffix in _PICKLED:
+            raise GateError(
+                f"{path} is a pickle or may be one; artifacts never hold pickles",
+                path=path,
+                hint="convert weights to safetensors (safetensors.torch.save_file) and delete the file",
+            )
+        if suffix not in _TEXT | {".safetensors", ".png"} and Path(path).name not in _BARE:
+            raise GateError(
+                f"{path} is no file of an artifact (safetensors, json, md, txt, csv, yaml, jinja, png)",
+                path=path,
+                hint=f"move {path} out of the directory",
+            )
+    required = (CONFIG, WEIGHTS) if draft.type in ("adapter", "merge") else ()
+    for path in required:
+        if path not in names:
+            close = suggest(path, names)
+            raise GateError(f"{draft.ref} has no {path}", ref=draft.ref, path=path, hint=close)
+
+
+def inspect(path: Path, name: str, scanned: FileScan | None = None) -> tuple[FileEntry, FileScan | None]:
+    """Hash one file and run the gates that need only its bytes.
+
+    Parameters
+    ----------
+    path
+        Where the bytes are.
+    name
+        Its relative path in the artifact, which decides what it must contain.
+    scanned
+        Its scan, where somebody has made it already.
+
+    Raises
+    ------
+    GateError, IntegrityError
+        Not safetensors, NaN or Inf; text that is no UTF-8 or holds NUL; a pickle under another name.
+    """
+    if name.endswith(".safetensors"):
+        found = scanned or scan(path, name)
+        refuse_nonfinite(found, name)
+        return FileEntry(path=name, sha256=found.sha256, size=found.size, role=role_of(name)), found
+    _check_content(path, name)
+    sha256, size = sha256_file(path)
+    return FileEntry(path=name, sha256=sha256, size=size, role=role_of(name)), None
+
+
+def _check_content(path: Path, name: str) -> None:
+    if name.endswith(".json"):
+        data = read_capped(path, MAX_TEXT_FILE)
+        _refuse_pickle(data, name)
+        try:
+            value = canonical.loads(data, what=name, limit=MAX_TEXT_FILE)
+        except ManifestError as error:
+            raise GateError(error.message, path=name) from error
+        if name == CONFIG and not isinstance(value, dict):
+            raise GateError(f"{name} is not a JSON object", path=name)
+        return
+    with open_regular(path) as file:
+        start = file.read(len(_PNG_START))
+        _refuse_pickle(start, name)
+        if name.endswith(".png"):
+            if start != _PNG_START:
+                raise GateError(f"{name} is not a PNG image", path=name)
+            return
+        decoder, part, size = codecs.getincrementaldecoder("utf-8")(), start, 0
+        while True:
+            size += len(part)
+            try:
+                decoder.decode(part, final=not part)
+            except UnicodeDecodeError as error:
+                raise GateError(f"{name} is not UTF-8 text ({error.reason})", path=name) from error
+            if b"\0" in part or size > MAX_TEXT_FILE:
+                raise GateError(f"{name} is not text, or has over {MAX_TEXT_FILE} bytes", path=name)
+            if not part:
+                return
+            part = file.read(CHUNK)
+
+
+def _refuse_pickle(start: bytes, name: str) -> None:
+    if _PICKLE_START.match(start):
+        raise GateError(f"{name} holds a pickle or an archive under another name", path=name)
+
+
+def inspect_as(
+    manifest: Manifest, entry: FileEntry, path: Path, *, hint: str = REPACK, scanned: FileScan | None = None
+) -> FileScan | None:
+    """`inspect` a file that must be the one a manifest lists.
+
+    Parameters
+    ----------
+    manifest, entry
+        What it must be.
+    path
+        Where the bytes are.
+    hint
+        The next step when they are others.
+    scanned
+        Its scan, where somebody has made it already.
+
+    Raises
+    ------
+    IntegrityError
+        Other bytes; that says more than what a gate may find in them, so it comes first.
+    GateError
+        The right bytes, which must not be admitted.
+    """
+    try:
+        measured, found = inspect(path, entry.path, scanned)
+    except (GateError, IntegrityError) as error:
+        sha256, size = sha256_file(path)
+        if (sha256, size) == (entry.sha256, entry.size):
+            raise
+        raise _changed(manifest, entry, sha256, size, hint) from error
+    if (measured.sha256, measured.size) != (entry.sha256, entry.size):
+        raise _changed(manifest, entry, measured.sha256, measured.size, hint)
+    return found
+
+
+def _changed(manifest: Manifest, entry: FileEntry, sha256: str, size: int, hint: str) -> IntegrityError:
+    how = f"truncated to {size} bytes" if size < entry.size else f"sha256 {sha256[:16]}... with {size} bytes"
+    return IntegrityError(
+        f"{manifest.ref}: {entry.path} is not the file that was packed ({how}; module.json says "
+        f"{entry.sha256[:16]}... with {entry.size} bytes)",
+        ref=manifest.ref,
+        digest=entry.digest,
+        path=entry.path,
+        hint=hint,
+    )
+
+
+def join_tensors(scans: Mapping[str, FileScan]) -> tuple[TensorEntry, ...]:
+    """Tensors of the weights and the extra file together, sorted by name; a name in both is refused."""
+    found: dict[str, TensorEntry] = {}
+    for path in (WEIGHTS, EXTRA):
+        for tensor in scans[path].tensors if path in scans else ():
+            if tensor.entry.name in found:
+                raise GateError(f"tensor {tensor.entry.name} stands in {WEIGHTS} and in {EXTRA}", path=EXTRA)
+            found[tensor.entry.name] = tensor.entry
+    return tuple(found[name] for name in sorted(found))
+
+
+def zero_warnings(scans: Mapping[str, FileScan]) -> tuple[str, ...]:
+    """Flag low-rank factors B that are all zero: such an adapter changes nothing there."""
+    factors = [tensor for found in scans.values() for tensor in found.tensors if "lora_B" in tensor.entry.name]
+    factors += [t for found in scans.values() for t in found.tensors if "lora_embedding_B" in t.entry.name]
+    zero = sorted(tensor.entry.name for tensor in factors if tensor.zero)
+    if not zero:
+        return ()
+    where = "every" if len(zero) == len(factors) else f"{len(zero)} of {len(factors)}"
+    return (f"{where} lora_B is all zero (first: {zero[0]}): the adapter changes nothing there",)
+
+
+def check_agreement(manifest: Manifest, scans: Mapping[str, FileScan]) -> None:
+    """Compare the tensors of the files with those the manifest lists.
+
+    Raises
+    ------
+    GateError
+        Missing or extra tensors, by name.
+    IntegrityError
+        A tensor of another dtype, shape or content, or a wrong `tensors_digest`.
+    """
+    found = {entry.name: entry for entry in join_tensors(scans)}
+    listed = {entry.name: entry for entry in manifest.tensors}
+    for what, names in (("misses", listed.keys() - found.keys()), ("has extra", found.keys() - listed.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise GateError(f"{manifest.ref} {what} {len(names)} tensors: {shown}", ref=manifest.ref)
+    for name, entry in listed.items():
+        if entry != found[name]:
+            raise IntegrityError(
+                f"{manifest.ref}: tensor {name} is {found[name].dtype}{list(found[name].shape)} "
+                f"{found[name].sha256[:12]}, its manifest says {entry.dtype}{list(entry.shape)} {entry.sha256[:12]}",
+                ref=manifest.ref,
+            )
+    if tensors_digest(found.values()) != manifest.tensors_digest:
+        raise IntegrityError(f"{manifest.ref}: tensors_digest does not fit its tensors", ref=manifest.ref)

@@ -1,0 +1,1 @@
+"""Adapters of others on their way in: where they are, what their PEFT config says."""

@@ -1,0 +1,1 @@
+"""Files that must be whole, canonical JSON, disk errors, threads, sockets."""

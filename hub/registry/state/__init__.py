@@ -1,0 +1,1 @@
+"""Repositories, drafts, commits, publishing, search, lineage: what the registry knows and changes."""

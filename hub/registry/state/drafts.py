@@ -1,0 +1,219 @@
+"""What a registry keeps beside the store: repositories, draft revisions, branches, uploads. One SQLite file.
+
+SQLite's transactions make every change whole or not at all; the bytes of drafts are blobs, adopted before the
+transaction that names them, so a kill leaves an unnamed blob at worst, which `Drafts.sweep` removes.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hub.errors import StoreError
+from hub.io.disk import disk_errors
+from hub.registry.state.git_ids import File
+from hub.storage.blobs import Blobs
+from hub.storage.staging import Staging
+
+SCHEMA = 1
+BUSY = 30.0  # seconds to wait for another writer
+GRACE = 3600.0  # seconds that a blob may wait for the transaction that names it
+KEEP = 30 * 86400.0  # seconds that a superseded draft, or an upload that no commit took, is kept
+
+_TABLES = """
+CREATE TABLE repos (
+    name TEXT PRIMARY KEY, visibility TEXT NOT NULL, gated INTEGER NOT NULL, created REAL NOT NULL,
+    deleted INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE TABLE commits (
+    repo TEXT NOT NULL, oid TEXT NOT NULL, parent TEXT, tree TEXT NOT NULL, author TEXT NOT NULL, time REAL NOT NULL,
+    title TEXT NOT NULL, message TEXT NOT NULL, PRIMARY KEY (repo, oid)
+) WITHOUT ROWID;
+CREATE TABLE branches (repo TEXT NOT NULL, name TEXT NOT NULL, oid TEXT NOT NULL, PRIMARY KEY (repo, name))
+    WITHOUT ROWID;
+CREATE TABLE tags (repo TEXT NOT NULL, name TEXT NOT NULL, oid TEXT NOT NULL, PRIMARY KEY (repo, name)) WITHOUT ROWID;
+CREATE TABLE origins (repo TEXT NOT NULL, digest TEXT NOT NULL, oid TEXT NOT NULL, author TEXT NOT NULL,
+    PRIMARY KEY (repo, digest)) WITHOUT ROWID;
+CREATE TABLE uploads (repo TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL, time REAL NOT NULL,
+    PRIMARY KEY (repo, sha256)) WITHOUT ROWID;
+"""
+_OF_REPO = ("commits", "branches", "tags", "uploads")
+
+
+@dataclass(frozen=True, slots=True)
+class Repo:
+    """One repository: ``public`` or ``private``; gated means its files need read access even when it is public."""
+
+    name: str
+    visibility: str = "public"
+    gated: bool = False
+    created: float = 0.0
+    deleted: bool = False
+
+    @property
+    def private(self) -> bool:
+        """Whether it is hidden from callers without read access."""
+        return self.visibility != "public"
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """One draft revision."""
+
+    oid: str
+    parent: str | None
+    tree: Mapping[str, File]
+    author: str
+    time: float
+    title: str
+    message: str
+
+
+class Drafts:
+    """The SQLite file and the blobs of a registry, below the directory ``registry`` of its store."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.path = root / "registry.sqlite"
+        self._local = threading.local()
+        self._turn = threading.RLock()  # writers of this process queue here; SQLite would have them poll
+        self._swept = time.monotonic()
+        self.blobs = Blobs(root)
+        self.staging = Staging(root)
+        with disk_errors(root):
+            self.blobs.directory.mkdir(parents=True, exist_ok=True)
+            self._create()
+
+    def _create(self) -> None:
+        with self.change() as db:
+            found = db.execute("PRAGMA user_version").fetchone()[0]
+            if found == 0:
+                for statement in _TABLES.split(";\n"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {SCHEMA}")
+            elif found != SCHEMA:
+                raise StoreError(
+                    f"{self.path} has schema {found}, this version reads {SCHEMA}",
+                    path=self.path,
+                    hint="upgrade moduloom",
+                )
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """Connection of this thread, all of whose queries see one state."""
+        with self._transaction("BEGIN") as connection:
+            yield connection
+
+    @contextmanager
+    def change(self) -> Iterator[sqlite3.Connection]:
+        """One transaction that may write; whole or not at all, durable when it ends."""
+        with disk_errors(self.root), self._turn, self._transaction("BEGIN IMMEDIATE") as connection:
+            yield connection
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        # A connection a thread, since opening one costs more than most questions. What reads inside of a change
+        # joins its transaction.
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            self._local.connection = connection
+        if connection.in_transaction:
+            yield connection
+            return
+        connection.execute(begin)
+        try:
+            yield connection
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+        connection.execute("COMMIT")
+
+    def tidy(self) -> None:
+        """Sweep, where that was not done for a while."""
+        if time.monotonic() - self._swept > GRACE:
+            self.sweep()
+
+    def sweep(self, now: float | None = None) -> int:
+        """Forget superseded drafts and stray uploads that are old, and blobs that nothing names; counts the blobs."""
+        now, self._swept = time.time() if now is None else now, time.monotonic()
+        with self.change() as db:
+            db.execute(
+                """DELETE FROM commits WHERE time < ?
+                AND NOT EXISTS (SELECT 1 FROM branches b WHERE b.repo = commits.repo AND b.oid = commits.oid)
+                AND NOT EXISTS (SELECT 1 FROM tags t WHERE t.repo = commits.repo AND t.oid = commits.oid)""",
+                (now - KEEP,),
+            )
+            db.execute("DELETE FROM uploads WHERE time < ?", (now - KEEP,))
+            named = {row[0] for row in db.execute("SELECT sha256 FROM uploads")}
+            for row in db.execute("SELECT tree FROM commits"):
+                named.update(file.sha256 for file in load_tree(row[0]).values())
+            count = 0
+            for digest in self.blobs:
+                path = self.blobs.path(digest)
+                if digest.removeprefix("sha256:") not in named and path.stat().st_mtime < now - GRACE:
+                    path.unlink()
+                    count += 1
+        return count
+
+
+def dump_tree(tree: Mapping[str, File]) -> str:
+    """Tree as the text kept in the table."""
+    return json.dumps({path: [file.sha256, file.size] for path, file in sorted(tree.items())})
+
+
+def load_tree(text: str) -> dict[str, File]:
+    """Tree of that text."""
+    return {path: File(*entry) for path, entry in json.loads(text).items()}
+
+
+def find_repo(db: sqlite3.Connection, name: str) -> Repo | None:
+    """Row of a repository, deleted ones too."""
+    row = db.execute("SELECT name, visibility, gated, created, deleted FROM repos WHERE name = ?", (name,)).fetchone()
+    return Repo(row[0], row[1], bool(row[2]), row[3], bool(row[4])) if row else None
+
+
+def save_repo(db: sqlite3.Connection, repo: Repo) -> None:
+    """Write the row of a repository."""
+    row = (repo.name, repo.visibility, int(repo.gated), repo.created, int(repo.deleted))
+    db.execute("INSERT OR REPLACE INTO repos VALUES (?, ?, ?, ?, ?)", row)
+
+
+def forget(db: sqlite3.Connection, name: str) -> None:
+    """Drop all drafts of a repository."""
+    for table in _OF_REPO:
+        db.execute(f"DELETE FROM {table} WHERE repo = ?", (name,))  # noqa: S608  (our own names)
+
+
+def find_commit(db: sqlite3.Connection, repo: str, oid: str) -> Commit | None:
+    """Draft revision of that id."""
+    row = db.execute(
+        "SELECT oid, parent, tree, author, time, title, message FROM commits WHERE repo = ? AND oid = ?", (repo, oid)
+    ).fetchone()
+    return Commit(row[0], row[1], load_tree(row[2]), *row[3:]) if row else None
+
+
+def save_commit(db: sqlite3.Connection, repo: str, commit: Commit, branch: str) -> None:
+    """Add a draft revision and move the branch to it."""
+    row = (commit.oid, commit.parent, dump_tree(commit.tree), commit.author, commit.time, commit.title, commit.message)
+    db.execute("INSERT OR IGNORE INTO commits VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (repo, *row))
+    db.execute("INSERT OR REPLACE INTO branches VALUES (?, ?, ?)", (repo, branch, commit.oid))
+
+
+def find_name(db: sqlite3.Connection, table: str, repo: str, name: str) -> str | None:
+    """Commit id of one of the ``branches`` or ``tags`` of a repository."""
+    row = db.execute(f"SELECT oid FROM {table} WHERE repo = ? AND name = ?", (repo, name)).fetchone()  # noqa: S608
+    return row[0] if row else None
+
+
+def pairs(db: sqlite3.Connection, table: str, repo: str) -> dict[str, str]:
+    """Name -> commit id of the ``branches`` or ``tags`` of a repository."""
+    return dict(db.execute(f"SELECT name, oid FROM {table} WHERE repo = ? ORDER BY name", (repo,)))  # noqa: S608

@@ -1,0 +1,1 @@
+"""The web catalogue: views, page, wording, lineage picture, Markdown; templates/ and static/ move in here."""

@@ -1,0 +1,320 @@
+"""A router as an artifact: its members by range and digest, its method and gating, its statistics.
+
+router.json                 method, options, gating, members
+router.safetensors          statistics: "0/<name>" of the first member, ..., "*/<name>" of none in particular
+aux/words.safetensors       the words of the members' texts (`hub.relations.word_counts`), where it was fitted on texts
+README.md                   the card
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import compose
+from compose.expr.tree import Ref, add
+from compose.planning.members import Held, Shelf
+from compose.planning.plan import plan
+from compose.planning.requirements import requirements
+from hub.errors import BaseMismatch, IntegrityError, NotFound, UsageError
+from hub.io.disk import tensor_file
+from hub.manifest import BaseIdentity, Digest, Draft, Lineage, Manifest, Requirement
+from hub.pack import pack
+from hub.ref import AdapterRef
+from hub.relations.word_counts import write_words
+from hub.store import Artifact, Store
+from router.gating import Gating
+from router.router import Router
+from router.scorer import SHARED, Statistics, make_scorer
+
+if TYPE_CHECKING:
+    from hub.relations.word_counts import Counts
+
+CONFIG: Final = "router.json"
+STATISTICS: Final = "router.safetensors"
+
+
+class MemberFile(BaseModel):
+    """One member in router.json: its name in the router, its ref and the digest it was fitted with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=256)
+    ref: str
+    digest: Digest
+
+
+class RouterFile(BaseModel):
+    """router.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    method: str
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    top_k: int | None = Field(None, ge=1)
+    threshold: float = Field(0.0, ge=0, lt=1)
+    temperature: float = Field(1.0, gt=0)
+    members: tuple[MemberFile, ...] = Field(min_length=1, max_length=100_000)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A router with the artifacts it chooses among.
+
+    Attributes
+    ----------
+    router : over the members' names.
+    artifacts : name of a member -> its artifact.
+    base : the base they were made for, where known.
+    manifest : of the router; None before it is published.
+    """
+
+    router: Router
+    artifacts: Mapping[str, Artifact]
+    base: BaseIdentity | None
+    manifest: Manifest | None = None
+
+    def attach(self, model: PreTrainedModel, *, allow_base_drift: bool = False) -> None:
+        """Make the members resident under their names, frozen."""
+        for name, artifact in self.artifacts.items():
+            compose.attach(model, name, artifact, allow_base_drift=allow_base_drift).freeze()
+
+
+def members_of(texts: Sequence[str], shelf: Shelf) -> dict[str, Held]:
+    """Members by name, from ``ns/name@1.0.0`` or ``name=ns/name``; a name is the ref's last part where none is given.
+
+    Raises
+    ------
+    UsageError
+        No members, two of one name, or something that is no published adapter.
+    NotFound, BaseMismatch
+        A member that is not here or was yanked, or members of different bases or tokenizers.
+    """
+    found: dict[str, Held] = {}
+    for text in texts:
+        name, equals, ref = text.partition("=") if _is_named(text) else ("", "", text)
+        held = shelf.find(ref)
+        if held.manifest is None or held.manifest.type not in ("adapter", "merge"):
+            what = "a directory" if held.manifest is None else f"a {held.manifest.type}"
+            raise UsageError(f"{ref} is {what}, and a router chooses among published adapters", hint="hub push DIR")
+        name = name if equals else AdapterRef.parse(held.ref).name
+        if name in found:
+            raise UsageError(f"two members are called {name!r}", hint=f"name one of them: other={ref}")
+        found[name] = held
+    if not found:
+        raise UsageError("a router needs at least one member", hint="hub route fit MEMBERS... --method METHOD")
+    _check_alike(found, shelf)
+    return found
+
+
+def _is_named(text: str) -> bool:
+    name, equals, ref = text.partition("=")
+    return bool(equals and name and ref) and not any(sign in name for sign in "<>!~=@/") and not ref.startswith("=")
+
+
+def _check_alike(members: Mapping[str, Held], shelf: Shelf) -> None:
+    """One base and one tokenizer for all."""
+    plan(add(*(Ref(held.text) for held in members.values())), shelf.resolve)
+    first = next(iter(members.values()))
+    for held in members.values():
+        assert held.manifest is not None and first.manifest is not None  # noqa: S101 - narrows the type
+        _refuse_yanked(held.where)
+        one, other = first.manifest.base, held.manifest.base
+        if one and other and one.tokenizer_digest != other.tokenizer_digest:
+            raise BaseMismatch(
+                f"{first.text} and {held.text} were made with different tokenizers of {one.repo}",
+                ref=held.text,
+                hint="their token ids mean different texts; train one of them again",
+            )
+
+
+def _refuse_yanked(artifact: Artifact | Path) -> None:
+    if isinstance(artifact, Artifact) and artifact.facts.yanked is not None:
+        raise NotFound(
+            f"{artifact.ref} was yanked: {artifact.facts.yanked}",
+            ref=artifact.ref,
+            hint=f"fit the router again without it, or take that back: hub yank {artifact.ref} --undo",
+        )
+
+
+def publish(
+    router: Router,
+    members: Mapping[str, Held],
+    ref: str | AdapterRef,
+    shelf: Shelf,
+    *,
+    words: Mapping[str, Counts] | None = None,
+    kept: Sequence[Requirement] = (),
+    license: str | None = None,
+    summary: str = "",
+) -> Artifact:
+    """Put a router into the shelf's store under ``ns/name@version``, whole or not at all.
+
+    `words` are the counts of the members' texts by name; `kept` are requirements whose ranges stay as they were.
+    """
+    name = AdapterRef.parse(ref)
+    if name.version is None:
+        raise UsageError(f"{ref} names no version, and a published one never changes", hint=f"write {name.id}@1.0.0")
+    manifests = [held.manifest for held in members.values() if held.manifest is not None]
+    tasks = {m.task for m in manifests}
+    draft = Draft(
+        name=name.id,
+        version=str(name.version),
+        type="router",
+        method=router.scorer.name,
+        hyperparameters={"options": router.scorer.shown_options, "gating": _gating(router.gating)},
+        base=manifests[0].base,
+        requires=_requires(members, shelf, kept),
+        task=tasks.pop() if len(tasks) == 1 else None,
+        domains=tuple(dict.fromkeys(domain for m in manifests for domain in m.domains)),
+        lineage=Lineage(parents=tuple(dict.fromkeys(held.ref for held in members.values()))),
+        license=license,
+        summary=summary,
+    )
+    with tempfile.TemporaryDirectory(prefix="moduloom-router-") as place:
+        out = Path(place) / "router"
+        out.mkdir()
+        _write(out, router, members, words or {})
+        (out / "README.md").write_text(_card(draft, members), encoding="utf-8")
+        pack(out, draft)
+        return shelf.store.put(out)
+
+
+def _write(out: Path, router: Router, members: Mapping[str, Held], words: Mapping[str, Counts]) -> None:
+    names = list(router.experts)
+    listed = tuple(MemberFile(name=n, ref=members[n].ref, digest=str(members[n].digest)) for n in names)
+    gating = _gating(router.gating)
+    found = RouterFile(method=router.scorer.name, options=router.scorer.shown_options, members=listed, **gating)
+    (out / CONFIG).write_text(found.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8")
+    places = {SHARED: SHARED, **{name: str(i) for i, name in enumerate(names)}}
+    tensors = {
+        f"{places[name]}/{key}": value.detach().cpu().contiguous()
+        for name, known in router.statistics.items()
+        for key, value in known.items()
+    }
+    if tensors:
+        with tensor_file(out / STATISTICS):
+            save_file(tensors, out / STATISTICS)
+    if words:
+        write_words(out, {str(members[name].digest): counts for name, counts in words.items() if name in members})
+
+
+def _requires(members: Mapping[str, Held], shelf: Shelf, kept: Sequence[Requirement]) -> tuple[Requirement, ...]:
+    before = {need.digest: need for need in kept}
+    needs = requirements([held.text for held in members.values()], shelf)
+    return tuple(before.get(need.digest, need) for need in needs)
+
+
+def _gating(gating: Gating) -> dict[str, Any]:
+    return {"top_k": gating.top_k, "threshold": gating.threshold, "temperature": gating.temperature}
+
+
+def _card(draft: Draft, members: Mapping[str, Held]) -> str:
+    lines = [f"- `{name}`: {held.ref} ({(held.digest or '')[:19]}...)" for name, held in members.items()]
+    return "\n".join(
+        [
+            f"# {draft.ref}",
+            "",
+            draft.summary or f"Chooses among {len(members)} adapters by the method `{draft.method}`.",
+            "",
+            *lines,
+            "",
+            f"`hub route explain {draft.ref} --text ...` shows which of them answers what.",
+            "",
+        ]
+    )
+
+
+def load(ref: str | AdapterRef, store: Store | None = None) -> Stored:
+    """Read a router of the store and find its members.
+
+    Raises
+    ------
+    UsageError
+        The artifact is no router.
+    NotFound
+        A member is not in the store, or was yanked: it is named.
+    IntegrityError
+        Its files do not make a router.
+    """
+    store = store or Store()
+    artifact = store.get(ref)
+    if artifact.manifest.type != "router":
+        what = artifact.manifest.type
+        raise UsageError(f"{artifact.ref} is of type {what}, no router", hint="hub list --type router")
+    try:
+        found = RouterFile.model_validate_json(artifact.read(CONFIG))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise IntegrityError(f"{artifact.ref}: {CONFIG}, {place}: {first['msg']}", ref=artifact.ref) from None
+    artifacts = {member.name: _member(member, artifact, store) for member in found.members}
+    if len(artifacts) < len(found.members):
+        raise IntegrityError(f"{artifact.ref}: two members have one name", ref=artifact.ref)
+    scorer = make_scorer(found.method, found.options)
+    gating = Gating(found.top_k, found.threshold, found.temperature)
+    statistics = _statistics(artifact, list(artifacts))
+    for name, known in statistics.items():
+        if missing := [key for key in scorer.wanted(name) if key not in known]:
+            raise IntegrityError(
+                f"{artifact.ref}: {STATISTICS} lacks {', '.join(missing)} of {name!r}, which {found.method} needs",
+                ref=artifact.ref,
+                hint="fit it again: hub route fit",
+            )
+    _check_widths(artifact, statistics)
+    if found.top_k is not None and found.top_k > len(artifacts):
+        told = f"{CONFIG} keeps {found.top_k} of {len(artifacts)} members"
+        raise IntegrityError(f"{artifact.ref}: {told}", ref=artifact.ref, hint="fit it again: hub route fit")
+    router = Router(scorer, {name: Ref(name) for name in artifacts}, statistics, gating)
+    return Stored(router, artifacts, artifact.manifest.base, artifact.manifest)
+
+
+def _check_widths(artifact: Artifact, statistics: Mapping[str, Statistics]) -> None:
+    """What members have in common is of one width; that it is finite was seen when it entered the store."""
+    first: dict[str, tuple[str, Tensor]] = {}
+    for name, known in statistics.items():
+        for key, value in known.items():
+            other, like = first.setdefault(key, (name, value))
+            if value.dim() != like.dim() or value.shape[-1:] != like.shape[-1:]:
+                told = f"{key} of {name!r} is {tuple(value.shape)}, that of {other!r} {tuple(like.shape)}"
+                raise IntegrityError(
+                    f"{artifact.ref}: {STATISTICS}: {told}", ref=artifact.ref, hint="fit it again: hub route fit"
+                )
+
+
+def _member(member: MemberFile, router: Artifact, store: Store) -> Artifact:
+    pinned = AdapterRef.parse(AdapterRef.parse(member.ref).id).at(digest=member.digest)
+    try:
+        found = store.get(pinned)
+    except NotFound as error:
+        raise NotFound(
+            f"router {router.ref} chooses among others {member.ref} ({member.digest[:19]}...), which is not here",
+            ref=member.ref,
+            digest=member.digest,
+            hint=f"bring it with the router: hub pull {router.ref} --from URL|PATH",
+        ) from error
+    _refuse_yanked(found)
+    return found
+
+
+def _statistics(artifact: Artifact, names: Sequence[str]) -> dict[str, Statistics]:
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    if STATISTICS not in artifact.files:
+        return dict(found)
+    for key, value in load_file(artifact.file(STATISTICS)).items():
+        place, _, rest = key.partition("/")
+        if place == SHARED:
+            found.setdefault(SHARED, {})[rest] = value
+        elif place.isdigit() and int(place) < len(names) and rest:
+            found[names[int(place)]][rest] = value
+        else:
+            raise IntegrityError(f"{artifact.ref}: {STATISTICS} holds {key!r}, which is no member's", ref=artifact.ref)
+    return dict(found)

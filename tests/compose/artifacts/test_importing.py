@@ -1,0 +1,221 @@
+"""`hub import`: directories that PEFT itself has saved, and what is refused by name; then probes of what came in."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import compose
+from hub.foreign.sources import find
+from hub.store import Store
+
+TINY = "builtin:tiny-lm"
+FACTS = ("--name", "acme/tone", "--version", "1.0.0", "--base", TINY)
+CONFIGS = {
+    "lora": peft.LoraConfig(r=4, lora_alpha=6, target_modules=r".*\.[01]\.self_attn\.(q|v)_proj"),
+    "rslora": peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["o_proj"], layers_to_transform=[2]),
+    "dora": peft.LoraConfig(r=3, use_dora=True, target_modules=["down_proj"]),
+    "head": peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+IDS = torch.arange(40, 56).reshape(1, -1)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Directories that PEFT has written, and the logits its own models give."""
+    root = tmp_path_factory.mktemp("peft")
+    made: dict[str, tuple[Path, torch.Tensor]] = {}
+
+    def make(name: str, adapter: str = "default") -> tuple[Path, torch.Tensor]:
+        key = f"{name}-{adapter}"
+        if key not in made:
+            model = peft.get_peft_model(compose.load(TINY, dtype="fp32"), CONFIGS[name], adapter_name=adapter).eval()
+            generator = torch.Generator().manual_seed(3)
+            with torch.no_grad():
+                for parameter in (p for p in model.parameters() if p.requires_grad):
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+                logits = model(input_ids=IDS).logits[:, -len(IDS[0]) :]
+            model.save_pretrained(root / key)
+            made[key] = root / key, logits
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_what_peft_saved_does_the_same_here(name: str, saved, cli) -> None:
+    directory, wanted = saved(name)
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    result = cli("import", str(directory), *FACTS, "--license", "mit")
+    assert result.exit_code == 0, result.output
+    artifact = Store().get("acme/tone")
+    assert artifact.manifest.kind == {"rslora": "lora", "head": "lora"}.get(name, name)
+    assert artifact.manifest.base.repo == TINY
+    assert all("*" not in path and "(" not in path for path in artifact.manifest.placement)
+    assert ("extra.safetensors" in artifact.files) == (name == "head")
+    assert Store().verify() == []
+    assert before == {path.name: path.read_bytes() for path in directory.iterdir()}
+    model = compose.load(TINY, "acme/tone", dtype="fp32")
+    with torch.no_grad():
+        found = model(input_ids=IDS).logits[:, -len(IDS[0]) :]
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*drawn with seed 0")
+@pytest.mark.parametrize("name", ["houlsby", "lora", "prefix"])
+def test_what_the_adapters_library_saved_does_the_same_here(name: str, cli, tmp_path: Path) -> None:
+    golden = Path(__file__).parents[2] / "golden" / "adapterhub"
+    shape = {"vocab_size": 53, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "max_position_embeddings": 24, "pad_token_id": 1}
+    base = transformers.BertModel(transformers.BertConfig(**shape))
+    base.load_state_dict(load_file(golden / "base.safetensors"))
+    base.save_pretrained(tmp_path / "base")
+    facts = ("--name", "acme/old", "--version", "1.0", "--base", str(tmp_path / "base"), "--task", "masked_lm")
+    result = cli("import", str(golden / name), *facts)
+    assert result.exit_code == 0, result.output
+    wanted = load_file(golden / "outputs.safetensors")
+    model = compose.load(tmp_path / "base", "acme/old")
+    batch = {"input_ids": wanted["ids"], "attention_mask": wanted["mask"]}
+    with torch.no_grad():
+        found = model(**batch, output_hidden_states=True).hidden_states[-1]
+    mask = wanted["mask"].bool()
+    torch.testing.assert_close(found[mask], wanted[name][mask], atol=1e-4, rtol=1e-4)
+
+
+def test_missing_facts_are_asked_for(saved, cli) -> None:
+    directory, _ = saved("lora")
+    result = cli("import", str(directory), "--name", "acme/tone")
+    assert result.exit_code == 2
+    assert "--version, --base" in result.stderr
+    assert "names the base" in result.stderr
+    assert Store().names() == []
+
+
+def test_adapters_of_several_names(saved, cli, tmp_path: Path) -> None:
+    directory, _ = saved("lora", "tone")
+    assert find(str(directory), tmp_path).directory == directory / "tone"
+    other = directory / "other"
+    other.mkdir()
+    for file in (directory / "tone").iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    result = cli("import", str(directory), *FACTS)
+    assert result.exit_code == 2
+    assert "other, tone" in result.stderr
+    assert cli("import", str(directory), *FACTS, "--subfolder", "tone").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (peft.VBLoRAConfig(target_modules=["q_proj"], num_vectors=8, vector_length=24), "VBLORA"),
+        (peft.FourierFTConfig(target_modules=["q_proj"], n_frequency=10), "FOURIERFT"),
+        (peft.PolyConfig(target_modules=["q_proj"]), "POLY"),
+    ],
+)
+def test_types_without_a_kind_are_refused_by_name(config, word: str, cli, tmp_path: Path) -> None:
+    peft.get_peft_model(compose.load(TINY, dtype="fp32"), config).save_pretrained(tmp_path / "x")
+    result = cli("import", str(tmp_path / "x"), *FACTS)
+    assert result.exit_code == 1
+    assert word in result.stderr
+    assert "PEFT types read here" in result.stderr
+    assert Store().names() == []
+
+
+def broken(saved, tmp_path: Path, tensors=None, **fields) -> Path:
+    directory = tmp_path / "broken"
+    directory.mkdir()
+    source, _ = saved("lora")
+    config = json.loads((source / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps({**config, **fields}))
+    found = load_file(source / "adapter_model.safetensors")
+    save_file(tensors(found) if tensors else found, directory / "adapter_model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields", "words"),
+    [
+        (None, {"modules_to_save": ["nothing"]}, "nothing"),
+        (None, {"bias": "all"}, "bias='all'"),
+        (None, {"a_field_of_tomorrow": 3}, "a_field_of_tomorrow=3"),
+        (None, {"r": 5}, "has shape (4, 192)"),
+        (None, {"target_modules": ["no_such"]}, "matches no linear layer"),
+        (
+            lambda t: {k.replace("base_model.model.", "module."): v for k, v in t.items()},
+            {},
+            "missing base_model.model",
+        ),
+        (
+            lambda t: {k: v for k, v in t.items() if ".layers.1." not in k},
+            {},
+            "missing base_model.model.model.layers.1",
+        ),
+        (lambda t: {k: v * np.nan for k, v in t.items()}, {}, "NaN"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(saved, cli, tmp_path: Path, tensors, fields, words: str) -> None:
+    result = cli("import", str(broken(saved, tmp_path, tensors, **fields)), *FACTS)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert "hint:" in result.stderr
+    assert Store().names() == []
+
+
+def test_pickles_and_directories_of_models(cli, saved, tmp_path: Path) -> None:
+    directory = broken(saved, tmp_path)
+    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+    result = cli("import", str(directory), *FACTS)
+    assert result.exit_code == 1
+    assert "never read" in result.stderr
+    (directory / "adapter_config.json").unlink()
+    assert "model rather than an adapter" in cli("import", str(directory), *FACTS).stderr
+    assert cli("import", "hf://not a repo", *FACTS).exit_code == 2
+    assert "cannot be reached" in cli("import", "hf://owner/name", *FACTS).stderr  # tests run offline
+
+
+def test_probes_say_whether_it_does_here_what_it_did_there(saved, cli) -> None:
+    directory, _ = saved("lora")
+    assert cli("import", str(directory), *FACTS).exit_code == 0
+    result = cli("verify", "acme/tone", "--run")
+    assert result.exit_code == 1
+    assert "without probes" in result.stderr
+    facts = [word.replace("1.0.0", "1.1.0") for word in FACTS]
+    assert cli("import", str(directory), *facts, "--probe").exit_code == 0
+    report = json.loads(cli("verify", "acme/tone", "--run", "--json").stdout)
+    assert report["ok"]
+    assert report["run"]["error"] <= 1e-3  # the same machine, the same dtype
+    assert report["run"]["base_error"] <= 1e-3
+    text = cli("verify", "acme/tone", "--run").stderr
+    assert "does here what it did" in text
+
+
+def test_probes_catch_an_edited_alpha_and_another_base(saved, cli, tmp_path: Path) -> None:
+    """What no shape shows: the same keys and shapes, another effect."""
+    directory, _ = saved("lora")
+    assert cli("import", str(directory), *FACTS, "--probe").exit_code == 0
+    out = tmp_path / "out"
+    Store().get("acme/tone").materialize(out)
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 600}))
+    assert cli("push", str(out), "--repack", "--version", "1.0.1").exit_code == 0
+    result = cli("verify", "acme/tone@1.0.1", "--run")
+    assert result.exit_code == 1
+    assert "does not do here what it did there" in result.stdout
+    other = compose.load(TINY)
+    with torch.no_grad():
+        other.model.layers[1].self_attn.q_proj.weight.mul_(0.5)
+    other.save_pretrained(tmp_path / "other")
+    result = cli("verify", "acme/tone@1.0.0", "--run", "--base", str(tmp_path / "other"))
+    assert result.exit_code == 1
+    assert "q_proj" in result.stderr  # the base ladder names the tensor that differs
+    result = cli("verify", "acme/tone@1.0.0", "--run", "--base", str(tmp_path / "other"), "--allow-base-drift")
+    assert result.exit_code == 1
+    assert "the bare base differs" in result.stdout

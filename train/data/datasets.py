@@ -1,0 +1,279 @@
+"""Rows to datasets: language-modelling blocks, completions, labelled texts or pairs, and what encoders.py makes."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.config import TrainConfig
+from train.data import encoders
+from train.data.batches import IGNORE, Dataset, Ragged
+from train.data.encoders import pad_id
+from train.data.files import file_digests, read_rows
+from train.errors import ConfigError, DataError
+from train.seeds import generator
+
+__all__ = ["Splits", "check", "completions", "labelled", "load_splits", "read_rows", "text_blocks"]
+
+log = logging.getLogger(__name__)
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The two parts of a run's data; `eval` is None when there is nothing to evaluate on."""
+
+    train: Dataset
+    eval: Dataset | None
+    digests: Mapping[str, str]  # file -> sha256:... of its bytes
+
+
+def text_blocks(tokenizer: Any, texts: Iterable[str], block_size: int, *, source: str = "texts") -> Dataset:
+    """Language-modelling rows: texts joined by an end-of-text token and cut every `block_size` tokens.
+
+    Every token is kept (the last block is shorter) and every token but a block's first is predicted.
+
+    Raises
+    ------
+    DataError
+        No text, or fewer than two tokens in all.
+    """
+    texts = list(texts)
+    end = tokenizer.eos_token_id
+    stream: list[int] = []
+    for ids in tokenizer(texts, verbose=False)["input_ids"] if texts else ():
+        stream += ids
+        if end is not None and (not ids or ids[-1] != end):
+            stream.append(end)
+    usable = len(stream) - (len(stream) % block_size == 1)  # a block of one token predicts nothing
+    if usable < 2 or not any(text.strip() for text in texts):
+        raise DataError(f"{source}: no text to learn from ({len(texts)} documents)")
+    starts = torch.tensor([*range(0, usable, block_size), usable])
+    tokens = Ragged(torch.tensor(stream[:usable], dtype=torch.int32), starts)
+    return Dataset({"input_ids": tokens}, "causal_lm", pad_id(tokenizer), source=source)
+
+
+def completions(
+    tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], max_length: int, *, source: str = "rows"
+) -> Dataset:
+    """Rows of prompt, completion and end token in which only the completion and the end are learned.
+
+    Raises
+    ------
+    DataError
+        A prompt that leaves no room for any of its completion (its rows are named).
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    heads = tokenizer(list(prompts), verbose=False)["input_ids"]
+    tails = tokenizer(list(answers), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = [(head + tail + end)[:max_length] for head, tail in zip(heads, tails, strict=True)]
+    labels = [[IGNORE] * min(len(head), len(row)) + row[len(head) :] for head, row in zip(heads, ids, strict=True)]
+    cut = sum(len(h) + len(t) + len(end) > max_length for h, t in zip(heads, tails, strict=True))
+    _say_cut(cut, len(ids), max_length, source)
+    columns = {"input_ids": Ragged.of(ids), "labels": Ragged.of(labels)}
+    data = Dataset(columns, "causal_lm", pad_id(tokenizer), source=source)
+    check(data, hint=f"the prompt fills all {max_length} tokens: raise max_length or shorten it")
+    return data
+
+
+def labelled(
+    tokenizer: Any,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    answers: Sequence[Any],
+    max_length: int,
+    *,
+    labels: Sequence[str] | None = None,
+    source: str = "rows",
+) -> Dataset:
+    """Classification rows: a text, or a pair joined as the tokenizer joins pairs (the longer side is cut).
+
+    `labels` are the class names by index; by default the sorted distinct answers (numbers by value).
+
+    Raises
+    ------
+    DataError
+        Fewer than two classes, or an answer that is not among `labels`.
+    """
+    names = [str(answer) for answer in answers]
+    if labels is None:
+        labels = sorted(set(names), key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
+        if len(labels) < 2:
+            raise DataError(f"{source}: every row has the label {labels[0]!r}; a classifier needs at least two")
+    unseen = sorted(set(names) - set(labels))
+    if unseen:
+        first = names.index(unseen[0]) + 1
+        raise DataError(f"{source}: labels unseen in training: {', '.join(unseen)} (first at row {first})")
+    index = {name: i for i, name in enumerate(labels)}
+    columns = _texts_or_pairs(tokenizer, texts, pairs, max_length, source)
+    columns["labels"] = torch.tensor([index[name] for name in names])
+    return Dataset(columns, "classification", pad_id(tokenizer), tuple(labels), source)
+
+
+def _texts_or_pairs(
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, source: str
+) -> dict[str, Ragged | Tensor]:
+    """Token columns of texts, or of pairs as the tokenizer joins them (the longer side is cut)."""
+    second = None if pairs is None else list(pairs)
+    encoded = tokenizer(list(texts), second, verbose=False)
+    cut = sum(len(ids) > max_length for ids in encoded["input_ids"])
+    if cut:
+        encoded = tokenizer(list(texts), second, truncation=True, max_length=max_length)
+    _say_cut(cut, len(encoded["input_ids"]), max_length, source)
+    return {name: Ragged.of(encoded[name]) for name in ("input_ids", "token_type_ids") if name in encoded}
+
+
+def load_splits(config: TrainConfig, tokenizer: Any) -> Splits:
+    """Read, check and encode what `config.data` names.
+
+    Raises
+    ------
+    ConfigError
+        No training data is named.
+    DataError
+        A missing column (with those present), an empty split, or labels that do not fit.
+    """
+    source, held = config.data.get("train"), config.data.get("eval")
+    if not isinstance(source, str):
+        hint = "set data.train=FILE (jsonl, csv, parquet, text) or a folder of texts"
+        raise ConfigError("no training data", hint=hint)
+    rows: Rows = read_rows(source)
+    digests = file_digests(source)
+    if isinstance(held, float):
+        return Splits(*_hold_out(rows, config, tokenizer, fraction=held, source=source), digests)
+    train = encode(rows, config, tokenizer, source=source)
+    if not isinstance(held, str):
+        return Splits(train, None, digests)
+    test = encode(read_rows(held), config, tokenizer, labels=train.labels, source=held)
+    return Splits(train, test, {**digests, **{f"eval/{n}": d for n, d in file_digests(held).items()}})
+
+
+def encode(
+    rows: Rows, config: TrainConfig, tokenizer: Any, *, labels: Sequence[str] | None = None, source: str
+) -> Dataset:
+    """Rows to the dataset of the config's task."""
+    take = partial(_named, rows, config, source)
+    for role in config.columns:  # also one that the task does not look at: a typo must not go unseen
+        take(role)
+    length, told = config.max_length, {"source": source}
+    if config.task in ("classification", "regression"):
+        texts, answers = _texts(take("text")), take("label")
+        paired = "text_pair" in config.columns or "text_pair" in rows[0]
+        pairs = _texts(take("text_pair")) if paired else None
+        if config.task == "regression":
+            columns = _texts_or_pairs(tokenizer, texts, pairs, length, source)
+            return encoders.numbers(columns, answers, pad_id(tokenizer), source=source)
+        return labelled(tokenizer, texts, pairs, answers, length, labels=labels or None, source=source)
+    if config.task == "token_classification":
+        data, cut = encoders.tagged(tokenizer, take("tokens"), take("tags"), length, labels=labels or None, **told)
+    elif config.task == "seq2seq":
+        data, cut = encoders.sequences(tokenizer, _texts(take("prompt")), _texts(take("completion")), length, **told)
+    elif "messages" in config.columns or "messages" in rows[0]:
+        data, cut = encoders.chats(tokenizer, take("messages"), length, **told)
+    elif {"prompt", "completion"} & set(config.columns) or {"prompt", "completion"} <= set(rows[0]):
+        data, cut = completions(tokenizer, _texts(take("prompt")), _texts(take("completion")), length, **told), 0
+    else:
+        return text_blocks(tokenizer, _texts(take("text")), length, source=source)
+    _say_cut(cut, len(data), length, source)
+    if config.data.get("packing") and config.task == "causal_lm":
+        check(data)  # while rows are those of the file
+        return encoders.packed(data, length)
+    return data
+
+
+def _named(rows: Rows, config: TrainConfig, source: str, role: str) -> list[Any]:
+    """The values of a role, none of them empty."""
+    name, values = config.columns.get(role, role), []
+    for number, row in enumerate(rows, 1):
+        value = row.get(name)
+        if value is None:
+            if name in row:
+                raise DataError(f"{source}, row {number}: {name!r} is empty")
+            present = ", ".join(sorted(str(key) for key in row)) or "none"
+            hint = f"name the column: columns.{role}=..."
+            raise DataError(f"{source}, row {number}: no column {name!r}; it has: {present}", hint=hint)
+        values.append(value)
+    return values
+
+
+def check(data: Dataset, *, hint: str | None = None) -> None:
+    """Refuse data that would train nothing: an empty split, or rows whose every label is masked.
+
+    Raises
+    ------
+    DataError
+        With the first such rows (counted from 1) and how many there are.
+    """
+    if len(data) == 0:
+        raise DataError(f"{data.source or 'the data'}: no rows")
+    idle = (data.items == 0).nonzero().flatten()
+    if len(idle):
+        where = data.where(idle, most=5)
+        raise DataError(
+            f"all labels are masked in {len(idle)} of {len(data)} rows: {where} would train nothing",
+            hint=hint or "give every row at least one label",
+        )
+
+
+def _hold_out(
+    rows: Rows, config: TrainConfig, tokenizer: Any, *, fraction: float, source: str
+) -> tuple[Dataset, Dataset]:
+    """Part of the training rows, by the seed; equal rows never straddle, and a class keeps a row to learn from.
+
+    Of few documents, part of the blocks.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(repr(row), []).append(index)
+    order = torch.randperm(len(groups), generator=generator(config.seed, "data", "held-out")).tolist()
+    alike, held = list(groups.values()), set[int]()
+    left = Counter(name for row in rows for name in _classes(row, config))
+    for group in (alike[i] for i in order):
+        classes = _classes(rows[group[0]], config)
+        if len(held) + len(group) <= round(len(rows) * fraction) and all(left[c] > len(group) for c in classes):
+            held.update(group)
+            left.subtract(dict.fromkeys(classes, len(group)))
+    if len(held) == len(rows):
+        raise DataError(f"{source}: all {len(rows)} rows would be held out", hint="a smaller data.eval, or a file")
+    if held:
+        kept = [i for i in range(len(rows)) if i not in held]
+        train = encode([rows[i] for i in kept], config, tokenizer, source=source)
+        names, part = train.labels, sorted(held)
+        test = encode([rows[i] for i in part], config, tokenizer, labels=names, source=f"{source} (held out)")
+        return _numbered(train, kept), _numbered(test, part)
+    whole = encode(rows, config, tokenizer, source=source)
+    count = max(1, round(len(whole) * fraction))
+    if count >= len(whole):
+        raise DataError(f"{source}: {len(whole)} rows are too few to hold some out", hint="set data.eval=FILE")
+    turn = torch.randperm(len(whole), generator=generator(config.seed, "data", "held-out"))
+    return whole.select(turn[count:].sort().values), whole.select(turn[:count].sort().values)
+
+
+def _classes(row: Mapping[str, Any], config: TrainConfig) -> set[str]:
+    """The classes that a row is an example of."""
+    role = {"classification": "label", "token_classification": "tags"}.get(config.task, "")
+    found = row.get(config.columns.get(role, role))
+    if found is None:  # the task has none; or it is missing, which is told when the rows are encoded
+        return set()
+    return set(map(str, found)) if role == "tags" and isinstance(found, list | tuple) else {str(found)}
+
+
+def _numbered(data: Dataset, numbers: Sequence[int]) -> Dataset:
+    """Remember row numbers of the file; blocks of text and packed rows are no rows of a file."""
+    return replace(data, origin=torch.tensor(numbers)) if len(data) == len(numbers) else data
+
+
+def _texts(values: Iterable[Any]) -> list[str]:
+    return [value if isinstance(value, str) else str(value) for value in values]
+
+
+def _say_cut(cut: int, rows: int, max_length: int, source: str) -> None:
+    if cut:
+        log.warning("%s: %d of %d rows were cut to %d tokens (max_length)", source, cut, rows, max_length)

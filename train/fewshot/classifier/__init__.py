@@ -1,0 +1,1 @@
+"""What every method ends in: members and the classifier."""

@@ -1,0 +1,1 @@
+"""Templates, label words, filled prompts, demonstrations, templates written by a model."""

@@ -1,0 +1,1 @@
+"""What a model says of a prompt: reader, views, masks, pairs, a head on views."""

@@ -1,0 +1,1 @@
+"""The methods: auto, PET, iPET, several masks, LM-BFF, label-word search."""

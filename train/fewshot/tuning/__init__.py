@@ -1,0 +1,1 @@
+"""Training an adapter by prompts: tuning, refining, distilling."""

@@ -1,0 +1,1 @@
+"""What trains inside an adapter: heads, reparametrized tensors, sparsified deltas."""

@@ -1,0 +1,1 @@
+"""What a run leaves: folder, report, tracking, card, artifact."""

@@ -1,0 +1,1 @@
+"""What one step is made of: objective, optimizer, evaluation, checkpoint, processes, guards."""
