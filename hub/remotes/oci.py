@@ -2,7 +2,7 @@
 
 One repository holds one adapter, and a tag is a version: its image manifest has ``module.json`` as the config and
 every file as a layer (`hub.storage.oci`). Other tags on the same image are aliases. Beside a version may be marks:
-small images with tags of their own: ``_yanked.<version>``, ``_deleted.<version>``, and ``_signed.<hex>`` with its signatures.
+small images with tags of their own, ``_yanked.<version>``, ``_deleted.<version>``, ``_signed.<hex>`` with signatures.
 Requests are our own, so that every byte is checked against its digest; who may do what, the ``oras`` client finds out:
 it reads the logins of docker, podman and their helpers.
 
