@@ -68,7 +68,7 @@ class Registry(Generic[T]):
         return sorted(files | {point.name for point in entry_points(group=self.group)})
 
     def all(self) -> Mapping[str, T]:
-        """All of them by name, sorted. A plugin of another package that cannot be imported is left out: see `broken`."""
+        """All of them by name, sorted. A plugin of another package that cannot be imported is left out (`broken`)."""
         _discover(self.package, self.group)
         return MappingProxyType(dict(sorted(self._known.items())))
 
