@@ -8,7 +8,6 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,8 +16,7 @@ from hub.errors import Conflict, IntegrityError, NotFound
 from hub.io import canonical_json as canonical
 from hub.io.disk import disk_errors
 from hub.ref import AdapterRef
-from hub.storage import oci
-from hub.storage import oci_index as layout
+from hub.storage import oci, oci_index
 from hub.storage.artifact import Artifact
 from hub.storage.index import Facts, Index
 from hub.storage.ledger import Position
@@ -26,6 +24,7 @@ from hub.storage.memory_index import MemoryIndex
 from hub.storage.query import build
 from hub.storage.releases import ABSENT, Catalogue, Release
 from hub.storage.vault import Vault
+from hub.storage.verify import Problem, verify_release, verify_store
 
 if TYPE_CHECKING:
     from hub.manifest import FileEntry
@@ -39,17 +38,6 @@ T = TypeVar("T")
 def default_root() -> Path:
     """``$HUB_HOME``, or ``~/.moduloom``."""
     return Path(os.environ.get("HUB_HOME") or "~/.moduloom").expanduser()
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something `Store.verify` found: what it is about and one sentence."""
-
-    about: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.about}: {self.message}"
 
 
 class Store(Vault):
@@ -159,10 +147,8 @@ class Store(Vault):
 
     def verify(self, ref: str | AdapterRef | None = None) -> list[Problem]:
         """Read every byte of one artifact, or of the whole store with its log and index; list what is wrong."""
-        from hub.storage.verify import verify_release, verify_store
-
         if ref is None:
-            return verify_store(self)
+            return verify_store(self, lambda: {artifact.digest for artifact in self.list(yanked=True)})
         release = self.resolve(ref)
         return verify_release(self, AdapterRef.parse(ref).at(version=release.version), release.digest)
 
@@ -179,7 +165,7 @@ class Store(Vault):
 
         with self.lock():
             self._index.apply(self.ledger.read(), load, anew=True)
-            layout.refresh(self, None, self.ledger.end(), images)
+            oci_index.refresh(self.root, self.ledger, self.blobs, self.ledger.end(), images=images)
         return self._index.count()
 
     def edges(self) -> list[tuple[str, str, str, str | None]]:

@@ -111,7 +111,8 @@ def _dot(found: nx.DiGraph[str], root: str) -> Iterator[str]:
 
 
 def _svg(found: nx.DiGraph[str], root: str) -> str:
-    from hub.registry.state.lineage import Graph, Node, svg
+    from hub.registry.state.lineage import Graph, Node
+    from hub.registry.web.lineage_svg import svg
 
     graph = Graph(edges=[(a, b, facts["relation"]) for a, b, facts in found.edges(data=True)])
     for node, facts in found.nodes(data=True):

@@ -36,9 +36,15 @@ def _base(value: str) -> _Term:
     return "a.base_repo = ?", (value,)
 
 
-def _text(value: str) -> _Term:
-    from hub.storage.search import match
+def match(text: str) -> str:
+    """FTS5 expression for words that all must occur, each as a beginning. Raises UsageError where there is none."""
+    words = re.findall(r"\w+", text)
+    if not words:
+        raise UsageError(f"{text!r} holds no word to search for", hint="hub list shows everything")
+    return " ".join(f'"{word}"*' for word in words)
 
+
+def _text(value: str) -> _Term:
     return "a.id IN (SELECT rowid FROM search WHERE search MATCH ?)", (match(value),)
 
 

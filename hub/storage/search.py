@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hub.errors import UsageError
-from hub.storage.query import build
+from hub.storage.query import build, match
 
 if TYPE_CHECKING:
     from hub.storage.index import Index
@@ -27,14 +25,6 @@ class Score:
     value: float
     dataset: str
     split: str
-
-
-def match(text: str) -> str:
-    """FTS5 expression for words that all must occur, each as a beginning. Raises UsageError where there is none."""
-    words = re.findall(r"\w+", text)
-    if not words:
-        raise UsageError(f"{text!r} holds no word to search for", hint="hub list shows everything")
-    return " ".join(f'"{word}"*' for word in words)
 
 
 def digests(index: Index, text: str, *, limit: int, yanked: bool, newest: bool, filters: dict[str, Any]) -> list[str]:

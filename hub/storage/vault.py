@@ -19,7 +19,7 @@ from hub.io import canonical_json as canonical
 from hub.io.disk import disk_errors
 from hub.io.parallel import Crew
 from hub.ref import LATEST, AdapterRef, check_alias
-from hub.storage import oci_index as layout
+from hub.storage import oci_index
 from hub.storage.blobs import Blobs
 from hub.storage.ledger import Event, Ledger, Op
 from hub.storage.releases import Catalogue, Release, choose, refuse_aliased, refuse_conflict, refuse_moved
@@ -337,7 +337,7 @@ class Vault:
         # It has happened. What follows can be made anew from the log, so a disk that is full by now fails nothing.
         with suppress(OSError, sqlite3.OperationalError):
             self._appended()
-            layout.refresh(self, event.name, at)
+            oci_index.refresh(self.root, self.ledger, self.blobs, at, self.catalogue(event.name))
 
     def _appended(self) -> None:
         """Called under the lock when the log has grown; a store brings its index up to it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hub.errors import HubError, IntegrityError, NotFound
@@ -11,17 +13,28 @@ from hub.ref import AdapterRef
 if TYPE_CHECKING:
     from hub.contents.tensor_files import FileScan
     from hub.manifest import FileEntry, Manifest
-    from hub.store import Problem, Store
+    from hub.storage.vault import Vault
 
     Seen = dict[tuple[str, int, str], FileScan | None]
 
 
-def verify_release(store: Store, ref: AdapterRef, digest: str, *, seen: Seen | None = None) -> list[Problem]:
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is wrong in a store: what it is about and one sentence."""
+
+    about: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.about}: {self.message}"
+
+
+def verify_release(vault: Vault, ref: AdapterRef, digest: str, *, seen: Seen | None = None) -> list[Problem]:
     """Check one artifact: its manifest, every file, its tensors against the manifest, its OCI manifest.
 
     Parameters
     ----------
-    store
+    vault
         Where it is.
     ref, digest
         What the log says was published.
@@ -30,19 +43,18 @@ def verify_release(store: Store, ref: AdapterRef, digest: str, *, seen: Seen | N
     """
     from hub.contents.gates import check_agreement
     from hub.storage.oci import image_manifest
-    from hub.store import Problem
 
     try:
-        manifest = store.manifest(digest)
+        manifest = vault.manifest(digest)
         if manifest.ref != ref or manifest.digest != digest:
             raise IntegrityError(f"its manifest is that of {manifest.ref} ({manifest.digest})", ref=ref)
-        store.blobs.read(canonical.digest(image_manifest(manifest.canonical)))
+        vault.blobs.read(canonical.digest(image_manifest(manifest.canonical)))
     except HubError as error:
         return [Problem(str(ref), error.message)]
     problems, scans = [], {}
     for entry in manifest.files:
         try:
-            scan = _scan(store, manifest, entry, {} if seen is None else seen)
+            scan = _scan(vault, manifest, entry, {} if seen is None else seen)
         except HubError as error:
             problems.append(Problem(str(ref), error.message))
             continue
@@ -56,25 +68,23 @@ def verify_release(store: Store, ref: AdapterRef, digest: str, *, seen: Seen | N
     return problems
 
 
-def _scan(store: Store, manifest: Manifest, entry: FileEntry, seen: Seen) -> FileScan | None:
+def _scan(vault: Vault, manifest: Manifest, entry: FileEntry, seen: Seen) -> FileScan | None:
     from hub.contents.gates import inspect_as
 
     key = (entry.digest, entry.size, entry.path)
     if key not in seen:
-        if not store.blobs.path(entry.digest).exists():
+        if not vault.blobs.path(entry.digest).exists():
             raise NotFound(f"{entry.path} is missing (blob {entry.digest})", digest=entry.digest)
-        seen[key] = inspect_as(manifest, entry, store.blobs.path(entry.digest))
+        seen[key] = inspect_as(manifest, entry, vault.blobs.path(entry.digest))
     return seen[key]
 
 
-def verify_store(store: Store) -> list[Problem]:
-    """Check the log's chain, every published artifact, and that index and log agree."""
-    from hub.store import Problem
-
+def verify_store(vault: Vault, listed: Callable[[], set[str]]) -> list[Problem]:
+    """Check the log's chain, every published artifact, and that an index has `listed` just those."""
     problems, published, live = list[Problem](), set[str](), dict[str, AdapterRef]()
     seen: Seen = {}
     try:
-        for event, _ in store.ledger.read():
+        for event, _ in vault.ledger.read():
             if event.op == "publish":
                 published.add(str(event.digest))
                 live[str(event.digest)] = AdapterRef.parse(event.name).at(version=event.version)
@@ -86,9 +96,9 @@ def verify_store(store: Store) -> list[Problem]:
         problems.append(Problem("log.jsonl", error.message))
         return problems
     for digest, ref in live.items():
-        problems += verify_release(store, ref, digest, seen=seen)
+        problems += verify_release(vault, ref, digest, seen=seen)
     try:
-        indexed = {artifact.digest for artifact in store.list(yanked=True)}
+        indexed = listed()
     except HubError as error:
         return [*problems, Problem("index", error.message)]
     if indexed != live.keys():

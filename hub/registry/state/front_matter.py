@@ -1,31 +1,15 @@
-"""Cards: the YAML in front of a README, and its Markdown as HTML that runs nothing."""
+"""The YAML in front of a card (README.md), read within bounds."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
-from urllib.parse import quote, urlsplit
 
-import nh3
 import yaml
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
 
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 MAX_YAML = 64 * 1024  # characters; the YAML reader is slow, and no card needs more
 MAX_DEPTH = 32  # levels of nesting
-MAX_RENDERED = 512 * 1024  # characters of Markdown that are rendered; a longer card is cut
-_TAGS = (
-    "a abbr b blockquote br code dd del dl dt em h1 h2 h3 h4 h5 h6 hr i img li ol p pre s strong sub sup table tbody"
-    " td th thead tr ul"
-)
-_ATTRIBUTES = {
-    "a": {"href", "title"},
-    "img": {"src", "alt", "title"},
-    "th": {"align"},
-    "td": {"align"},
-    "ol": {"start"},
-}
 
 
 class CardError(ValueError):
@@ -70,59 +54,14 @@ def _check_shape(text: str) -> None:
             raise CardError("it has aliases (*name), which are not read here")
 
 
+def without_front_matter(text: str) -> str:
+    """Markdown of a card without the YAML in front of it."""
+    return _FRONT.sub("", text, count=1)
+
+
 def front_matter(text: str) -> dict[str, Any]:
     """YAML in front of a card; an empty mapping where there is none that can be read."""
     try:
         return parse_front_matter(text)
     except CardError:
         return {}
-
-
-def render(text: str, base: str) -> str:
-    """Card as safe HTML.
-
-    Raw HTML in the Markdown is shown as text; what is rendered passes through an allow-list of tags, attributes
-    and link schemes besides. Images of other hosts become links, so that a page tells nobody who reads it.
-
-    Parameters
-    ----------
-    text
-        Markdown with optional YAML in front.
-    base
-        URL path below which the files of the revision are (``/ns/name/resolve/REV``).
-    """
-    body = _FRONT.sub("", text, count=1)[:MAX_RENDERED]
-    parser = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable(["table", "strikethrough"])
-    tokens = parser.parse(body)
-    for token in tokens:
-        for child in token.children or ():
-            _localize(child, base)
-    html = str(parser.renderer.render(tokens, parser.options, {}))
-    return nh3.clean(
-        html,
-        tags=set(_TAGS.split()),
-        attributes={tag: set(names) for tag, names in _ATTRIBUTES.items()},
-        url_schemes={"http", "https", "mailto"},
-        link_rel="noopener noreferrer nofollow",
-    )
-
-
-def _localize(token: Token, base: str) -> None:
-    """Let relative links reach the revision's files, and keep images to those files."""
-    for name in ("href", "src"):
-        target = token.attrs.get(name)
-        if isinstance(target, str) and not _elsewhere(target) and not target.startswith(("#", "/")):
-            token.attrs[name] = f"{base}/{quote(target.removeprefix('./'), safe='/%#?=&')}"
-    if token.type == "image" and not str(token.attrs.get("src", "")).startswith(f"{base}/"):
-        token.type, token.tag, token.nesting = "code_inline", "code", 0
-        token.content = f"image: {token.attrs.get('src', '')}"
-        token.attrs = {}
-
-
-def _elsewhere(target: str) -> bool:
-    """Whether a link names a scheme or a host; True for what cannot even be split."""
-    try:
-        parts = urlsplit(target)
-    except ValueError:
-        return True
-    return bool(parts.scheme or parts.netloc)

@@ -13,11 +13,12 @@ from hub.io.files import read_capped
 from hub.manifest import Manifest, Metric, TensorEntry
 from hub.ref import AdapterRef
 from hub.registry.context import Access
-from hub.registry.state import front_matter as card
-from hub.registry.state import lineage as graph
 from hub.registry.state.git_ids import File
+from hub.registry.state.lineage import Node
 from hub.registry.state.repositories import Revision
 from hub.registry.state.search import visible
+from hub.registry.web.lineage_svg import svg
+from hub.registry.web.markdown import render
 from hub.storage.releases import Catalogue, Release
 
 MAX_CARD = 2**20  # bytes
@@ -115,7 +116,7 @@ def _card(access: Access, revision: Revision) -> str:
     if file is None or file.size > MAX_CARD:
         return ""
     text = read_capped(access.repos.path(file), MAX_CARD).decode("utf-8", "replace")
-    return card.render(text, f"/{access.name}/resolve/{revision.oid}")
+    return render(text, f"/{access.name}/resolve/{revision.oid}")
 
 
 def _versions(access: Access, catalogue: Catalogue, here: Release | None) -> list[VersionRow]:
@@ -156,29 +157,29 @@ def _lineage(access: Access, digest: str) -> str:
     recorded = access.repos.recorded()
     store = access.repos.store
 
-    def describe(key: str) -> graph.Node | None:
+    def describe(key: str) -> Node | None:
         if not key.startswith("sha256:"):
             return _unresolved(key, access, recorded)
         facts = store.list(digest=key, yanked=True)
         if not facts:
-            return graph.Node(key, key[7:19], "not in this registry")
+            return Node(key, key[7:19], "not in this registry")
         about = facts[0].facts
         if not visible(access.caller, about.name, recorded):
             return None
         href = f"/{about.name}/tree/{about.version}"
-        return graph.Node(key, f"{about.name} {about.version}", about.kind or about.type, href, key == digest)
+        return Node(key, f"{about.name} {about.version}", about.kind or about.type, href, key == digest)
 
     found = access.context.relations.around(digest, describe)
-    return graph.svg(found) + graph.svg(found, tall=True) if len(found.nodes) > 1 else ""
+    return svg(found) + svg(found, tall=True) if len(found.nodes) > 1 else ""
 
 
-def _unresolved(key: str, access: Access, recorded: Mapping[str, Any]) -> graph.Node | None:
+def _unresolved(key: str, access: Access, recorded: Mapping[str, Any]) -> Node | None:
     """Box for a ref that nothing here fits; it must not tell whether a private repository has that name."""
     try:
         ref = AdapterRef.parse(key)
     except RefError:
         return None
-    return graph.Node(key, key, "not in this registry") if visible(access.caller, ref.id, recorded) else None
+    return Node(key, key, "not in this registry") if visible(access.caller, ref.id, recorded) else None
 
 
 def _shown(manifest: Manifest) -> str:

@@ -12,7 +12,8 @@ import pytest
 from hub.manifest import Draft
 from hub.pack import pack
 from hub.ref import AdapterRef
-from hub.registry.state.front_matter import CardError, front_matter, parse_front_matter, render
+from hub.registry.state.front_matter import CardError, front_matter, parse_front_matter
+from hub.registry.web.markdown import render
 
 CARD = """---
 license: apache-2.0
@@ -173,7 +174,7 @@ def test_the_lineage_leads_on(shop) -> None:
 
 
 def test_a_long_name_keeps_its_version_in_the_graph() -> None:
-    from hub.registry.state.lineage import _shortened
+    from hub.registry.web.lineage_svg import _shortened
 
     assert _shortened("acme/tone 1.0.0", 20) == "acme/tone 1.0.0"
     assert _shortened("legal/case-summaries 1.10.0", 20) == "legal/case-s… 1.10.0"
