@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hub.errors import HubError
 from hub.store import Store
 from router.engine.host import Host
-from router.engine.prepare import Prepared, prepare
+from router.engine.prepare import Prepared, prepare, with_members
 from router.engine.request import Request, Result
 from router.engine.residency import Residency
 from router.engine.routing import Routing
@@ -137,10 +137,10 @@ class Engine:
     def _route(self, routing: Routing, rows: list[Prepared]) -> list[Prepared | HubError]:
         try:
             with self.residency.held(list(routing.members.values()) if routing.asks_members else []):
-                weights = routing.weigh(self.host, rows)
+                weights = routing.weigh(self.host, [row.ids for row in rows])
             if routing.by_token:
                 return [replace(row, weights=w) for row, w in zip(rows, weights, strict=True)]
-            return [routing.choose(self.host, row, w) for row, w in zip(rows, weights, strict=True)]
+            return [with_members(self.host, row, w) for row, w in zip(rows, weights, strict=True)]
         except (HubError, *BREAKDOWNS) as error:
             return [told(error)] if len(rows) == 1 else [one for row in rows for one in self._route(routing, [row])]
 

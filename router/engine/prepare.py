@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from compose.expr.tree import Expr
+import torch
+
+from compose.expr.tree import Expr, Ref
 from hub.errors import HubError, UsageError
+from router.dispatch import row_expressions
 from router.engine.host import Host
 from router.engine.request import Request
 from router.engine.targets import Target
@@ -72,6 +75,18 @@ def prepare(host: Host, request: Request, target: Target) -> Prepared:
     types = None if generates else types
     room = _room(host, request, target.front + len(ids)) if generates else 1
     return Prepared(request, target, ids, types, room, target.expr, () if host.translates else ids)
+
+
+def with_members(host: Host, row: Prepared, weights: dict[str, float]) -> Prepared:
+    """The row with the members that its router chose; it answers as the one with the largest weight does."""
+    assert row.target.routing is not None  # noqa: S101 - a router has chosen
+    members = row.target.routing.members
+    first = members[max(weights, key=weights.__getitem__)]
+    (expr,) = row_expressions([Ref(name) for name in weights], torch.tensor([list(weights.values())]).double())
+    assert expr is not None  # noqa: S101 - some weight is not zero
+    front = sum(members[name].front for name in weights)
+    target = Target(row.target.text, expr, tuple(weights), first.labels, first.task, first.max_length, front)
+    return replace(prepare(host, row.request, target), weights=weights)
 
 
 def _room(host: Host, request: Request, read: int) -> int:

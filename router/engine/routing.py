@@ -11,11 +11,8 @@ from compose.expr.tree import Ref
 from hub.store import Artifact, Store
 from router.artifact import Stored, load
 from router.bench import Batch
-from router.dispatch import row_expressions
 from router.engine.host import Host
-from router.engine.prepare import Prepared, prepare
 from router.engine.sources import Known
-from router.engine.targets import Target
 from router.router import Router
 
 
@@ -44,22 +41,12 @@ class Routing:
         """Whether the members have to be resident before it can choose: it knows nothing of them by itself."""
         return self.by_token or not all(self.router.statistics.get(name) for name in self.router.experts)
 
-    def weigh(self, host: Host, rows: Sequence[Prepared]) -> list[dict[str, float]]:
-        """Weights of the members for each row, zeros left out; one batch."""
-        ids = [torch.tensor(row.ids) for row in rows]
-        batch = Batch.of(ids, pad=host.pad).to(host.model.device)
+    def weigh(self, host: Host, rows: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+        """Weights of the members for each row of token ids, zeros left out; one batch."""
+        batch = Batch.of([torch.tensor(ids) for ids in rows], pad=host.pad).to(host.model.device)
         weights = self.router.weights(host.model, batch).tolist()
         host.forget()
         return [{n: w for n, w in zip(self.members, row, strict=True) if w != 0} for row in weights]
-
-    def choose(self, host: Host, row: Prepared, weights: dict[str, float]) -> Prepared:
-        """The row with its members chosen: it answers as the one with the largest weight does."""
-        first = self.members[max(weights, key=weights.__getitem__)]
-        (expr,) = row_expressions([Ref(name) for name in weights], torch.tensor([list(weights.values())]).double())
-        assert expr is not None  # noqa: S101 - some weight is not zero
-        front = sum(self.members[name].front for name in weights)
-        target = Target(row.target.text, expr, tuple(weights), first.labels, first.task, first.max_length, front)
-        return replace(prepare(host, row.request, target), weights=weights)
 
 
 def routing(artifact: Artifact, store: Store, known: Mapping[str, Known]) -> Routing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from compose.base.compatibility import compare
 from compose.expr.tree import IDENTITY, Call, Expr, Ref, Seq, parse, substitute
@@ -16,10 +15,8 @@ from hub.manifest import BaseIdentity
 from hub.store import Artifact
 from router.engine.host import Host
 from router.engine.mixture import Mixture, refuse_mixture
+from router.engine.routing import Routing, routing
 from router.engine.sources import Known, Sources
-
-if TYPE_CHECKING:
-    from router.engine.routing import Routing
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +116,6 @@ class Targets:
         return Target(text, expr, names, labels, task, min(lengths, default=None), front)
 
     def _router(self, text: str, artifact: Artifact) -> Target:
-        from router.engine.routing import routing
-
         refs = [need.name + "@" + need.digest for need in artifact.manifest.requires if need.digest is not None]
         members = [self.sources.known(ref) for ref in refs]
         for member in members:
