@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hub.errors import UsageError, suggest
-from hub.plugins import discover
+from hub.plugins import Registry
 from router.bench import Batch, Bench, Experts
 from router.gating import Gating
 
@@ -110,7 +110,7 @@ class SiteScorer(Scorer):
 
 # -- the registry ------------------------------------------------------------------------------------------------
 
-_SCORERS: dict[str, type[Scorer]] = {}
+SCORERS = Registry[type[Scorer]]("routing method", package="router.scorers", group="hub.scorers")
 _S = TypeVar("_S", bound=type[Scorer])
 
 
@@ -118,19 +118,11 @@ def register(name: str) -> Callable[[_S], _S]:
     """Class decorator that makes a scorer known under ``name``."""
 
     def add(cls: _S) -> _S:
-        if name in _SCORERS and _SCORERS[name].__qualname__ != cls.__qualname__:
-            raise UsageError(f"scorer {name!r} is registered twice: {_SCORERS[name].__module__} and {cls.__module__}")
+        SCORERS.add(name, cls)
         cls.name = name
-        _SCORERS[name] = cls
         return cls
 
     return add
-
-
-def scorers() -> dict[str, type[Scorer]]:
-    """All scorers by name: the files of ``router.scorers`` and the entry points ``hub.scorers``."""
-    discover("router.scorers", "hub.scorers")
-    return dict(sorted(_SCORERS.items()))
 
 
 def make_scorer(name: str, options: Mapping[str, Any] | None = None) -> Scorer:
@@ -141,11 +133,7 @@ def make_scorer(name: str, options: Mapping[str, Any] | None = None) -> Scorer:
     UsageError
         An unknown scorer or option (with a suggestion), or a value that does not fit.
     """
-    known = scorers()
-    if name not in known:
-        near = suggest(name, known)
-        raise UsageError(f"unknown routing method {name!r}", hint=near or "methods: " + ", ".join(known))
-    cls, given = known[name], dict(options or {})
+    cls, given = SCORERS.get(name), dict(options or {})
     fields = cls.Options.model_fields
     for key in given:
         if key not in fields:

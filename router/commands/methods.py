@@ -11,7 +11,7 @@ from hub.console.output import columns, json_option, print_json
 @json_option
 def methods(as_json: bool) -> None:
     """List the routing methods: what each weighs, what it needs, its options and its paper."""
-    from router.scorer import scorers
+    from router.scorer import SCORERS
 
     found = [
         {
@@ -23,7 +23,7 @@ def methods(as_json: bool) -> None:
             "paper": cls.paper,
             "formula": (cls.__doc__ or "").strip().splitlines()[0],
         }
-        for name, cls in scorers().items()
+        for name, cls in SCORERS.all().items()
     ]
     if as_json:
         print_json(found)

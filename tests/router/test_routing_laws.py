@@ -19,7 +19,7 @@ from hub.errors import UsageError
 from router import Ensemble
 from router.bench import Batch, Bench
 from router.router import Router
-from router.scorer import RowScorer, scorers
+from router.scorer import SCORERS, RowScorer
 
 POOLS = {  # a, b and d of a pool: d is the one that goes
     "weights": ("lora", "dora", "dense"),
@@ -27,7 +27,7 @@ POOLS = {  # a, b and d of a pool: d is the one that goes
     "blocks": ("lora", "bottleneck", "bias"),
     "rows": ("prefix", "lora", "ia3"),
 }
-METHODS = sorted(scorers())
+METHODS = sorted(SCORERS)
 REFUSED = {
     "arrow": {"linear", "blocks", "rows"},  # there is a direction only in a change of weights
     **{method: {"rows"} for method in ("phatgoose", "gate", "fuse", "smear")},  # no gate at a site weighs a prefix
@@ -57,7 +57,7 @@ def bench_of(tiny, pool, dtype):
 
 
 def fitted(bench, method):
-    options = {"steps": 2} if "steps" in scorers()[method].Options.model_fields else {}
+    options = {"steps": 2} if "steps" in SCORERS.get(method).Options.model_fields else {}
     return Router.fit(method, bench, options=options)
 
 
@@ -111,7 +111,7 @@ def test_the_laws_of_routing(tiny, method, pool, dtype):
         assert torch.equal(logits(ruling_out(router, "d"), bench, batch), logits(rest, bench, batch)), (
             "an expert of zero weight changes no bit, and one that is removed is as if it had never been there"
         )
-    if not scorers()[method].joint:
+    if not SCORERS.get(method).joint:
         compose.detach(bench.model, "d")
         never = fitted(replace(bench, experts={"a": "a", "b": "b"}), method)
         assert torch.equal(logits(never, bench, batch), logits(router.without("d"), bench, batch))

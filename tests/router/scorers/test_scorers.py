@@ -14,12 +14,12 @@ from hub.errors import Conflict, NotFound, UsageError
 from router.bench import Batch, Bench
 from router.gating import Gating
 from router.router import Router
-from router.scorer import make_scorer, scorers
+from router.scorer import SCORERS, make_scorer
 
 EXPERTS = {"a": "a", "b": "b", "d": "d"}
 FEW_STEPS = {name: {"steps": 3} for name in ("phatgoose", "gate", "smear", "fuse")}
-METHODS = sorted(scorers())
-ALONE = [name for name in METHODS if not scorers()[name].joint]
+METHODS = sorted(SCORERS)
+ALONE = [name for name in METHODS if not SCORERS.get(name).joint]
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_what_is_learned_together_is_not_added_to(method, bench):
         fit(method, bench, ["a", "b"]).add("d", bench)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if scorers()[name].needs_data])
+@pytest.mark.parametrize("method", [name for name in METHODS if SCORERS.get(name).needs_data])
 def test_missing_text_is_named(method, bench):
     with pytest.raises(UsageError, match="no text for b"):
         fit(method, replace(bench, rows={"a": bench.rows["a"], "d": bench.rows["d"]}))
