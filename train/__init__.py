@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["FitResult", "TrainConfig", "fit", "perplexity", "read_rows", "text_blocks"]
 
 _HOMES = {
-    "FitResult": "train.loop",
+    "FitResult": "train.result",
     "TrainConfig": "train.config",
     "fit": "train.loop",
     "perplexity": "train.steps.evaluate",

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from hub.errors import HubError, UsageError
-
-if TYPE_CHECKING:
-    from train.loop import FitResult
+from train.result import FitResult
 
 __all__ = ["ConfigError", "DataError", "NonFiniteLoss", "TrainError"]
 

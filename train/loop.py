@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +27,19 @@ from train.data.datasets import check
 from train.errors import NonFiniteLoss, TrainError
 from train.learner.heads import head_parameters
 from train.method import Method
+from train.result import FitResult
 from train.results.report import Metrics, progress_bar
 from train.seeds import derive
-from train.steps.checkpoint import read_checkpoint, write_checkpoint
+from train.steps.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from train.steps.evaluate import amp, evaluate, rank
 from train.steps.guards import explain_non_finite, is_finite, refuse_another_run, refuse_idle
 from train.steps.optimizer import learning_rate, make_optimizer
 from train.steps.processes import sum_gradients
 
-__all__ = ["CHECKPOINT", "FitResult", "fit", "training"]
+__all__ = ["fit", "training"]
 
 log = logging.getLogger(__name__)
-CHECKPOINT = "checkpoint.safetensors"
 _LOGGED = 2000  # steps a history keeps at most: longer runs log every k-th one
-
-
-@dataclass
-class FitResult:
-    """What a run did: `history` has a record for each logged step and each evaluation."""
-
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None  # {"step": ..., "loss": ..., ...} of the best evaluation
-    steps: int = 0
-    total_steps: int = 0
-    items: int = 0  # predicted tokens or labelled rows that were learned from
-    seconds: float = 0.0
-    stopped: str = "finished"  # or "patience", "time", "non-finite"
-    waited: int = 0  # evaluations since the best one
 
 
 def fit(

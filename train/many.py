@@ -27,8 +27,8 @@ from train.data.batches import IGNORE, Dataset, epoch_order
 from train.data.datasets import check
 from train.errors import NonFiniteLoss, TrainError
 from train.learner.heads import head_parameters
-from train.loop import FitResult
 from train.method import Method
+from train.result import FitResult
 from train.seeds import derive
 from train.steps.evaluate import amp, evaluate, rank
 from train.steps.objective import forward, loss_sum

@@ -13,6 +13,7 @@ A kind for which no method of its name is registered is a method itself: gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 import compose
 from compose.kind.adapter import Adapter, get_kind, kinds
 from hub.errors import did_you_mean
-from hub.plugins import discover
+from hub.plugins import Registry
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.steps.objective import forward, loss_sum
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from train.data.batches import Dataset
 
 __all__ = [
+    "METHODS",
     "NAME",
     "Composite",
     "Method",
@@ -180,7 +182,18 @@ class Method:
 
 # -- the registry --------------------------------------------------------------------------------------------------
 
-_METHODS: dict[str, type[Method]] = {}
+
+class _Methods(Registry[type["Method"]]):
+    """The files of `train.methods`, the entry points `hub.methods`, and every kind without a method of its name."""
+
+    def all(self) -> Mapping[str, type[Method]]:
+        """All methods by name, sorted."""
+        own = super().all()
+        plain = {name: _plain(kind) for name, kind in kinds().items() if name not in own}
+        return MappingProxyType(dict(sorted({**plain, **own}.items())))
+
+
+METHODS = _Methods("method", package="train.methods", group="hub.methods", error=ConfigError)
 _M = TypeVar("_M", bound=type[Method])
 
 
@@ -188,10 +201,8 @@ def register(name: str) -> Callable[[_M], _M]:
     """Class decorator that makes a method known under `name`."""
 
     def add(cls: _M) -> _M:
-        if name in _METHODS and _METHODS[name].__qualname__ != cls.__qualname__:
-            raise ConfigError(f"method {name!r} is registered twice: {_METHODS[name].__module__} and {cls.__module__}")
         cls.name = name
-        _METHODS[name] = cls
+        METHODS.add(name, cls)
         return cls
 
     return add
@@ -203,21 +214,14 @@ def _plain(kind: type[Adapter]) -> type[Method]:
     return type(f"Plain_{kind.kind}", (Method,), facts)
 
 
-def methods() -> dict[str, type[Method]]:
-    """All methods by name: the files of `train.methods`, the entry points `hub.methods`, and every other kind."""
-    discover("train.methods", "hub.methods")
-    known = {name: _plain(kind) for name, kind in kinds().items() if name not in _METHODS}
-    return dict(sorted({**known, **_METHODS}.items()))
+def methods() -> Mapping[str, type[Method]]:
+    """All methods by name."""
+    return METHODS.all()
 
 
 def get_method(name: str) -> type[Method]:
     """The method called `name`; ConfigError with a suggestion otherwise."""
-    known = methods()
-    if name not in known:
-        near = did_you_mean(name, known, count=1)
-        guess = f", did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"unknown method {name!r}{guess}", hint="hub methods lists them")
-    return known[name]
+    return METHODS.get(name)
 
 
 def make_method(config: TrainConfig) -> tuple[Method, TrainConfig]:

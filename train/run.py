@@ -28,13 +28,15 @@ from train.data.batches import Dataset
 from train.data.datasets import Splits, load_splits
 from train.errors import DataError, NonFiniteLoss
 from train.learner.heads import modules_to_save
-from train.loop import CHECKPOINT, FitResult, fit
+from train.loop import fit
 from train.method import Composite, Method, make_method
+from train.result import FitResult
 from train.results.folder import learned, run_folder
 from train.results.publish import next_version, publish_learned
 from train.results.report import new_progress, plot_curves, write_page
 from train.results.tracking import tracking
 from train.seeds import derive
+from train.steps.checkpoint import CHECKPOINT
 from train.steps.guards import heads_come_later, is_finite, options_of_the_run, refuse_looking_ahead, refuse_misfit
 
 if TYPE_CHECKING:

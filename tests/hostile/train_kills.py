@@ -23,8 +23,8 @@ os.environ["SOURCE_DATE_EPOCH"] = "1700000000"  # else a manifest says when it w
 
 from hub.store import Store
 from train.config import TrainConfig
-from train.loop import CHECKPOINT
 from train.run import run
+from train.steps.checkpoint import CHECKPOINT
 
 
 def child(config: TrainConfig, place: Path, *, resume: bool) -> int:

@@ -11,9 +11,8 @@ from hub.errors import StoreError
 from hub.store import Store
 from train.config import TrainConfig
 from train.errors import TrainError
-from train.loop import CHECKPOINT
 from train.run import run
-from train.steps.checkpoint import read_checkpoint
+from train.steps.checkpoint import CHECKPOINT, read_checkpoint
 
 resource = pytest.importorskip("resource", reason="limits on files are a thing of POSIX")
 VALUES = {"max_length": 32, "batch_size": 8, "duration": 5, "eval_every": 2, "lr": 5e-3, "options": {"r": 4}}

@@ -14,8 +14,9 @@ from torch import nn
 
 from train.data.batches import Dataset, Ragged
 from train.errors import DataError, NonFiniteLoss, TrainError
-from train.loop import FitResult, fit
+from train.loop import fit
 from train.method import Method
+from train.result import FitResult
 from train.steps.objective import loss_sum
 
 

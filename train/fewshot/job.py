@@ -24,7 +24,7 @@ from train.fewshot.prompts.defaults import PAIR_TEMPLATES, TEMPLATES, name_words
 from train.fewshot.prompts.verbalizer import Verbalizer
 from train.fewshot.reading.head import Head
 from train.fewshot.reading.views import Features, View
-from train.loop import FitResult
+from train.result import FitResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

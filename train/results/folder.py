@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 from hub.errors import HubError, UsageError
 from train.config import TrainConfig
 from train.errors import TrainError
-from train.loop import CHECKPOINT
+from train.steps.checkpoint import CHECKPOINT
 
 __all__ = ["learned", "run_folder"]
 

@@ -21,8 +21,8 @@ from hub.relations.word_counts import SELF, write_words
 from hub.store import Artifact, Store
 from train.config import TrainConfig
 from train.data.batches import Dataset
-from train.loop import FitResult
 from train.method import Composite
+from train.result import FitResult
 from train.results.card import write_card
 
 if TYPE_CHECKING:

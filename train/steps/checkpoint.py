@@ -13,8 +13,9 @@ from torch import Tensor
 from hub.io.files import atomic_write
 from train.errors import TrainError
 
-__all__ = ["read_checkpoint", "write_checkpoint"]
+__all__ = ["CHECKPOINT", "read_checkpoint", "write_checkpoint"]
 
+CHECKPOINT = "checkpoint.safetensors"  # its name in a run's folder
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
 
 

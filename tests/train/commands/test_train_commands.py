@@ -139,7 +139,7 @@ def test_dry_run_of_every_task(hub, bert_base, t5_base, task, row, shown):
         (["lr=.inf"], 2, "lr: "),
         (["data.train=nowhere.jsonl"], 1, "no such file: nowhere.jsonl"),
         (["duration=3"], 2, "no training data"),
-        (["data.train=x.txt", "method=loar"], 2, "did you mean 'lora'"),
+        (["data.train=x.txt", "method=loar"], 2, "did you mean lora"),
         (["data.train=x.txt", "options.rr=1"], 2, "did you mean 'r'"),
         (["data.train=x.txt", "--json", "x.txt/x.json"], 2, "is in the way"),
         (["data.train=x.txt", "--name", "Not A Name"], 2, "is not"),

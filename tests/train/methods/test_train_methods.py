@@ -12,11 +12,11 @@ from compose.kind.adapter import Adapter, kinds
 from hub.store import Store
 from train.data.datasets import Splits
 from train.dry_run import preview
-from train.loop import CHECKPOINT, fit
+from train.loop import fit
 from train.method import Composite, make_method, methods, trained
 from train.results.publish import publish_learned
 from train.run import Prepared
-from train.steps.checkpoint import read_checkpoint
+from train.steps.checkpoint import CHECKPOINT, read_checkpoint
 from train.steps.evaluate import evaluate
 
 # A kind that is a method only because no method has its name goes through test_train_kinds.py.

@@ -30,7 +30,7 @@ from train.fewshot.recipes.adapt import MANY, adapt
 from train.fewshot.recipes.label_words import find_words
 from train.fewshot.splits import folds
 from train.fewshot.tuning.prompt_tuning import Tuned
-from train.loop import FitResult
+from train.result import FitResult
 
 __all__ = ["auto", "feature", "stack", "views_of", "zero_shot"]
 

@@ -18,9 +18,10 @@ from train.fewshot.prompts.verbalizer import WordScores
 from train.fewshot.reading.reader import MaskReader, PromptModel, inputs_of
 from train.fewshot.reading.replay import Replay
 from train.fewshot.tuning.refine import adapter_options, upper_blocks
-from train.loop import FitResult, fit
+from train.loop import fit
 from train.many import Job, fit_many
 from train.method import Method
+from train.result import FitResult
 from train.seeds import generator
 from train.steps.evaluate import amp
 

@@ -23,7 +23,8 @@ from train.fewshot.reading.reader import MaskReader, inputs_of
 from train.fewshot.reading.replay import Replay, blocks_of
 from train.fewshot.reading.views import Features, View, ViewModel, joined, view_dataset
 from train.fewshot.tuning.distil import Distil
-from train.loop import FitResult, fit
+from train.loop import fit
+from train.result import FitResult
 from train.steps.evaluate import amp
 
 if TYPE_CHECKING:
