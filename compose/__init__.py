@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compose.algebra import parse as parse
     from compose.api import activate as activate
     from compose.api import attach as attach
     from compose.api import create as create
@@ -13,14 +14,13 @@ if TYPE_CHECKING:
     from compose.api import route as route
     from compose.api import save as save
     from compose.api import tokenizer as tokenizer
-    from compose.expr.tree import parse as parse
 
 _HOMES = {
     **dict.fromkeys(
         ("activate", "attach", "create", "detach", "eject", "identity", "load", "route", "save", "tokenizer"),
         "compose.api",
     ),
-    "parse": "compose.expr.tree",
+    "parse": "compose.algebra",
 }
 
 __all__ = ["activate", "attach", "create", "detach", "eject", "identity", "load", "parse", "route", "save", "tokenizer"]

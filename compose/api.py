@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compose.algebra import ExprLike, as_rows
 from compose.base import model as bases
 from compose.base.compatibility import compare
 from compose.expr.tree import Expr
@@ -23,7 +24,6 @@ from compose.kind.adapter import Adapter, KindConfig, get_kind, make_config
 from compose.planning.plan import Leaf, plan
 from compose.planning.unfold import Resolved
 from compose.runtime import model_runtime as inject
-from compose.runtime.model_runtime import ExprLike
 from compose.slots.gate import Gate, Mixer
 from hub.manifest import BaseIdentity, Manifest
 from hub.store import Artifact, Store
@@ -75,7 +75,7 @@ def load(
         before anything is changed.
     """
     one = expr is None or isinstance(expr, str | Expr)
-    rows = inject.as_rows(expr)
+    rows = as_rows(expr)
     sources = _Sources(dict(adapters or {}), store)
     known = bases.identity(base)
     plans = {

@@ -20,20 +20,12 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from compose.expr.tokens import ExpressionError
+from compose.errors import CallError
 from compose.expr.tree import Call, Expr
 from hub.errors import suggest
 from hub.plugins import discover
 
 Family: TypeAlias = Literal["merge", "route", "ensemble", "select"]
-
-
-class CallError(ExpressionError):
-    """A call of an unknown function, or with wrong arguments; ``option`` names the option at fault, or is empty."""
-
-    def __init__(self, message: str, *, option: str = "", hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.option = option
 
 
 class Options(BaseModel):

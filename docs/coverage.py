@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import transformers
 
-from compose.base.sites import SiteError
-from compose.kind.adapter import KindError, get_kind, kinds, make_config
+from compose.errors import KindError, PlanError, SiteError
+from compose.kind.adapter import get_kind, kinds, make_config
 from compose.merging.merge import lower_to_lora
-from compose.planning.plan import PlanError
 from compose.runtime.model_runtime import activate, runtime
 
 HOME = Path(__file__).parent

@@ -82,7 +82,7 @@ class ErrorRow(NamedTuple):
 
 # By qualified class name, so that no library is imported to catch its errors; the nearest base class counts.
 ERRORS: dict[str, ErrorRow] = {
-    "compose.expr.tokens.ExpressionError": ErrorRow(
+    "compose.errors.ExpressionError": ErrorRow(
         2, "an expression reads like ns/a + 0.5 * ns/b >> ns/c or average(ns/a, ns/b); see docs/compose.md"
     ),
     "hub.errors.UsageError": ErrorRow(2, "`hub COMMAND --help` shows how it is called"),

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from compose.expr.tree import Expr, parse
+from compose.algebra import parse
+from compose.expr.tree import Expr
 from compose.runtime.model_runtime import runtime
 from hub.errors import UsageError
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from compose.expr.tree import Add, Expr, Scale, parse
+from compose.algebra import parse
+from compose.expr.tree import Add, Expr, Scale
 
 
 def row_expressions(experts: Sequence[Expr | str], weights: Tensor) -> list[Expr | None]:

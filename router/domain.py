@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compose
-from compose.expr.tree import Ref, parse
+from compose.algebra import parse
+from compose.expr.tree import Ref
 from compose.kind.adapter import Adapter
 from compose.runtime.model_runtime import runtime
 from hub.errors import Conflict, UsageError

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from compose.algebra.grammar import places
-from compose.expr.tokens import ExpressionError, error_at
+from compose.errors import ExpressionError
+from compose.expr.tokens import error_at
 from compose.expr.tree import Expr, Ref
 from hub.errors import HubError, RefError
 from hub.ref import AdapterRef

@@ -11,17 +11,18 @@ import ast
 import bisect
 from collections.abc import Callable
 
-from compose.expr.tokens import IDENTITY_WORD, ExpressionError, Token, error_at, tokens
+from compose.errors import CallError, ExpressionError
+from compose.expr.tokens import IDENTITY_WORD, Token, error_at, tokens
 from compose.expr.tree import IDENTITY, MAX_DEPTH, MAX_NODES, Call, Expr, Ref, Scale, Value, add, seq
-from compose.function import CallError, bind
+from compose.function import bind
 
 _WORDS: dict[str, Value] = {"true": True, "false": False, "none": None}
 _NUMBERS = "multiply an adapter by it: 0.5 * ns/name"
 _MAX_TOKENS = 8 * MAX_NODES
 
 
-def read(text: str) -> Expr:
-    """Parse ``text``.
+def parse(text: str) -> Expr:
+    """Read an expression.
 
     Raises
     ------

@@ -16,24 +16,25 @@ from __future__ import annotations
 from fractions import Fraction
 
 from compose.algebra.recipe import to_json
-from compose.expr.tokens import ExpressionError
+from compose.errors import ExpressionError
 from compose.expr.tree import Call, Expr, Scale, Seq, add, seq
-from hub.io.canonical_json import digest, dumps
+from compose.function import bind, get_function
+from hub.io import canonical_json
 
 
-def normal_form(expr: Expr) -> Expr:
-    """Return the normal form; ``normal_form(normal_form(e)) == normal_form(e)``."""
+def normalize(expr: Expr) -> Expr:
+    """Return the normal form; ``normalize(normalize(e)) == normalize(e)``."""
     return _rebuild(_linear(expr))
 
 
-def expression_digest(expr: Expr) -> str:
+def digest(expr: Expr) -> str:
     """``sha256:`` over the canonical JSON (RFC 8785) of the normal form: equal for equal compositions."""
-    return digest(dumps(to_json(normal_form(expr))))
+    return canonical_json.digest(canonical_json.dumps(to_json(normalize(expr))))
 
 
 def sort_key(expr: Expr) -> bytes:
     """Total order of trees in normal form."""
-    return dumps(to_json(expr))
+    return canonical_json.dumps(to_json(expr))
 
 
 def _linear(expr: Expr) -> dict[Expr, Fraction]:
@@ -42,11 +43,11 @@ def _linear(expr: Expr) -> dict[Expr, Fraction]:
         factor = Fraction(expr.factor)
         return {term: factor * own for term, own in _linear(expr.of).items()}
     if isinstance(expr, Seq):
-        stages = [stage for stage in map(normal_form, expr.stages) if stage.children or stage.refs]
+        stages = [stage for stage in map(normalize, expr.stages) if stage.children or stage.refs]
         joined = seq(*stages)
         return {joined: Fraction(1)} if isinstance(joined, Seq) else _linear(joined)
     if isinstance(expr, Call):
-        return _call(Call(expr.function, map(normal_form, expr.args), expr.options))
+        return _call(Call(expr.function, map(normalize, expr.args), expr.options))
     if not expr.children and expr.refs:
         return {expr: Fraction(1)}
     total: dict[Expr, Fraction] = {}
@@ -57,8 +58,6 @@ def _linear(expr: Expr) -> dict[Expr, Fraction]:
 
 
 def _call(call: Call) -> dict[Expr, Fraction]:
-    from compose.function import bind, get_function
-
     reduced = get_function(call.function).canonical(call, bind(call))
     return {reduced: Fraction(1)} if isinstance(reduced, Call) else _linear(reduced)
 

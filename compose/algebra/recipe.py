@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from compose.expr.tokens import ExpressionError
+from compose.errors import ExpressionError
 from compose.expr.tree import MAX_DEPTH, MAX_NODES, Add, Call, Expr, Ref, Scale, Seq, Value
+from compose.function import bind
 
 Json: TypeAlias = "str | dict[str, Any]"
 
@@ -69,8 +70,6 @@ def _read(value: object, path: str, level: int) -> Expr:
 
 
 def _call(value: Mapping[str, Any], path: str, level: int) -> Expr:
-    from compose.function import bind
-
     options = value.get("options", {})
     if not isinstance(options, Mapping):
         raise ExpressionError(f"recipe at {path}.options: {type(options).__name__} is not an object")

@@ -21,9 +21,10 @@ from compose.artifacts import probes
 from compose.base.loading import held_as, quantized_layers, quiet
 from compose.base.model import load_base, name_of
 from compose.base.weights import dense_weight
+from compose.errors import KindError
 from compose.formats import directory as interop
 from compose.formats import peft as peft_layout
-from compose.kind.adapter import KindError, get_kind
+from compose.kind.adapter import get_kind
 from compose.merging.fold import Folded, fold
 from compose.merging.merge import lower_to_lora
 from compose.merging.whole_layers import widen

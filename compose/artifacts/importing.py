@@ -12,10 +12,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from compose.errors import KindError
 from compose.formats import adapterhub
 from compose.formats import directory as interop
 from compose.inspection.fake_base import Outline
-from compose.kind.adapter import Adapter, KindError
+from compose.kind.adapter import Adapter
 from compose.planning.members import Held
 from compose.planning.plan import Leaf
 

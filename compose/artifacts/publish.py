@@ -12,13 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from compose.algebra import parse
 from compose.algebra.carets import point
 from compose.artifacts.cards import composition_card, merge_card
-from compose.expr.tree import Call, Expr, Ref, parse, substitute
+from compose.errors import PlanError
+from compose.expr.tree import Call, Expr, Ref, substitute
 from compose.function import get_function
 from compose.inspection.explain import check
 from compose.planning.members import Held, Shelf
-from compose.planning.plan import Plan, PlanError, plan
+from compose.planning.plan import Plan, plan
 from compose.planning.requirements import requirements, unpublished
 from hub.errors import HubError, UsageError
 from hub.manifest import BaseIdentity, Draft, Lineage, Manifest, Metric

@@ -20,15 +20,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compose.base.families import FAMILIES, FUSED, PARTS, POSITIONS, guess_role
+from compose.errors import SiteError
 from compose.kernels.fused_rows import Rows
-from hub.errors import HubError
 
 FINAL = "@final"  # the pseudo-site of the backbone's final states
 _BLOCK = re.compile(r"^(?P<stem>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<inside>.+)$")
-
-
-class SiteError(HubError):
-    """No site matches what was asked for, or the base has none."""
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ def expression(word: str) -> str:
         return word
     import yaml
 
-    from compose.algebra.recipe import from_json
-    from compose.expr.tokens import ExpressionError
+    from compose.algebra import from_json
+    from compose.errors import ExpressionError
 
     try:
         value = yaml.safe_load(path.read_text("utf-8"))  # JSON is YAML

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hub.errors import UsageError
+from compose.errors import ExpressionError
 
 MAX_TEXT = 2**18  # characters
 IDENTITY_WORD = "identity"
@@ -27,10 +27,6 @@ _STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\\\n]*\'')
 _SIGN = re.compile(r">>|[-+*()\[\],=]")
 _SPACE = re.compile(r"(?:\s|#[^\n]*)+")
 _WIDTH = 76  # columns of text shown with an error
-
-
-class ExpressionError(UsageError):
-    """An expression that cannot be read or is not allowed. Read from text, the message shows the place."""
 
 
 @dataclass(frozen=True)

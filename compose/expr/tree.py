@@ -6,7 +6,7 @@
 base plus c times what e changes. Text, JSON and Python operators are three spellings of one tree.
 
 Laws: ``parse(str(e)) == e`` and ``from_json(to_json(e)) == e`` for every tree ``e``; trees that differ only in the
-order, nesting or splitting of sums have one :attr:`Expr.digest`.
+order, nesting or splitting of sums have one :func:`digest` (all four are in ``compose.algebra``).
 
 A tree holds at most ``MAX_NODES`` nodes in ``MAX_DEPTH`` levels, checked as each node is made, so nothing that walks a
 tree needs to fear its size.
@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
-from compose.expr.tokens import IDENTITY_WORD, ExpressionError, quote, string
+from compose.errors import ExpressionError
+from compose.expr.tokens import IDENTITY_WORD, quote, string
 
 Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | None"
 
@@ -105,11 +106,6 @@ class Expr:
     def refs(self) -> tuple[str, ...]:
         """Texts of all leaves, each once, in order of appearance."""
         return tuple(dict.fromkeys(node.text for node in self.walk() if isinstance(node, Ref)))
-
-    @property
-    def digest(self) -> str:
-        """``sha256:`` over the canonical JSON of the normal form: the identity of the composition."""
-        return digest(self)
 
     def __add__(self, other: Expr) -> Expr:
         return add(self, other) if isinstance(other, Expr) else NotImplemented
@@ -264,27 +260,6 @@ def substitute(expr: Expr, leaf: Callable[[Ref], Expr]) -> Expr:
         return Call(expr.function, [substitute(arg, leaf) for arg in expr.args], expr.options)
     parts = [substitute(child, leaf) for child in expr.children]
     return seq(*parts) if isinstance(expr, Seq) else add(*parts)
-
-
-def parse(text: str) -> Expr:
-    """Read an expression; ExpressionError shows the text with a caret under the place (``compose.algebra.grammar``)."""
-    from compose.algebra.grammar import read
-
-    return read(text)
-
-
-def normalize(expr: Expr) -> Expr:
-    """Normal form: one tree for all spellings of the same composition. See ``compose.algebra.normal_form``."""
-    from compose.algebra.normal_form import normal_form
-
-    return normal_form(expr)
-
-
-def digest(expr: Expr) -> str:
-    """``sha256:`` over the canonical JSON (RFC 8785) of the normal form. See ``compose.algebra.normal_form``."""
-    from compose.algebra.normal_form import expression_digest
-
-    return expression_digest(expr)
 
 
 # -- printing ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from compose.base.sites import SiteMap
-from compose.kind.adapter import Adapter, KindError, get_kind, make_config
+from compose.errors import KindError
+from compose.kind.adapter import Adapter, get_kind, make_config
 from hub.errors import IntegrityError, NotFound
 
 WEIGHTS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"

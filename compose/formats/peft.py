@@ -13,7 +13,8 @@ from typing import Any
 import regex
 
 from compose.base.sites import SiteMap
-from compose.kind.adapter import Adapter, KindError
+from compose.errors import KindError
+from compose.kind.adapter import Adapter
 from compose.kind.tensors import PREFIX
 
 PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING")

@@ -7,8 +7,9 @@ from typing import Any
 from pydantic import Field
 
 from compose.algebra.normal_form import sort_key
+from compose.errors import CallError
 from compose.expr.tree import Call, Expr
-from compose.function import CallError, Options
+from compose.function import Options
 
 
 class WeightedOptions(Options):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from compose.errors import CallError
 from compose.expr.tree import Add, Call, Expr, Scale, Seq, add, seq
-from compose.function import CallError, FunctionSpec, Options, register
+from compose.function import FunctionSpec, Options, register
 
 
 class AtOptions(Options):

@@ -11,8 +11,9 @@ from fractions import Fraction
 from pydantic import Field
 
 from compose.algebra.normal_form import sort_key
+from compose.errors import CallError
 from compose.expr.tree import Call, Expr
-from compose.function import CallError, FunctionSpec, Options, register
+from compose.function import FunctionSpec, Options, register
 
 _ROUNDING = Fraction(1, 10**9)  # weights whose sum is this near to 1 are shares already
 

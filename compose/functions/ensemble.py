@@ -10,8 +10,9 @@ import math
 
 from pydantic import Field
 
+from compose.errors import CallError
 from compose.expr.tree import Call
-from compose.function import CallError, FunctionSpec, Options, register
+from compose.function import FunctionSpec, Options, register
 
 _PRIORS = ("uniform", "updating", "cached", "fitted")
 

@@ -13,9 +13,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compose.algebra import parse
 from compose.algebra.carets import point
 from compose.base.compatibility import BaseWarning, Rung, compare
-from compose.expr.tree import Call, Expr, Ref, parse
+from compose.expr.tree import Call, Expr, Ref
 from compose.function import bind
 from compose.planning.members import Held, Shelf
 from compose.planning.plan import Plan, Step, plan

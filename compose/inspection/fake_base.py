@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from compose.algebra import normalize
 from compose.base.loading import TASKS, Request, quiet, read_config, stays_dense, task_of
 from compose.base.location import Location, locate
 from compose.base.sites import SiteMap
-from compose.expr.tree import Call, Expr, Scale, Seq, add, normalize, seq
+from compose.expr.tree import Call, Expr, Scale, Seq, add, seq
 from compose.formats import directory as interop
 from compose.function import bind, get_function
 from compose.kind.adapter import Adapter, get_kind, make_config

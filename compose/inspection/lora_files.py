@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compose.errors import KindError
 from compose.formats import directory as interop
 from compose.formats.peft import check_types
 from compose.kernels import factors
 from compose.kernels.low_rank import Pair
-from compose.kind.adapter import KindError, get_kind
+from compose.kind.adapter import get_kind
 from compose.kind.patterns import value_at
 from compose.merging.interference import Interference, interference
 from compose.parameter_space.job import Progress

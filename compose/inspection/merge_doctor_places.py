@@ -17,12 +17,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from compose.errors import CallError, KindError
 from compose.expr.tree import Call, Ref, add
-from compose.function import CallError, bind, get_function
+from compose.function import bind, get_function
 from compose.inspection.lora_files import Contents, contents, nested
 from compose.kernels import factors
 from compose.kernels.low_rank import Pair
-from compose.kind.adapter import KindError, get_kind
+from compose.kind.adapter import get_kind
 from compose.parameter_space.combine import merge_tensors
 from compose.parameter_space.job import Progress
 from compose.parameter_space.method import Elementwise, Linear, get_method

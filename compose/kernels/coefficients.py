@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from compose.errors import KindError
 from compose.kernels.low_rank import expand
-from compose.kind.adapter import KindError
 
 Coefficient: TypeAlias = float | Tensor  # a number, or (R,) per row, or (R, T) per token
 

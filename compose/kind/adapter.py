@@ -23,14 +23,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Prefix, Prompt
-from compose.base.sites import Site, SiteError, SiteMap
-from compose.kind.tensors import KindError, NamedTensors
+from compose.base.sites import Site, SiteMap
+from compose.errors import KindError, SiteError
+from compose.kind.tensors import NamedTensors
 from hub.plugins import discover
 
 __all__ = [
     "Adapter",
     "KindConfig",
-    "KindError",
     "get_kind",
     "kinds",
     "make_config",

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from compose.base.sites import SiteError, SiteMap
+from compose.base.sites import SiteMap
+from compose.errors import SiteError
 
 
 def head_modules(model: PreTrainedModel, sites: SiteMap, names: Sequence[str] | str | None) -> list[str]:

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compose.base.sites import Site, SiteMap
-from compose.kind.adapter import Adapter, KindConfig, KindError
+from compose.errors import KindError
+from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.patterns import Patterns, as_dict, value_at, whole
 
 # Initializations that leave the base alone. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) move part of its weight

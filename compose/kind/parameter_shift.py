@@ -18,7 +18,8 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Moved
-from compose.base.sites import SiteError, SiteMap, linear_shape
+from compose.base.sites import SiteMap, linear_shape
+from compose.errors import SiteError
 from compose.kernels.fused_rows import Rows
 from compose.kernels.maps import LinearMap
 from compose.kind.adapter import Adapter, KindConfig, get_kind, make_config, original_module

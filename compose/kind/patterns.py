@@ -8,13 +8,9 @@ from typing import Annotated, Any, TypeAlias
 import regex
 from pydantic import BeforeValidator
 
-from hub.errors import HubError
+from compose.errors import PatternError
 
 _PATIENCE = 1.0  # seconds for one match of a pattern from outside: some take exponential time by design
-
-
-class PatternError(HubError):
-    """A pattern that is no regular expression, or takes too long."""
 
 
 def _pairs(value: Any) -> Any:

@@ -9,16 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from compose.base.weights import floating_copy
+from compose.errors import KindError
 from compose.kind import heads
-from hub.errors import HubError
 
-__all__ = ["PREFIX", "KindError", "NamedTensors"]
+__all__ = ["PREFIX", "NamedTensors"]
 
 PREFIX = "base_model.model."  # PEFT's key prefix: our files are PEFT files where PEFT has the kind
-
-
-class KindError(HubError):
-    """An unknown kind or option, a config the base cannot carry, or tensors that do not fit."""
 
 
 class NamedTensors(nn.Module):

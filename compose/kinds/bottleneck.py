@@ -13,7 +13,8 @@ from transformers.activations import ACT2FN
 
 from compose.atoms import Atoms, Below, Block, Function, Replace
 from compose.base.sites import Site, SiteMap
-from compose.kind.adapter import Adapter, KindConfig, KindError, register
+from compose.errors import KindError
+from compose.kind.adapter import Adapter, KindConfig, register
 from hub.errors import suggest
 
 _PLACES = {"houlsby": ("attn.o", "mlp.down"), "pfeiffer": ("mlp.down",), "parallel": ("mlp.down",)}

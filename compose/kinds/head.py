@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.base.sites import SiteMap
+from compose.errors import KindError
 from compose.kind import heads
-from compose.kind.adapter import Adapter, KindConfig, KindError, original_module, register
+from compose.kind.adapter import Adapter, KindConfig, original_module, register
 
 
 class HeadConfig(KindConfig):

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below
 from compose.base.sites import SiteMap
+from compose.errors import KindError
 from compose.kernels.maps import Kronecker, factors_of
-from compose.kind.adapter import Adapter, KindConfig, KindError, register
+from compose.kind.adapter import Adapter, KindConfig, register
 from compose.kind.patterns import Patterns, as_dict, value_at, whole
 
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Side
 from compose.base.sites import FINAL, SiteMap
-from compose.kind.adapter import Adapter, KindConfig, KindError, register
+from compose.errors import KindError
+from compose.kind.adapter import Adapter, KindConfig, register
 from compose.slots.side import Trace, depth
 
 

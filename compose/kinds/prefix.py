@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from compose.atoms import Prefix
 from compose.base.sites import SiteMap
-from compose.kind.adapter import Adapter, KindConfig, KindError, original_module, register
+from compose.errors import KindError
+from compose.kind.adapter import Adapter, KindConfig, original_module, register
 from compose.runtime.prefixes import takes_prefix
 from compose.slots.slot import position_argument
 

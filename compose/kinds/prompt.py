@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Prompt, Replace
 from compose.base.sites import SiteMap
-from compose.kind.adapter import Adapter, KindConfig, KindError, original_module, register
+from compose.errors import KindError
+from compose.kind.adapter import Adapter, KindConfig, original_module, register
 
 
 class PromptConfig(KindConfig):

@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from compose.base.sites import SiteMap
+from compose.errors import KindError
 from compose.kernels.maps import LinearMap, Sparse
-from compose.kind.adapter import KindError, register
+from compose.kind.adapter import register
 from compose.kind.parameter_shift import Shift, ShiftConfig
 
 

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from compose.kind.adapter import Adapter, KindConfig, KindError
+from compose.errors import KindError
+from compose.kind.adapter import Adapter, KindConfig
 from compose.parameter_space.method import linear, weights
 
 _Joined: TypeAlias = tuple[KindConfig, dict[tuple[str, str], Tensor]]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from compose.errors import KindError
 from compose.expr.tree import Call, Expr, Ref
 from compose.kernels import factors
 from compose.kernels.low_rank import Pair
-from compose.kind.adapter import KindError
 from compose.merging.merge import merge
 from compose.parameter_space.method import factored
 

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from compose.algebra import normalize, parse
 from compose.atoms import Moved
 from compose.base.sites import linear_shape
 from compose.base.weights import bias_of
-from compose.expr.tree import Call, Expr, normalize, parse
+from compose.errors import KindError
+from compose.expr.tree import Call, Expr
 from compose.function import bind
 from compose.kernels.coefficients import Coefficient
-from compose.kind.adapter import Adapter, KindError
+from compose.kind.adapter import Adapter
 from compose.kind.tensors import PREFIX
 from compose.merging.merge import Workshop, dense_merge, without_merges
 from compose.parameter_space import deltas

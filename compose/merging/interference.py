@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compose.expr.tree import Expr, parse
+from compose.algebra import parse
+from compose.errors import KindError
+from compose.expr.tree import Expr
 from compose.kernels import factors
-from compose.kind.adapter import Adapter, KindError
+from compose.kind.adapter import Adapter
 from compose.merging.merge import Workshop, without_merges
 from compose.parameter_space.effect import effect_of
 from compose.parameter_space.job import Member, Progress

@@ -16,11 +16,13 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
+from compose.algebra import parse
 from compose.base.sites import SiteMap
-from compose.expr.tree import Call, Expr, Ref, Scale, Seq, add, parse, seq
+from compose.errors import KindError
+from compose.expr.tree import Call, Expr, Ref, Scale, Seq, add, seq
 from compose.function import bind, get_function
 from compose.kernels.coefficients import Coefficient
-from compose.kind.adapter import Adapter, KindError
+from compose.kind.adapter import Adapter
 from compose.kind.parameter_shift import Shift
 from compose.parameter_space import deltas, tensors
 from compose.parameter_space.certificate import Certificate, SiteLoss

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compose.errors import KindError
 from compose.expr.tree import Ref
-from compose.kind.adapter import Adapter, KindError, make_config
+from compose.kind.adapter import Adapter, make_config
 from compose.merging.merge import Merged, Workshop, merge
 from compose.parameter_space.effect import entries
 from compose.slots.lowering import site_program

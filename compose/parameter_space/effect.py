@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from compose.base.sites import linear_shape
 from compose.base.weights import bias_of, dense_weight, row_norm_squared
+from compose.errors import KindError
 from compose.expr.tree import Expr
 from compose.kernels import factors
 from compose.kernels.coefficients import Coefficient
 from compose.kernels.low_rank import Pair
 from compose.kernels.maps import LinearMap
-from compose.kind.adapter import Adapter, KindError
+from compose.kind.adapter import Adapter
 from compose.slots.branches import Chain, Mix
 from compose.slots.lowering import Scene, site_program
 from compose.slots.stage import Entry, Node, Stage

@@ -9,8 +9,9 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from transformers import PreTrainedModel
 
 from compose.base.sites import SiteMap
+from compose.errors import KindError
 from compose.expr.tree import Expr, Ref, Seq
-from compose.kind.adapter import Adapter, KindError
+from compose.kind.adapter import Adapter
 from compose.parameter_space.method import Method
 from compose.slots.lowering import Scene, flatten
 

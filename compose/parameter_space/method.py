@@ -22,8 +22,9 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from compose.errors import KindError
 from compose.kernels.low_rank import Pair
-from compose.kind.adapter import Adapter, KindConfig, KindError
+from compose.kind.adapter import Adapter, KindConfig
 from compose.parameter_space.trim import Trim, all_of_it
 from hub.plugins import discover
 

@@ -14,18 +14,16 @@ from typing import Any, Literal, TypeAlias
 
 import networkx as nx
 
+from compose.algebra import digest, normalize
 from compose.base.compatibility import differing, rung
-from compose.expr.tree import Call, Expr, Ref, Scale, Seq, normalize
+from compose.errors import PlanError
+from compose.expr.tree import Call, Expr, Ref, Scale, Seq
 from compose.function import Family, bind, get_function
 from compose.planning.unfold import Resolved, unfold
-from hub.errors import BaseMismatch, HubError
+from hub.errors import BaseMismatch
 from hub.manifest import BaseIdentity
 
 Operation: TypeAlias = Literal["load", "scale", "add", "seq", "inject"] | Family
-
-
-class PlanError(HubError):
-    """A composition that cannot be carried out; the message names the node by its text."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """Identity of the composition."""
-        return self.expression.digest
+        return digest(self.expression)
 
     @property
     def base(self) -> BaseIdentity | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from compose.expr.tokens import ExpressionError
-from compose.expr.tree import Expr, Ref, parse, substitute
-from hub.errors import HubError, NotFound, RefError
+from compose.algebra import parse
+from compose.errors import CompositionCycle, ExpressionError, MissingRequirement
+from compose.expr.tree import Expr, Ref, substitute
+from hub.errors import NotFound, RefError
 from hub.manifest import BaseIdentity, Requirement
 from hub.ref import AdapterRef
 
@@ -44,14 +45,6 @@ class Resolved(Protocol):
     @property
     def expression(self) -> str | None:
         """The text of a composition."""
-
-
-class CompositionCycle(HubError):
-    """A composition that contains itself."""
-
-
-class MissingRequirement(NotFound):
-    """What a composition requires is not in the store."""
 
 
 def unfold(expr: Expr, resolve: Callable[[str], Resolved]) -> tuple[Expr, Mapping[str, Resolved]]:

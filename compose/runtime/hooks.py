@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.base.sites import SiteMap
-from compose.kind.adapter import KindError
+from compose.errors import KindError
 from compose.runtime import prompts as prompting
 from compose.runtime.prompts import Entrance, Layout, PromptState
 from compose.slots.slot import Context, Slot

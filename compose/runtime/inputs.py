@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from compose.atoms import Prefix, Prompt
 from compose.base.sites import SiteMap
+from compose.errors import KindError
 from compose.kernels.coefficients import Coefficient
-from compose.kind.adapter import Adapter, KindError
+from compose.kind.adapter import Adapter
 from compose.runtime.prefixes import bias_owner, stack_prefixes, use_interface
 from compose.runtime.prompts import PromptState, stack_prompts
 from compose.slots.slot import Context, PositionSlot

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compose.algebra import ExprLike, as_rows, normalize
 from compose.base.loading import keep_differentiable
 from compose.base.sites import FINAL, SiteMap
-from compose.expr.tree import IDENTITY, Call, Expr, add, normalize, parse
+from compose.errors import KindError
+from compose.expr.tree import IDENTITY, Call, Expr, add
 from compose.kernels.coefficients import Coefficient, check_weights
-from compose.kind.adapter import Adapter, KindError
+from compose.kind.adapter import Adapter
 from compose.merging.merge import Merged, resolve
 from compose.planning.plan import Leaf, plan
 from compose.runtime.hooks import Calls
@@ -32,7 +34,6 @@ from compose.slots.side import SideSlot
 from compose.slots.slot import Context, Slot
 from hub.errors import NotFound, did_you_mean
 
-ExprLike = Expr | str | None
 _HOME = "moduloom"  # attribute of the model that holds the runtime
 
 
@@ -326,21 +327,6 @@ def leaf(adapter: Adapter) -> Leaf:
     return Leaf(
         adapter.kind, placement=adapter.paths, labels=adapter.labels, hyperparameters=adapter.config.model_dump()
     )
-
-
-def as_rows(expr: ExprLike | Sequence[ExprLike]) -> list[Expr]:
-    """One tree for all rows, or one a row; an empty list is refused."""
-    rows = [expr] if expr is None or isinstance(expr, str | Expr) else list(expr)
-    if not rows:
-        raise KindError("an empty list of rows was given", hint="give one expression per row, or None for the base")
-    return [as_expr(row) for row in rows]
-
-
-def as_expr(value: ExprLike) -> Expr:
-    """Read an expression from text, a tree, or None (nothing applied)."""
-    if value is None:
-        return IDENTITY
-    return parse(value) if isinstance(value, str) else value
 
 
 def eject(model: PreTrainedModel) -> None:

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from compose.atoms import Prefix
-from compose.kind.adapter import KindError
+from compose.errors import KindError
 from compose.runtime.prompts import repeat
 
 OURS = {"sdpa": "moduloom_sdpa", "eager": "moduloom_eager"}

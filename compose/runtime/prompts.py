@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compose.atoms import Prompt
+from compose.errors import KindError
 from compose.kernels.low_rank import expand
-from compose.kind.adapter import KindError
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from compose.errors import KindError
 from compose.expr.tree import Expr
 from compose.kernels.low_rank import Routed
-from compose.kind.adapter import Adapter, KindError
+from compose.kind.adapter import Adapter
 from compose.slots.branches import Mix, once
 from compose.slots.stage import Below, Node, Stage, State, pair_of
 

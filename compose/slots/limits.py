@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-from compose.base.sites import FINAL, SiteError, SiteMap
+from compose.base.sites import FINAL, SiteMap
+from compose.errors import KindError, SiteError
 from compose.expr.tree import Call
 from compose.function import bind, get_function
 from compose.functions.at import AtOptions
-from compose.kind.adapter import Adapter, KindError
+from compose.kind.adapter import Adapter
 
 
 def limits(call: Call) -> bool:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from compose.atoms import Atoms, Function, Replace, Side
 from compose.base.sites import Site, SiteMap
+from compose.errors import KindError
 from compose.expr.tree import Call, Expr, Ref, Scale, Seq
 from compose.kernels.coefficients import Coefficient, multiply
-from compose.kind.adapter import Adapter, KindError
+from compose.kind.adapter import Adapter
 from compose.slots.branches import Apart, Chain, Mix, weighs_rows
 from compose.slots.gate import Gate, Mixer, Switch
 from compose.slots.limits import covers, limits

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from compose.base.sites import SiteMap
-from compose.kind.adapter import KindError
+from compose.errors import KindError
 from compose.slots.slot import Slot
 from compose.slots.stage import Node, State
 

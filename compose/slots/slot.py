@@ -12,9 +12,9 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from compose.base.weights import bias_of, row_norm_squared
+from compose.errors import KindError
 from compose.kernels.fused_rows import Rows
 from compose.kernels.low_rank import expand
-from compose.kind.adapter import KindError
 from compose.slots import low_rank_autograd as learning
 from compose.slots.branches import Chain, stages
 from compose.slots.gate import Switch

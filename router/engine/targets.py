@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from compose.algebra import parse
 from compose.base.compatibility import compare
-from compose.expr.tree import IDENTITY, Call, Expr, Ref, Seq, parse, substitute
+from compose.expr.tree import IDENTITY, Call, Expr, Ref, Seq, substitute
 from compose.function import get_function
 from compose.planning.plan import plan
 from compose.planning.unfold import Resolved

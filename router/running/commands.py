@@ -97,7 +97,7 @@ def _options(given: dict[str, Any]) -> Options:
 
 def _base_of(text: str) -> str:
     """The base that the first adapter of an expression was made for."""
-    from compose.expr.tree import parse
+    from compose.algebra import parse
     from compose.planning.unfold import unfold
     from hub.errors import UsageError
     from hub.store import Store

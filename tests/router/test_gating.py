@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compose.expr.tree import parse
+from compose.algebra import parse
 from hub.errors import NotFound, UsageError
 from router.dispatch import row_expressions
 from router.gating import gate

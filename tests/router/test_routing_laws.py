@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import compose
-from compose.kind.adapter import KindError
+from compose.errors import KindError
 from hub.errors import UsageError
 from router import Ensemble
 from router.bench import Batch, Bench

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import compose
+from compose.errors import KindError
 from compose.kernels.low_rank import BACKENDS, Pair, Routed
-from compose.kind.adapter import KindError
 
 EXPERTS = ["a", "b", "c"]
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import compose
+from compose.algebra import parse
 from compose.artifacts import probes
 from compose.artifacts.publish import publish_composition
 from compose.base.loading import held_as
-from compose.expr.tree import Ref, parse, substitute
+from compose.expr.tree import Ref, substitute
 from compose.planning.members import Shelf
 from hub.manifest import Draft, Lineage, Metric, TrainedOn
 from hub.pack import pack

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from compose.base.compatibility import BaseWarning
-from compose.kind.adapter import KindError
+from compose.errors import KindError
 from compose.runtime.model_runtime import runtime
 from train.data.batches import Dataset, Ragged
 from train.errors import ConfigError, DataError, TrainError

@@ -13,8 +13,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from compose.errors import KindError
 from compose.expr.tree import Expr, Ref, Scale, Seq, add, seq
-from compose.kind.adapter import KindError, get_kind, kinds
+from compose.kind.adapter import get_kind, kinds
 from compose.runtime.model_runtime import activate, runtime
 
 QUICK = (("gpt2", "fp32"), ("bert", "nf4"))

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import compose
-from compose.base.sites import SiteError, SiteMap
+from compose.base.sites import SiteMap
+from compose.errors import SiteError
 from compose.runtime.model_runtime import runtime
 
 FAMILIES = ["llama", "qwen2", "gpt2", "bert", "roberta", "t5", "opt", "gpt_neox"]

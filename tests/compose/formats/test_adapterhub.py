@@ -12,9 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import compose
+from compose.errors import KindError
 from compose.formats import adapterhub
 from compose.formats import directory as interop
-from compose.kind.adapter import KindError
 from compose.runtime.model_runtime import activate, runtime
 from hub.errors import NotFound
 

@@ -13,9 +13,10 @@ from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from compose.errors import KindError
 from compose.formats import directory as interop
 from compose.formats.peft import short_targets
-from compose.kind.adapter import KindError, get_kind, kinds, make_config
+from compose.kind.adapter import get_kind, kinds, make_config
 from compose.runtime import model_runtime as inject
 from hub.errors import HubError, IntegrityError, NotFound
 

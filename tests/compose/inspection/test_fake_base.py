@@ -9,11 +9,13 @@ import pytest
 import torch
 import transformers as hf
 
+from compose.algebra import parse
 from compose.base.model import load_base
-from compose.expr.tree import Ref, parse
+from compose.errors import KindError
+from compose.expr.tree import Ref
 from compose.formats import directory as interop
 from compose.inspection.fake_base import Outline
-from compose.kind.adapter import KindError, kinds
+from compose.kind.adapter import kinds
 from compose.planning.members import Shelf
 from hub.errors import GateError, HubError
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compose.errors import KindError
 from compose.inspection.merge_doctor import Diagnosis, examine
-from compose.kind.adapter import KindError
 from compose.planning.members import Shelf
 from hub.errors import HubError, NotFound, UsageError
 

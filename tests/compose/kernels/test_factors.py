@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import compose
-from compose.expr.tree import parse
+from compose.algebra import parse
+from compose.errors import KindError
 from compose.kernels import factors
 from compose.kernels.low_rank import Pair
-from compose.kind.adapter import KindError
 from compose.merging.interference import interference
 from compose.parameter_space.effect import effect_of
 from compose.runtime.model_runtime import runtime

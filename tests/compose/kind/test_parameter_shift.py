@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
+from compose.errors import KindError
 from compose.formats import directory as interop
-from compose.kind.adapter import KindError
 from compose.merging.fold import fold
 from compose.runtime.model_runtime import activate, eject, runtime
 from compose.slots.slot import moved

@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 import compose
-from compose.base.sites import SiteError
 from compose.base.weights import dense_weight
+from compose.errors import KindError, SiteError
 from compose.formats import directory as interop
-from compose.kind.adapter import KindError, get_kind, kinds, make_config
+from compose.kind.adapter import get_kind, kinds, make_config
 from compose.kind.tensors import PREFIX
 from compose.runtime.model_runtime import activate, eject, runtime
 from hub.errors import NotFound

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import compose
-from compose.expr.tree import parse
+from compose.algebra import parse
 from compose.merging.merge import merge
 from compose.parameter_space.effect import effect_of
 from compose.runtime.model_runtime import runtime

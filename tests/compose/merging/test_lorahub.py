@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import compose
-from compose.kind.adapter import KindError
+from compose.errors import KindError
 from compose.merges import lorahub
 from compose.merging.merge import merge
 from compose.runtime.model_runtime import runtime

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import compose
 from compose.base.weights import dense_weight
-from compose.kind.adapter import KindError
+from compose.errors import KindError
 from compose.merging.fold import fold
 from compose.merging.merge import lower_to_lora, merge
 from compose.runtime.model_runtime import runtime

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from compose.kind.adapter import KindError
+from compose.errors import KindError
 from compose.merging.merge import lower_to_lora, merge
 from compose.runtime.model_runtime import activate, runtime
 

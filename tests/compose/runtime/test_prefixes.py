@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import compose
 from compose.atoms import Prefix
-from compose.kind.adapter import KindError
+from compose.errors import KindError
 from compose.runtime.model_runtime import activate, eject, runtime
 from compose.runtime.prefixes import _with_prefix, stack_prefixes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compose.kind.adapter import KindError
+from compose.errors import KindError
 from compose.runtime.model_runtime import activate
 
 SLOT = 50

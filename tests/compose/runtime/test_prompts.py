@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from compose.kind.adapter import KindError
+from compose.errors import KindError
 from compose.runtime.model_runtime import activate, eject, runtime
 
 

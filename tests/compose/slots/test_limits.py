@@ -6,11 +6,8 @@ import pytest
 import torch
 
 import compose
-from compose.base.sites import SiteError
-from compose.expr.tokens import ExpressionError
-from compose.expr.tree import normalize, parse
-from compose.kind.adapter import KindError
-from compose.planning.plan import PlanError
+from compose.algebra import normalize, parse
+from compose.errors import ExpressionError, KindError, PlanError, SiteError
 from compose.runtime.model_runtime import runtime
 
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from compose.algebra import parse
 from compose.base.weights import bias_of, dense_weight
-from compose.expr.tree import Add, Expr, Ref, Scale, Seq, add, parse, seq
-from compose.kind.adapter import KindError
+from compose.errors import KindError
+from compose.expr.tree import Add, Expr, Ref, Scale, Seq, add, seq
 from compose.runtime.model_runtime import activate, runtime
 
 # Two of each: adapters that add, that multiply the output, the input, and that read the weight below them.

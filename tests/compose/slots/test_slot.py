@@ -7,9 +7,8 @@ import copy
 import pytest
 import torch
 
-from compose.base.sites import SiteError
+from compose.errors import KindError, SiteError
 from compose.formats import directory as interop
-from compose.kind.adapter import KindError
 from compose.runtime.model_runtime import activate, eject, runtime
 
 HEADS = {"bert": "classifier", "roberta": "classifier", "llama": "score", "gpt2": "score", "opt": "score"}
