@@ -31,7 +31,7 @@ from hub.store import Artifact
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from compose.merging.merge import Merged
+    from compose.parameter_space.execute import Merged
     from compose.parameter_space.job import Progress
 
 __all__ = ["publish_composition", "publish_merge", "requirements"]

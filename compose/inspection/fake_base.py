@@ -32,7 +32,7 @@ from compose.expr.tree import Call, Expr, Scale, Seq, add, seq
 from compose.formats import directory as interop
 from compose.function import bind, get_function
 from compose.kind.adapter import Adapter, get_kind, make_config
-from compose.merging.merge import Merged, resolve
+from compose.parameter_space.execute import Merged, resolve
 from compose.planning.members import Held
 from compose.runtime import model_runtime as inject
 from hub.errors import GateError

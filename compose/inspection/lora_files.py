@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compose.errors import KindError
 from compose.formats import directory as interop
 from compose.formats.peft import check_types
-from compose.kernels import factors
 from compose.kernels.low_rank import Pair
 from compose.kind.adapter import get_kind
 from compose.kind.patterns import value_at
-from compose.merging.interference import Interference, interference
-from compose.parameter_space.job import Progress
-from compose.planning.members import Held, Shelf
+from compose.planning.members import Held
 from hub.contents.gates import EXTRA, WEIGHTS
-from hub.errors import UsageError
 
 _ENDS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 _STEMS = ("base_model.model.", "base_model.")
@@ -93,67 +87,3 @@ def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
     alpha = value_at(patterns.items(), path, float(config.get("lora_alpha", 8)))
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def interference_of(
-    texts: Sequence[str], shelf: Shelf, *, base: str | Path | None = None, progress: Progress | None = None
-) -> Interference:
-    """Map adapters, without their base where they are all plain LoRAs, else on it.
-
-    Parameters
-    ----------
-    texts
-        Refs or directories.
-    base
-        Needed where an effect depends on the base's weights (dora, ia3, ...); default: the one they were made for.
-
-    Raises
-    ------
-    HubError
-        Adapters that cannot be compared, named.
-    """
-    if len(set(texts)) < max(2, len(texts)):
-        raise UsageError("a map needs two or more different adapters", hint="hub compose map A B C")
-    members = {text: shelf.find(text) for text in texts}
-    for text, held in members.items():
-        if held.facts.type not in ("adapter", "merge"):
-            raise UsageError(f"{text} is a {held.facts.type}, and a map is of adapters", hint=f"hub show {text}")
-    if all(held.facts.kind == "lora" for held in members.values()):
-        read = {text: contents(held) for text, held in members.items()}
-        if all(found.low_rank for found in read.values()) and not nested(read.values()):
-            return _in_factors({text: found.pairs for text, found in read.items()}, progress)
-    return _on_base(members, shelf, base, progress)
-
-
-def _in_factors(members: Mapping[str, Mapping[str, Pair]], progress: Progress | None) -> Interference:
-    paths = sorted({path for pairs in members.values() for path in pairs})
-    places: dict[str, Tensor] = {}
-    for done, path in enumerate(paths):
-        places[path] = factors.gram([pairs.get(path) or _zero(path, members) for pairs in members.values()])
-        if progress is not None:
-            progress("compare", done + 1, len(paths))
-    total = torch.stack(list(places.values())).sum(0)
-    return Interference(tuple(members), total, places)
-
-
-def _zero(path: str, members: Mapping[str, Mapping[str, Pair]]) -> Pair:
-    like = next(pairs[path] for pairs in members.values() if path in pairs)
-    return Pair(like.A[:0], like.B[:, :0], 1.0)
-
-
-def _on_base(
-    members: Mapping[str, Held], shelf: Shelf, base: str | Path | None, progress: Progress | None
-) -> Interference:
-    from compose.api import attach
-    from compose.base.model import load_base
-    from compose.expr.tree import Ref, add
-    from compose.inspection.explain import base_of
-    from compose.planning.plan import plan
-
-    for held in members.values():
-        get_kind(held.facts.kind)
-    made = plan(add(*map(Ref, members)), shelf.resolve)  # refuses adapters of different bases before one is loaded
-    model = load_base(base or base_of(made, shelf))
-    for text, held in members.items():
-        attach(model, text, held.where)
-    return interference(model, [Ref(text) for text in members], progress=progress)

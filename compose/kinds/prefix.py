@@ -14,8 +14,8 @@ from compose.atoms import Prefix
 from compose.base.sites import SiteMap
 from compose.errors import KindError
 from compose.kind.adapter import Adapter, KindConfig, original_module, register
+from compose.runtime.positions import position_argument
 from compose.runtime.prefixes import takes_prefix
-from compose.slots.slot import position_argument
 
 
 class PrefixConfig(KindConfig):

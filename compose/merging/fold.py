@@ -21,9 +21,9 @@ from compose.function import bind
 from compose.kernels.coefficients import Coefficient
 from compose.kind.adapter import Adapter
 from compose.kind.tensors import PREFIX
-from compose.merging.merge import Workshop, dense_merge, without_merges
 from compose.parameter_space import deltas
 from compose.parameter_space.effect import Effect, effect_of
+from compose.parameter_space.execute import Workspace, dense_merge, without_merges
 from compose.parameter_space.job import Job, Member
 from compose.parameter_space.method import get_method
 from compose.parameter_space.tensors import merge_heads
@@ -66,27 +66,29 @@ def fold(model: PreTrainedModel, expr: Expr | str, *, dtype: torch.dtype | None 
     """
     from compose.runtime.model_runtime import runtime
 
-    shop = Workshop(runtime(model))
+    workspace = Workspace(runtime(model))
     tree = normalize(parse(expr) if isinstance(expr, str) else expr)
-    job = dense_merge(shop, tree)
+    job = dense_merge(workspace, tree)
     if job is not None:  # a weight holds it whole, so it need not pass through factors of limited rank
         for path, delta in deltas.exact(job):
-            yield _changed(path, Effect(shop.slot(path).base_layer, (delta.shape[0], delta.shape[1])), delta, dtype)
-        yield from _merged_heads(shop, job, dtype)
+            yield _changed(
+                path, Effect(workspace.slot(path).base_layer, (delta.shape[0], delta.shape[1])), delta, dtype
+            )
+        yield from _merged_heads(workspace, job, dtype)
         return
-    tree = normalize(without_merges(shop, tree))
-    member = Member.of(tree, shop)
+    tree = normalize(without_merges(workspace, tree))
+    member = Member.of(tree, workspace)
     for adapter in member.adapters:
         if not adapter.averages_in_weight:
             raise KindError(
                 f"{adapter.kind} adapter {adapter.name!r} is no change of weights, so it cannot be folded into them"
             )
     for path in dict.fromkeys(p for a in member.adapters for p in a.module_paths):
-        if linear_shape(shop.slot(path).base_layer) is not None:
-            yield from _site(path, effect_of(shop, path, tree), dtype)
-        elif (node := site_program(shop, path, (tree,))) is not None:
-            yield from _parameters(path, shop.slot(path).base_layer, _moved(node), dtype)
-    yield from _heads(shop, member, dtype)
+        if linear_shape(workspace.slot(path).base_layer) is not None:
+            yield from _site(path, effect_of(workspace, path, tree), dtype)
+        elif (node := site_program(workspace, path, (tree,))) is not None:
+            yield from _parameters(path, workspace.slot(path).base_layer, _moved(node), dtype)
+    yield from _heads(workspace, member, dtype)
 
 
 def _site(path: str, effect: Effect, dtype: torch.dtype | None) -> Iterator[Folded]:
@@ -146,24 +148,24 @@ def _written(name: str, before: Tensor, delta: Tensor, dtype: torch.dtype) -> Fo
     return Folded(name, value, float(torch.linalg.vector_norm(value.float() - exact)) / size if size else 0.0)
 
 
-def _heads(shop: Workshop, member: Member, dtype: torch.dtype | None) -> Iterator[Folded]:
+def _heads(workspace: Workspace, member: Member, dtype: torch.dtype | None) -> Iterator[Folded]:
     """Modules carried whole: M_0 + sum_t c_t (M_t - M_0)."""
-    base = _base_heads(shop, member.adapters)
-    job = Job(shop, (member,), get_method("cat"), bind(Call("cat", [member.expr])), "folded", str(member.expr))
+    base = _base_heads(workspace, member.adapters)
+    job = Job(workspace, (member,), get_method("cat"), bind(Call("cat", [member.expr])), "folded", str(member.expr))
     yield from _written_heads(base, merge_heads(job, base), dtype)
 
 
-def _merged_heads(shop: Workshop, job: Job, dtype: torch.dtype | None) -> Iterator[Folded]:
-    base = _base_heads(shop, job.adapters)
+def _merged_heads(workspace: Workspace, job: Job, dtype: torch.dtype | None) -> Iterator[Folded]:
+    base = _base_heads(workspace, job.adapters)
     yield from _written_heads(base, merge_heads(job, base), dtype)
 
 
-def _base_heads(shop: Workshop, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+def _base_heads(workspace: Workspace, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     paths = dict.fromkeys(path for a in adapters for path in a.saved)
     return {
         f"{PREFIX}{path}.{key}": value
         for path in paths
-        for key, value in shop.slot(path).base_layer.state_dict().items()
+        for key, value in workspace.slot(path).base_layer.state_dict().items()
     }
 
 

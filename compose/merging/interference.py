@@ -21,8 +21,8 @@ from compose.errors import KindError
 from compose.expr.tree import Expr
 from compose.kernels import factors
 from compose.kind.adapter import Adapter
-from compose.merging.merge import Workshop, without_merges
 from compose.parameter_space.effect import effect_of
+from compose.parameter_space.execute import Workspace, without_merges
 from compose.parameter_space.job import Member, Progress
 
 
@@ -118,21 +118,21 @@ def interference(
     """
     from compose.runtime.model_runtime import runtime
 
-    shop = Workshop(runtime(model))
-    trees = [without_merges(shop, parse(e) if isinstance(e, str) else e) for e in exprs]
-    members = [Member.of(tree, shop) for tree in trees]
+    workspace = Workspace(runtime(model))
+    trees = [without_merges(workspace, parse(e) if isinstance(e, str) else e) for e in exprs]
+    members = [Member.of(tree, workspace) for tree in trees]
     adapters = [a for m in members for a in m.adapters]
     in_weights = all(a.averages_in_weight for a in adapters)
-    places = _weights(shop, members, progress) if in_weights else _tensors(members)
+    places = _weights(workspace, members, progress) if in_weights else _tensors(members)
     total = sum(places.values(), torch.zeros(len(members), len(members), dtype=torch.float64))
     return Interference(tuple(map(str, exprs)), total, places)
 
 
-def _weights(shop: Workshop, members: Sequence[Member], progress: Progress | None) -> dict[str, Tensor]:
+def _weights(workspace: Workspace, members: Sequence[Member], progress: Progress | None) -> dict[str, Tensor]:
     paths = list(dict.fromkeys(p for m in members for a in m.adapters for p in a.module_paths))
     places: dict[str, Tensor] = {}
     for done, path in enumerate(paths):
-        effects = [effect_of(shop, path, m.expr) for m in members]
+        effects = [effect_of(workspace, path, m.expr) for m in members]
         if all(e.factored for e in effects):
             places[path] = factors.gram([e.pair_or_zero() for e in effects]).cpu()
         else:

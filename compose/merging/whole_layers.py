@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from compose.errors import KindError
 from compose.expr.tree import Ref
 from compose.kind.adapter import Adapter, make_config
-from compose.merging.merge import Merged, Workshop, merge
+from compose.merging.merge import merge
 from compose.parameter_space.effect import entries
+from compose.parameter_space.execute import Merged, Workspace
 from compose.slots.lowering import site_program
 
 
@@ -46,11 +47,11 @@ def widen(model: PreTrainedModel, adapter: Adapter) -> Merged:
 def _gains(model: PreTrainedModel, adapter: Adapter) -> Adapter:
     from compose.runtime.model_runtime import runtime
 
-    shop = Workshop(runtime(model))
+    workspace = Workspace(runtime(model))
     outputs: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     for path in adapter.module_paths:
-        node = site_program(shop, path, (Ref(adapter.name),))
+        node = site_program(workspace, path, (Ref(adapter.name),))
         for atoms in [] if node is None else [e.atoms for e in entries(node)]:
             if atoms.input_gain is not None:
                 inputs[path] = atoms.input_gain
@@ -62,7 +63,7 @@ def _gains(model: PreTrainedModel, adapter: Adapter) -> Adapter:
         "feedforward_modules": tuple(inputs),
         "modules_to_save": adapter.config.modules_to_save,
     }
-    whole = cls(make_config(cls, options), shop.sites, model, name=adapter.name)
+    whole = cls(make_config(cls, options), workspace.sites, model, name=adapter.name)
     vectors = {whole.key(path, "out"): gain[:, None] for path, gain in outputs.items()}
     vectors |= {whole.key(path, "in"): gain[None] for path, gain in inputs.items()}
     whole.load_state({**vectors, **adapter.head_state()})

@@ -14,9 +14,10 @@ from compose.base.sites import SiteMap
 from compose.errors import KindError
 from compose.kernels.coefficients import Coefficient
 from compose.kind.adapter import Adapter
+from compose.runtime.positions import PositionSlot
 from compose.runtime.prefixes import bias_owner, stack_prefixes, use_interface
 from compose.runtime.prompts import PromptState, stack_prompts
-from compose.slots.slot import Context, PositionSlot
+from compose.slots.slot import Context
 
 Row: TypeAlias = Sequence[tuple[Coefficient, str]]  # adapters of one row with their weights
 

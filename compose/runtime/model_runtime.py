@@ -21,7 +21,7 @@ from compose.errors import KindError
 from compose.expr.tree import IDENTITY, Call, Expr, add
 from compose.kernels.coefficients import Coefficient, check_weights
 from compose.kind.adapter import Adapter
-from compose.merging.merge import Merged, resolve
+from compose.parameter_space.execute import Merged, resolve
 from compose.planning.plan import Leaf, plan
 from compose.runtime.hooks import Calls
 from compose.runtime.inputs import Inputs, Row, is_zero, replace_module

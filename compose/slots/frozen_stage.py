@@ -8,8 +8,9 @@ rows that use it: what an adapter is cannot reach another's row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from compose.atoms import Block, Function, Moved
@@ -17,25 +18,42 @@ from compose.base.weights import bias_of
 from compose.kernels.coefficients import Coefficient, weight_matrix
 from compose.kernels.low_rank import Prepared, add_rows, expand, fold
 from compose.slots.block_functions import Blocks
-
-if TYPE_CHECKING:
-    from compose.slots.stage import Entry, Stage
+from compose.slots.stage import Entry, Node, Stage
 
 _FEW = 8  # rows an adapter has at most for its factors to be read once a row
 
 
-def can_be_frozen(stage: Stage) -> bool:
-    """Whether nothing in a stage trains, is a whole module or has weights that differ from token to token."""
-    return stage.keeps and not any(
+def frozen_stage(program: Node | None) -> FrozenStage | None:
+    """``program`` laid out, if it is a stage in which nothing trains, is a whole module or is weighed by token."""
+    if not isinstance(program, Stage) or not program.keeps:
+        return None
+    cannot = any(
         e.atoms.dropout
         or (isinstance(e.coefficient, Tensor) and e.coefficient.dim() > 1)
         or not isinstance(e.atoms.function, Function | Moved | None)
-        for e in stage.entries
+        for e in program.entries
     )
+    return None if cannot else FrozenStage(program)
 
 
-class Frozen:
-    """The calls of ``stage`` on ``layer``, for activations such as ``like``; see :func:`can_be_frozen`."""
+class FrozenStage:
+    """A stage laid out for its calls on one layer, once for each dtype of activations; see :func:`frozen_stage`."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._layouts: dict[torch.dtype, Layout] = {}
+
+    def on(self, layer: nn.Module, like: Tensor) -> Layout:
+        """What calls of ``layer`` on activations such as ``like`` compute."""
+        layout = self._layouts.get(like.dtype)
+        if layout is None:
+            with torch.inference_mode(False):  # what is kept may meet autograd in a later call
+                layout = self._layouts[like.dtype] = Layout(self._stage, layer, like)
+        return layout
+
+
+class Layout:
+    """The calls of ``stage`` on ``layer``, for activations such as ``like``."""
 
     def __init__(self, stage: Stage, layer: nn.Module, like: Tensor) -> None:
         def mixed(label: str, entries: Sequence[Entry], *, plus_one: bool = False) -> Tensor | None:

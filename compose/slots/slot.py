@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -14,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from compose.base.weights import bias_of, row_norm_squared
 from compose.errors import KindError
 from compose.kernels.fused_rows import Rows
-from compose.kernels.low_rank import expand
 from compose.slots import low_rank_autograd as learning
 from compose.slots.branches import Chain, stages
+from compose.slots.frozen_stage import FrozenStage, frozen_stage
 from compose.slots.gate import Switch
 from compose.slots.stage import Node, Stage, State
 
@@ -34,6 +33,7 @@ class Slot(nn.Module):
 
     is_slot = True
     program: Node | None
+    frozen: FrozenStage | None  # the program, where it is a stage that does not train
     per_row: bool  # the program weighs rows or tokens apart
     keep_input: bool  # another slot taps this one's input
     seen: Tensor | None
@@ -55,7 +55,15 @@ class Slot(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (copy.deepcopy) lowers its own adapters, at its first call.
-        return {**self.__dict__, "program": None, "per_row": False, "seen": None, "taps": [], "put": None}
+        return {
+            **self.__dict__,
+            "program": None,
+            "frozen": None,
+            "per_row": False,
+            "seen": None,
+            "taps": [],
+            "put": None,
+        }
 
     def input(self) -> Tensor:
         """The input of the forward under way, kept for a function that taps this site."""
@@ -64,13 +72,13 @@ class Slot(nn.Module):
     def clear(self) -> None:
         """Forget the program."""
         # Not one by one: a module's __setattr__ is slow, and while an adapter trains this runs at each call.
-        self.__dict__.update(program=None, per_row=False, keep_input=False, seen=None, taps=[])
+        self.__dict__.update(program=None, frozen=None, per_row=False, keep_input=False, seen=None, taps=[])
 
     def held(self) -> dict[str, Any] | None:
         """The program and what it asks for, for `__dict__`; None if there is nothing."""
         if self.program is None and not self.keep_input:
             return None
-        return {name: self.__dict__[name] for name in ("program", "per_row", "keep_input", "taps")}
+        return {name: self.__dict__[name] for name in ("program", "frozen", "per_row", "keep_input", "taps")}
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """The base layer's output with the active composition applied."""
@@ -100,9 +108,9 @@ class Slot(nn.Module):
         if isinstance(program, Stage | Switch) and program.simple:
             y = self._modules["base_layer"](x)  # type: ignore[misc]  # not by attribute: modules look theirs up slowly
             return program.add(y, x, fresh=not y.requires_grad and y.dtype == x.dtype)
-        if isinstance(program, Stage) and program.direct and _plain(x):
-            layer = self._modules["base_layer"]
-            return program.on(layer, x)(layer, x)  # type: ignore[arg-type]
+        if self.frozen is not None and _plain(x):
+            layer = cast("nn.Module", self._modules["base_layer"])
+            return self.frozen.on(layer, x)(layer, x)
         if isinstance(program, Stage) and (whole := self._learned(program, x)) is not None:
             return whole
         return program.run(self._below, x).y
@@ -124,11 +132,12 @@ class Slot(nn.Module):
 
     def lay_out(self) -> None:
         """Prepare the program for activations of the dtype that the layer computes in."""
+        self.frozen = frozen_stage(self.program)
         weight = getattr(self.base_layer, "weight", None)
         if isinstance(weight, Tensor) and weight.dtype != torch.int8:  # which takes whatever comes
             like = torch.empty(0, dtype=compute_dtype(self.base_layer), device=weight.device)
-            if isinstance(self.program, Stage) and self.program.direct and not self.program.simple:
-                self.program.on(self.base_layer, like)
+            if self.frozen is not None and not cast("Stage", self.program).simple:
+                self.frozen.on(self.base_layer, like)
                 return
             for stage in stages(self.program):
                 stage.lay_out(like)
@@ -214,49 +223,3 @@ def moved(layer: nn.Module, deltas: Mapping[str, Tensor], weight: float) -> dict
     return {
         name: torch.add(own[name], delta.T if name in turned else delta, alpha=weight) for name, delta in deltas.items()
     }
-
-
-class PositionSlot(nn.Module):
-    """Wraps the module that reads position ids and moves them on by a number per row.
-
-    Tokens after a prefix of n stand at n, n + 1, ..., as after n tokens in the cache.
-    """
-
-    is_slot = True
-
-    def __init__(self, base_layer: nn.Module, context: Context) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.context = context
-        self.offset: Tensor | None = None  # (R, 1)
-        self._place = position_argument(base_layer)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
-
-    def forward(self, *args: Any, **options: Any) -> Any:
-        """The base module on moved ids."""
-        if self.offset is not None and self._place is not None:
-            name, index = self._place
-            if name in options:
-                options[name] = self._moved(options[name], self.offset)
-            else:
-                args = (*args[:index], self._moved(args[index], self.offset), *args[index + 1 :])
-        return self.base_layer(*args, **options)
-
-    def _moved(self, ids: Tensor, offset: Tensor) -> Tensor:
-        offset = offset.to(ids.device)
-        if ids.dim() == 1:
-            ids = ids[None]
-        return ids + (expand(offset, self.context.batch) if offset.shape[0] > 1 else offset)
-
-
-def position_argument(module: nn.Module) -> tuple[str, int] | None:
-    """Name and place of the argument that holds position ids, or None: then the module makes them up itself."""
-    names = list(inspect.signature(module.forward).parameters)
-    if "position_ids" in names and "input_ids" not in names:
-        return "position_ids", names.index("position_ids")
-    return (names[0], 0) if type(module) is nn.Embedding else None

@@ -13,7 +13,7 @@ from functools import partial, reduce
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from compose.atoms import Atoms, Function, Moved, Replace, Side
@@ -21,7 +21,6 @@ from compose.kernels.coefficients import Coefficient, multiply, on_rows, shield,
 from compose.kernels.low_rank import BACKENDS, Pair, Prepared, choose, expand, for_all, isolating, mix
 from compose.kernels.maps import LinearMap
 from compose.kind.heads import level
-from compose.slots.frozen_stage import Frozen, can_be_frozen
 
 
 class State(NamedTuple):
@@ -82,9 +81,6 @@ class Stage:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
         self._prepared: dict[torch.dtype, Prepared] = {}
         self._maps: dict[torch.dtype, list[LinearMap]] = {}
-        # Weighed by numbers or rows, on a layer itself: see :meth:`on`.
-        self.direct = can_be_frozen(self)
-        self._frozen: dict[torch.dtype, Frozen] = {}
 
     def _moves(self) -> tuple[Mapping[str, Tensor], float] | None:
         """Deltas of parameters and their weight, where nothing else acts here and they train: see Slot."""
@@ -103,14 +99,6 @@ class Stage:
     def additive(self) -> bool:
         """Whether no entry reads or scales what is below."""
         return all(e.atoms.additive for e in self.entries)
-
-    def on(self, layer: nn.Module, like: Tensor) -> Frozen:
-        """The stage laid out for calls of ``layer`` on activations such as ``like``; only if it is ``direct``."""
-        frozen = self._frozen.get(like.dtype)
-        if frozen is None:
-            with self._to_keep():
-                frozen = self._frozen[like.dtype] = Frozen(self, layer, like)
-        return frozen
 
     def run(self, below: Below, x: Tensor) -> State:
         """Y = y0 (1 + G) + low rank + deltas + biases + functions; see :mod:`compose.atoms`."""

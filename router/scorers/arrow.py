@@ -15,8 +15,8 @@ from compose.expr.tree import Ref
 from compose.kernels.factors import core, stack
 from compose.kernels.low_rank import Pair
 from compose.kind.adapter import Adapter
-from compose.merging.merge import Workshop
 from compose.parameter_space.effect import entries
+from compose.parameter_space.execute import Workspace
 from compose.runtime.model_runtime import runtime
 from compose.slots.lowering import site_program
 from hub.errors import UsageError
@@ -55,10 +55,10 @@ class Arrow(SiteScorer):
             raise UsageError(
                 f"arrow reads the direction of one adapter, and {expert!r} is {what}", hint="merge it first"
             )
-        adapter, shop = found.adapter(what.text), Workshop(found)
+        adapter, workspace = found.adapter(what.text), Workspace(found)
         vectors: dict[str, Tensor] = {}
         for path in adapter.module_paths:
-            node = site_program(shop, path, (what,))
+            node = site_program(workspace, path, (what,))
             vector = _direction([] if node is None else [e.atoms for e in entries(node)], adapter, path)
             if vector is not None:
                 vectors[path] = vector.cpu()

@@ -16,7 +16,7 @@ from compose.base.sites import linear_shape
 from compose.base.weights import bias_of, dense_weight
 from compose.errors import KindError, SiteError
 from compose.formats import directory as interop
-from compose.inspection.lora_files import interference_of
+from compose.inspection.adapter_map import interference_of
 from compose.kind.adapter import kinds
 from compose.merging.fold import fold
 from compose.merging.merge import merge

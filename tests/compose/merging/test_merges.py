@@ -17,7 +17,8 @@ from compose.expr.tree import Call, Ref
 from compose.function import functions
 from compose.kind.adapter import kinds
 from compose.merging.fold import fold
-from compose.merging.merge import lower_to_lora, merge, methods
+from compose.merging.merge import lower_to_lora, merge
+from compose.parameter_space.method import methods
 from compose.runtime.model_runtime import runtime
 
 WEIGHTS = ("lora", "dora")  # kinds that add a matrix to a weight

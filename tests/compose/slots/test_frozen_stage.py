@@ -10,6 +10,7 @@ from compose.atoms import Atoms, Block, Function
 from compose.kernels.maps import Kronecker
 from compose.runtime import model_runtime as inject
 from compose.slots.block_functions import Blocks
+from compose.slots.frozen_stage import frozen_stage
 from compose.slots.stage import Entry, Stage, State
 
 D_IN, D_OUT, R = 6, 5, 4
@@ -52,14 +53,15 @@ def test_laid_out_it_computes_the_same(names, rows, times, bias):
     layer = nn.Linear(D_IN, D_OUT, bias=bias).requires_grad_(False)
     weights = ROWS[rows](names)
     stage = Stage([Entry(n, n, ATOMS[n](), weights[n], live=False) for n in names])
-    assert stage.direct
+    laid_out = frozen_stage(stage)
+    assert laid_out is not None
     x = rand(R * times, 3, D_IN)
     kept = x.clone()
     expected = stage.run(lambda z: State(layer(z), layer.bias), x).y
-    torch.testing.assert_close(stage.on(layer, x)(layer, x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(laid_out.on(layer, x)(layer, x), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(x, kept), "the input belongs to the model"
     reads = x.clone().requires_grad_()
-    torch.testing.assert_close(stage.on(layer, reads)(layer, reads), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(laid_out.on(layer, reads)(layer, reads), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_pass_through():
@@ -67,7 +69,7 @@ def test_gradients_pass_through():
     weights = ROWS["in turn"](list(ATOMS))
     stage = Stage([Entry(n, n, _double(make()), weights[n], live=False) for n, make in ATOMS.items()])
     x = rand(R, 2, D_IN).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: stage.on(layer, z)(layer, z), [x])
+    assert torch.autograd.gradcheck(lambda z: frozen_stage(stage).on(layer, z)(layer, z), [x])
 
 
 def _double(atoms):
@@ -83,7 +85,7 @@ def _double(atoms):
 )
 def test_what_cannot_be_laid_out(weights):
     stage = Stage([Entry("a", "a", ATOMS["pair"](), weights, live=weights.dim() == 1)])
-    assert not stage.direct, "it trains, or its weights differ from token to token"
+    assert frozen_stage(stage) is None, "it trains, or its weights differ from token to token"
 
 
 def test_blocks_side_by_side_are_the_sum_of_each():
@@ -106,7 +108,7 @@ def test_a_row_beside_an_adapter_that_diverged(name):
     good, outputs = ATOMS[name](), []
     for partner in (ATOMS[name](), _diverged(ATOMS[name]())):
         stage = Stage([Entry("g", "g", good, 1 - other, live=False), Entry("b", "b", partner, other, live=False)])
-        outputs.append(stage.on(layer, x)(layer, x))
+        outputs.append(frozen_stage(stage).on(layer, x)(layer, x))
     assert outputs[1][1].isnan().all()
     torch.testing.assert_close(outputs[1][[0, 2, 3]], outputs[0][[0, 2, 3]])
 
