@@ -20,7 +20,8 @@ from compose.base import model as bases
 from compose.base.compatibility import compare
 from compose.expr.tree import Expr
 from compose.formats import directory as interop
-from compose.kind.adapter import Adapter, KindConfig, get_kind, make_config
+from compose.kind.adapter import Adapter, KindConfig
+from compose.kind.registry import get_kind, make_config
 from compose.planning.plan import Leaf, plan
 from compose.planning.unfold import Resolved
 from compose.runtime import model_runtime as inject

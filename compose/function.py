@@ -13,9 +13,8 @@ read text, so they import torch only inside functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from compose.errors import CallError
 from compose.expr.tree import Call, Expr
 from hub.errors import suggest
-from hub.plugins import discover
+from hub.plugins import Registry
 
 Family: TypeAlias = Literal["merge", "route", "ensemble", "select"]
 
@@ -76,32 +75,22 @@ class FunctionSpec:
     canonical: Callable[[Call, Any], Expr] = _as_it_is
 
 
-_FUNCTIONS: dict[str, FunctionSpec] = {}
+FUNCTIONS = Registry[FunctionSpec]("function", package="compose.functions", group="hub.functions", error=CallError)
 
 
 def register(spec: FunctionSpec) -> FunctionSpec:
     """Make a function known. Registering another one under the same name is refused."""
-    if _FUNCTIONS.get(spec.name, spec) != spec:
-        raise CallError(f"function {spec.name!r} is registered twice")
-    _FUNCTIONS[spec.name] = spec
-    return spec
+    return FUNCTIONS.add(spec.name, spec)
 
 
-def functions() -> MappingProxyType[str, FunctionSpec]:
+def functions() -> Mapping[str, FunctionSpec]:
     """All functions by name: the files of ``compose.functions`` and the entry points ``hub.functions``."""
-    discover("compose.functions", "hub.functions")
-    return MappingProxyType(dict(sorted(_FUNCTIONS.items())))
+    return FUNCTIONS.all()
 
 
 def get_function(name: str) -> FunctionSpec:
     """Return the function called ``name``; CallError with a suggestion otherwise."""
-    known = functions()
-    if name not in known:
-        guess = suggest(name, known)
-        raise CallError(
-            f"unknown function {name!r}" + (f"; {guess}" if guess else ""), hint="functions: " + ", ".join(known)
-        )
-    return known[name]
+    return FUNCTIONS.get(name)
 
 
 def _amount(spec: FunctionSpec) -> str:

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from compose.errors import KindError, PlanError, SiteError
-from compose.kind.adapter import get_kind, kinds, make_config
+from compose.kind.registry import get_kind, kinds, make_config
 from compose.merging.merge import lower_to_lora
 from compose.runtime.model_runtime import activate, runtime
 

@@ -152,7 +152,7 @@ class Tiny:
 
     def options(self, kind: str, size: int = 0) -> dict[str, Any]:
         """Test-sized options for a kind: what its config calls its size, a little different for each ``size``."""
-        from compose.kind.adapter import get_kind
+        from compose.kind.registry import get_kind
 
         wanted = {"r": 4 - size, "lora_alpha": 6.0, "num_virtual_tokens": 3 - size, "bottleneck_size": 8 - 2 * size}
         wanted |= {"density": 0.2 - 0.1 * size, "intrinsic_dimension": 40 - 8 * size}
@@ -164,7 +164,7 @@ class Tiny:
         """A resident adapter whose parameters are ``noise`` away from their initial values, in train mode or not."""
         import torch
 
-        from compose.kind.adapter import get_kind, make_config
+        from compose.kind.registry import get_kind, make_config
         from compose.runtime.model_runtime import runtime
 
         cls, home = get_kind(kind), runtime(model)

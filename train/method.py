@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import compose
-from compose.kind.adapter import Adapter, get_kind, kinds
+from compose.kind.adapter import Adapter
+from compose.kind.registry import get_kind, kinds
 from hub.errors import did_you_mean
 from hub.plugins import Registry
 from train.config import TrainConfig

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compose.kind.adapter import get_kind, kinds, make_config
+from compose.kind.registry import get_kind, kinds, make_config
 from hub.errors import UsageError
 from train.config import TrainConfig, did_you_mean
 from train.errors import NonFiniteLoss

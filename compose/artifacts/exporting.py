@@ -24,7 +24,7 @@ from compose.base.weights import dense_weight
 from compose.errors import KindError
 from compose.formats import directory as interop
 from compose.formats import peft as peft_layout
-from compose.kind.adapter import get_kind
+from compose.kind.registry import get_kind
 from compose.merging.fold import Folded, fold
 from compose.merging.merge import lower_to_lora
 from compose.merging.whole_layers import widen

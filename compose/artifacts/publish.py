@@ -200,7 +200,7 @@ def publish_merge(
 def _load(base: str | Path, members: Sequence[Held], facts: dict[str, Any], drift: bool) -> PreTrainedModel:
     from compose.api import attach
     from compose.base.model import load_base
-    from compose.kind.adapter import get_kind
+    from compose.kind.registry import get_kind
 
     task = facts.get("task")
     labels = facts.get("labels") if task in ("classification", "token_classification") else None

@@ -39,8 +39,8 @@ def kinds(name: str | None, as_json: bool) -> None:
 
 def rows(name: str | None = None) -> list[dict[str, Any]]:
     """Facts of all kinds, or of the one called ``name``, from the registry."""
-    from compose.kind.adapter import get_kind
-    from compose.kind.adapter import kinds as known
+    from compose.kind.registry import get_kind
+    from compose.kind.registry import kinds as known
 
     classes = [get_kind(name)] if name is not None else list(known().values())
     return [

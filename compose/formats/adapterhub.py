@@ -21,7 +21,8 @@ from transformers.activations import ACT2FN
 
 from compose.base.sites import SiteMap
 from compose.errors import KindError
-from compose.kind.adapter import Adapter, get_kind, make_config
+from compose.kind.adapter import Adapter
+from compose.kind.registry import get_kind, make_config
 from hub.errors import IntegrityError, NotFound
 
 WEIGHTS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"

@@ -22,8 +22,9 @@ from compose.base.sites import SiteMap
 from compose.errors import KindError
 from compose.formats import adapterhub
 from compose.formats import peft as layout
-from compose.kind.adapter import Adapter, KindConfig, get_kind, kinds, make_config, original_module
+from compose.kind.adapter import Adapter, KindConfig, original_module
 from compose.kind.patterns import as_dict
+from compose.kind.registry import get_kind, kinds, make_config
 from compose.kind.tensors import PREFIX
 from hub.errors import IntegrityError, NotFound
 from hub.io.disk import tensor_file

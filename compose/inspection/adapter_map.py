@@ -15,7 +15,7 @@ from compose.inspection.explain import base_of
 from compose.inspection.lora_files import contents, nested
 from compose.kernels import factors
 from compose.kernels.low_rank import Pair
-from compose.kind.adapter import get_kind
+from compose.kind.registry import get_kind
 from compose.merging.interference import Interference, interference
 from compose.parameter_space.job import Progress
 from compose.planning.members import Held, Shelf

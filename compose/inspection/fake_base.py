@@ -31,7 +31,8 @@ from compose.base.sites import SiteMap
 from compose.expr.tree import Call, Expr, Scale, Seq, add, seq
 from compose.formats import directory as interop
 from compose.function import bind, get_function
-from compose.kind.adapter import Adapter, get_kind, make_config
+from compose.kind.adapter import Adapter
+from compose.kind.registry import get_kind, make_config
 from compose.parameter_space.execute import Merged, resolve
 from compose.planning.members import Held
 from compose.runtime import model_runtime as inject

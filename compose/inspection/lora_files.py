@@ -12,8 +12,8 @@ from compose.errors import KindError
 from compose.formats import directory as interop
 from compose.formats.peft import check_types
 from compose.kernels.low_rank import Pair
-from compose.kind.adapter import get_kind
 from compose.kind.patterns import value_at
+from compose.kind.registry import get_kind
 from compose.planning.members import Held
 from hub.contents.gates import EXTRA, WEIGHTS
 

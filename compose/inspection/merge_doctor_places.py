@@ -23,7 +23,7 @@ from compose.function import bind, get_function
 from compose.inspection.lora_files import Contents, contents, nested
 from compose.kernels import factors
 from compose.kernels.low_rank import Pair
-from compose.kind.adapter import get_kind
+from compose.kind.registry import get_kind
 from compose.parameter_space.combine import merge_tensors
 from compose.parameter_space.job import Progress
 from compose.parameter_space.method import Elementwise, Linear, get_method

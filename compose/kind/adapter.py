@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import difflib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,17 +26,6 @@ from compose.atoms import Atoms, Below, Prefix, Prompt
 from compose.base.sites import Site, SiteMap
 from compose.errors import KindError, SiteError
 from compose.kind.tensors import NamedTensors
-from hub.plugins import discover
-
-__all__ = [
-    "Adapter",
-    "KindConfig",
-    "get_kind",
-    "kinds",
-    "make_config",
-    "original_module",
-    "register",
-]
 
 
 class KindConfig(BaseModel):
@@ -197,62 +186,3 @@ def _modules_to_save(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
             near = difflib.get_close_matches(name, {p.rsplit(".", 1)[-1] for p in paths}, n=2)
             raise SiteError(f"modules_to_save names {name!r}, which this base does not have", hint=f"near: {near}")
         yield from found
-
-
-# -- the registry ------------------------------------------------------------------------------------------------
-
-_KINDS: dict[str, type[Adapter]] = {}
-_A = TypeVar("_A", bound=type[Adapter])
-
-
-def register(name: str) -> Callable[[_A], _A]:
-    """Class decorator that makes a kind known under ``name``."""
-
-    def add(cls: _A) -> _A:
-        if name in _KINDS and _KINDS[name].__qualname__ != cls.__qualname__:
-            raise KindError(f"kind {name!r} is registered twice: {_KINDS[name].__module__} and {cls.__module__}")
-        cls.kind = name
-        _KINDS[name] = cls
-        return cls
-
-    return add
-
-
-def kinds() -> dict[str, type[Adapter]]:
-    """All kinds by name: the files of ``compose.kinds`` and the entry points ``hub.kinds``."""
-    discover("compose.kinds", "hub.kinds")
-    return dict(sorted(_KINDS.items()))
-
-
-def get_kind(name: str) -> type[Adapter]:
-    """The kind called ``name``; KindError with a suggestion otherwise."""
-    known = kinds()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        guess = f"; did you mean {near[0]!r}?" if near else ""
-        raise KindError(f"unknown kind {name!r}{guess}", hint="known kinds: " + ", ".join(known))
-    return known[name]
-
-
-def make_config(kind: type[Adapter], options: Mapping[str, Any] | KindConfig | None) -> KindConfig:
-    """Validate ``options`` for ``kind``; an unknown option is refused with a suggestion."""
-    if isinstance(options, KindConfig):
-        if not isinstance(options, kind.Config):
-            raise KindError(f"{type(options).__name__} is not the config of kind {kind.kind!r}")
-        return options
-    given = dict(options or {})
-    fields = kind.Config.model_fields
-    for key in given:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            guess = f"; did you mean {near[0]!r}?" if near else ""
-            raise KindError(f"kind {kind.kind!r} has no option {key!r}{guess}", hint="options: " + ", ".join(fields))
-    try:
-        return kind.Config.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "config"
-        raise KindError(
-            f"kind {kind.kind!r}, option {where}: {first['msg']} (got {first['input']!r})",
-            hint="options: " + ", ".join(fields),
-        ) from None

@@ -22,7 +22,8 @@ from compose.base.sites import SiteMap, linear_shape
 from compose.errors import SiteError
 from compose.kernels.fused_rows import Rows
 from compose.kernels.maps import LinearMap
-from compose.kind.adapter import Adapter, KindConfig, get_kind, make_config, original_module
+from compose.kind.adapter import Adapter, KindConfig, original_module
+from compose.kind.registry import get_kind, make_config
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The kinds, one file each. Importing a file registers it; :func:`compose.kind.adapter.kinds` imports them all."""
+"""The kinds, one file each. Importing a file registers it; :func:`compose.kind.registry.kinds` imports them all."""

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from compose.atoms import Atoms, Below
 from compose.base.sites import SiteMap
 from compose.base.weights import bias_of
-from compose.kind.adapter import Adapter, KindConfig, original_module, register
+from compose.kind.adapter import Adapter, KindConfig, original_module
+from compose.kind.registry import register
 
 
 class BiasConfig(KindConfig):

@@ -14,7 +14,8 @@ from transformers.activations import ACT2FN
 from compose.atoms import Atoms, Below, Block, Function, Replace
 from compose.base.sites import Site, SiteMap
 from compose.errors import KindError
-from compose.kind.adapter import Adapter, KindConfig, register
+from compose.kind.adapter import Adapter, KindConfig
+from compose.kind.registry import register
 from hub.errors import suggest
 
 _PLACES = {"houlsby": ("attn.o", "mlp.down"), "pfeiffer": ("mlp.down",), "parallel": ("mlp.down",)}

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from compose.base.sites import SiteMap
 from compose.kernels.maps import Dense, LinearMap
-from compose.kind.adapter import register
 from compose.kind.parameter_shift import Shift
+from compose.kind.registry import register
 
 
 @register("dense")

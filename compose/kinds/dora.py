@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from compose.atoms import Atoms, Below
 from compose.base.sites import SiteMap
 from compose.base.weights import row_norm_squared
-from compose.kind.adapter import original_module, register
+from compose.kind.adapter import original_module
 from compose.kind.low_rank import LowRank
+from compose.kind.registry import register
 
 
 @register("dora")

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from compose.base.sites import SiteMap
 from compose.errors import KindError
 from compose.kind import heads
-from compose.kind.adapter import Adapter, KindConfig, original_module, register
+from compose.kind.adapter import Adapter, KindConfig, original_module
+from compose.kind.registry import register
 
 
 class HeadConfig(KindConfig):

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below
 from compose.base.sites import SiteMap
-from compose.kind.adapter import Adapter, KindConfig, register
+from compose.kind.adapter import Adapter, KindConfig
+from compose.kind.registry import register
 
 
 class Ia3Config(KindConfig):

@@ -15,8 +15,9 @@ from compose.atoms import Atoms, Below
 from compose.base.sites import SiteMap
 from compose.errors import KindError
 from compose.kernels.maps import Kronecker, factors_of
-from compose.kind.adapter import Adapter, KindConfig, register
+from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.patterns import Patterns, as_dict, value_at, whole
+from compose.kind.registry import register
 
 
 class KronaConfig(KindConfig):

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from compose.atoms import Atoms, Below, Function
 from compose.base.sites import SiteMap
 from compose.kernels.maps import Kronecker, factors_of
-from compose.kind.adapter import Adapter, KindConfig, register
+from compose.kind.adapter import Adapter, KindConfig
+from compose.kind.registry import register
 
 
 class KronaBConfig(KindConfig):

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from compose.atoms import Atoms, Below, Side
 from compose.base.sites import FINAL, SiteMap
 from compose.errors import KindError
-from compose.kind.adapter import Adapter, KindConfig, register
+from compose.kind.adapter import Adapter, KindConfig
+from compose.kind.registry import register
 from compose.slots.side import Trace, depth
 
 

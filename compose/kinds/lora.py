@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Moved
 from compose.base.sites import Site, SiteMap
-from compose.kind.adapter import KindConfig, register
+from compose.kind.adapter import KindConfig
 from compose.kind.low_rank import LowRank, LowRankConfig
+from compose.kind.registry import register
 
 
 class LoraConfig(LowRankConfig):

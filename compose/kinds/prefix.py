@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from compose.atoms import Prefix
 from compose.base.sites import SiteMap
 from compose.errors import KindError
-from compose.kind.adapter import Adapter, KindConfig, original_module, register
+from compose.kind.adapter import Adapter, KindConfig, original_module
+from compose.kind.registry import register
 from compose.runtime.positions import position_argument
 from compose.runtime.prefixes import takes_prefix
 

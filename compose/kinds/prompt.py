@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from compose.atoms import Atoms, Below, Prompt, Replace
 from compose.base.sites import SiteMap
 from compose.errors import KindError
-from compose.kind.adapter import Adapter, KindConfig, original_module, register
+from compose.kind.adapter import Adapter, KindConfig, original_module
+from compose.kind.registry import register
 
 
 class PromptConfig(KindConfig):

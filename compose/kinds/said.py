@@ -10,7 +10,8 @@ from compose.atoms import Atoms, Below
 from compose.base.sites import SiteMap
 from compose.kernels.fastfood import Fastfood
 from compose.kernels.maps import Dense
-from compose.kind.adapter import Adapter, KindConfig, register
+from compose.kind.adapter import Adapter, KindConfig
+from compose.kind.registry import register
 
 
 class SaidConfig(KindConfig):

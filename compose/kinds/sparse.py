@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from compose.base.sites import SiteMap
 from compose.errors import KindError
 from compose.kernels.maps import LinearMap, Sparse
-from compose.kind.adapter import register
 from compose.kind.parameter_shift import Shift, ShiftConfig
+from compose.kind.registry import register
 
 
 class SparseConfig(ShiftConfig):

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from compose.errors import KindError
 from compose.expr.tree import Ref
-from compose.kind.adapter import Adapter, make_config
+from compose.kind.adapter import Adapter
+from compose.kind.registry import make_config
 from compose.merging.merge import merge
 from compose.parameter_space.effect import entries
 from compose.parameter_space.execute import Merged, Workspace

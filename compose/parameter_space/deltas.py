@@ -14,7 +14,8 @@ from torch import Tensor
 from compose.base.weights import row_norm_squared
 from compose.kernels import factors
 from compose.kernels.low_rank import Pair
-from compose.kind.adapter import Adapter, get_kind, make_config
+from compose.kind.adapter import Adapter
+from compose.kind.registry import get_kind, make_config
 from compose.parameter_space.certificate import Certificate, SiteLoss
 from compose.parameter_space.combine import at_place, trimmed
 from compose.parameter_space.effect import Effect, effect_of

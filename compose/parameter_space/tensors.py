@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.kind.adapter import Adapter, KindConfig, make_config
+from compose.kind.adapter import Adapter, KindConfig
+from compose.kind.registry import make_config
 from compose.parameter_space.combine import merge_tensors
 from compose.parameter_space.job import Job, Member, kind_names
 from compose.parameter_space.method import Factored, Join, Linear

@@ -230,7 +230,7 @@ class _Checks:
 
 def _changes_weights(kind: str) -> bool:
     """Whether adapters of a kind are changes of weights, which merge whatever their kinds: lora, dora, dense, ..."""
-    from compose.kind.adapter import get_kind  # imports torch, which only a merge of different kinds costs
+    from compose.kind.registry import get_kind  # imports torch, which only a merge of different kinds costs
 
     return get_kind(kind).averages_in_weight
 

@@ -25,7 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compose.kind.adapter import get_kind, make_config
+from compose.kind.registry import get_kind, make_config
 from compose.runtime import model_runtime as inject
 
 Call = Callable[[], Any]

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
-from compose.kind.adapter import get_kind, make_config
+from compose.kind.registry import get_kind, make_config
 from compose.runtime import model_runtime as inject
 from router.bench import Batch, Bench
 from router.gating import Gating

@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc):
     wanted = [name for name in ("kind", "family", "decoder", "dtype") if name in metafunc.fixturenames]
     if not wanted:
         return
-    from compose.kind.adapter import kinds
+    from compose.kind.registry import kinds
 
     tiny = _tiny_class(metafunc.config)
     axes = {"kind": tuple(kinds()), "family": tiny.families, "decoder": tiny.decoding, "dtype": tiny.dtypes}

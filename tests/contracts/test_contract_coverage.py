@@ -8,7 +8,7 @@ import transformers
 
 from compose.base.families import FAMILIES
 from compose.errors import KindError, SiteError
-from compose.kind.adapter import kinds
+from compose.kind.registry import kinds
 from compose.runtime.model_runtime import activate, eject
 
 _IDS = {"vocab_size": 53, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}

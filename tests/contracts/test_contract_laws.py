@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from compose.base.weights import bias_of
 from compose.expr.tree import Ref, Scale, add, seq
-from compose.kind.adapter import get_kind, kinds
+from compose.kind.registry import get_kind, kinds
 from compose.runtime.model_runtime import activate, eject, runtime
 
 WEIGHTS = st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0, 2.0])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compose.kind.adapter import kinds
+from compose.kind.registry import kinds
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -16,10 +16,10 @@ __all__ = ["quickstart"]
 
 def _known(_ctx: click.Context, _option: click.Parameter, kind: str) -> str:
     """Refuse a kind that there is not, before any text is read; torch is not imported for that."""
+    from compose.kind.registry import KINDS
     from hub.errors import UsageError, suggest
-    from hub.plugins import names
 
-    known = names("compose.kinds", "hub.kinds")
+    known = KINDS.names()
     if kind not in known:
         raise UsageError(f"there is no kind {kind!r}", hint=suggest(kind, known) or f"kinds are {', '.join(known)}")
     return kind

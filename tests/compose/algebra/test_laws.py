@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from compose.errors import KindError
 from compose.expr.tree import Expr, Ref, Scale, Seq, add, seq
-from compose.kind.adapter import get_kind, kinds
+from compose.kind.registry import get_kind, kinds
 from compose.runtime.model_runtime import activate, runtime
 
 QUICK = (("gpt2", "fp32"), ("bert", "nf4"))

@@ -17,7 +17,7 @@ import transformers as hf
 import compose
 from compose.base.families import FAMILIES
 from compose.function import functions
-from compose.kind.adapter import kinds
+from compose.kind.registry import kinds
 
 TINY = "builtin:tiny-lm"
 Run = Callable[..., Any]

@@ -16,7 +16,7 @@ from compose.algebra import digest, from_json, normalize, parse, to_json
 from compose.errors import CallError, ExpressionError
 from compose.expr import tree as ex
 from compose.expr.tree import IDENTITY, Add, Call, Ref, Scale, Seq, add, seq
-from compose.function import FunctionSpec, Options, bind, functions, get_function, register
+from compose.function import FUNCTIONS, FunctionSpec, Options, bind, functions, get_function, register
 
 # -- random trees --------------------------------------------------------------------------------------------------
 
@@ -408,7 +408,7 @@ def test_a_new_function_needs_no_edit_elsewhere(monkeypatch: pytest.MonkeyPatch)
     class LerpOptions(Options):
         t: float = 0.5
 
-    monkeypatch.setattr("compose.function._FUNCTIONS", dict(functions()))
+    monkeypatch.setattr(FUNCTIONS, "_known", dict(functions()))
     register(FunctionSpec("lerp", "merge", "Between two.", LerpOptions, minimum=2, maximum=2))
     assert parse("lerp(a, b, t=0.25)") == Call("lerp", (a, b), {"t": 0.25})
     with pytest.raises(ExpressionError, match="takes 2 adapters, not 1"):

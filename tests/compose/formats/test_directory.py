@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 from compose.errors import KindError
 from compose.formats import directory as interop
 from compose.formats.peft import short_targets
-from compose.kind.adapter import get_kind, kinds, make_config
+from compose.kind.registry import get_kind, kinds, make_config
 from compose.runtime import model_runtime as inject
 from hub.errors import HubError, IntegrityError, NotFound
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compose.formats import directory as interop
-from compose.kind.adapter import get_kind, make_config
+from compose.kind.registry import get_kind, make_config
 from compose.runtime import model_runtime as inject
 
 TASKS = {

@@ -15,7 +15,7 @@ from compose.errors import KindError
 from compose.expr.tree import Ref
 from compose.formats import directory as interop
 from compose.inspection.fake_base import Outline
-from compose.kind.adapter import kinds
+from compose.kind.registry import kinds
 from compose.planning.members import Shelf
 from hub.errors import GateError, HubError
 

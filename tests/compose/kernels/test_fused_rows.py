@@ -17,7 +17,7 @@ from compose.base.weights import bias_of, dense_weight
 from compose.errors import KindError, SiteError
 from compose.formats import directory as interop
 from compose.inspection.adapter_map import interference_of
-from compose.kind.adapter import kinds
+from compose.kind.registry import kinds
 from compose.merging.fold import fold
 from compose.merging.merge import merge
 from compose.merging.whole_layers import widen
@@ -85,7 +85,7 @@ def logits(model, ids=IDS_IN):
 
 
 def make(model, kind, name="a", seed=1, noise=0.2, **options):
-    from compose.kind.adapter import get_kind
+    from compose.kind.registry import get_kind
 
     fields = get_kind(kind).Config.model_fields
     adapter = compose.create(
@@ -267,7 +267,7 @@ def test_as_on_layers_of_their_own(base, kind, family, dtype):
 
 
 def _sized(kind):
-    from compose.kind.adapter import get_kind
+    from compose.kind.registry import get_kind
 
     return {k: v for k, v in SIZES.items() if k in get_kind(kind).Config.model_fields}
 

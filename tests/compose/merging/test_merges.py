@@ -15,7 +15,7 @@ from compose.algebra import digest, parse
 from compose.errors import KindError
 from compose.expr.tree import Call, Ref
 from compose.function import functions
-from compose.kind.adapter import kinds
+from compose.kind.registry import kinds
 from compose.merging.fold import fold
 from compose.merging.merge import lower_to_lora, merge
 from compose.parameter_space.method import methods

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import compose
-from compose.kind.adapter import get_kind, kinds
+from compose.kind.registry import get_kind, kinds
 from hub.errors import HubError
 from hub.store import Store
 from train.loop import fit

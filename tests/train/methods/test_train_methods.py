@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import compose
-from compose.kind.adapter import Adapter, kinds
+from compose.kind.adapter import Adapter
+from compose.kind.registry import kinds
 from hub.store import Store
 from train.data.datasets import Splits
 from train.dry_run import preview

@@ -86,10 +86,9 @@ def test_bad_input_is_named_before_any_work(tmp_path, two_domains, monkeypatch, 
 
 def test_a_kind_is_called_like_its_file():
     """That is how the command knows the kinds without importing torch."""
-    from compose.kind.adapter import kinds
-    from hub.plugins import names
+    from compose.kind.registry import KINDS
 
-    assert names("compose.kinds", "hub.kinds") == list(kinds())
+    assert KINDS.names() == list(KINDS)
 
 
 def test_a_bad_kind_is_refused_without_torch():
