@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from hub.contents import gates as hub_gates
-from hub.contents.gates import Gate
+from hub.contents import checks
 from hub.contents.tensor_files import FileScan, tensors_digest
 from hub.errors import GateError, HubError, NotFound
+from hub.gate import Check, run_gates
 from hub.io.files import atomic_write, walk
 from hub.manifest import MANIFEST_NAME, Draft, Manifest, read_manifest
 
 
-def pack(directory: Path, draft: Draft, *, gates: Sequence[Gate] = ()) -> Manifest:
+def pack(directory: Path, draft: Draft, *, on_base: bool = False, gates: Sequence[Check] = ()) -> Manifest:
     """Check an artifact directory and write its manifest.
 
     Packing unchanged files with an unchanged draft again gives the same manifest (``created`` is kept), so it
@@ -27,8 +27,10 @@ def pack(directory: Path, draft: Draft, *, gates: Sequence[Gate] = ()) -> Manife
         Holds the files of the artifact; ``module.json`` in it is replaced.
     draft
         What the author states.
+    on_base
+        Whether the gates that need the base run as well.
     gates
-        More gates than those registered: each raises GateError or returns warnings for the manifest.
+        Checks besides the gates: each raises GateError or returns warnings for the manifest.
 
     Returns
     -------
@@ -44,9 +46,7 @@ def pack(directory: Path, draft: Draft, *, gates: Sequence[Gate] = ()) -> Manife
     if not directory.is_dir():
         raise NotFound(f"{directory} is not a directory", path=directory)
     manifest = measure(directory, draft)
-    warnings = list(manifest.warnings)
-    for gate in (*hub_gates.registered(), *gates):
-        warnings.extend(gate(directory, manifest))
+    warnings = (*manifest.warnings, *run_gates(directory, manifest, on_base=on_base, more=gates))
     manifest = _keep_created(directory, manifest.replace(warnings=tuple(dict.fromkeys(warnings))))
     atomic_write(directory / MANIFEST_NAME, manifest.canonical)
     return manifest
@@ -54,23 +54,23 @@ def pack(directory: Path, draft: Draft, *, gates: Sequence[Gate] = ()) -> Manife
 
 def measure(directory: Path, draft: Draft) -> Manifest:
     """Manifest of a directory as it is now, after the hub's own gates; nothing is written."""
-    paths = [path for path in walk(directory, ignore=hub_gates.IGNORED) if path != MANIFEST_NAME]
-    hub_gates.check_file_set(paths, draft)
+    paths = [path for path in walk(directory, ignore=checks.IGNORED) if path != MANIFEST_NAME]
+    checks.check_file_set(paths, draft)
     files, scans = [], dict[str, FileScan]()
     for path in paths:
-        entry, found = hub_gates.inspect(directory / path, path)
+        entry, found = checks.inspect(directory / path, path)
         files.append(entry)
         if found is not None:
             scans[path] = found
-    tensors = hub_gates.join_tensors(scans)
-    if hub_gates.WEIGHTS in scans and not tensors:
-        raise GateError(f"{hub_gates.WEIGHTS} holds no tensor", path=directory / hub_gates.WEIGHTS)
+    tensors = checks.join_tensors(scans)
+    if checks.WEIGHTS in scans and not tensors:
+        raise GateError(f"{checks.WEIGHTS} holds no tensor", path=directory / checks.WEIGHTS)
     return Manifest(
         **{name: getattr(draft, name) for name in Draft.model_fields},
         files=tuple(files),
         tensors=tensors,
         tensors_digest=tensors_digest(tensors),
-        warnings=hub_gates.zero_warnings(scans),
+        warnings=checks.zero_warnings(scans),
         created=_now(),
     )
 
@@ -85,7 +85,7 @@ def check_listing(directory: Path) -> Manifest:
     """
     manifest = read_manifest(directory)
     listed = {entry.path for entry in manifest.files}
-    present = {path for path in walk(directory, ignore=hub_gates.IGNORED) if path != MANIFEST_NAME}
+    present = {path for path in walk(directory, ignore=checks.IGNORED) if path != MANIFEST_NAME}
     if extra := sorted(present - listed):
         raise GateError(
             f"{directory} holds files that {MANIFEST_NAME} of {manifest.ref} does not list: {', '.join(extra[:5])}",
@@ -112,13 +112,13 @@ def check_directory(directory: Path) -> Manifest:
         The first thing that is wrong.
     """
     manifest = check_listing(Path(directory))
-    hub_gates.check_file_set((entry.path for entry in manifest.files), manifest)
+    checks.check_file_set((entry.path for entry in manifest.files), manifest)
     scans = {}
     for entry in manifest.files:
-        found = hub_gates.inspect_as(manifest, entry, Path(directory) / entry.path)
+        found = checks.inspect_as(manifest, entry, Path(directory) / entry.path)
         if found is not None:
             scans[entry.path] = found
-    hub_gates.check_agreement(manifest, scans)
+    checks.check_agreement(manifest, scans)
     return manifest
 
 

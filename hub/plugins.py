@@ -82,12 +82,12 @@ class Registry(Generic[T]):
         """The one called ``name``; otherwise an error with the nearest name, or with what broke it."""
         known = self.all()
         if name not in known:
-            broken = next((failure for failure in self.broken() if failure.point.name == name), None)
+            broken = next((failure for failure in self.broken() if failure.name == name), None)
             if broken:
-                raise self.error(f"{self.noun} {name!r} {broken.told}", hint="`hub doctor` lists what is broken")
+                raise self.error(f"{self.noun} {name!r} {broken.problem}", hint="`hub doctor` lists what is broken")
             near = suggest(name, known)
-            told = f"unknown {self.noun} {name!r}" + (f"; {near}" if near else "")
-            raise self.error(told, hint=f"{self.noun}s: " + ", ".join(known))
+            unknown = f"unknown {self.noun} {name!r}" + (f"; {near}" if near else "")
+            raise self.error(unknown, hint=f"{self.noun}s: " + ", ".join(known))
         return known[name]
 
     def broken(self) -> tuple[BrokenPlugin, ...]:
@@ -102,7 +102,12 @@ class BrokenPlugin:
         self.point, self.error = point, error
 
     @property
-    def told(self) -> str:
+    def name(self) -> str:
+        """What it would add."""
+        return self.point.name
+
+    @property
+    def problem(self) -> str:
         """What a person needs to know: the distribution, the target and the error."""
         package = self.point.dist.name if self.point.dist else "an unknown package"
         return f"of {package} cannot be loaded from {self.point.value}: {type(self.error).__name__}: {self.error}"

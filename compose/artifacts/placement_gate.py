@@ -17,7 +17,7 @@ __all__ = ["gate"]
 
 
 def gate(directory: Path, manifest: Manifest) -> Iterable[str]:
-    """Try an adapter directory on the shapes of its base; see `hub.contents.gates.Gate`.
+    """Try an adapter directory on the shapes of its base; see `hub.contents.checks.Gate`.
 
     Raises
     ------

@@ -15,7 +15,7 @@ from compose.kernels.low_rank import Pair
 from compose.kind.patterns import value_at
 from compose.kind.registry import get_kind
 from compose.planning.members import Held
-from hub.contents.gates import EXTRA, WEIGHTS
+from hub.contents.checks import EXTRA, WEIGHTS
 
 _ENDS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 _STEMS = ("base_model.model.", "base_model.")

@@ -15,7 +15,7 @@ from typing import Any
 
 from compose.planning.plan import Leaf
 from compose.planning.unfold import Resolved
-from hub.contents.gates import CONFIG, EXTRA, WEIGHTS
+from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 from hub.contents.tensor_files import DTYPES, TensorInfo, read_header
 from hub.errors import IntegrityError, NotFound, UsageError
 from hub.manifest import MANIFEST_NAME, Manifest, read_manifest

@@ -120,15 +120,15 @@ def _published(store: Store, target: str, something_to_do: bool, facts: bool) ->
 
 
 def _publish(store: Store, directory: Path, given: dict[str, Any], repack: bool) -> Artifact:
-    from hub.contents.gates import pushing
     from hub.errors import UsageError
+    from hub.gate import run_gates
     from hub.manifest import MANIFEST_NAME, read_manifest
     from hub.pack import pack
 
     if not (directory / MANIFEST_NAME).exists():
-        pack(directory, _draft(directory, given), gates=pushing())
+        pack(directory, _draft(directory, given), on_base=True)
     elif repack:
-        pack(directory, _draft_again(directory, given), gates=pushing())
+        pack(directory, _draft_again(directory, given), on_base=True)
     elif given:
         raise UsageError(
             f"{directory} has a {MANIFEST_NAME}, which states its facts",
@@ -136,14 +136,13 @@ def _publish(store: Store, directory: Path, given: dict[str, Any], repack: bool)
         )
     else:
         manifest = read_manifest(directory)
-        for gate in pushing():
-            gate(directory, manifest)
+        for warning in run_gates(directory, manifest, on_base=True):
+            warn(f"{manifest.ref}: {warning}")
     return store.put(directory)
 
 
 def _bumped(store: Store, remote: Remote | None, directory: Path, given: dict[str, Any], bump: str) -> Artifact:
     """Publish a directory under the version that follows from what changed since the last one, here or there."""
-    from hub.contents.gates import pushing
     from hub.errors import UsageError
     from hub.manifest import MANIFEST_NAME
     from hub.pack import measure, pack
@@ -166,7 +165,7 @@ def _bumped(store: Store, remote: Remote | None, directory: Path, given: dict[st
         why = f" ({', '.join(change.reasons)})" if change.reasons else ""
         say(f"{before.ref} -> {version}: {change.level}{why}")
         draft = draft.model_copy(update={"version": version})
-    pack(directory, draft, gates=pushing())
+    pack(directory, draft, on_base=True)
     return store.put(directory)
 
 

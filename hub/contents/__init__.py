@@ -1,1 +1,1 @@
-"""What may be inside an artifact: tensor files, gates, scans, the manifest without its tensors."""
+"""What may be inside an artifact: tensor files, what files must be, scans, the manifest without its tensors."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hub.contents.gates import CONFIG
+from hub.contents.checks import CONFIG
 from hub.errors import GateError
 from hub.io import canonical_json as canonical
 from hub.io.files import read_capped

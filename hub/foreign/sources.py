@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from hub.contents.gates import CONFIG, EXTRA, WEIGHTS
+from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 from hub.errors import GateError, IntegrityError, NotFound, RemoteError, UsageError
 from hub.io.files import sha256_file
 

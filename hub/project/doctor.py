@@ -12,13 +12,14 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any, Literal
 
 from hub.console.output import bytes_text
-from hub.errors import HubError
+from hub.errors import HubError, suggest
 from hub.lazy import load
+from hub.plugins import Registry
 from hub.project.named_remotes import Remotes
 from hub.store import Store
 
@@ -30,6 +31,15 @@ _LEAST_FREE = 2**30  # bytes
 _LEAST_PYTHON = (3, 10)
 _GONE = ("delete", "evict")
 _TORCH = "compose.inspection.torch_check:findings"
+_PLUGINS = {  # group of entry points -> our folder of the same sort
+    "hub.functions": "compose.functions",
+    "hub.gates": "hub.gates",
+    "hub.kinds": "compose.kinds",
+    "hub.merges": "compose.merges",
+    "hub.methods": "train.methods",
+    "hub.remotes": "hub.remotes",
+    "hub.scorers": "router.scorers",
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,27 @@ def _machine(_store: Store) -> Iterator[Finding]:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         hint = "install it again: pip install --force-reinstall torch transformers bitsandbytes"
         yield Finding("machine", "broken", f"the packages that hold models cannot be imported: {first}", hint)
+
+
+@check("plugins")
+def _plugins(_store: Store) -> Iterator[Finding]:
+    """Entry points of other packages: each must load, and its group must be one that somebody reads."""
+    installed = entry_points()
+    groups = [group for group in installed.groups if group.startswith("hub.")]
+    others = [point for group in groups for point in installed.select(group=group)]
+    bad = {point for point in others if point.group not in _PLUGINS}
+    for point in bad:
+        package = point.dist.name if point.dist else "an unknown package"
+        said = f"{package} adds {point.name!r} to the group {point.group!r}, which nothing reads"
+        yield Finding("plugins", "broken", said, suggest(point.group, _PLUGINS) or f"groups: {', '.join(_PLUGINS)}")
+    for group in sorted({point.group for point in others} & _PLUGINS.keys()):  # ours alone need no look: it costs torch
+        noun = group.removeprefix("hub.").removesuffix("s")
+        for broken in Registry[Any](noun, package=_PLUGINS[group], group=group).broken():
+            bad.add(broken.point)
+            hint = "mend or uninstall that package; what needs none of it goes on working"
+            yield Finding("plugins", "broken", f"{noun} {broken.name!r} {broken.problem}", hint)
+    if len(others) > len(bad):
+        yield Finding("plugins", "ok", f"{len(others) - len(bad)} of other packages load")
 
 
 @check("store")

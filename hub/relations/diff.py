@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hub.contents.gates import CONFIG, EXTRA, IGNORED, WEIGHTS
+from hub.contents.checks import CONFIG, EXTRA, IGNORED, WEIGHTS
 from hub.contents.tensor_files import TensorInfo, read_header
 from hub.contents.tensor_values import Distance, distance
 from hub.errors import NotFound

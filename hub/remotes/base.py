@@ -1,7 +1,7 @@
 """What every remote can do, and how a URL finds its remote.
 
 A new remote is one file in this folder (or any package's ``hub.remotes`` entry point) with a class under
-``@register("scheme")``; nothing else changes.
+``@REMOTES.register("scheme")``; nothing else changes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from hub.errors import UsageError, suggest
-from hub.plugins import discover
+from hub.plugins import Registry
 from hub.storage.releases import Catalogue
 from hub.storage.staging import Advance
 
@@ -86,24 +86,8 @@ class Remote(Protocol):
 
 
 Opener = Callable[[str], Remote]
-OpenerT = TypeVar("OpenerT", bound=Opener)
-_openers: dict[str, Opener] = {}
-
-
-def register(*schemes: str) -> Callable[[OpenerT], OpenerT]:
-    """Class decorator: URLs of these schemes are opened by it, called with the URL."""
-
-    def add(opener: OpenerT) -> OpenerT:
-        _openers.update(dict.fromkeys(schemes, opener))
-        return opener
-
-    return add
-
-
-def schemes() -> dict[str, Opener]:
-    """All registered schemes: the files of ``hub.remotes`` and the entry points ``hub.remotes``."""
-    discover("hub.remotes", "hub.remotes")
-    return dict(_openers)
+REMOTES = Registry[Opener]("remote", package="hub.remotes", group="hub.remotes")
+"""URL scheme -> what opens a URL of it, most often a class."""
 
 
 def from_url(url: str) -> Remote:
@@ -112,16 +96,15 @@ def from_url(url: str) -> Remote:
     Raises
     ------
     UsageError
-        An unknown scheme, with did-you-mean; or a URL that carries a user, a password or a query.
+        An unknown scheme, with did-you-mean; one whose package is broken; a user, a password or a query in the URL.
     """
     refuse_secrets(url)
-    known = schemes()
     found = _SCHEME.match(url)
     scheme = found["scheme"].lower() if found else "file"
-    if scheme not in known:
-        hint = suggest(scheme, known) or f"known are {', '.join(sorted(known))}, and plain paths"
+    if scheme not in REMOTES and not any(broken.name == scheme for broken in REMOTES.broken()):
+        hint = suggest(scheme, REMOTES) or f"known are {', '.join(REMOTES)}, and plain paths"
         raise UsageError(f"there is no remote for {scheme}:// ({url})", hint=hint)
-    return known[scheme](url)
+    return REMOTES.get(scheme)(url)
 
 
 def refuse_secrets(url: str) -> None:

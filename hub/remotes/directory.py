@@ -11,7 +11,7 @@ from hub.errors import NotFound, UsageError
 from hub.io.disk import disk_errors
 from hub.io.files import CHUNK, open_regular
 from hub.ref import AdapterRef
-from hub.remotes.base import register
+from hub.remotes.base import REMOTES
 from hub.storage.releases import Catalogue
 from hub.storage.staging import Advance
 from hub.storage.vault import Vault
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hub.manifest import FileEntry, Manifest
 
 
-@register("file")
+@REMOTES.register("file")
 class DirectoryRemote:
     """Blobs and log of a store's directory; its index is left alone, so a network share will do.
 

@@ -24,7 +24,7 @@ from hub.errors import Conflict, HubError, IntegrityError, NotFound, RemoteError
 from hub.io import canonical_json as canonical
 from hub.io.files import CHUNK
 from hub.ref import AdapterRef, check_digest
-from hub.remotes.base import register
+from hub.remotes.base import REMOTES
 from hub.storage.ledger import GENESIS, Event, Position, event_of, line_of, load_line
 from hub.storage.releases import Catalogue, refuse_aliased, refuse_conflict
 from hub.storage.signatures import MAX_KEYS, MAX_SIGNATURE, names_key
@@ -50,7 +50,7 @@ _FAILURES = {
 }
 
 
-@register("s3", "gs", "gcs", "az", "abfs", "memory")
+@REMOTES.register("s3", "gs", "gcs", "az", "abfs", "memory")
 class FsspecRemote:
     """A bucket, or a folder of one.
 

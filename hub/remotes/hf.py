@@ -29,7 +29,7 @@ from hub.ref import (
     names_alias,
     names_version,
 )
-from hub.remotes.base import register
+from hub.remotes.base import REMOTES
 from hub.storage.releases import Catalogue, Release, in_order, refuse_conflict
 from hub.storage.signatures import MAX_KEYS, MAX_SIGNATURE, names_key
 from hub.storage.staging import Advance
@@ -44,7 +44,7 @@ _SIGNATURES = "signatures"  # branch
 _KEPT = frozenset({".gitattributes"})  # files that belong to the repository, not to the artifact
 
 
-@register("hf", "hf+http", "hf+https")
+@REMOTES.register("hf", "hf+http", "hf+https")
 class HuggingFaceRemote:
     """The Hugging Face Hub, or a registry that speaks its protocol.
 

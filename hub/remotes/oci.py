@@ -32,7 +32,7 @@ from hub.ref import (
     names_version,
     version_key,
 )
-from hub.remotes.base import register
+from hub.remotes.base import REMOTES
 from hub.storage import oci
 from hub.storage.releases import Catalogue, Release, Tombstone, in_order, refuse_aliased, refuse_conflict
 from hub.storage.signatures import MAX_KEYS, names_key
@@ -60,7 +60,7 @@ _REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:
 _Image = tuple[str, Mapping[str, str]]  # digest of the module that an image is of, and its annotations
 
 
-@register("oci")
+@REMOTES.register("oci")
 class OciRemote:
     """A registry, or a part of one.
 

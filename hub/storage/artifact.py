@@ -164,7 +164,7 @@ class Artifact:
 
     def _stands(self, directory: Path) -> bool:
         """Whether the directory holds this artifact unchanged; Conflict when it holds anything else."""
-        from hub.contents.gates import IGNORED
+        from hub.contents.checks import IGNORED
         from hub.errors import HubError
         from hub.io.files import sha256_file, walk
         from hub.manifest import read_manifest

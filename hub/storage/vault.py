@@ -182,7 +182,7 @@ class Vault:
         IntegrityError, GateError
             Bytes that are not what the manifest says, or that must not be admitted; nothing is published then.
         """
-        from hub.contents.gates import check_file_set
+        from hub.contents.checks import check_file_set
 
         self.refuse_conflict(manifest)
         check_file_set((entry.path for entry in manifest.files), manifest)
@@ -195,7 +195,7 @@ class Vault:
                 return self._ingest(manifest, fetch, room, reuse, crew or Crew())
 
     def _ingest(self, manifest: Manifest, fetch: Fetch, room: Path, reuse: bool, crew: Crew) -> bool:
-        from hub.contents.gates import check_agreement
+        from hub.contents.checks import check_agreement
 
         alike: dict[str, list[FileEntry]] = {}  # files of the same bytes are one blob, and one job
         for entry in manifest.files:
@@ -209,7 +209,7 @@ class Vault:
         return self.publish(manifest, room)
 
     def _admit(self, manifest: Manifest, entry: FileEntry, fetch: Fetch, room: Path, reuse: bool) -> FileScan | None:
-        from hub.contents.gates import REPACK, inspect_as
+        from hub.contents.checks import REPACK, inspect_as
 
         if reuse and self.blobs.has(entry.digest, entry.size):
             # A blob that is damaged here is fetched again, which mends it; so is one that a collector takes meanwhile.

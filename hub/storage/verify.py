@@ -41,7 +41,7 @@ def verify_release(vault: Vault, ref: AdapterRef, digest: str, *, seen: Seen | N
     seen
         Files already checked, shared between artifacts; added to.
     """
-    from hub.contents.gates import check_agreement
+    from hub.contents.checks import check_agreement
     from hub.storage.oci import image_manifest
 
     try:
@@ -69,7 +69,7 @@ def verify_release(vault: Vault, ref: AdapterRef, digest: str, *, seen: Seen | N
 
 
 def _scan(vault: Vault, manifest: Manifest, entry: FileEntry, seen: Seen) -> FileScan | None:
-    from hub.contents.gates import inspect_as
+    from hub.contents.checks import inspect_as
 
     key = (entry.digest, entry.size, entry.path)
     if key not in seen:

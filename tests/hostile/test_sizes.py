@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hub.cli import _row_of
-from hub.contents.gates import inspect
+from hub.contents.checks import inspect
 from hub.contents.tensor_files import read_header, scan
 from hub.errors import HubError
 from hub.foreign.peft_config import facts_of

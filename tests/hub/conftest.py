@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+import textwrap
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,28 @@ def hub_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "home"
     monkeypatch.setenv("HUB_HOME", str(home))
     return home
+
+
+@pytest.fixture
+def plugin_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Make a folder of plugins and, by ``entry="name = module"``, an installed package that adds one to a group."""
+
+    def make(group: str, *, entry: str = "", **modules: str) -> str:
+        root = tmp_path / uuid.uuid4().hex
+        folder = f"plugins_{root.name}"
+        (root / folder).mkdir(parents=True)
+        for name, text in {"__init__": "", **modules}.items():
+            (root / folder / f"{name}.py").write_text(textwrap.dedent(text))
+        if entry:
+            name = entry.partition(" ")[0]
+            info = root / f"acme_{name}-1.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: acme-{name}\nVersion: 1\n")
+            (info / "entry_points.txt").write_text(f"[{group}]\n{entry}\n")
+        monkeypatch.syspath_prepend(str(root))
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from hub.contents import gates
+from hub import gate
 from hub.errors import GateError, IntegrityError, ManifestError, NotFound, UsageError
 from hub.manifest import Draft, read_manifest
 from hub.pack import check_directory, pack
+from hub.plugins import Registry
 
 DRAFT = Draft(name="acme/tone", version="1.0", kind="lora")
 
@@ -119,18 +120,42 @@ def test_given_gates_run_and_their_warnings_are_kept(files) -> None:
     assert (directory / "module.json").read_bytes() == before
 
 
-def test_registered_gates(files, monkeypatch) -> None:
-    monkeypatch.setattr(gates, "_registered", {})
+def test_registered_gates(files, monkeypatch, plugin_package) -> None:
+    """A gate is one file, or one entry point of another package; each runs wherever something is packed."""
+    folder = plugin_package(
+        "hub.own_gates",
+        resolves="""
+            from hub import gate
 
-    @gates.register("resolves")
-    def resolves(directory, manifest):
-        return [f"saw {manifest.name}"]
+            @gate.GATES.register("resolves")
+            class Resolves(gate.Gate):
+                def check(self, directory, manifest):
+                    return [f"saw {manifest.name}", f"saw {manifest.name}"]
 
+            @gate.GATES.register("tried")
+            class Tried(gate.Gate):
+                needs_base = True
+
+                def check(self, directory, manifest):
+                    return ["tried on its base"]
+        """,
+    )
+    monkeypatch.setattr(gate, "GATES", Registry("gate", package=folder, group="hub.own_gates"))
     assert pack(files(), DRAFT).warnings == ("saw acme/tone",)
-    assert gates.registered("resolves") == [resolves]
+    assert pack(files(), DRAFT, on_base=True).warnings == ("saw acme/tone", "tried on its base")
+    assert gate.GATES.get("resolves").__name__ == "Resolves"
     with pytest.raises(UsageError) as caught:
-        gates.registered("resolve")
-    assert caught.value.hint == "did you mean resolves?"
+        gate.GATES.get("resolve")
+    assert "did you mean resolves?" in str(caught.value)
+
+
+def test_a_gate_that_cannot_be_loaded_lets_nothing_through(files, monkeypatch, plugin_package) -> None:
+    folder = plugin_package("hub.lost_gates", entry="policy = acme_policy.gate")
+    monkeypatch.setattr(gate, "GATES", Registry("gate", package=folder, group="hub.lost_gates"))
+    directory = files()
+    with pytest.raises(GateError, match=r"the gate 'policy' of acme-policy cannot be loaded .*acme_policy"):
+        pack(directory, DRAFT)
+    assert not (directory / "module.json").exists()
 
 
 def test_nothing_is_written_when_a_gate_refuses(files) -> None:

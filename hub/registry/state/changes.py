@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
-from hub.contents.gates import check_file_set
+from hub.contents.checks import check_file_set
 from hub.errors import GateError
 from hub.io.files import MAX_FILES, check_relative
 from hub.manifest import Draft

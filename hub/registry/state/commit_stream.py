@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, StringConstraints, ValidationError
 
-from hub.contents.gates import IGNORED
+from hub.contents.checks import IGNORED
 from hub.errors import ManifestError
 from hub.io import canonical_json as canonical
 from hub.io.files import check_relative

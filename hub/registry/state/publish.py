@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hub.contents.gates import CONFIG, role_of
+from hub.contents.checks import CONFIG, role_of
 from hub.errors import GateError, HubError, IntegrityError, ManifestError
 from hub.foreign.peft_config import facts_of, without_paths
 from hub.io.disk import disk_errors

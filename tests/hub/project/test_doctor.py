@@ -1,6 +1,7 @@
 """`hub doctor`: a healthy machine, and each problem with what to do."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -85,6 +86,29 @@ def test_remotes_that_do_not_answer(store: Store, broken) -> None:
     assert any("gone (nosuch://x)" in message for message in broken(store))
     (store.root / "remotes.json").write_text("[]")
     assert any("remotes.json" in message for message in broken(store))
+
+
+def test_broken_plugins(store: Store, broken, plugin_package, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its package, its target and its error; so is an entry point in a group that nobody reads."""
+    folder = plugin_package("hub.doctored", entry="star = acme_star.widget")
+    monkeypatch.setitem(doctor._PLUGINS, "hub.doctored", folder)
+    assert broken(store) == [
+        "doctored 'star' of acme-star cannot be loaded from acme_star.widget: "
+        "ModuleNotFoundError: No module named 'acme_star'"
+    ]
+    plugin_package("hub.kind", entry="vera = acme_vera")
+    (finding,) = [found for found in doctor.examine(store) if "hub.kind" in found.message]
+    assert finding.message == "acme-vera adds 'vera' to the group 'hub.kind', which nothing reads"
+    assert finding.hint.startswith("did you mean hub.kinds")
+
+
+def test_every_sort_of_plugin_is_looked_at() -> None:
+    groups = set()
+    for package in ("hub", "compose", "router", "train"):
+        for path in (Path(doctor.__file__).parents[2] / package).rglob("*.py"):
+            groups |= set(re.findall(r'group="(hub\.\w+)"', path.read_text()))
+            groups |= set(re.findall(r'discover\("[\w.]+", "(hub\.\w+)"\)', path.read_text()))
+    assert {"hub.gates", "hub.remotes"} < groups <= doctor._PLUGINS.keys()
 
 
 def test_packages_that_do_not_import(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

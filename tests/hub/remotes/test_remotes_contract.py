@@ -12,7 +12,7 @@ import pytest
 
 from hub.errors import Conflict, GateError, HubError, IntegrityError, NotFound, UsageError
 from hub.remotes import from_url
-from hub.remotes.base import schemes
+from hub.remotes.base import REMOTES
 from hub.storage.signatures import MAX_KEYS, MAX_SIGNATURE
 from hub.store import Store
 from hub.transfer import pull, push
@@ -64,7 +64,7 @@ ALIKE = {"hf": "hf+http", "hf+https": "hf+http", "gs": "s3", "gcs": "s3", "az": 
 
 
 def test_every_scheme_is_under_contract() -> None:
-    assert {ALIKE.get(scheme, scheme) for scheme in schemes()} <= set(PLACES)
+    assert {ALIKE.get(scheme, scheme) for scheme in REMOTES} <= set(PLACES)
 
 
 @pytest.fixture(params=sorted(PLACES))

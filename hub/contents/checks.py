@@ -1,25 +1,22 @@
-"""What must hold before an artifact is published or admitted. Torch-free; other packages add theirs by name.
+"""What the files of an artifact must be, checked wherever bytes come in: packed, pushed, pulled or uploaded.
 
-A gate is a function ``(directory, manifest) -> warnings``: it raises GateError, or returns sentences that are
-recorded in the manifest. `compose` has the gate that needs a model: every key must resolve on the base.
+No pickles, no code, no archives; safetensors without NaN or Inf; text that is text; tensors that are those the manifest
+lists. What must hold besides before an artifact is published is said by the gates (`hub.gate`).
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
 from hub.contents.tensor_files import FileScan, refuse_nonfinite, scan, tensors_digest
-from hub.errors import GateError, IntegrityError, ManifestError, UsageError, suggest
+from hub.errors import GateError, IntegrityError, ManifestError, suggest
 from hub.io import canonical_json as canonical
 from hub.io.files import CHUNK, open_regular, read_capped, sha256_file
-from hub.lazy import load
 from hub.manifest import Draft, FileEntry, Manifest, Role, TensorEntry
-
-Gate = Callable[[Path, Manifest], Iterable[str]]
 
 WEIGHTS: Final = "adapter_model.safetensors"
 EXTRA: Final = "extra.safetensors"
@@ -41,33 +38,6 @@ _BARE = {"LICENSE", "NOTICE", "CITATION.cff"}
 _PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".model"}
 _PICKLE_START = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-
-# Gates of other packages for what a user pushes, by name, so that none is imported before it is needed.
-_PUSHING = {"placement": "compose.artifacts.placement_gate:gate"}
-_registered: dict[str, Gate] = {}
-
-
-def register(name: str) -> Callable[[Gate], Gate]:
-    """Add a gate that every later `pack` of this process runs."""
-
-    def add(gate: Gate) -> Gate:
-        _registered[name] = gate
-        return gate
-
-    return add
-
-
-def registered(*names: str) -> list[Gate]:
-    """Return the registered gates: all of them, or those named; UsageError with did-you-mean otherwise."""
-    for name in names:
-        if name not in _registered:
-            raise UsageError(f"there is no gate {name!r}", hint=suggest(name, _registered))
-    return [gate for name, gate in _registered.items() if not names or name in names]
-
-
-def pushing() -> list[Gate]:
-    """Gates that `hub push` runs besides: whether every tensor has a place on the base, where that is at hand."""
-    return [load(target) for target in _PUSHING.values()]
 
 
 def role_of(path: str) -> Role:
@@ -105,7 +75,7 @@ def check_file_set(paths: Iterable[str], draft: Draft) -> None:
 
 
 def inspect(path: Path, name: str, scanned: FileScan | None = None) -> tuple[FileEntry, FileScan | None]:
-    """Hash one file and run the gates that need only its bytes.
+    """Hash one file and check what its bytes alone can tell.
 
     Parameters
     ----------
