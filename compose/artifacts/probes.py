@@ -219,7 +219,7 @@ def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def relative_error(here: Tensor, there: Tensor, scale: Tensor) -> float:
-    """||here - there|| / ||there||, or over a ten-thousandth of ||scale|| where that is more."""
+    """`||here - there|| / ||there||`, or over a ten-thousandth of `||scale||` where that is more."""
     least = _WEAK * float(torch.linalg.vector_norm(scale))
     return float(torch.linalg.vector_norm(here - there)) / max(float(torch.linalg.vector_norm(there)), least, 1e-12)
 

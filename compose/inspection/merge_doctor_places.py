@@ -85,7 +85,7 @@ class Case:
 
     @property
     def coefficients(self) -> Sequence[float]:
-        """C_i of sum_i c_i tau_i, for a linear method; else the weights."""
+        """The `c_i` of `sum_i c_i tau_i`, for a linear method; else the weights."""
         method = get_method(self.method)
         if isinstance(method, Linear) and not method.from_gram:
             return method.coefficients(bind(self.call), len(self.members))

@@ -36,7 +36,7 @@ class Interference:
 
     @property
     def norms(self) -> Tensor:
-        """||tau_i||, (N,)."""
+        """`||tau_i||`, (N,)."""
         return self.inner.diagonal().clamp_min(0).sqrt()
 
     @property
@@ -46,7 +46,7 @@ class Interference:
 
     @property
     def distance(self) -> Tensor:
-        """||tau_i - tau_j|| / max(||tau_i||, ||tau_j||), (N, N)."""
+        """`||tau_i - tau_j|| / max(||tau_i||, ||tau_j||)`, (N, N)."""
         square = self.inner.diagonal()
         gap = (square[:, None] + square - 2 * self.inner).clamp_min(0).sqrt()
         return gap / torch.maximum(self.norms[:, None], self.norms).clamp_min(torch.finfo(torch.float64).tiny)

@@ -76,7 +76,7 @@ def coefficients(method: Linear, o: Any, taus: Sequence[Tensor]) -> Sequence[flo
 
 
 def weighted_sum(stack: Tensor, o: Any) -> Tensor:
-    """Lambda sum_i w_i tau_i over the first dimension of ``stack`` (N, rows, width)."""
+    """`lambda sum_i w_i tau_i` over the first dimension of ``stack`` (N, rows, width)."""
     w = o.lambda_ * torch.tensor(weights(o, len(stack)), dtype=stack.dtype, device=stack.device)
     total: Tensor = torch.tensordot(w, stack, dims=1)
     return total

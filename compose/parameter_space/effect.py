@@ -22,7 +22,7 @@ from compose.kernels.low_rank import Pair
 from compose.kernels.maps import LinearMap
 from compose.kind.adapter import Adapter
 from compose.slots.branches import Chain, Mix
-from compose.slots.lowering import Scene, site_program
+from compose.slots.lowering import LoweringContext, site_program
 from compose.slots.stage import Entry, Node, Stage
 
 _BLOCK = 2**16  # elements of a block when two dense effects are compared
@@ -31,7 +31,7 @@ _HELD: WeakKeyDictionary[nn.Module, ref[Tensor]] = WeakKeyDictionary()
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """D = diag(gain) W + s B A, or, where that does not hold it (``node``), whatever the compiled stages compute.
+    """`D = diag(gain) W + s B A`, or, where that does not hold it (``node``), whatever the compiled stages compute.
 
     ``gain`` is (d_out,) with 0 for no change, ``pair`` the factors, ``bias`` (d_out,) what is added to the site's
     bias, or None. An effect with none of them is zero.
@@ -100,7 +100,7 @@ class Effect:
         return lambda lo, hi: torch.addmm(gain[lo:hi, None] * weight[lo:hi], b[lo:hi], a)
 
     def dense(self) -> Tensor:
-        """D whole, (d_out, d_in) float32."""
+        """`D` whole, (d_out, d_in) float32."""
         if self.node is None:
             return self.reader()(0, self.rows)
         weight = self.weight()
@@ -139,7 +139,7 @@ class Effect:
 
     @cached_property
     def energy(self) -> float:
-        """||D||^2."""
+        """`||D||^2`."""
         return self.inner(self)
 
 
@@ -151,15 +151,15 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 class _Unweighted:
-    """A scene without weights by name: a merge is made once, so only the numbers in its expression count."""
+    """A context without weights given by name: a merge is made once, so only the numbers in its expression count."""
 
-    def __init__(self, scene: Scene) -> None:
-        self.adapters = scene.adapters
+    def __init__(self, context: LoweringContext) -> None:
+        self.adapters = context.adapters
         self.weights: Mapping[str, Coefficient] = {}
-        self.sites, self.slot = scene.sites, scene.slot
+        self.sites, self.slot = context.sites, context.slot
 
 
-def effect_of(scene: Scene, path: str, expr: Expr) -> Effect:
+def effect_of(context: LoweringContext, path: str, expr: Expr) -> Effect:
     """Effect of a call-free expression at the site ``path``.
 
     Raises
@@ -167,13 +167,13 @@ def effect_of(scene: Scene, path: str, expr: Expr) -> Effect:
     KindError
         Names the adapter whose effect there is no change of a weight (a block function).
     """
-    slot = scene.slot(path)
-    node = site_program(_Unweighted(scene), path, (expr,))
+    slot = context.slot(path)
+    node = site_program(_Unweighted(context), path, (expr,))
     layer = slot.base_layer
     shape = _shape(layer)
     if node is None:
         return Effect(layer, shape)
-    _refuse_functions(scene.adapters, path, node)
+    _refuse_functions(context.adapters, path, node)
     bias = _moved_bias(layer, shape[0], node)
     if isinstance(node, Stage) and not node.inputs and not node.deltas:
         return Effect(layer, shape, *_in_factors(node), bias)
@@ -234,7 +234,7 @@ def _sum(terms: Iterable[tuple[float, Tensor]]) -> Tensor | None:
 
 @torch.no_grad()
 def weight_after(node: Node, weight: Tensor) -> Tensor:
-    """W' that a compiled node makes of W (d_out, d_in), float32.
+    """`W'` that a compiled node makes of `W` (d_out, d_in), float32.
 
     A stage: W' = diag(1 + sum w (g - 1)) W diag(1 + sum w (l - 1)) + sum w (s B A + D), see :mod:`compose.atoms`;
     a chain applies its parts in turn, a mix adds its branches' differences.
@@ -260,7 +260,7 @@ def weight_after(node: Node, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bias_after(node: Node, bias: Tensor) -> Tensor:
-    """C' that a compiled node makes of the bias c (d_out,): gains that scale the bias, then the biases added."""
+    """`c'` that a compiled node makes of the bias `c` (d_out,): gains that scale the bias, then the biases added."""
     if isinstance(node, Chain):
         for part in node.parts:
             bias = bias_after(part, bias)

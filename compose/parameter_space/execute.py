@@ -22,7 +22,7 @@ from compose.kind.parameter_shift import Shift
 from compose.parameter_space import deltas, tensors
 from compose.parameter_space.certificate import Certificate
 from compose.parameter_space.effect import entries
-from compose.parameter_space.job import Home, Job, Member, Progress
+from compose.parameter_space.job import AdaptedModel, Job, Member, Progress
 from compose.parameter_space.method import Elementwise, Factored, Linear, Method, get_method
 from compose.slots.limits import limits
 from compose.slots.lowering import site_program, unsupported
@@ -40,7 +40,7 @@ class Merged:
 class Workspace:
     """A home with more adapters in it: what inner merges make on the way."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: AdaptedModel) -> None:
         self.model: PreTrainedModel = home.model
         self.sites: SiteMap = home.sites
         self.adapters: dict[str, Adapter] = dict(home.adapters)
@@ -57,7 +57,7 @@ class Workspace:
 
 
 def resolve(
-    home: Home,
+    home: AdaptedModel,
     expr: Expr,
     weights: Mapping[str, Coefficient],
     keep: Callable[[Call, Callable[[], Merged]], None],
@@ -95,7 +95,7 @@ def resolve(
     return seq(*parts) if isinstance(expr, Seq) else add(*parts)
 
 
-def _as_sum(home: Home, call: Call) -> Expr | None:
+def _as_sum(home: AdaptedModel, call: Call) -> Expr | None:
     """The weighted sum that a merge is, if it is one for these kinds: no adapter has to be made then."""
     method, options = get_method(call.function), bind(call)
     if not isinstance(method, Linear) or method.from_gram or getattr(options, "rank", None) is not None:

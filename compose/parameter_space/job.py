@@ -13,13 +13,13 @@ from compose.errors import KindError
 from compose.expr.tree import Expr, Ref, Seq
 from compose.kind.adapter import Adapter
 from compose.parameter_space.method import Method
-from compose.slots.lowering import Scene, flatten
+from compose.slots.lowering import LoweringContext, flatten
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # what, done, total
 _T = TypeVar("_T")
 
 
-class Home(Scene, Protocol):
+class AdaptedModel(LoweringContext, Protocol):
     """A model with resident adapters."""
 
     model: PreTrainedModel
@@ -38,7 +38,7 @@ class Member:
     terms: tuple[tuple[float, Adapter], ...]
 
     @classmethod
-    def of(cls, expr: Expr, home: Home) -> Member:
+    def of(cls, expr: Expr, home: AdaptedModel) -> Member:
         """Look up the leaves; NotFound names the one that is missing."""
         adapters = {name: home.adapter(name) for name in expr.refs}
         terms = tuple((float(c), adapters[name]) for c, name in flatten(expr, {}))
@@ -59,7 +59,7 @@ class Member:
 class Job:
     """A merge: ``text`` for messages, ``name`` for the result."""
 
-    home: Home
+    home: AdaptedModel
     members: tuple[Member, ...]
     method: Method
     options: Any

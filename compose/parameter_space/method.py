@@ -36,7 +36,7 @@ Join: TypeAlias = Callable[[Sequence[tuple[float, Adapter]]], tuple[KindConfig, 
 
 @dataclass(frozen=True)
 class Linear:
-    """sum_i c_i tau_i. ``from_gram``: c is made from the (N, N) inner products of the tau_i at each place.
+    """`sum_i c_i tau_i`. ``from_gram``: c is made from the (N, N) inner products of the tau_i at each place.
 
     ``join`` lays the tensors of adapters side by side where the kind is not linear in them (prefixes, bottlenecks).
     """

@@ -92,7 +92,7 @@ def merge_heads(job: Job, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def task_vector(member: Member, origin: Mapping[str, Tensor], job: Job) -> dict[str, Tensor]:
-    """Tau = sum_t c_t (theta_t - theta_0) of a member, by key; keys it does not have are left out."""
+    """`tau = sum_t c_t (theta_t - theta_0)` of a member, by key; keys it does not have are left out."""
     holders = [a for a in member.adapters if a.state().keys() & origin.keys()]
     if member.sequential and len(holders) > 1:
         names = ", ".join(repr(a.name) for a in holders)

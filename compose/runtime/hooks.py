@@ -21,7 +21,7 @@ from compose.runtime.prompts import Entrance, Layout, PromptState
 from compose.slots.slot import Context, Slot
 
 
-class Calls:
+class CallHooks:
     """The hooks on one model. ``rows`` is how many rows the active composition tells apart (1: any batch)."""
 
     def __init__(self, model: PreTrainedModel, sites: SiteMap, context: Context, prepare: Callable[[], None]) -> None:
@@ -95,8 +95,8 @@ class Calls:
             batch, self._total = places.shape
             if module is not self._encoder:  # whose states cross-attention reads with the prompt's
                 self._layout = extended.layout
-            told = {name for name, value in kwargs.items() if value is not None}
-            if module is self._model and extended.layout.order is None and not told & {"labels", "logits_to_keep"}:
+            given = {name for name, value in kwargs.items() if value is not None}
+            if module is self._model and extended.layout.order is None and not given & {"labels", "logits_to_keep"}:
                 arguments.update(self._logits_of(self._total - prompt.length))
             if arguments.get("input_ids") is not None and self.embedding is not None:
                 front = extended.embeddings  # (B, n, d)

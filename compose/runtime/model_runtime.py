@@ -23,13 +23,13 @@ from compose.kernels.coefficients import Coefficient, check_weights
 from compose.kind.adapter import Adapter
 from compose.parameter_space.execute import Merged, resolve
 from compose.planning.plan import Leaf, plan
-from compose.runtime.hooks import Calls
+from compose.runtime.hooks import CallHooks
 from compose.runtime.inputs import Inputs, Row, is_zero, replace_module
-from compose.runtime.recent_programs import Programs, stamps
+from compose.runtime.recent_programs import RecentPrograms, stamps
 from compose.slots.branches import weighs_rows
 from compose.slots.gate import Gate, Mixer, Routing, refuse_outside
 from compose.slots.limits import check_limits, covers
-from compose.slots.lowering import flatten, site_program, switch_program
+from compose.slots.lowering import flatten, gated_program, site_program
 from compose.slots.side import SideSlot
 from compose.slots.slot import Context, Slot
 from hub.errors import NotFound, did_you_mean
@@ -55,13 +55,13 @@ class Runtime:
         self._names: tuple[str, ...] = ()  # adapters of the active rows, as of the last lowering
         self._trains = False  # whether an active adapter trains, as of the last lowering
         self._lowered: Any = None  # what the slots were made of: see _revisions
-        self._programs = Programs()
+        self._programs = RecentPrograms()
         self._stamps: dict[str, Any] = {}  # of merged adapters: what their members were
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         model.requires_grad_(False)
         self._bank = nn.ModuleDict()  # as submodules, adapters follow .to(), .train() and DDP
         model.add_module("moduloom_adapters", self._bank)
-        self._calls = Calls(model, self.sites, self.context, self._before_call)
+        self._hooks = CallHooks(model, self.sites, self.context, self._before_call)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lowered": None}  # a copy of the model (copy.deepcopy) lowers at its first call
@@ -164,22 +164,28 @@ class Runtime:
         pairs = [self._row(i) for i in range(self._row_count())]
         # A weight of zero costs nothing: where no row has another, the adapter is not there.
         active = {n: self.adapters[n] for row in pairs for c, n in row if not is_zero(c)}
+        # Weights per token fit texts of one length only; slots compare it with what comes.
         self.context.tokens = max((w.shape[1] for w in self._tensors() if w.dim() == 2 and w.shape[1] > 1), default=0)
+        # All slots first: an adapter that is not active any more must not act on, and taps are set by other slots.
         self._side.clear()
         for slot in self._slots.values():
             slot.clear()
+        # Going back to a composition of late is common (a batch each), and its programs are still good.
         key = self._key()
         if not self._programs.restore(key):
             self._lower_slots(active)
             self._programs.keep(key, active, self._slots.values())
+        # Hooks of side networks cost at every call, so they are on only while one has a program.
         self._side.attend()
-        self._calls.rows = len(pairs)
-        self._calls.measures_past = self._inputs.set_prefixes(
+        # What acts on the inputs rather than at a site: prefixes may stand in some layers only, so rows are by path.
+        self._hooks.rows = len(pairs)
+        self._hooks.measures_past = self._inputs.set_prefixes(
             active, lambda path: [self._row(i, path) for i in range(len(pairs))]
         )
-        self._calls.prompt = self._inputs.prompts(active, pairs)
-        if self._calls.prompt is not None:
-            self._calls.embedding = self.slot(self.sites.embedding)
+        self._hooks.prompt = self._inputs.prompts(active, pairs)
+        if self._hooks.prompt is not None:
+            self._hooks.embedding = self.slot(self.sites.embedding)
+        # Last, as all the above may raise: only then is what the slots hold known to be this composition.
         self._lowered, self._trains = self._revisions(), self.live
 
     def _lower_slots(self, active: Mapping[str, Adapter]) -> None:
@@ -187,7 +193,7 @@ class Runtime:
         for path in paths:
             slot = self.slot(path)
             if self.routing is not None:
-                slot.program = switch_program(self, path, self.routing.experts, self.routing.gate)
+                slot.program = gated_program(self, path, self.routing.experts, self.routing.gate)
                 slot.per_row = slot.program is not None
                 continue
             slot.program = site_program(self, path, self.rows)
@@ -279,7 +285,7 @@ class Runtime:
         for path, slot in self._slots.items():
             replace_module(self.model, path, slot.base_layer)
         self._inputs.close()
-        self._calls.close()
+        self._hooks.close()
         del self.model._modules["moduloom_adapters"]
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
@@ -297,11 +303,10 @@ def _key(name: str) -> str:
 
 def runtime(model: PreTrainedModel) -> Runtime:
     """The runtime of ``model``; the first call injects it and freezes the base."""
-    found = model.__dict__.get(_HOME)
-    if found is None:
-        found = Runtime(model)
-        model.__dict__[_HOME] = found
-    return cast("Runtime", found)
+    there = model.__dict__.get(_HOME)
+    if there is None:
+        there = model.__dict__[_HOME] = Runtime(model)
+    return cast("Runtime", there)
 
 
 def activate(
@@ -309,17 +314,17 @@ def activate(
 ) -> None:
     """Make a composition active; see :func:`compose.activate`."""
     rows = as_rows(expr)
-    found = runtime(model)
-    plans = {row: plan(row, lambda name: leaf(found.adapter(name))) for row in dict.fromkeys(rows)}
-    found.activate([plans[row].expression for row in rows], dict(weights or {}))
+    home = runtime(model)
+    plans = {row: plan(row, lambda name: leaf(home.adapter(name))) for row in dict.fromkeys(rows)}
+    home.activate([plans[row].expression for row in rows], dict(weights or {}))
 
 
 def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixer) -> None:
     """Let a gate weigh experts at each site; see :func:`compose.route`."""
-    found = runtime(model)
+    home = runtime(model)
     trees = as_rows(list(experts))
-    plans = {tree: plan(tree, lambda name: leaf(found.adapter(name))) for tree in dict.fromkeys(trees)}
-    found.route([plans[tree].expression for tree in trees], gate)
+    plans = {tree: plan(tree, lambda name: leaf(home.adapter(name))) for tree in dict.fromkeys(trees)}
+    home.route([plans[tree].expression for tree in trees], gate)
 
 
 def leaf(adapter: Adapter) -> Leaf:
@@ -331,6 +336,6 @@ def leaf(adapter: Adapter) -> Leaf:
 
 def eject(model: PreTrainedModel) -> None:
     """Restore modules, parameters and requires_grad flags as they were before the first adapter."""
-    found = model.__dict__.pop(_HOME, None)
-    if found is not None:
-        found.close()
+    home = model.__dict__.pop(_HOME, None)
+    if home is not None:
+        home.close()

@@ -22,7 +22,7 @@ from compose.kernels.low_rank import expand
 
 
 @dataclass(frozen=True)
-class Made:
+class TextPrompt:
     """A prompt made from the text of each of ``rows`` rows from ``row`` on: ``length`` embeddings from ``start`` on."""
 
     row: int
@@ -39,7 +39,7 @@ class PromptState:
     embeddings: Tensor
     counts: Tensor
     causal: bool
-    made: tuple[Made, ...] = ()
+    from_text: tuple[TextPrompt, ...] = ()
 
     @property
     def length(self) -> int:
@@ -60,24 +60,29 @@ class PromptState:
         if len(self.counts) == batch:
             return self
         times = batch // len(self.counts)
-        made = tuple(replace(m, row=m.row * times, rows=m.rows * times) for m in self.made)
-        return replace(self, embeddings=repeat(self.embeddings, batch), counts=repeat(self.counts, batch), made=made)
+        from_text = tuple(replace(m, row=m.row * times, rows=m.rows * times) for m in self.from_text)
+        return replace(
+            self,
+            embeddings=repeat(self.embeddings, batch),
+            counts=repeat(self.counts, batch),
+            from_text=from_text,
+        )
 
     def for_texts(self, ids: Tensor | None, mask: Tensor) -> PromptState:
         """The same for the rows of a batch (B, T), with the prompts that are made from their texts."""
-        if not self.made:
+        if not self.from_text:
             return self.on(len(mask))
         if ids is None:
             raise KindError("a prompt that is made from the text needs input_ids, not inputs_embeds")
         state = self.on(len(mask))
         first, last = mask.long().argmax(1), mask.sum(1).long() - 1  # (B,)
         embeddings = state.embeddings.clone()
-        for made in state.made:
-            rows = slice(made.row, made.row + made.rows)
-            steps = torch.arange(made.length, device=ids.device)
+        for prompt in state.from_text:
+            rows = slice(prompt.row, prompt.row + prompt.rows)
+            steps = torch.arange(prompt.length, device=ids.device)
             places = first[rows, None] + torch.minimum(steps, last[rows, None].clamp_min(0))
-            values = made.of(ids[rows].gather(1, places))
-            embeddings[rows, made.start : made.start + made.length] = values.to(embeddings)
+            values = prompt.of(ids[rows].gather(1, places))
+            embeddings[rows, prompt.start : prompt.start + prompt.length] = values.to(embeddings)
         return replace(state, embeddings=embeddings)
 
     def mask(self) -> Tensor:
@@ -125,15 +130,15 @@ def stack_prompts(rows: Sequence[Sequence[Prompt]], like: Tensor, *, causal: boo
     ]
     n = max(len(j) for j in joined)
     padded = torch.stack([F.pad(j, (0, 0, n - len(j), 0)) for j in joined])
-    made: list[Made] = []
+    from_text: list[TextPrompt] = []
     for i, row in enumerate(rows):
         start = n - len(joined[i])
         for p in row:
             if p.of is not None:
-                made.append(Made(i, start, len(p.embeddings), p.of))
+                from_text.append(TextPrompt(i, start, len(p.embeddings), p.of))
             start += len(p.embeddings)
     counts = torch.tensor([len(j) for j in joined], device=like.device)
-    return PromptState(padded, counts, causal, tuple(made))
+    return PromptState(padded, counts, causal, tuple(from_text))
 
 
 def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +164,7 @@ class Entrance:
 
 
 @dataclass(frozen=True)
-class Extended:
+class ExtendedInputs:
     """Arguments with room for the prompt, how the rows stand, which places are the prompt's, and what stands there.
 
     ``places`` (B, n + T) is None in a step with a cache, which holds the prompt already.
@@ -171,7 +176,7 @@ class Extended:
     embeddings: Tensor
 
 
-def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]) -> Extended:
+def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]) -> ExtendedInputs:
     """Put the prompt's places before the text, or (with a cache) only account for them."""
     source = cast("Tensor", kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"])
     batch, length, n = source.shape[0], source.shape[1], state.length
@@ -184,7 +189,7 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
     out = {**kwargs, "attention_mask": layout.join(state.mask().to(mask), mask)}
     _extend_positions(state, entrance, layout, out, length, seen)
     if seen:
-        return Extended(out, layout, None, state.embeddings)
+        return ExtendedInputs(out, layout, None, state.embeddings)
     state = state.for_texts(kwargs.get("input_ids"), mask)
     if kwargs.get("input_ids") is not None:
         out["input_ids"] = layout.join(source.new_full((batch, n), entrance.filler), source)
@@ -204,7 +209,7 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
         out["logits_to_keep"] = kwargs["logits_to_keep"] + n
     places = layout.join(state.mask().bool(), torch.zeros_like(mask, dtype=torch.bool))
-    return Extended(out, layout, places, state.embeddings)
+    return ExtendedInputs(out, layout, places, state.embeddings)
 
 
 def _check_room(cache: Any, needed: int) -> None:

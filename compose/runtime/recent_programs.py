@@ -27,33 +27,33 @@ def stamps(adapters: Sequence[Adapter]) -> Hashable | None:
     )
 
 
-class Programs:
+class RecentPrograms:
     """What slots hold, by a key that stands for everything it was made of, and the names of the adapters in it."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[Hashable, tuple[frozenset[str], list[tuple[Slot, dict[str, Any]]]]] = OrderedDict()
+        self._snapshots: OrderedDict[Hashable, tuple[frozenset[str], list[tuple[Slot, dict[str, Any]]]]] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_held": OrderedDict()}  # a copy of a model lowers its own adapters
+        return {"_snapshots": OrderedDict()}  # a copy of a model lowers its own adapters
 
     def restore(self, key: Hashable | None) -> bool:
         """Put back what slots held under ``key``; False if nothing is known of it. The slots must be clear."""
-        if key not in self._held:
+        if key not in self._snapshots:
             return False
-        self._held.move_to_end(key)
-        for slot, held in self._held[key][1]:
-            slot.__dict__.update(held)
+        self._snapshots.move_to_end(key)
+        for slot, snapshot in self._snapshots[key][1]:
+            slot.__dict__.update(snapshot)
         return True
 
     def keep(self, key: Hashable | None, names: Iterable[str], slots: Iterable[Slot]) -> None:
         """Remember what ``slots`` hold; with the key None nothing."""
         if key is None:
             return
-        self._held[key] = frozenset(names), [(slot, held) for slot in slots if (held := slot.held())]
-        if len(self._held) > _ROOM:
-            self._held.popitem(last=False)
+        self._snapshots[key] = frozenset(names), [(s, snapshot) for s in slots if (snapshot := s.snapshot())]
+        if len(self._snapshots) > _ROOM:
+            self._snapshots.popitem(last=False)
 
     def drop(self, name: str) -> None:
         """Forget every composition that the adapter ``name`` is in."""
-        for key in [key for key, (names, _) in self._held.items() if name in names]:
-            del self._held[key]
+        for key in [key for key, (names, _) in self._snapshots.items() if name in names]:
+            del self._snapshots[key]

@@ -53,7 +53,7 @@ class Mix:
         return State(y, c)
 
 
-class Apart:
+class RowBranches:
     """An expression for each row: each branch computes those that are its own, and the others stay as they are below.
 
     ``terms``: (R,) which rows a branch has, and the branch. It stands on the bare layer.
@@ -103,7 +103,7 @@ def stages(node: Node | None) -> list[Stage]:
     """All stages of a compiled node."""
     if isinstance(node, Stage):
         return [node]
-    inner = [n for _, n in node.terms] if isinstance(node, Mix | Apart) else []
+    inner = [n for _, n in node.terms] if isinstance(node, Mix | RowBranches) else []
     parts = node.parts if isinstance(node, Chain) else inner
     return [stage for part in parts for stage in stages(part)]
 
@@ -114,7 +114,7 @@ def weighs_rows(node: Node) -> bool:
         return any(isinstance(e.coefficient, Tensor) for e in node.entries)
     if isinstance(node, Chain):
         return any(weighs_rows(part) for part in node.parts)
-    if isinstance(node, Apart):
+    if isinstance(node, RowBranches):
         return True
     return isinstance(node, Mix) and any(isinstance(c, Tensor) or weighs_rows(n) for c, n in node.terms)
 

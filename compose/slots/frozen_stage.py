@@ -41,18 +41,18 @@ class FrozenStage:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        self._layouts: dict[torch.dtype, Layout] = {}
+        self._layouts: dict[torch.dtype, FrozenLayout] = {}
 
-    def on(self, layer: nn.Module, like: Tensor) -> Layout:
+    def on(self, layer: nn.Module, like: Tensor) -> FrozenLayout:
         """What calls of ``layer`` on activations such as ``like`` compute."""
         layout = self._layouts.get(like.dtype)
         if layout is None:
             with torch.inference_mode(False):  # what is kept may meet autograd in a later call
-                layout = self._layouts[like.dtype] = Layout(self._stage, layer, like)
+                layout = self._layouts[like.dtype] = FrozenLayout(self._stage, layer, like)
         return layout
 
 
-class Layout:
+class FrozenLayout:
     """The calls of ``stage`` on ``layer``, for activations such as ``like``."""
 
     def __init__(self, stage: Stage, layer: nn.Module, like: Tensor) -> None:
@@ -129,7 +129,7 @@ def _vectors(vectors: Tensor | None, neutral: float) -> Vectors | None:
 
 
 class Term:
-    """w F(z) for the rows that have a weight; z is the layer's input x, or what ``function`` reads."""
+    """`w F(z)` for the rows that have a weight; z is the layer's input x, or what ``function`` reads."""
 
     def __init__(
         self, fn: Callable[[Tensor], Tensor], weight: Coefficient, like: Tensor, function: Function | None = None
@@ -155,7 +155,7 @@ class Term:
         return value if isinstance(self._weight, float) and self._weight == 1.0 else value * self._weight
 
     def add(self, y: Tensor, value: Tensor, *, own: bool) -> Tensor:
-        """Y plus the term; ``own``: y may be written over."""
+        """`y` plus the term; ``own``: y may be written over."""
         if self._rows is None:
             return y.add_(value) if own else y + value
         return add_rows(y, self._rows, value, self._count, own=own and y.is_contiguous())

@@ -39,8 +39,8 @@ class Routing:
     gate: Gate | Mixer
 
 
-class Switch:
-    """Experts weighed by a gate that reads the site's input: y0 + sum_e w_e(x) (f_e - y0).
+class GatedExperts:
+    """Experts weighed by a gate that reads the site's input: `y0 + sum_e w_e(x) (f_e - y0)`.
 
     ``nodes`` are the experts in the gate's order, None where one does nothing at this site.
     """
@@ -67,7 +67,7 @@ class Switch:
         return Mix([(w[..., i], n) for i, n in enumerate(self.nodes) if n is not None]).run(below, x)
 
     def add(self, y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
-        """Y plus the routed mixture of frozen pairs, laid out once; ``fresh``: y may be written over."""
+        """`y` plus the routed mixture of frozen pairs, laid out once; ``fresh``: y may be written over."""
         routed = self._routed.get(x.dtype)
         if routed is None:
             with torch.inference_mode(False):
@@ -100,11 +100,11 @@ def _only_pairs(stage: Stage) -> bool:
 
 def refuse_outside(adapter: Adapter) -> None:
     """A gate weighs what adapters do at linear layers; what they do elsewhere cannot be weighed by it."""
-    held = "carries whole modules" if adapter.saved else "puts a prompt before the text" if adapter.prompt() else ""
-    if not held and any(adapter.prefix(path) for path in adapter.paths):
-        held = "puts a prefix before the keys"
-    if held:
+    reason = "carries whole modules" if adapter.saved else "puts a prompt before the text" if adapter.prompt() else ""
+    if not reason and any(adapter.prefix(path) for path in adapter.paths):
+        reason = "puts a prefix before the keys"
+    if reason:
         raise KindError(
-            f"{adapter.kind} adapter {adapter.name!r} {held}, which no gate at a site can weigh",
+            f"{adapter.kind} adapter {adapter.name!r} {reason}, which no gate at a site can weigh",
             hint="choose it by row: compose.activate(model, [expression of each row])",
         )

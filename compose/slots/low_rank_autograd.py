@@ -41,7 +41,7 @@ def apply(
 
 
 class _Learning(torch.autograd.Function):
-    """N tokens: x, z (N, d_in) with z = x or x after dropout; h = z A^T (N, r); y (N, d_out)."""
+    """For N tokens: `x`, `z` (N, d_in), `z` being `x` or `x` after dropout; `h = z A^T` (N, r); `y` (N, d_out)."""
 
     @staticmethod
     def forward(

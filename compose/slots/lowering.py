@@ -15,8 +15,8 @@ from compose.errors import KindError
 from compose.expr.tree import Call, Expr, Ref, Scale, Seq
 from compose.kernels.coefficients import Coefficient, multiply
 from compose.kind.adapter import Adapter
-from compose.slots.branches import Apart, Chain, Mix, weighs_rows
-from compose.slots.gate import Gate, Mixer, Switch
+from compose.slots.branches import Chain, Mix, RowBranches, weighs_rows
+from compose.slots.gate import Gate, GatedExperts, Mixer
 from compose.slots.limits import covers, limits
 from compose.slots.side import SideSlot
 from compose.slots.slot import BelowView, Slot
@@ -25,7 +25,7 @@ from compose.slots.stage import Entry, Node, Stage
 Rows = Sequence[Expr]
 
 
-class Scene(Protocol):
+class LoweringContext(Protocol):
     """What lowering needs to know of a model: its adapters, the weights given by name, its sites and its slots."""
 
     adapters: dict[str, Adapter]
@@ -61,9 +61,9 @@ def unsupported(call: Call) -> KindError:
     )
 
 
-def site_program(scene: Scene, path: str, rows: Rows) -> Node | None:
+def site_program(context: LoweringContext, path: str, rows: Rows) -> Node | None:
     """What the slot at ``path`` computes for these rows (one: for all), or None if nothing acts there."""
-    builder = _Site(scene, path)
+    builder = _Site(context, path)
     lowered = {expr: builder.node(expr, _BARE) for expr in dict.fromkeys(rows)}
     nodes = [lowered[expr] for expr in rows]
     if len(rows) == 1:
@@ -77,14 +77,14 @@ def site_program(scene: Scene, path: str, rows: Rows) -> Node | None:
     for i, expr in enumerate(rows):
         rows_of.setdefault(expr, torch.zeros(len(rows), dtype=torch.bool, device=device))[i] = True
     branches = {expr: node for expr, node in zip(rows, nodes, strict=True) if node is not None}
-    return Apart([(rows_of[expr], node) for expr, node in branches.items()])
+    return RowBranches([(rows_of[expr], node) for expr, node in branches.items()])
 
 
-def switch_program(scene: Scene, path: str, experts: Rows, gate: Gate | Mixer) -> Node | None:
+def gated_program(context: LoweringContext, path: str, experts: Rows, gate: Gate | Mixer) -> Node | None:
     """What the slot at ``path`` computes where a gate weighs the experts, or None if none of them acts there."""
-    builder = _Site(scene, path)
+    builder = _Site(context, path)
     nodes = [builder.node(expr, _BARE) for expr in experts]
-    return None if all(n is None for n in nodes) else Switch(path, gate, nodes)
+    return None if all(n is None for n in nodes) else GatedExperts(path, gate, nodes)
 
 
 def _stack_rows(rows: Sequence[Sequence[Entry]]) -> Stage:
@@ -129,10 +129,10 @@ _BARE = _Under()
 class _Site:
     """Builds the nodes of one site."""
 
-    def __init__(self, scene: Scene, path: str) -> None:
-        self.scene, self.path = scene, path
-        self.slot = scene.slot(path)
-        self.parts = scene.sites.parts.get(path, ())
+    def __init__(self, context: LoweringContext, path: str) -> None:
+        self.context, self.path = context, path
+        self.slot = context.slot(path)
+        self.parts = context.sites.parts.get(path, ())
         self._lowered: dict[str, Atoms | None] = {}
 
     def node(self, expr: Expr, under: _Under) -> Node | None:
@@ -159,17 +159,17 @@ class _Site:
         """The parts of this site that a call lets its argument act on: none of them (), or None for the whole site."""
         if not limits(call):
             raise unsupported(call)
-        carried = any(self.path in self.scene.adapters[name].saved for name in call.refs)
-        if carried or covers(self.scene.sites, call, self.path):
+        carried = any(self.path in self.context.adapters[name].saved for name in call.refs)
+        if carried or covers(self.context.sites, call, self.path):
             return under.within
         parts = self.parts if under.within is None else under.within
-        return tuple(part for part in parts if covers(self.scene.sites, call, part.path))
+        return tuple(part for part in parts if covers(self.context.sites, call, part.path))
 
     def _leaf(self, name: str, under: _Under) -> Node | None:
-        weight = self.scene.weights.get(name, 1.0)
+        weight = self.context.weights.get(name, 1.0)
         if not isinstance(weight, Tensor) and weight == 0:
             return None
-        adapter = self.scene.adapters[name]
+        adapter = self.context.adapters[name]
         entries = []
         for part, path in self._places(under.within):
             key = " >> ".join((*under.texts, name)) if adapter.reads_below else name
@@ -205,7 +205,7 @@ class _Site:
         own = part is not None and path == part.path
         atoms = adapter.lower(path, BelowView(self.slot, under.nodes, part.rows if part is not None and own else None))
         if atoms is not None and isinstance(atoms.function, Function) and atoms.function.tap:
-            tapped = self.scene.slot(atoms.function.tap)
+            tapped = self.context.slot(atoms.function.tap)
             tapped.keep_input = True
             self.slot.taps.append(tapped)
             atoms = replace(atoms, function=replace(atoms.function, source=tapped.input))

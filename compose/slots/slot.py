@@ -16,7 +16,7 @@ from compose.kernels.fused_rows import Rows
 from compose.slots import low_rank_autograd as learning
 from compose.slots.branches import Chain, stages
 from compose.slots.frozen_stage import FrozenStage, frozen_stage
-from compose.slots.gate import Switch
+from compose.slots.gate import GatedExperts
 from compose.slots.stage import Node, Stage, State
 
 
@@ -74,7 +74,7 @@ class Slot(nn.Module):
         # Not one by one: a module's __setattr__ is slow, and while an adapter trains this runs at each call.
         self.__dict__.update(program=None, frozen=None, per_row=False, keep_input=False, seen=None, taps=[])
 
-    def held(self) -> dict[str, Any] | None:
+    def snapshot(self) -> dict[str, Any] | None:
         """The program and what it asks for, for `__dict__`; None if there is nothing."""
         if self.program is None and not self.keep_input:
             return None
@@ -105,7 +105,7 @@ class Slot(nn.Module):
                 f"weights were given for {tokens} tokens a row, and {x.shape[1]} come here",
                 hint="activate again with weights for the tokens of this call",
             )
-        if isinstance(program, Stage | Switch) and program.simple:
+        if isinstance(program, Stage | GatedExperts) and program.simple:
             y = self._modules["base_layer"](x)  # type: ignore[misc]  # not by attribute: modules look theirs up slowly
             return program.add(y, x, fresh=not y.requires_grad and y.dtype == x.dtype)
         if self.frozen is not None and _plain(x):
@@ -143,7 +143,7 @@ class Slot(nn.Module):
                 stage.lay_out(like)
 
     def row_norm_squared(self) -> Tensor:
-        """||W||^2 of each row, computed once."""
+        """`||W||^2` of each row, computed once."""
         if self._row_norm is None:
             self._row_norm = row_norm_squared(self.base_layer)
         return self._row_norm
@@ -164,7 +164,7 @@ class BelowView:
         self._slot, self._before, self._rows = slot, tuple(before), rows
 
     def apply(self, x: Tensor) -> Tensor:
-        """W' x, bias left out; x (n, d_in)."""
+        """`W' x`, bias left out; x (n, d_in)."""
         layer = self._slot.base_layer
         x = x.to(compute_dtype(layer))[None]  # (1, n, d_in): as one row of a batch
         y, c = Chain(self._before).run(self._slot._below, x) if self._before else self._slot._below(x)
@@ -172,7 +172,7 @@ class BelowView:
         return y if self._rows is None else self._rows.of(y)
 
     def row_norm_squared(self) -> Tensor:
-        """||W'||^2 of each row: from the weight, or by feeding unit vectors through the stages before."""
+        """`||W'||^2` of each row: from the weight, or by feeding unit vectors through the stages before."""
         if not self._before:
             norm = self._slot.row_norm_squared()
             return norm if self._rows is None else self._rows.of(norm)

@@ -61,12 +61,14 @@ class Stage:
     def __init__(self, entries: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
         atoms = [(e, e.atoms) for e in self.entries]
+        # By what they do, since each sort is computed in one go over its entries: one adapter may stand in several.
         self.low_rank = [e for e, a in atoms if a.A is not None]
         self.gains = [e for e, a in atoms if a.gain is not None]
         self.biasless = [e for e in self.gains if not e.atoms.gain_scales_bias]
         self.inputs = [e for e, a in atoms if a.input_gain is not None]
         self.biases = [e for e, a in atoms if a.bias is not None]
         self.deltas = [e for e, a in atoms if a.delta is not None]
+        # Whole modules apart from other functions: a head takes the place of the layer, it is not added to it.
         self.heads = [e for e, a in atoms if isinstance(a.function, Replace)]
         self.functions = [e for e, a in atoms if a.function is not None and not isinstance(a.function, Replace)]
         self.live = any(e.live for e in self.entries)
@@ -74,10 +76,12 @@ class Stage:
         self.keeps = not self.live and not any(
             isinstance(e.coefficient, Tensor) and e.coefficient.requires_grad for e in self.entries
         )
-        # Nothing but frozen pairs, the common case: y + sum_e w_e s_e B_e A_e x, see :meth:`add`.
+        # Nothing but frozen pairs, the common case: `y + sum_e w_e s_e B_e A_e x`, see :meth:`add`.
         self.simple = self.keeps and all(e.atoms.is_pair and not e.atoms.dropout for e in self.entries)
+        # One adapter that trains alone, the common case of training: the slot has cheaper ways than :meth:`run`.
         self.moves = self._moves()
         self.learns = self._learns()
+        # What does not depend on x, laid out at the first call of a dtype and read by all the others.
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
         self._prepared: dict[torch.dtype, Prepared] = {}
         self._maps: dict[torch.dtype, list[LinearMap]] = {}
@@ -101,7 +105,7 @@ class Stage:
         return all(e.atoms.additive for e in self.entries)
 
     def run(self, below: Below, x: Tensor) -> State:
-        """Y = y0 (1 + G) + low rank + deltas + biases + functions; see :mod:`compose.atoms`."""
+        """`y = y0 (1 + G) + low rank + deltas + biases + functions`; see :mod:`compose.atoms`."""
         if (whole := self._replacement()) is not None:
             return State(whole.fn(x), None)  # what is below does not matter: do not compute it
         y0, c0 = below(x * self._mixed("inputs", self.inputs, x, plus_one=True) if self.inputs else x)
@@ -125,7 +129,7 @@ class Stage:
         return self._with_heads(State(y, c), x, y0) if self.heads else State(y, c)
 
     def _with_heads(self, state: State, x: Tensor, y0: Tensor) -> State:
-        """Y + sum_e w_e (M_e(x) - y0), in an order of operations in which w_e = 1 leaves M_e(x) as it is.
+        """`y + sum_e w_e (M_e(x) - y0)`, in an order of operations in which `w_e = 1` leaves `M_e(x)` as it is.
 
         Heads may differ in width, see :func:`compose.kind.heads.level`.
         """
@@ -170,7 +174,7 @@ class Stage:
         return cast("Replace", self.heads[0].atoms.function) if self.entries[0].coefficient == 1.0 else None
 
     def _mixed(self, label: str, entries: Sequence[Entry], like: Tensor, *, plus_one: bool = False) -> Tensor:
-        """Sum_e w_e t_e over vectors t (gains enter as g - 1): (d,) for numbers, else (B, 1 or T, d)."""
+        """`sum_e w_e t_e` over vectors t (gains enter as g - 1): (d,) for numbers, else (B, 1 or T, d)."""
         mixed = self._kept_mixture(label, entries, like, plus_one=plus_one)
         if mixed.shape[0] == 1 and mixed.dim() == 2:
             return mixed[0]
@@ -178,7 +182,7 @@ class Stage:
         return mixed[:, None] if mixed.dim() == 2 else mixed
 
     def mixture(self, label: str, entries: Sequence[Entry], like: Tensor, *, plus_one: bool = False) -> Tensor:
-        """Sum_e w_e t_e over vectors t (gains enter as g - 1), (1 or R, [T,] d)."""
+        """`sum_e w_e t_e` over vectors t (gains enter as g - 1), (1 or R, [T,] d)."""
         vectors = torch.stack([_vector(label, e.atoms) for e in entries])  # (E, d)
         mixed = mix(weight_matrix([e.coefficient for e in entries], like), vectors).to(like.dtype)
         return mixed + 1 if plus_one else mixed
@@ -204,7 +208,7 @@ class Stage:
         return self.add(y, x)
 
     def add(self, y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
-        """Y plus the low-rank mixture of frozen factors, laid out once; ``fresh``: y may be written over."""
+        """`y` plus the low-rank mixture of frozen factors, laid out once; ``fresh``: y may be written over."""
         return self.layout_for(x)(y, x, fresh=fresh)
 
     def layout_for(self, x: Tensor) -> Prepared:
@@ -239,7 +243,7 @@ class Stage:
         return y
 
     def _call(self, entry: Entry, x: Tensor, y0: Tensor) -> Tensor:
-        """W F, computed only for the rows whose weight is not zero."""
+        """`w F`, computed only for the rows whose weight is not zero."""
         function = entry.atoms.function
         w, rows = used_rows(entry.coefficient, x.shape[0])
         if isinstance(function, Side):  # for all rows: what it keeps for later tokens lies side by side in one cache
@@ -269,7 +273,7 @@ def pair_of(entry: Entry, times: float, dtype: torch.dtype, *, fold: bool) -> Pa
 
 
 def _apply_map(delta: LinearMap, coefficient: Coefficient, x: Tensor, like: Tensor) -> Tensor:
-    """W D x, computed only for the rows whose weight is not zero."""
+    """`w D x`, computed only for the rows whose weight is not zero."""
     w, rows = used_rows(coefficient, x.shape[0])
     return weigh(on_rows(lambda x_, y_: delta(x_).to(y_.dtype), rows, shield(x, w), like), w)
 
