@@ -95,6 +95,10 @@ class RemoteError(HubError):
     """A remote that cannot be reached or answers wrongly."""
 
 
+class HubWarning(UserWarning):
+    """Something the user should know, though it stops nothing; the ``hub`` command prints it as a sentence."""
+
+
 def did_you_mean(word: str, known: Iterable[str], *, count: int = 3) -> list[str]:
     """Close matches of a word among known ones, best first (`difflib`, cutoff 0.6)."""
     from difflib import get_close_matches

@@ -31,11 +31,9 @@ def diff(a: str, b: str, everything: bool, as_json: bool) -> None:
     A and B are refs of the store or adapter directories, PEFT's included. A tensor that changed is shown with
     ||B - A||, that over ||A||, the cosine between the two and the largest change of a number.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from hub.relations import diff as differ
-    from hub.store import Store
+    import hub
 
-    store = Store()
-    found = differ.diff(differ.side(a, store), differ.side(b, store))
+    found = hub.diff(a, b)
     if as_json:
         print_json(found.as_dict())
         return

@@ -9,8 +9,6 @@ import click
 
 from hub.commands._output import json_option, print_json, say
 
-_EXPORT = "compose.artifacts.exporting:export"
-
 
 @click.command()
 @click.argument("ref")
@@ -31,15 +29,15 @@ def export(ref: str, format_: str, out: Path | None, as_json: bool, **options: A
     hub export acme/dora --format vllm --rank 16         what no LoRA is exactly, approximated and measured
     hub export acme/tone --format merged --to ./model    the base with it folded in, and what rounding has lost
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    import hub
     from hub.errors import UsageError
-    from hub.lazy import load
     from hub.ref import AdapterRef
 
     for name, of in (("rank", "vllm"), ("quantize", "merged")):
         if options[name] is not None and format_ != of:
             raise UsageError(f"--{name} belongs to --format {of}")
     place = out or Path(f"{AdapterRef.parse(ref).name}-{format_}")
-    done = load(_EXPORT)(ref, format_, place, **options)
+    done = hub.export(ref, format_, place, **options)
     if as_json:
         print_json(done.as_dict())
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from hub.commands._options import jobs_option
-from hub.commands._output import json_option, print_json, say, summary, warn
+from hub.commands._output import json_option, print_json, say, summary
 
 
 @click.command()
@@ -32,33 +32,12 @@ def pull(ref: str, source: str | None, out: Path | None, requires: bool, jobs: i
 
     An alias in REF is set here too. An interrupted pull goes on where it stopped.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from hub.errors import UsageError
-    from hub.store import Store
+    import hub
+    from hub.console.progress import bars
 
-    store = Store()
-    if source is None and out is None:
-        raise UsageError("from where?", hint=f"write hub pull {ref} --from REMOTE, or --out DIR to copy it out")
-    if source is None:
-        artifact = store.get(ref)
-    else:
-        from hub.console.progress import bars
-        from hub.project.named_remotes import Remotes
-        from hub.ref import AdapterRef
-        from hub.transfer import find
-        from hub.transfer import pull as transfer
-
-        remote = Remotes().open(source)
-        withdrawn = find(remote, AdapterRef.parse(ref)).yanked
-        if withdrawn is not None:
-            warn(f"{ref} is yanked in {source}: {withdrawn}")
-        with bars() as progress:
-            artifact = transfer(store, remote, ref, progress=progress, requires=requires, jobs=jobs)
-    for warning in artifact.manifest.warnings:
-        warn(f"{artifact.ref}: {warning}")
-    if artifact.facts.yanked is not None:
-        warn(f"{artifact.ref} is yanked: {artifact.facts.yanked}")
-    if out is not None:
-        artifact.materialize(out)
+    store = hub.Store()
+    with bars() as progress:
+        artifact = hub.pull(ref, from_=source, out=out, requires=requires, jobs=jobs, store=store, progress=progress)
     if as_json:
         print_json({**summary(artifact), "out": None if out is None else str(out)})
     else:

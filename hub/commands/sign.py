@@ -24,10 +24,9 @@ def sign(target: str, key: Path, signature: Path | None, as_json: bool) -> None:
 
     The signature lists the sha256 of every file, in the format of model-signing.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from hub.signing import sign as make
-    from hub.store import Store
+    import hub
 
-    signed = make(Store(), target, key, signature)
+    signed = hub.sign(target, key, signature=signature)
     if key.stat().st_mode & 0o077:
         warn(f"others on this machine can read {key}; chmod 600 {key}")
     if as_json:

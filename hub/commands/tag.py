@@ -26,16 +26,14 @@ def tag(ref: str, alias: str | None, expect: str | None, as_json: bool) -> None:
     hub tag acme/tone@1.3.0 prod --expect 1.2.0    (compare and swap)
     hub tag acme/tone
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from hub.ref import AdapterRef
-    from hub.store import Store
+    import hub
 
-    store = Store()
     if alias is None:
         if expect is not None:
             raise click.UsageError("--expect needs an ALIAS")
-        _list(store, AdapterRef.parse(ref), as_json)
+        _list(hub.Store(), hub.AdapterRef.parse(ref), as_json)
         return
-    artifact = store.tag(ref, alias.removeprefix("@"), expect=expect)
+    artifact = hub.tag(ref, alias, expect=expect)
     if as_json:
         print_json(summary(artifact))
     else:
@@ -65,14 +63,9 @@ def _list(store: Store, ref: AdapterRef, as_json: bool) -> None:
 @json_option
 def untag(ref: str, expect: str | None, as_json: bool) -> None:
     """Remove an alias; the artifact stays."""
-    from hub.errors import UsageError
-    from hub.ref import AdapterRef
-    from hub.store import Store
+    import hub
 
-    parsed = AdapterRef.parse(ref)
-    if parsed.alias is None:
-        raise UsageError(f"{ref} names no alias", hint=f"write hub untag {parsed.id}@ALIAS")
-    before = Store().untag(parsed, parsed.alias, expect=expect)
+    before, parsed = hub.untag(ref, expect=expect), hub.AdapterRef.parse(ref)
     if as_json:
         print_json({"name": parsed.id, "alias": parsed.alias, "was": before})
     else:

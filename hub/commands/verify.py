@@ -10,9 +10,7 @@ import click
 from hub.commands._output import json_option, print_json, say
 
 if TYPE_CHECKING:
-    from hub.store import Problem, Store
-
-_RUN = "compose.artifacts.probes:check"
+    from hub.api.versions import Verified
 
 
 @click.command()
@@ -33,9 +31,6 @@ def verify(
     ctx: click.Context,
     /,
     target: str | None,
-    run: bool,
-    key: Path | None,
-    signature: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -48,72 +43,29 @@ def verify(
     hub verify acme/tone --run --base ./my-base    (and what it does on that base)
     hub verify acme/tone --key author.pub.pem      (and who has signed it)
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from hub.errors import UsageError
-    from hub.store import Store
+    import hub
 
-    if target is None and (run or key):
-        raise UsageError("--run and --key are about one artifact", hint="write hub verify REF ...")
-    if not run and (given := [f"--{name.replace('_', '-')}" for name, value in options.items() if value]):
-        raise UsageError(f"{given[0]} needs --run")
-    if signature is not None and key is None:
-        raise UsageError("--signature needs --key")
-    store = Store()
-    problems = _bytes(store, target)
-    report: dict[str, Any] = {"checked": target or store.where}
-    if not problems and key is not None:
-        from hub.signing import check
-
-        report["signed"] = check(store, str(target), key, signature).as_dict()
-    if not problems and run:
-        report["run"] = _run(store, str(target), problems, options)
-    _tell(report, problems, as_json)
-    if problems:
+    found = hub.verify(target, **options)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _tell(found)
+    if not found.ok:
         ctx.exit(1)
 
 
-def _bytes(store: Store, target: str | None) -> list[Problem]:
-    if target is None or not Path(target).is_dir():
-        return store.verify(target)
-    from hub.errors import HubError
-    from hub.pack import check_directory
-    from hub.store import Problem
-
-    try:
-        check_directory(Path(target))
-    except HubError as error:
-        return [Problem(target, error.message)]
-    return []
-
-
-def _run(store: Store, ref: str, problems: list[Problem], options: dict[str, Any]) -> dict[str, Any]:
-    from hub.errors import UsageError
-    from hub.lazy import load
-    from hub.store import Problem
-
-    if Path(ref).is_dir():
-        raise UsageError(f"{ref} is a directory; --run needs an artifact of the store", hint=f"hub push {ref} first")
-    outcome = load(_RUN)(ref, store=store, **options)
-    if outcome.same:
-        say(f"{outcome.ref} {outcome}")
-    else:
-        problems.append(Problem(outcome.ref, str(outcome)))
-    found: dict[str, Any] = outcome.as_dict()
-    return found
-
-
-def _tell(report: dict[str, Any], problems: list[Problem], as_json: bool) -> None:
-    if as_json:
-        found = [{"about": problem.about, "message": problem.message} for problem in problems]
-        print_json({**report, "ok": not problems, "problems": found})
+def _tell(found: Verified) -> None:
+    if found.ok:
+        if found.run is not None:
+            say(f"{found.run.ref} {found.run}")
+        if found.signed is not None:
+            say(f"{found.checked}: signed by {found.signed.key}")
+        say(f"{found.checked}: every byte is right")
         return
-    if "signed" in report and not problems:
-        say(f"{report['checked']}: signed by {report['signed']['key']}")
-    if not problems:
-        say(f"{report['checked']}: every byte is right")
-        return
-    for problem in problems:
+    for problem in found.problems:
         click.echo(str(problem))
-    if "run" in report:
+    if found.run is not None:
         say("its bytes are right; compare the base (hub show) and how it is held (--quantize)")
     else:
-        say(f"{len(problems)} problem{'s' * (len(problems) > 1)}; pull or push the artifact again to mend it")
+        many = "s" * (len(found.problems) > 1)
+        say(f"{len(found.problems)} problem{many}; pull or push the artifact again to mend it")

@@ -1,0 +1,90 @@
+"""``modules.lock``: make it, bring what it says, see what is newer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hub.api.places import moving, open_place
+from hub.errors import UsageError
+
+if TYPE_CHECKING:
+    from hub.console.progress import Progress
+    from hub.project.lock import Lock
+    from hub.project.outdated import Newer
+    from hub.storage.artifact import Artifact
+    from hub.store import Store
+
+LOCK = "modules.lock"
+
+
+def lock(
+    refs: Sequence[str] = (),
+    *,
+    path: str | Path = LOCK,
+    from_: str | None = None,
+    upgrade: bool = False,
+    store: Store | None = None,
+) -> Lock:
+    """Pin refs, and all that they require, by digest in ``path``; what is locked stays, unless ``upgrade``.
+
+    Without ``refs``, what ``modules.yaml`` or ``modules.toml`` beside it asks for, or what is locked already.
+
+    Raises
+    ------
+    UsageError
+        Nothing was asked for.
+    NotFound
+        A ref that nothing fits.
+    """
+    from hub.project.lock import Lock, Resolver, Roots, read_wishes
+    from hub.ref import AdapterRef
+    from hub.store import Store
+
+    store, path = store or Store(), Path(path)
+    held = Lock.load(path) if path.exists() else None
+    wishes = read_wishes(path.parent)
+    wanted = [str(AdapterRef.parse(ref)) for ref in refs] or (wishes[0] if wishes else [])
+    wanted = wanted or (list(held.requires) if held else [])
+    if not wanted:
+        raise UsageError("what shall be locked?", hint="write refs, or a modules.yaml with `requires: [acme/tone>=1]`")
+    remote = open_place(from_ or (wishes[1] if wishes else None))
+    found = Resolver(store, remote, None if upgrade else held).lock(wanted)
+    found.save(path)
+    Roots(store).add(store, path)
+    return found
+
+
+def sync(
+    path: str | Path = LOCK,
+    *,
+    from_: str | None = None,
+    jobs: int | None = None,
+    store: Store | None = None,
+    progress: Progress | None = None,
+) -> list[tuple[Artifact, bool]]:
+    """Bring exactly what a lock says into the store, every byte checked.
+
+    Returns
+    -------
+    Each artifact of the lock, and whether it had to be fetched.
+    """
+    from hub.project import lock as locks
+    from hub.store import Store
+
+    store, path = store or Store(), Path(path)
+    held, wishes = locks.Lock.load(path), locks.read_wishes(path.parent)
+    if wishes is not None and set(wishes[0]) != set(held.requires):
+        raise UsageError(f"{path} is not the lock of what is asked for beside it", hint="run `hub lock` first")
+    found = list(locks.sync(held, store, open_place(from_), **moving(progress, jobs)))
+    locks.Roots(store).add(store, path)
+    return found
+
+
+def outdated(path: str | Path = LOCK, *, from_: str | None = None, store: Store | None = None) -> list[Newer]:
+    """What has a newer version, or was yanked, against a lock; without a lock, the whole store against a remote."""
+    from hub.project.outdated import outdated as compare
+    from hub.store import Store
+
+    return compare(store or Store(), open_place(from_), Path(path))

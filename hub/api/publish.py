@@ -1,0 +1,134 @@
+"""A directory becomes a published artifact: its facts are gathered, its version is found, it is packed and stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hub.api.places import Say, warn
+from hub.errors import UsageError
+from hub.foreign.peft_config import facts_of, without_paths
+from hub.gate import run_gates
+from hub.manifest import MANIFEST_NAME, Draft, read_manifest, validate
+from hub.pack import measure, pack
+from hub.relations.next_version import FIRST, Change, compare, highest, raised
+from hub.transfer import last_manifest, pull
+
+if TYPE_CHECKING:
+    from hub.manifest import Manifest
+    from hub.relations.next_version import Level
+    from hub.remotes.base import Remote
+    from hub.storage.artifact import Artifact
+    from hub.store import Store
+
+
+def publish(store: Store, directory: Path, facts: Mapping[str, Any], *, repack: bool = False) -> Artifact:
+    """Publish a directory; without ``module.json`` from ``facts`` and what its config says.
+
+    Parameters
+    ----------
+    facts
+        Fields of `hub.manifest.Draft`; ``base`` may also be what `hub.push` takes.
+    repack
+        Measure the files again, keeping the facts of ``module.json`` that ``facts`` do not change.
+
+    Raises
+    ------
+    UsageError
+        A fact is missing; or facts for a directory whose ``module.json`` states them, without ``repack``.
+    GateError, IntegrityError, Conflict
+        What must not be published; a version that exists with other content.
+    """
+    if not (directory / MANIFEST_NAME).exists():
+        pack(directory, _draft(directory, facts), on_base=True)
+    elif repack:
+        pack(directory, _draft_again(directory, facts), on_base=True)
+    elif facts:
+        raise UsageError(
+            f"{directory} has a {MANIFEST_NAME}, which states its facts", hint="add --repack to change them"
+        )
+    else:
+        manifest = read_manifest(directory)
+        for warning in run_gates(directory, manifest, on_base=True):
+            warn(f"{manifest.ref}: {warning}")
+    return store.put(directory)
+
+
+def publish_next(
+    store: Store, directory: Path, facts: Mapping[str, Any], *, bump: str, remote: Remote | None, say: Say
+) -> Artifact:
+    """Publish a directory under the version that follows from what changed since the last one, here or at a remote.
+
+    Parameters
+    ----------
+    bump
+        ``auto`` computes from the change what is raised; ``major``, ``minor`` and ``patch`` say it.
+    say
+        Told which version was chosen, and why.
+    """
+    if "version" in facts:
+        raise UsageError("give either --version or --bump")
+    stated = _draft_again if (directory / MANIFEST_NAME).exists() else _draft
+    draft = stated(directory, {**facts, "version": FIRST})
+    catalogues = [store.catalogue(draft.name)] + ([remote.catalogue(draft.name)] if remote else [])
+    before = last_manifest(store, remote, draft.name, catalogues)
+    top = highest(catalogues)
+    if before is not None and top is not None:
+        change = compare(before, measure(directory, draft)) if bump == "auto" else Change(cast("Level", bump))
+        if change.level is None:
+            say(f"nothing changed since {before.ref}")
+            return _again(store, remote, before)
+        version = raised(top, change.level)
+        why = f" ({', '.join(change.reasons)})" if change.reasons else ""
+        say(f"{before.ref} -> {version}: {change.level}{why}")
+        draft = draft.model_copy(update={"version": version})
+    pack(directory, draft, on_base=True)
+    return store.put(directory)
+
+
+def _again(store: Store, remote: Remote | None, manifest: Manifest) -> Artifact:
+    if remote is not None and store.catalogue(manifest.name).find(digest=manifest.digest) is None:
+        return pull(store, remote, manifest.ref)
+    return store.get(manifest.ref)
+
+
+def _draft_again(directory: Path, facts: Mapping[str, Any]) -> Draft:
+    """Facts of the module.json that is there, those given changed."""
+    before = read_manifest(directory).draft().model_dump()
+    return validate(Draft, {**before, **_with_identity(facts)}, what="the facts")
+
+
+def _draft(directory: Path, facts: Mapping[str, Any]) -> Draft:
+    """Facts given and facts of the PEFT config; what is missing is asked for, never invented."""
+    found = {**facts_of(directory), **_with_identity(facts)}
+    type_ = found.get("type", "adapter")
+    needed = ["name", "version"] + ["kind"] * (type_ == "adapter") + ["base"] * (type_ in ("adapter", "merge"))
+    missing = [f"--{name}" for name in needed if name not in found]
+    if missing:
+        raise UsageError(
+            f"{directory} has no module.json, and these facts are missing: {', '.join(missing)}",
+            hint=f"write hub push {directory} {' '.join(f'{flag} ...' for flag in missing)}",
+        )
+    draft = validate(Draft, found, what="the facts")
+    plain = without_paths(draft.hyperparameters, directory, draft.base.repo if draft.base else None)
+    return draft.model_copy(update={"hyperparameters": plain})
+
+
+def _with_identity(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {**facts, "base": _identity(facts["base"])} if "base" in facts else dict(facts)
+
+
+def _identity(base: Any) -> Any:
+    """Identity of a base: given, from a JSON file, or measured by the package that knows models."""
+    from hub.io.canonical_json import MAX_JSON, loads
+    from hub.io.files import read_capped
+    from hub.lazy import load
+    from hub.manifest import BaseIdentity
+
+    if isinstance(base, BaseIdentity):
+        return base
+    if str(base).endswith(".json"):
+        path = Path(base).expanduser()
+        return validate(BaseIdentity, loads(read_capped(path, MAX_JSON), what=str(base)), what=str(base))
+    return load("compose.base.model:identity")(base)
