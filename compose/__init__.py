@@ -1,6 +1,8 @@
 """Adapters in one algebra on one shared base: load, compose, activate, eject."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hub.lazy import face
 
 if TYPE_CHECKING:
     from compose.algebra import parse as parse
@@ -14,26 +16,35 @@ if TYPE_CHECKING:
     from compose.api import route as route
     from compose.api import save as save
     from compose.api import tokenizer as tokenizer
+    from compose.artifacts.exporting import export as export
+    from compose.merging.merge import lower_to_lora as lower_to_lora
+    from compose.merging.merge import merge as merge
+    from compose.verbs import check as check
+    from compose.verbs import diagnose as diagnose
+    from compose.verbs import explain as explain
+    from compose.verbs import interference as interference
+    from compose.verbs import publish as publish
+    from compose.verbs import publish_merge as publish_merge
+
+    __version__: str
 
 _HOMES = {
-    **dict.fromkeys(
-        ("activate", "attach", "create", "detach", "eject", "identity", "load", "route", "save", "tokenizer"),
-        "compose.api",
+    "compose.api": (
+        "activate",
+        "attach",
+        "create",
+        "detach",
+        "eject",
+        "identity",
+        "load",
+        "route",
+        "save",
+        "tokenizer",
     ),
-    "parse": "compose.algebra",
+    "compose.artifacts.exporting": ("export",),
+    "compose.algebra": ("parse",),
+    "compose.merging.merge": ("lower_to_lora", "merge"),
+    "compose.verbs": ("check", "diagnose", "explain", "interference", "publish", "publish_merge"),
 }
 
-__all__ = ["activate", "attach", "create", "detach", "eject", "identity", "load", "parse", "route", "save", "tokenizer"]
-
-
-def __getattr__(name: str) -> Any:
-    # PEP 562: importing the package must not import torch; its names do, when they are first asked for.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'compose' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__, __getattr__, __dir__ = face(__name__, _HOMES)

@@ -24,12 +24,12 @@ def check(ctx: click.Context, /, expr: str, adapters: tuple[str, ...], as_json: 
     Checked are the text, that all adapters are there and made for one base and for this one, that the functions fit
     the kinds, that every tensor has its place, and that each site can carry what acts there.
     """
-    from compose.inspection.explain import check as examine
-    from compose.planning.members import Shelf, assignments
+    from compose.planning.members import assignments
+    from compose.verbs import check as examine
     from hub.errors import HubError
 
     try:
-        found = examine(expression(expr), Shelf(given=assignments(adapters)), **options)
+        found = examine(expression(expr), adapters=assignments(adapters), **options)
     except HubError as error:
         if not as_json:
             raise

@@ -74,11 +74,10 @@ def doctor(
     directories or refs. Known mistakes are named: A and B merged apart, a scale kept from rsLoRA, a mean divided
     twice. The base is needed for DoRA only.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from compose.inspection.merge_doctor import examine
-    from compose.planning.members import Shelf
+    from compose.verbs import diagnose
 
     with steps_bar() as progress:
-        found = examine(result, members, Shelf(), weights=weights or None, progress=progress, **options)
+        found = diagnose(result, members, weights=weights or None, progress=progress, **options)
     if as_json:
         print_json(found.as_dict())
     else:

@@ -28,11 +28,11 @@ def explain(expr: str, adapters: tuple[str, ...], form: str, as_json: bool, **op
     What `hub compose check` refuses is refused here too, in the same way. Costs are operations in matrix products,
     counted on the shapes of the base with a text of 128 tokens.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from compose.inspection.explain import explain as examine
     from compose.inspection.explain_text import as_dot, as_text
-    from compose.planning.members import Shelf, assignments
+    from compose.planning.members import assignments
+    from compose.verbs import explain as examine
 
-    found = examine(expression(expr), Shelf(given=assignments(adapters)), **options)
+    found = examine(expression(expr), adapters=assignments(adapters), **options)
     if as_json or form == "json":
         print_json(found.as_dict())
     else:

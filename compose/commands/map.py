@@ -31,11 +31,10 @@ def map_(adapters: tuple[str, ...], base: str | None, by_site: bool, svg: Path |
     1: adding both doubles the effect. 0: each leaves the other alone. -1: they cancel. Plain LoRAs are compared in
     factor space without their base; other kinds need it.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from compose.inspection.adapter_map import interference_of
-    from compose.planning.members import Shelf
+    from compose.verbs import interference
 
     with steps_bar() as progress:
-        found = interference_of(adapters, Shelf(), base=base, progress=progress)
+        found = interference(adapters, base=base, progress=progress)
     if svg is not None:
         replace(found, names=_short(found.names)).heatmap(svg)
         say(f"heat map in {svg}")

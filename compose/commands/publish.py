@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compose.commands._options import adapter_option, base_option, expression, steps_bar
-from hub.console.output import bytes_text, json_option, print_json, say, warn
+from hub.console.output import bytes_text, json_option, print_json, say
 
 if TYPE_CHECKING:
     from hub.storage.artifact import Artifact
@@ -45,21 +45,23 @@ def publish(
     A composition requires its members, each by range and digest: it goes on meaning what it means now, whatever is
     published later. With --base it is tried on the shapes of that base first; --merge always does that.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from compose.planning.members import Shelf, assignments
+    from compose import verbs
+    from compose.planning.members import assignments
     from hub.errors import UsageError
 
     text = expression(_one(words, ref))
     if rank is not None and not merging:
         raise UsageError("--rank is the rank of a merged adapter", hint="add --merge")
-    shelf = Shelf(given=assignments(adapters))
-    options = {"base": base, "license": license_, **facts}
-    if merging:
-        _merge(text, str(ref), shelf, as_json, rank=rank, **options)
-    else:
-        from compose.artifacts.publish import publish_composition
-
-        artifact = publish_composition(text, str(ref), shelf, **options)
-        _tell(artifact, as_json)
+    options = {"adapters": assignments(adapters), "base": base, "license": license_, **facts}
+    if not merging:
+        _tell(verbs.publish(text, str(ref), **options), as_json)
+        return
+    with steps_bar() as progress:
+        artifact, merged = verbs.publish_merge(text, str(ref), rank=rank, progress=progress, **options)
+    certificate = merged.certificate
+    _tell(artifact, as_json, certificate=certificate.as_dict())
+    if not as_json:
+        say(f"certificate: {certificate}")
 
 
 def _one(words: tuple[str, ...], ref: str | None) -> str:
@@ -76,20 +78,6 @@ def _one(words: tuple[str, ...], ref: str | None) -> str:
         hint = near or "-o NS/NAME@VERSION publishes it; `hub compose explain EXPR` tells what it does"
         raise UsageError(f"what is to be done with {words[0]!r}?", hint=hint)
     return words[0]
-
-
-def _merge(text: str, ref: str, shelf: Any, as_json: bool, **options: Any) -> None:
-    from compose.artifacts.publish import publish_merge
-
-    with steps_bar() as progress:
-        artifact, merged = publish_merge(text, ref, shelf, progress=progress, **options)
-    for held in shelf:
-        if held.digest is None:
-            warn(f"{held.text} is a directory that was never published, so the lineage of {artifact.ref} lacks it")
-    certificate = merged.certificate
-    _tell(artifact, as_json, certificate=certificate.as_dict())
-    if not as_json:
-        say(f"certificate: {certificate}")
 
 
 def _tell(artifact: Artifact, as_json: bool, **more: Any) -> None:

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from hub.signing import Signed
     from hub.storage.artifact import Artifact
     from hub.storage.releases import Release
-    from hub.storage.verify import Problem
-    from hub.store import Store
+    from hub.store import Problem, Store
 
 
 @dataclass(frozen=True)
