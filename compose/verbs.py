@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from compose.inspection.explain import Checked, Explanation
     from compose.inspection.merge_doctor import Diagnosis
     from compose.merging.interference import Interference
-    from compose.merging.merge import Merged
+    from compose.parameter_space.execute import Merged
     from hub.store import Artifact, Store
 
 Given: TypeAlias = Mapping[str, str | Path]
