@@ -95,7 +95,7 @@ class Tiny:
         import torch
         from transformers import BitsAndBytesConfig
 
-        from compose.base.loading import keep_differentiable
+        from compose.base.quantization import keep_differentiable
 
         options = {
             "nf4": {

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from compose.base.request import Quantization
 from hub import errors
 from train.errors import ConfigError
 
@@ -39,7 +40,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     base: str = Field("builtin:tiny-lm", description="frozen model: builtin:tiny-lm, a directory or a Hugging Face id")
-    quantize: Literal["none", "int8", "nf4"] = Field("none", description="how the base's linear weights are held")
+    quantize: Quantization = Field("none", description="how the base's linear weights are held")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward and backward pass")
     method: str = Field("lora", description="how it is learned: hub methods lists them")
     options: dict[str, Any] = Field(

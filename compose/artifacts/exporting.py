@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 import compose
 from compose.artifacts import probes
-from compose.base.loading import held_as, quantized_layers, quiet
+from compose.base.loading import quiet
 from compose.base.model import load_base, name_of
+from compose.base.quantization import held_as, quantized_layers
 from compose.base.weights import dense_weight
 from compose.errors import KindError
 from compose.formats import directory as interop

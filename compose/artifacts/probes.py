@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compose.base.loading import held_as
+from compose.base.quantization import held_as
 from compose.expr.tree import Ref
 from compose.formats import directory as interop
 from compose.kind.adapter import Adapter

@@ -18,8 +18,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compose.base.compatibility import BaseWarning, Rung, compare
 from compose.base.fingerprint import base_tensors, directory_identity, model_identity, tensor_hex16
-from compose.base.loading import Request, held_as, keep_differentiable, load_files
+from compose.base.loading import load_files
 from compose.base.location import BUILTIN, Location, builtins, locate
+from compose.base.quantization import held_as, keep_differentiable
+from compose.base.request import Request
 from hub.errors import GateError, HubError, UsageError
 from hub.manifest import BaseIdentity, TrainedOn
 

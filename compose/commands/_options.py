@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import click
 
+from hub.console.options import quantize_option
+
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
-QUANTIZATIONS = click.Choice(["none", "int8", "nf4"])
 
 
 def base_options(function: FunctionT) -> FunctionT:
@@ -19,7 +20,7 @@ def base_options(function: FunctionT) -> FunctionT:
     for option in (
         click.option("--allow-base-drift", is_flag=True, help="Accept adapters of other weights of one architecture."),
         click.option("--task", help="Head of the base: causal_lm, classification, ... [as the adapters say]."),
-        click.option("--quantize", type=QUANTIZATIONS, default="none", show_default=True, help="How the base is held."),
+        quantize_option(),
         base_option,
     ):
         function = option(function)

@@ -27,17 +27,12 @@ from compose.kind.patterns import as_dict
 from compose.kind.registry import get_kind, kinds, make_config
 from compose.kind.tensors import PREFIX
 from hub.errors import IntegrityError, NotFound
+from hub.foreign.peft_config import TASK_TYPES, kind_of
 from hub.io.disk import tensor_file
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "extra.safetensors"
 _OWN = "moduloom_kind"
-_TASK_TYPES = {
-    "causal_lm": "CAUSAL_LM",
-    "classification": "SEQ_CLS",
-    "regression": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS",
-    "seq2seq": "SEQ_2_SEQ_LM",
-}
+_TASK_TYPES = {task: peft for peft, task in TASK_TYPES.items()} | {"regression": "SEQ_CLS"}
 _CLASSES = {
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -202,10 +197,10 @@ def parse_config(fields: Mapping[str, Any], sites: SiteMap) -> tuple[type[Adapte
 
 
 def _kind_of(fields: Mapping[str, Any]) -> type[Adapter]:
+    if (name := kind_of(fields)) is not None:
+        return get_kind(name)
     peft_type = fields.get("peft_type")
-    if peft_type == "LORA":
-        return get_kind("dora" if fields.get("use_dora") else "lora")
-    for kind in kinds().values():
+    for kind in kinds().values():  # those of other packages
         if peft_type is not None and peft_type in (kind.peft_type, *kind.peft_aliases):
             return kind
     known = sorted({t for k in kinds().values() for t in (k.peft_type, *k.peft_aliases) if t})

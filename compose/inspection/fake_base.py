@@ -25,8 +25,10 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from compose.algebra import normalize
-from compose.base.loading import TASKS, Request, quiet, read_config, stays_dense, task_of
+from compose.base.loading import quiet, read_config, task_of
 from compose.base.location import Location, locate
+from compose.base.quantization import stays_dense
+from compose.base.request import TASKS, Request
 from compose.base.sites import SiteMap
 from compose.expr.tree import Call, Expr, Scale, Seq, add, seq
 from compose.formats import directory as interop

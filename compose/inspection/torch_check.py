@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from compose.base.loading import hush_missing_kernel
+from compose.base.quantization import hush_missing_kernel
 from hub.project.doctor import Finding
 
 __all__ = ["findings"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.algebra import ExprLike, as_rows, normalize
-from compose.base.loading import keep_differentiable
+from compose.base.quantization import keep_differentiable
 from compose.base.sites import FINAL, SiteMap
 from compose.errors import KindError
 from compose.expr.tree import IDENTITY, Call, Expr, add

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from hub.commands._output import json_option, print_json, say
+from hub.console.options import quantize_option
 
 
 @click.command()
@@ -16,7 +17,7 @@ from hub.commands._output import json_option, print_json, say
 @click.option("--to", "out", type=click.Path(path_type=Path), help="The directory [./NAME-FORMAT].")
 @click.option("--base", metavar="BASE", help="The base [the one it was made for].")
 @click.option("--rank", type=click.IntRange(min=1), help="vllm: rank of the LoRA that stands for another kind.")
-@click.option("--quantize", type=click.Choice(["none", "int8", "nf4"]), help="merged: fold into weights so rounded.")
+@quantize_option("merged: fold into weights so rounded.", default=None)
 @click.option("--base-name", metavar="NAME", help="peft, vllm: what the config calls the base.")
 @click.option("--allow-base-drift", is_flag=True, help="Accept other weights of the same architecture.")
 @json_option

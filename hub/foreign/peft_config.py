@@ -12,15 +12,29 @@ from hub.errors import GateError
 from hub.io import canonical_json as canonical
 from hub.io.files import read_capped
 
-_KINDS = {"LORA": "lora", "IA3": "ia3", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "LOKR": "krona"}
-_BASE = "base_model_name_or_path"
-_REPOSITORY = re.compile(r"(?:builtin:)?[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?\Z")
-_TASKS = {
+# PEFT's types and our kinds for them. Each kind declares its own too (`peft_type`, `peft_aliases`): a test compares.
+PEFT_KINDS: Mapping[str, str] = {
+    "LORA": "lora",  # or dora: see `kind_of`
+    "IA3": "ia3",
+    "PREFIX_TUNING": "prefix",
+    "PROMPT_TUNING": "prompt",
+    "P_TUNING": "prompt",
+    "LOKR": "krona",
+}
+TASK_TYPES: Mapping[str, str] = {
     "CAUSAL_LM": "causal_lm",
     "SEQ_CLS": "classification",
     "TOKEN_CLS": "token_classification",
     "SEQ_2_SEQ_LM": "seq2seq",
 }
+_BASE = "base_model_name_or_path"
+_REPOSITORY = re.compile(r"(?:builtin:)?[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?\Z")
+
+
+def kind_of(config: Mapping[str, Any]) -> str | None:
+    """Kind that reads a PEFT config, or None."""
+    kind = PEFT_KINDS.get(str(config.get("peft_type")))
+    return "dora" if kind == "lora" and config.get("use_dora") else kind
 
 
 def facts_of(directory: Path) -> dict[str, Any]:
@@ -37,10 +51,8 @@ def facts_of(directory: Path) -> dict[str, Any]:
     config = canonical.loads(read_capped(path, canonical.MAX_JSON), what=str(path))
     if not isinstance(config, dict):
         raise GateError(f"{path} is not a JSON object", path=path)
-    kind = _KINDS.get(str(config.get("peft_type")))
-    if kind == "lora" and config.get("use_dora"):
-        kind = "dora"
-    task = _TASKS.get(str(config.get("task_type")))
+    kind = kind_of(config)
+    task = TASK_TYPES.get(str(config.get("task_type")))
     plain = {key: value for key, value in config.items() if value not in (None, [], {})}
     return {"hyperparameters": plain} | ({"kind": kind} if kind else {}) | ({"task": task} if task else {})
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from hub.console.options import quantize_option
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -20,13 +22,7 @@ def base_options(function: FunctionT) -> FunctionT:
     """Add ``--base``, ``--quantize`` and ``--allow-base-drift``."""
     for option in (
         click.option("--allow-base-drift", is_flag=True, help="Accept adapters of other weights of one architecture."),
-        click.option(
-            "--quantize",
-            type=click.Choice(["none", "int8", "nf4"]),
-            default="none",
-            show_default=True,
-            help="How the base is held.",
-        ),
+        quantize_option(),
         click.option(
             "--base", metavar="BASE", help="builtin:tiny-lm, a directory or a Hugging Face id [the members' own]."
         ),

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 import compose
 from compose.base import model as bases
-from compose.base.loading import held_as
+from compose.base.quantization import held_as
 from compose.expr.tree import Expr
 from compose.runtime.model_runtime import runtime
 from router.engine.heads import Heads

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from hub.console.options import quantize_option
+
 if TYPE_CHECKING:
     from router.engine.engine import Engine
     from router.running.job import Outcome
@@ -39,7 +41,7 @@ _DTYPES = ("auto", "fp32", "bf16", "fp16")
 @click.option("--scores", metavar="N", type=click.IntRange(0, 1000), default=0, help="Add the N best labels or tokens.")
 @click.option("--route-weights", is_flag=True, help="Add what the router gave each adapter.")
 @click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="Bad lines.")
-@click.option("--quantize", type=click.Choice(["none", "int8", "nf4"]), default="none", show_default=True)
+@quantize_option()
 @click.option("--dtype", type=click.Choice(_DTYPES), default="auto", show_default=True, help="auto: fp32 on a CPU.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Rows computed together.")
 @click.option("--resident", metavar="SIZE", default="4GiB", show_default=True, help="Adapters kept in memory.")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hub.console.options import quantize_option
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--token", envvar="HUB_SERVE_TOKEN", help="Clients must send it as a bearer token.  [env: HUB_SERVE_TOKEN]"
 )
-@click.option("--quantize", type=click.Choice(["none", "int8", "nf4"]), default="none", show_default=True)
+@quantize_option()
 @click.option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Rows computed together.")
 @click.option("--waiting", type=click.IntRange(1), default=1024, show_default=True, help="Rows that may wait.")

@@ -21,7 +21,7 @@ import torch
 from bench_tools import interleave, llama, machine, ratio, report, shape_options
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from compose.base.loading import keep_differentiable
+from compose.base.quantization import keep_differentiable
 from compose.formats import directory as interop
 from compose.runtime import model_runtime as inject
 

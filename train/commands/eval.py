@@ -6,6 +6,7 @@ import os
 
 import click
 
+from hub.console.options import quantize_option
 from hub.console.output import json_file_option, write_json
 
 __all__ = ["eval_"]
@@ -16,7 +17,7 @@ __all__ = ["eval_"]
 @click.argument("data")
 @click.option("--base", metavar="BASE", help="The base [the one the adapters were made for].")
 @click.option("--task", help="causal_lm, seq2seq, classification, ... [what the adapters were trained for].")
-@click.option("--quantize", type=click.Choice(["none", "int8", "nf4"]), default="none", show_default=True)
+@quantize_option()
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--max-length", type=click.IntRange(2), default=256, show_default=True, help="Tokens a row.")
 @click.option("--batch", "batch_size", type=click.IntRange(1), default=32, show_default=True, help="Rows a pass.")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from hub.console.options import quantize_option
 from hub.console.output import json_file_option, write_json
 
 __all__ = ["quickstart"]
@@ -28,7 +29,7 @@ def _known(_ctx: click.Context, _option: click.Parameter, kind: str) -> str:
 @click.command()
 @click.option("--domain", "domains", multiple=True, metavar="NAME=PATH", help="Your own text; two or more of them.")
 @click.option("--base", default="builtin:tiny-lm", show_default=True, help="builtin:, a model directory, or an id.")
-@click.option("--quantize", type=click.Choice(["none", "int8", "nf4"]), default="nf4", show_default=True)
+@quantize_option(default="nf4")
 @click.option("--kind", default="lora", show_default=True, callback=_known, help="Kind of the experts.")
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Training steps an expert.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of split, training and streams.")

@@ -12,7 +12,7 @@ import compose
 from compose.algebra import parse
 from compose.artifacts import probes
 from compose.artifacts.publish import publish_composition
-from compose.base.loading import held_as
+from compose.base.quantization import held_as
 from compose.expr.tree import Ref, substitute
 from compose.planning.members import Shelf
 from hub.manifest import Draft, Lineage, Metric, TrainedOn

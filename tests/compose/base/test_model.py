@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from compose.base import model as bases
 from compose.base.compatibility import compare
 from compose.base.fingerprint import _cache_file
-from compose.base.loading import bits_per_parameter, held_as, quantized_layers, task_of
+from compose.base.loading import task_of
 from compose.base.location import builtins, locate
 from compose.base.model import BaseWarning, identity, load_base, tokenizer
+from compose.base.quantization import bits_per_parameter, held_as, quantized_layers
 from hub.errors import BaseMismatch, GateError, HubError, IntegrityError, NotFound, UsageError
 from hub.manifest import TrainedOn
 

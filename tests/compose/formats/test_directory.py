@@ -19,6 +19,7 @@ from compose.formats.peft import short_targets
 from compose.kind.registry import get_kind, kinds, make_config
 from compose.runtime import model_runtime as inject
 from hub.errors import HubError, IntegrityError, NotFound
+from hub.foreign.peft_config import PEFT_KINDS
 
 OPTIONS = {"lora": {"r": 4}, "dora": {"r": 4}, "prefix": {"num_virtual_tokens": 3}, "prompt": {"num_virtual_tokens": 3}}
 
@@ -129,6 +130,13 @@ def test_targets_are_as_short_as_unambiguous(wanted, expected):
 
 
 READ = {t for kind in kinds().values() for t in (kind.peft_type, *kind.peft_aliases)}
+
+
+def test_hub_and_the_kinds_say_the_same_of_peft_types():
+    for peft_type, kind in PEFT_KINDS.items():
+        cls = get_kind(kind)
+        assert peft_type in (cls.peft_type, *cls.peft_aliases)
+    assert set(PEFT_KINDS) == READ - {None}
 
 
 @pytest.mark.parametrize("peft_type", [t.value for t in PeftType if t.value not in READ])
