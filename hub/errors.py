@@ -42,7 +42,7 @@ class HubError(Exception):
 
     def as_dict(self) -> dict[str, str]:
         """Fields that are set, for ``--json``."""
-        found = {
+        fields = {
             "error": type(self).__name__,
             "message": self.message,
             "ref": self.ref,
@@ -50,7 +50,7 @@ class HubError(Exception):
             "path": self.path,
             "hint": self.hint,
         }
-        return {key: value for key, value in found.items() if value is not None}
+        return {key: value for key, value in fields.items() if value is not None}
 
 
 class UsageError(HubError):

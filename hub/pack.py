@@ -58,10 +58,10 @@ def measure(directory: Path, draft: Draft) -> Manifest:
     checks.check_file_set(paths, draft)
     files, scans = [], dict[str, FileScan]()
     for path in paths:
-        entry, found = checks.inspect(directory / path, path)
+        entry, scanned = checks.inspect(directory / path, path)
         files.append(entry)
-        if found is not None:
-            scans[path] = found
+        if scanned is not None:
+            scans[path] = scanned
     tensors = checks.join_tensors(scans)
     if checks.WEIGHTS in scans and not tensors:
         raise GateError(f"{checks.WEIGHTS} holds no tensor", path=directory / checks.WEIGHTS)
@@ -115,9 +115,9 @@ def check_directory(directory: Path) -> Manifest:
     checks.check_file_set((entry.path for entry in manifest.files), manifest)
     scans = {}
     for entry in manifest.files:
-        found = checks.inspect_as(manifest, entry, Path(directory) / entry.path)
-        if found is not None:
-            scans[entry.path] = found
+        scanned = checks.inspect_as(manifest, entry, Path(directory) / entry.path)
+        if scanned is not None:
+            scans[entry.path] = scanned
     checks.check_agreement(manifest, scans)
     return manifest
 

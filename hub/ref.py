@@ -142,15 +142,15 @@ class AdapterRef:
         """Read a ref; a bare name is in the namespace ``local``. Raises RefError."""
         if isinstance(text, AdapterRef):
             return text
-        found = _SHAPE.match(text) if len(text) <= MAX_TEXT else None
-        if found is None:
+        match = _SHAPE.match(text) if len(text) <= MAX_TEXT else None
+        if match is None:
             raise RefError(f"{text[:80]!r} is not an adapter ref", hint=_HINT)
-        namespace, slash, name = found["id"].partition("/")
+        namespace, slash, name = match["id"].partition("/")
         if not slash:
             namespace, name = DEFAULT_NAMESPACE, namespace
-        pin = found["pin"]
+        pin = match["pin"]
         if pin is None:
-            return cls(namespace, name, range=found["range"])
+            return cls(namespace, name, range=match["range"])
         if pin.startswith("sha256:"):
             return cls(namespace, name, digest=pin)
         if _is_version(pin):

@@ -130,17 +130,17 @@ def _key_name(path: Path, *, private: bool) -> str:
     kind = "private" if private else "public"
     try:
         if private:
-            found: object = serialization.load_pem_private_key(data, None)
-            found = found.public_key() if isinstance(found, ec.EllipticCurvePrivateKey) else found
+            key: object = serialization.load_pem_private_key(data, None)
+            key = key.public_key() if isinstance(key, ec.EllipticCurvePrivateKey) else key
         else:
-            found = serialization.load_pem_public_key(data)
+            key = serialization.load_pem_public_key(data)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         hint = "--key of verify takes the public key" if not private and b"PRIVATE KEY" in data else _MAKE_KEY
         raise UsageError(f"{path} is no {kind} key that can be read: {error}", path=path, hint=hint) from error
-    if not isinstance(found, ec.EllipticCurvePublicKey):
+    if not isinstance(key, ec.EllipticCurvePublicKey):
         raise UsageError(f"{path} is no {kind} key on an elliptic curve", path=path, hint=_MAKE_KEY)
     public = serialization.PublicFormat.SubjectPublicKeyInfo
-    return hashlib.sha256(found.public_bytes(serialization.Encoding.PEM, public)).hexdigest()
+    return hashlib.sha256(key.public_bytes(serialization.Encoding.PEM, public)).hexdigest()
 
 
 @contextmanager

@@ -191,12 +191,13 @@ class Store(Vault):
         with disk_errors(self.root):
             if not self._writable():
                 return self._ask_unwritable(question)
+            # Three failures of SQLite: locked for too long is an error; a full disk is read around; damage is made anew.
             try:
                 return question(self._current())
             except sqlite3.OperationalError as error:
                 if "locked" in str(error):
                     raise
-                return self._ask_unwritable(question)  # the disk is full: SQLite cannot even read there
+                return self._ask_unwritable(question)
             except sqlite3.DatabaseError:
                 with self.lock():
                     self._index.remove()
@@ -236,17 +237,17 @@ class Store(Vault):
 
     def _follow(self) -> None:
         """Bring the index up to the log; called under the lock."""
+        # From where the index stands; from the start where there is none, or where the log is another one now.
         at = self._index.position()
         if at is not None and at.offset > self.ledger.end().offset:
-            at = None  # the log is another one now
+            at = None
         try:
             self._index.apply(self.ledger.read(at), self._document, anew=at is None)
         except IntegrityError:
             if at is None:
                 raise
-            self._index.apply(
-                self.ledger.read(), self._document, anew=True
-            )  # it was the index's position that is wrong
+            # The log does not go on from that position: if it is whole from its start, the position was wrong.
+            self._index.apply(self.ledger.read(), self._document, anew=True)
 
     def _document(self, digest: str) -> Mapping[str, Any]:
         # Validated when it was admitted; the digest says that it has not changed since.
@@ -290,5 +291,5 @@ class Store(Vault):
         where, arguments, order = build(
             filters, yanked=yanked, newest=newest, sort=sort, ascending=ascending, limit=limit
         )
-        found = self._ask(lambda index: index.select(where, arguments, order, -1 if limit is None else limit))
-        return [self._artifact(facts) for facts in found]
+        chosen = self._ask(lambda index: index.select(where, arguments, order, -1 if limit is None else limit))
+        return [self._artifact(facts) for facts in chosen]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hub.console.progress import Progress, quiet
 from hub.errors import GateError, IntegrityError, NotFound, suggest
 from hub.io import canonical_json as canonical
-from hub.io.parallel import JOBS, Crew
+from hub.io.parallel import JOBS, Workers
 from hub.ref import LATEST, AdapterRef, version_key
 from hub.storage.releases import Catalogue, Release, choose, refuse_conflict
 from hub.storage.signatures import fitting
@@ -34,7 +34,7 @@ class _Move:
     remote: Remote
     progress: Progress
     requires: bool
-    crew: Crew
+    workers: Workers
 
 
 def push(
@@ -71,7 +71,7 @@ def push(
     Conflict
         The remote has this version with other content.
     """
-    return _push(_Move(store, remote, progress, requires, Crew(jobs)), AdapterRef.parse(ref), ())
+    return _push(_Move(store, remote, progress, requires, Workers(jobs)), AdapterRef.parse(ref), ())
 
 
 def _push(move: _Move, ref: AdapterRef, above: tuple[str, ...]) -> Artifact:
@@ -83,13 +83,13 @@ def _push(move: _Move, ref: AdapterRef, above: tuple[str, ...]) -> Artifact:
         if _release_for(need, remote.catalogue(need.name)) is None:
             _push(move, requirement_ref(need), (*above, artifact.digest))
     missing = remote.missing(manifest)
-    advance = move.crew.watched(move.progress(f"push {artifact.ref}", sum(entry.size for entry in missing)))
+    advance = move.workers.watched(move.progress(f"push {artifact.ref}", sum(entry.size for entry in missing)))
 
     def send(entry: FileEntry) -> None:
         source = artifact.blob(entry.path) if remote.checks_uploads else artifact.file(entry.path)
         remote.write(manifest, entry, source, advance)
 
-    move.crew.map(send, missing)
+    move.workers.map(send, missing)
     remote.publish(manifest)
     if mine := move.store.signatures.of(artifact.digest):
         there = fitting(remote.signatures(ref.id, artifact.digest))
@@ -120,11 +120,11 @@ def pull(
     IntegrityError, GateError, ManifestError
         What the remote sent is not what was published, or must not be admitted; nothing is published here then.
     """
-    return _pull(_Move(store, remote, progress, requires, Crew(jobs)), AdapterRef.parse(ref), ())
+    return _pull(_Move(store, remote, progress, requires, Workers(jobs)), AdapterRef.parse(ref), ())
 
 
 def _pull(move: _Move, ref: AdapterRef, above: tuple[str, ...]) -> Artifact:
-    store, remote, crew = move.store, move.remote, move.crew
+    store, remote, workers = move.store, move.remote, move.workers
     release = find(remote, ref)
     _refuse_cycle(ref, release.digest, above)
     manifest = fetch_manifest(remote, ref, release)
@@ -132,12 +132,12 @@ def _pull(move: _Move, ref: AdapterRef, above: tuple[str, ...]) -> Artifact:
         if _release_for(need, store.catalogue(need.name)) is None:
             _pull(move, requirement_ref(need), (*above, release.digest))
     wanted = [entry for entry in manifest.files if not store.blobs.has(entry.digest, entry.size)]
-    advance = crew.watched(move.progress(f"pull {manifest.ref}", sum(entry.size for entry in wanted)))
+    advance = workers.watched(move.progress(f"pull {manifest.ref}", sum(entry.size for entry in wanted)))
 
     def fetch(entry: FileEntry, part: Path) -> None:
-        store.staging.complete(entry, part, lambda start: crew.chunks(remote.read(manifest, entry, start)), advance)
+        store.staging.complete(entry, part, lambda start: workers.chunks(remote.read(manifest, entry, start)), advance)
 
-    store.ingest(manifest, fetch, reuse=True, crew=crew)
+    store.ingest(manifest, fetch, reuse=True, workers=workers)
     for key, data in fitting(remote.signatures(ref.id, release.digest)).items():
         store.signatures.add(release.digest, key, data)
     if ref.alias and ref.alias != LATEST:

@@ -64,9 +64,9 @@ class Client:
 
         cache = constants.HF_HUB_CACHE
         if not anew:
-            found = try_to_load_from_cache(repo, path, cache_dir=cache, revision=tag.commit)
-            if isinstance(found, str):
-                return Path(found).resolve()
+            cached = try_to_load_from_cache(repo, path, cache_dir=cache, revision=tag.commit)
+            if isinstance(cached, str):
+                return Path(cached).resolve()
         # By the name of the tag, so that the cache knows it offline; a yanked version is no ref, but its commit is.
         revision = tag.commit if tag.hidden else tag.name
         with self.translated(repo):
@@ -95,8 +95,8 @@ class Client:
 
     def _refusal(self, about: str, error: Any) -> HubError:
         status = getattr(error.response, "status_code", 0)
-        said = error.server_message or _first_line(error)
-        text = f"{self.endpoint} refuses {about} ({status}): {' '.join(said.split())[:300]}"
+        reason = error.server_message or _first_line(error)
+        text = f"{self.endpoint} refuses {about} ({status}): {' '.join(reason.split())[:300]}"
         if status in (409, 412):
             return Conflict(text, hint="look what is there now, then push again")
         if status in (401, 403):
@@ -126,10 +126,10 @@ def cached_manifests(repo: str) -> Iterable[tuple[list[Tag], bytes]]:
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = [found for found in scan_cache_dir(constants.HF_HUB_CACHE).repos if found.repo_id == repo]
+        repos = [cached for cached in scan_cache_dir(constants.HF_HUB_CACHE).repos if cached.repo_id == repo]
     except CacheNotFound:
         return
-    for revision in (revision for found in repos for revision in found.revisions):
+    for revision in (revision for cached in repos for revision in cached.revisions):
         manifest = next((file for file in revision.files if file.file_name == MANIFEST_NAME), None)
         data = read_capped(manifest.blob_path, canonical.MAX_JSON) if manifest else b""
         if manifest and fits_name(data, manifest.blob_path.name):

@@ -65,18 +65,18 @@ class Wire:
         `optional` is a list that a registry need not give, to nobody or not to this caller.
         """
         absent = (401, 403, 404, 405) if optional else (404,)
-        found, url = list[str](), self.base + path
+        texts, url = list[str](), self.base + path
         for _ in range(MAX_PAGES):
             with self._send("GET", url, stream=True) as answer:
                 if answer.status_code in absent:
                     break
                 data = self._body(self._good(answer, path), path)
                 link = answer.links.get("next", {}).get("url")
-            found += self._texts(data, path, field)
+            texts += self._texts(data, path, field)
             if link is None:
                 break
             url = urljoin(url, link)
-        return found
+        return texts
 
     def _texts(self, data: bytes, path: str, field: str) -> list[str]:
         try:
@@ -95,11 +95,11 @@ class Wire:
         with self._send("HEAD", self.base + path, headers={"Accept": accept}) as answer:
             if answer.status_code == 404:
                 return None
-            found: str | None = self._good(answer, path).headers.get("Docker-Content-Digest")
-        if found is None:
+            digest: str | None = self._good(answer, path).headers.get("Docker-Content-Digest")
+        if digest is None:
             return canonical.digest(self.get(path, path, accept=accept))
         try:
-            return check_digest(found)
+            return check_digest(digest)
         except RefError as error:
             raise RemoteError(f"{self.url} names no digest of {path}: {error.message}", hint=_ODD) from error
 
@@ -108,8 +108,8 @@ class Wire:
         with self._send("HEAD", self.base + path) as answer:
             if answer.status_code == 404:
                 return None
-            found = self._good(answer, path).headers.get("Content-Length", "")
-        return int(found) if found.isdecimal() else -1
+            length = self._good(answer, path).headers.get("Content-Length", "")
+        return int(length) if length.isdecimal() else -1
 
     def get(self, path: str, about: str, *, accept: str = "*/*") -> bytes:
         """All bytes of a small answer."""
@@ -148,7 +148,9 @@ class Wire:
             place = urljoin(start, self._good(answer, about).headers.get("Location", ""))
         place += ("&" if urlsplit(place).query else "?") + urlencode({"digest": digest})
         headers = {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
-        with self._send("PUT", place, headers=headers, data=_Told(file, size, advance) if size else b"") as answer:
+        with self._send(
+            "PUT", place, headers=headers, data=_CountedFile(file, size, advance) if size else b""
+        ) as answer:
             self._good(answer, about)
 
     def upload_bytes(self, repo: str, data: bytes) -> None:
@@ -163,7 +165,7 @@ class Wire:
         with self._translated(url):
             own = {**(headers or {}), **(self._login if ours else {})}
             answer = self._session.request(method, url, headers=own, timeout=TIMEOUT, **how)
-            if answer.status_code != 401 or not ours or isinstance(how.get("data"), _Told):
+            if answer.status_code != 401 or not ours or isinstance(how.get("data"), _CountedFile):
                 return answer
             answer.close()
             self._login = self._log_in(answer)
@@ -188,8 +190,8 @@ class Wire:
         status = answer.status_code
         if status < 400:
             return answer
-        said = " ".join(self._body(answer, about)[:300].decode(errors="replace").split())
-        text = f"{self.url} refuses {about} ({status}){': ' + said if said else ''}"
+        reason = " ".join(self._body(answer, about)[:300].decode(errors="replace").split())
+        text = f"{self.url} refuses {about} ({status}){': ' + reason if reason else ''}"
         answer.close()
         if status == 404:
             raise NotFound(f"{self.url} has no {about}", hint="push it there again")
@@ -197,7 +199,7 @@ class Wire:
             raise RemoteError(text, hint=f"log in: docker login {self._host}")
         if status in (409, 412):
             raise Conflict(text, hint="look what is there now")
-        if "DIGEST_INVALID" in said:
+        if "DIGEST_INVALID" in reason:
             raise IntegrityError(text, hint="`hub verify` shows what is damaged here")
         raise RemoteError(text)
 
@@ -223,7 +225,7 @@ class Wire:
             raise RemoteError(f"{self.url} cannot be reached for {about}: {reason}", hint=hint) from error
 
 
-class _Told:
+class _CountedFile:
     """A file that tells how much of it was read, with a length, so that it is sent in one piece."""
 
     def __init__(self, file: BinaryIO, size: int, advance: Advance) -> None:
@@ -253,6 +255,6 @@ def _is_loopback(host: str) -> bool:
 def _login_files() -> list[str]:
     """Files of logins beside ``~/.docker/config.json``, which oras reads by itself: docker's elsewhere, podman's."""
     directories = {"DOCKER_CONFIG": "config.json", "XDG_RUNTIME_DIR": "containers/auth.json"}
-    found = [Path(os.environ[name], file) for name, file in directories.items() if os.environ.get(name)]
-    found += [Path(os.environ["REGISTRY_AUTH_FILE"])] if os.environ.get("REGISTRY_AUTH_FILE") else []
-    return [str(path) for path in found if path.exists()]
+    files = [Path(os.environ[name], file) for name, file in directories.items() if os.environ.get(name)]
+    files += [Path(os.environ["REGISTRY_AUTH_FILE"])] if os.environ.get("REGISTRY_AUTH_FILE") else []
+    return [str(path) for path in files if path.exists()]

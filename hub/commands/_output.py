@@ -36,28 +36,28 @@ def summary(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def documents(store: Store, found: Sequence[Artifact], metric: str | None) -> list[dict[str, Any]]:
+def documents(store: Store, artifacts: Sequence[Artifact], metric: str | None) -> list[dict[str, Any]]:
     """Facts of several artifacts as JSON, with their figures of one metric."""
-    scores = {} if metric is None else store.scores(found, metric)
-    told = []
-    for artifact in found:
+    scores = {} if metric is None else store.scores(artifacts, metric)
+    documents = []
+    for artifact in artifacts:
         figures = [
             {"metric": score.metric, "value": score.value, "dataset": score.dataset, "split": score.split}
             for score in scores.get(artifact.digest, ())
         ]
-        told.append(summary(artifact) | ({} if metric is None else {"scores": figures}))
-    return told
+        documents.append(summary(artifact) | ({} if metric is None else {"scores": figures}))
+    return documents
 
 
-def table(store: Store, found: Sequence[Artifact], metric: str | None, ascending: bool | None = None) -> str:
+def table(store: Store, artifacts: Sequence[Artifact], metric: str | None, ascending: bool | None = None) -> str:
     """Artifacts as a table, with their best figure of one metric."""
     from hub.storage.query import low_is_good
 
-    scores = {} if metric is None else store.scores(found, metric)
+    scores = {} if metric is None else store.scores(artifacts, metric)
     best = min if metric is not None and low_is_good(metric, ascending) else max
     header = ["NAME", "VERSION", "KIND", "TASK", "BASE", "SIZE", *([metric.upper()] if metric else []), "ALIASES"]
     rows = []
-    for artifact in found:
+    for artifact in artifacts:
         facts = artifact.facts
         marks = [f"@{alias}" for alias in facts.aliases] + (["yanked"] if facts.yanked is not None else [])
         row = [facts.name, facts.version, facts.kind or facts.type, facts.task or "", facts.base or ""]

@@ -21,17 +21,17 @@ def doctor(ctx: click.Context, /, offline: bool, as_json: bool) -> None:
     from hub.project import doctor as checks
     from hub.store import Store
 
-    found = []
+    findings = []
     for finding in checks.examine(Store(), offline=offline):
-        found.append(finding)
+        findings.append(finding)
         if not as_json:
             word, colour = _MARKS[finding.level]
             click.echo(f"{click.style(f'{word:<6}', fg=colour)}  {finding.area:<8} {finding.message}")
             if finding.hint and finding.level != "ok":
                 click.echo(f"{'':<17}-> {finding.hint}")
-    broken = sum(finding.level == "broken" for finding in found)
+    broken = sum(finding.level == "broken" for finding in findings)
     if as_json:
-        print_json({"ok": not broken, "findings": [finding.as_dict() for finding in found]})
+        print_json({"ok": not broken, "findings": [finding.as_dict() for finding in findings]})
     else:
         say(f"{broken} problem{'s' * (broken != 1)}" if broken else "all is well")
     if broken:

@@ -25,19 +25,19 @@ def gc(run: bool, superseded: bool, grace: float, as_json: bool) -> None:
     from hub.store import Store
 
     store, seconds = Store(), grace * 60
-    found = plan(store, superseded=superseded, grace=seconds)
-    freed = collect(store, found, grace=seconds) if run else 0
+    removal = plan(store, superseded=superseded, grace=seconds)
+    freed = collect(store, removal, grace=seconds) if run else 0
     if as_json:
         print_json(
             {
-                "releases": [str(artifact.ref) for artifact in found.releases],
-                "blobs": list(found.blobs),
-                "bytes": freed if run else found.size,
+                "releases": [str(artifact.ref) for artifact in removal.releases],
+                "blobs": list(removal.blobs),
+                "bytes": freed if run else removal.size,
                 "removed": run,
             }
         )
         return
-    for artifact in found.releases:
+    for artifact in removal.releases:
         click.echo(artifact.ref)
-    what = f"{len(found.releases)} releases and {len(found.blobs)} blobs"
-    say(f"{what} are gone: {bytes_text(freed)}" if run else f"{what} would go: {bytes_text(found.size)}; add --run")
+    what = f"{len(removal.releases)} releases and {len(removal.blobs)} blobs"
+    say(f"{what} are gone: {bytes_text(freed)}" if run else f"{what} would go: {bytes_text(removal.size)}; add --run")

@@ -35,11 +35,13 @@ def list_(
     from hub.store import Store
 
     store = Store()
-    found = store.list(yanked=yanked, newest=newest, sort=sort, ascending=ascending, limit=limit, name=name, **asked)
+    artifacts = store.list(
+        yanked=yanked, newest=newest, sort=sort, ascending=ascending, limit=limit, name=name, **asked
+    )
     score = sort if sort not in (None, *ORDERS) else None
     if as_json:
-        print_json(documents(store, found, score))
-    elif found:
-        click.echo(table(store, found, score, ascending))
+        print_json(documents(store, artifacts, score))
+    elif artifacts:
+        click.echo(table(store, artifacts, score, ascending))
     else:
         say(f"nothing in {store.where} fits" if store.names() else f"{store.where} is empty; `hub push DIR` fills it")

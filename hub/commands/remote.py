@@ -29,11 +29,11 @@ def add(name: str, url: str, replace: bool, as_json: bool) -> None:
     """Let NAME stand for a place. Nothing is sent there, and no credentials are kept."""
     from hub.project.named_remotes import Remotes
 
-    kept = Remotes().add(name, url, replace=replace)
+    address = Remotes().add(name, url, replace=replace)
     if as_json:
-        print_json({"name": name, "url": kept})
+        print_json({"name": name, "url": address})
     else:
-        say(f"{name} is {kept}")
+        say(f"{name} is {address}")
 
 
 @remote.command("list")
@@ -42,11 +42,11 @@ def list_(as_json: bool) -> None:
     """List the named places."""
     from hub.project.named_remotes import Remotes
 
-    found = Remotes().all()
+    remotes = Remotes().all()
     if as_json:
-        print_json([{"name": name, "url": url} for name, url in found.items()])
-    elif found:
-        click.echo(columns(("NAME", "URL"), list(found.items())))
+        print_json([{"name": name, "url": url} for name, url in remotes.items()])
+    elif remotes:
+        click.echo(columns(("NAME", "URL"), list(remotes.items())))
     else:
         say("there is no remote; `hub remote add NAME URL` makes one")
 

@@ -39,12 +39,12 @@ def search(
     store, text = Store(), " ".join(words)
     name = re.split("[<>]", metric)[0].strip() if metric else None
     if name is None:
-        found = store.search(text, limit=limit, newest=not all_versions, **asked)
+        artifacts = store.search(text, limit=limit, newest=not all_versions, **asked)
     else:
-        found = store.list(text=text, sort=name, limit=limit, newest=not all_versions, metric=metric, **asked)
+        artifacts = store.list(text=text, sort=name, limit=limit, newest=not all_versions, metric=metric, **asked)
     if as_json:
-        print_json(documents(store, found, name))
-    elif found:
-        click.echo(table(store, found, name))
+        print_json(documents(store, artifacts, name))
+    elif artifacts:
+        click.echo(table(store, artifacts, name))
     else:
         say(f"nothing in {store.where} fits" if store.names() else f"{store.where} is empty; `hub push DIR` fills it")

@@ -44,15 +44,15 @@ def _list(store: Store, ref: AdapterRef, as_json: bool) -> None:
     store.resolve(ref.at())
     catalogue = store.catalogue(ref.id)
     versions = {alias: catalogue.find(digest=digest) for alias, digest in sorted(catalogue.aliases.items())}
-    found = [
+    rows = [
         {"alias": alias, "version": release.version, "digest": release.digest}
         for alias, release in versions.items()
         if release is not None
     ]
     if as_json:
-        print_json(found)
-    elif found:
-        click.echo(columns(("ALIAS", "VERSION", "DIGEST"), [tuple(row.values()) for row in found]))
+        print_json(rows)
+    elif rows:
+        click.echo(columns(("ALIAS", "VERSION", "DIGEST"), [tuple(row.values()) for row in rows]))
     else:
         say(f"{ref.id} has no alias; `hub tag {ref.id}@VERSION ALIAS` makes one")
 

@@ -49,19 +49,19 @@ def tree(ref: str, invert: bool, format_: str, as_json: bool) -> None:
 
     store = Store()
     root = store.get(ref)
-    found = lineage.below(store, root) if invert else lineage.above(store, root)
+    graph = lineage.below(store, root) if invert else lineage.above(store, root)
     if as_json or format_ == "json":
-        print_json(_document(found, root.digest))
+        print_json(_document(graph, root.digest))
     elif format_ == "svg":
-        click.echo(_svg(found, root.digest))
+        click.echo(_svg(graph, root.digest))
     else:
-        for line in _dot(found, root.digest) if format_ == "dot" else _text(found, root.digest, invert):
+        for line in _dot(graph, root.digest) if format_ == "dot" else _text(graph, root.digest, invert):
             click.echo(line)
 
 
-def _document(found: nx.DiGraph[str], root: str) -> dict[str, Any]:
-    nodes = [{"id": node, **facts} for node, facts in found.nodes(data=True)]
-    edges = [{"source": a, "target": b, "relation": facts["relation"]} for a, b, facts in found.edges(data=True)]
+def _document(graph: nx.DiGraph[str], root: str) -> dict[str, Any]:
+    nodes = [{"id": node, **facts} for node, facts in graph.nodes(data=True)]
+    edges = [{"source": a, "target": b, "relation": facts["relation"]} for a, b, facts in graph.edges(data=True)]
     return {"root": root, "nodes": nodes, "edges": edges}
 
 
@@ -72,50 +72,50 @@ def _title(facts: dict[str, Any]) -> str:
     return f"{facts['ref']} ({facts['kind']}{yanked})"
 
 
-def _text(found: nx.DiGraph[str], root: str, invert: bool) -> Iterator[str]:
+def _text(graph: nx.DiGraph[str], root: str, invert: bool) -> Iterator[str]:
     words = _INVERTED if invert else _WORDS
-    near: Callable[[str], Iterator[str]] = found.predecessors if invert else found.successors
+    near: Callable[[str], Iterator[str]] = graph.predecessors if invert else graph.successors
     shown: set[str] = set()
 
     def relation(node: str, other: str) -> str:
-        return str((found.edges[other, node] if invert else found.edges[node, other])["relation"])
+        return str((graph.edges[other, node] if invert else graph.edges[node, other])["relation"])
 
     def lines(node: str, indent: str) -> Iterator[str]:
         shown.add(node)
         children = sorted(
-            near(node), key=lambda other: (relation(node, other) != "requires", found.nodes[other]["ref"])
+            near(node), key=lambda other: (relation(node, other) != "requires", graph.nodes[other]["ref"])
         )
         for child in children:
             last = child == children[-1]
             again = child in shown and any(True for _ in near(child))
-            head = f"{words[relation(node, child)]} {_title(found.nodes[child])}{' (above)' if again else ''}"
+            head = f"{words[relation(node, child)]} {_title(graph.nodes[child])}{' (above)' if again else ''}"
             yield f"{indent}{'└── ' if last else '├── '}{head}"
             if child not in shown:
                 yield from lines(child, indent + ("    " if last else "│   "))
 
-    yield _title(found.nodes[root])
+    yield _title(graph.nodes[root])
     yield from lines(root, "")
 
 
-def _dot(found: nx.DiGraph[str], root: str) -> Iterator[str]:
+def _dot(graph: nx.DiGraph[str], root: str) -> Iterator[str]:
     quote = json.dumps  # the string syntax of dot is a part of JSON's
     yield "digraph lineage {"
     yield "  rankdir=LR; node [shape=box];"
-    for node, facts in found.nodes(data=True):
+    for node, facts in graph.nodes(data=True):
         style = "dashed" if facts["missing"] else "bold" if node == root else "solid"
         yield f"  {quote(node)} [label={quote(_title(facts))}, style={style}];"
-    for a, b, facts in found.edges(data=True):
+    for a, b, facts in graph.edges(data=True):
         style = "solid" if facts["relation"] == "requires" else "dashed"
         yield f"  {quote(a)} -> {quote(b)} [label={quote(facts['relation'])}, style={style}];"
     yield "}"
 
 
-def _svg(found: nx.DiGraph[str], root: str) -> str:
+def _svg(relations: nx.DiGraph[str], root: str) -> str:
     from hub.registry.state.lineage import Graph, Node
     from hub.registry.web.lineage_svg import svg
 
-    graph = Graph(edges=[(a, b, facts["relation"]) for a, b, facts in found.edges(data=True)])
-    for node, facts in found.nodes(data=True):
+    graph = Graph(edges=[(a, b, facts["relation"]) for a, b, facts in relations.edges(data=True)])
+    for node, facts in relations.nodes(data=True):
         note = "missing" if facts["missing"] else facts["kind"]
         href = None if facts["missing"] else f"#{node}"
         graph.nodes[node] = Node(node, facts["ref"], note, href, here=node == root)

@@ -20,8 +20,8 @@ def json_option(function: FunctionT) -> FunctionT:
 
 def json_file_option(function: FunctionT) -> FunctionT:
     """Add ``--json FILE``, given to the command as ``json_path``; a place that cannot be written is refused at once."""
-    told = "Write the result as JSON; - is stdout."
-    return click.option("--json", "json_path", metavar="FILE", callback=_writable, help=told)(function)
+    help_text = "Write the result as JSON; - is stdout."
+    return click.option("--json", "json_path", metavar="FILE", callback=_writable, help=help_text)(function)
 
 
 def _writable(_ctx: click.Context, _option: click.Parameter, path: str | None) -> str | None:

@@ -92,9 +92,9 @@ def inspect(path: Path, name: str, scanned: FileScan | None = None) -> tuple[Fil
         Not safetensors, NaN or Inf; text that is no UTF-8 or holds NUL; a pickle under another name.
     """
     if name.endswith(".safetensors"):
-        found = scanned or scan(path, name)
-        refuse_nonfinite(found, name)
-        return FileEntry(path=name, sha256=found.sha256, size=found.size, role=role_of(name)), found
+        tensors = scanned or scan(path, name)
+        refuse_nonfinite(tensors, name)
+        return FileEntry(path=name, sha256=tensors.sha256, size=tensors.size, role=role_of(name)), tensors
     _check_content(path, name)
     sha256, size = sha256_file(path)
     return FileEntry(path=name, sha256=sha256, size=size, role=role_of(name)), None
@@ -161,7 +161,7 @@ def inspect_as(
         The right bytes, which must not be admitted.
     """
     try:
-        measured, found = inspect(path, entry.path, scanned)
+        measured, scanned_file = inspect(path, entry.path, scanned)
     except (GateError, IntegrityError) as error:
         sha256, size = sha256_file(path)
         if (sha256, size) == (entry.sha256, entry.size):
@@ -169,7 +169,7 @@ def inspect_as(
         raise _changed(manifest, entry, sha256, size, hint) from error
     if (measured.sha256, measured.size) != (entry.sha256, entry.size):
         raise _changed(manifest, entry, measured.sha256, measured.size, hint)
-    return found
+    return scanned_file
 
 
 def _changed(manifest: Manifest, entry: FileEntry, sha256: str, size: int, hint: str) -> IntegrityError:
@@ -186,19 +186,19 @@ def _changed(manifest: Manifest, entry: FileEntry, sha256: str, size: int, hint:
 
 def join_tensors(scans: Mapping[str, FileScan]) -> tuple[TensorEntry, ...]:
     """Tensors of the weights and the extra file together, sorted by name; a name in both is refused."""
-    found: dict[str, TensorEntry] = {}
+    entries: dict[str, TensorEntry] = {}
     for path in (WEIGHTS, EXTRA):
         for tensor in scans[path].tensors if path in scans else ():
-            if tensor.entry.name in found:
+            if tensor.entry.name in entries:
                 raise GateError(f"tensor {tensor.entry.name} stands in {WEIGHTS} and in {EXTRA}", path=EXTRA)
-            found[tensor.entry.name] = tensor.entry
-    return tuple(found[name] for name in sorted(found))
+            entries[tensor.entry.name] = tensor.entry
+    return tuple(entries[name] for name in sorted(entries))
 
 
 def zero_warnings(scans: Mapping[str, FileScan]) -> tuple[str, ...]:
     """Flag low-rank factors B that are all zero: such an adapter changes nothing there."""
-    factors = [tensor for found in scans.values() for tensor in found.tensors if "lora_B" in tensor.entry.name]
-    factors += [t for found in scans.values() for t in found.tensors if "lora_embedding_B" in t.entry.name]
+    factors = [tensor for file in scans.values() for tensor in file.tensors if "lora_B" in tensor.entry.name]
+    factors += [t for file in scans.values() for t in file.tensors if "lora_embedding_B" in t.entry.name]
     zero = sorted(tensor.entry.name for tensor in factors if tensor.zero)
     if not zero:
         return ()
@@ -216,18 +216,18 @@ def check_agreement(manifest: Manifest, scans: Mapping[str, FileScan]) -> None:
     IntegrityError
         A tensor of another dtype, shape or content, or a wrong `tensors_digest`.
     """
-    found = {entry.name: entry for entry in join_tensors(scans)}
+    present = {entry.name: entry for entry in join_tensors(scans)}
     listed = {entry.name: entry for entry in manifest.tensors}
-    for what, names in (("misses", listed.keys() - found.keys()), ("has extra", found.keys() - listed.keys())):
+    for what, names in (("misses", listed.keys() - present.keys()), ("has extra", present.keys() - listed.keys())):
         if names:
             shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             raise GateError(f"{manifest.ref} {what} {len(names)} tensors: {shown}", ref=manifest.ref)
     for name, entry in listed.items():
-        if entry != found[name]:
+        if entry != present[name]:
             raise IntegrityError(
-                f"{manifest.ref}: tensor {name} is {found[name].dtype}{list(found[name].shape)} "
-                f"{found[name].sha256[:12]}, its manifest says {entry.dtype}{list(entry.shape)} {entry.sha256[:12]}",
+                f"{manifest.ref}: tensor {name} is {present[name].dtype}{list(present[name].shape)} "
+                f"{present[name].sha256[:12]}, its manifest says {entry.dtype}{list(entry.shape)} {entry.sha256[:12]}",
                 ref=manifest.ref,
             )
-    if tensors_digest(found.values()) != manifest.tensors_digest:
+    if tensors_digest(present.values()) != manifest.tensors_digest:
         raise IntegrityError(f"{manifest.ref}: tensors_digest does not fit its tensors", ref=manifest.ref)

@@ -36,7 +36,7 @@ class Follower:
     """
 
     def __init__(self, path: Path, entry: FileEntry) -> None:
-        self.found: FileScan | None = None
+        self.scan: FileScan | None = None
         self._path, self._entry = path, entry
         self._over, self._abandoned = threading.Event(), False
         self._file: BinaryIO | None = None
@@ -60,7 +60,7 @@ class Follower:
             except FileNotFoundError:
                 same = False
         if not same or read.st_size != self._entry.size:
-            self.found = None
+            self.scan = None
 
     def abandon(self) -> None:
         """Stop: nothing more will be written."""
@@ -78,7 +78,7 @@ class Follower:
                 return
         try:
             self._file = open_regular(self._path)
-            self.found = scan_stream(_Arriving(self._file, self), self._entry.size, self._entry.path)
+            self.scan = scan_stream(_GrowingFile(self._file, self), self._entry.size, self._entry.path)
         except (HubError, OSError):  # whoever needs the scan reads the whole file, and says what is wrong with it
             return
 
@@ -89,7 +89,7 @@ class Follower:
                 return
 
 
-class _Arriving:
+class _GrowingFile:
     """A file that waits for the bytes that are asked for."""
 
     def __init__(self, file: BinaryIO, follower: Follower) -> None:

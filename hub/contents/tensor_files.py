@@ -289,9 +289,9 @@ def check_finite(path: Path) -> None:
     refuse_nonfinite(scan(path), path.name)
 
 
-def refuse_nonfinite(found: FileScan, name: str) -> None:
+def refuse_nonfinite(file: FileScan, name: str) -> None:
     """Raise GateError for the first tensor of a scan that holds NaN or Inf."""
-    for tensor in found.tensors:
+    for tensor in file.tensors:
         if tensor.nonfinite:
             raise GateError(
                 f"{name}: {tensor.entry.name} holds {tensor.nonfinite} NaN or Inf values "

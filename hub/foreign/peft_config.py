@@ -70,12 +70,12 @@ def without_paths(hyperparameters: Mapping[str, Any], directory: Path | None, ba
     base
         What the base is called in the manifest, where it has one.
     """
-    found = dict(hyperparameters)
-    stated = found.get(_BASE)
+    cleaned = dict(hyperparameters)
+    stated = cleaned.get(_BASE)
     if isinstance(stated, str) and not _names_repository(stated, directory):
-        del found[_BASE]
-        found |= {_BASE: base} if base else {}
-    return found
+        del cleaned[_BASE]
+        cleaned |= {_BASE: base} if base else {}
+    return cleaned
 
 
 def _names_repository(text: str, directory: Path | None) -> bool:

@@ -21,7 +21,7 @@ MAX_BYTES = 2**40  # of one file of a repository
 
 
 @dataclass(frozen=True)
-class Found:
+class ForeignAdapter:
     """A foreign adapter on disk.
 
     Attributes
@@ -39,7 +39,7 @@ class Found:
     left: tuple[str, ...] = ()
 
 
-def find(source: str, room: Path, *, subfolder: str | None = None) -> Found:
+def find(source: str, room: Path, *, subfolder: str | None = None) -> ForeignAdapter:
     """Find an adapter; what is taken of a repository is downloaded first.
 
     Parameters
@@ -77,7 +77,7 @@ def find(source: str, room: Path, *, subfolder: str | None = None) -> Found:
                 path=directory / inside / file,
                 hint="of the Hugging Face cache: hf download OWNER/NAME --local-dir DIR, or hub import hf://OWNER/NAME",
             )
-    return Found(directory / inside, None, _left(names, inside))
+    return ForeignAdapter(directory / inside, None, _left(names, inside))
 
 
 def _choose(names: list[str], subfolder: str | None, source: str) -> str:
@@ -108,7 +108,7 @@ def _left(names: list[str], inside: str) -> tuple[str, ...]:
     return tuple(sorted(name for name in mine if name not in _TAKEN and not name.startswith(".")))
 
 
-def _from_hub(source: str, room: Path, subfolder: str | None) -> Found:
+def _from_hub(source: str, room: Path, subfolder: str | None) -> ForeignAdapter:
     from huggingface_hub import HfApi, hf_hub_download
 
     match = _REPO.match(source.removeprefix(HF))
@@ -131,7 +131,7 @@ def _from_hub(source: str, room: Path, subfolder: str | None) -> Found:
         with _translated(source):
             here = Path(hf_hub_download(name, path, revision=info.sha, local_dir=room))
         _check(here, path, sibling.lfs.sha256 if sibling.lfs else None, source)
-    return Found(room / inside, f"{HF}{name}@{info.sha}", _left(list(siblings), inside))
+    return ForeignAdapter(room / inside, f"{HF}{name}@{info.sha}", _left(list(siblings), inside))
 
 
 def _check(path: Path, name: str, sha256: str | None, source: str) -> None:

@@ -56,12 +56,12 @@ def loads(data: bytes, *, what: str, limit: int = MAX_JSON) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    value = dict(pairs)
+    if len(value) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"key {twice!r} stands twice in one object")
-    return found
+    return value
 
 
 def _integer(text: str) -> int | float:

@@ -75,8 +75,8 @@ def _walk(directory: Path, prefix: str, ignore: frozenset[str]) -> Iterator[str]
     if prefix.count("/") > MAX_DEPTH:
         raise GateError(f"{directory} is more than {MAX_DEPTH} levels deep", path=directory)
     with os.scandir(directory) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
         if entry.name in ignore:
             continue
         if entry.is_symlink():

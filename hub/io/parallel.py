@@ -20,7 +20,7 @@ class Stopped(Exception):
     """Another job has failed, or the user has had enough: this one ends, and says nothing."""
 
 
-class Crew:
+class Workers:
     """Threads that stop together: at the first error, or when the caller is interrupted.
 
     Parameters
@@ -43,6 +43,7 @@ class Crew:
         """
         if min(self.size, len(items)) < 2:
             return [work(item) for item in items]
+        # Each thread takes the next item until none is left; how it ended, it puts into `ended`.
         results: list[ResultT | None] = [None] * len(items)
         todo, turn = iter(range(len(items))), threading.Lock()
         ended: SimpleQueue[BaseException | None] = SimpleQueue()
@@ -66,6 +67,7 @@ class Crew:
         threads = [threading.Thread(target=run, daemon=True) for _ in range(min(self.size, len(items)))]
         for thread in threads:
             thread.start()
+        # The first error, or an interrupt of the caller while it waits, stops all the others.
         try:
             for _ in threads:
                 if (error := ended.get()) is not None:

@@ -86,13 +86,13 @@ def examine(store: Store, *, offline: bool = False) -> Iterator[Finding]:
 
 @check("python")
 def _python(_store: Store) -> Iterator[Finding]:
-    said = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     if sys.version_info[:2] < _LEAST_PYTHON:
-        yield Finding("python", "broken", said, f"use Python {'.'.join(map(str, _LEAST_PYTHON))} or newer")
+        yield Finding("python", "broken", system, f"use Python {'.'.join(map(str, _LEAST_PYTHON))} or newer")
     else:
-        yield Finding("python", "ok", said)
-    known = {name: found for name in _LIBRARIES if (found := _installed(name)) is not None}
-    yield Finding("python", "ok", ", ".join(f"{name} {found}" for name, found in known.items()))
+        yield Finding("python", "ok", system)
+    known = {name: number for name in _LIBRARIES if (number := _installed(name)) is not None}
+    yield Finding("python", "ok", ", ".join(f"{name} {number}" for name, number in known.items()))
     for name in _LIBRARIES:
         if name not in known and name != "moduloom":  # it may run from a source tree
             yield Finding("python", "broken", f"{name} is not installed", "pip install moduloom")
@@ -119,8 +119,8 @@ def _plugins(_store: Store) -> Iterator[Finding]:
     bad = {point for point in others if point.group not in _PLUGINS}
     for point in bad:
         package = point.dist.name if point.dist else "an unknown package"
-        said = f"{package} adds {point.name!r} to the group {point.group!r}, which nothing reads"
-        yield Finding("plugins", "broken", said, suggest(point.group, _PLUGINS) or f"groups: {', '.join(_PLUGINS)}")
+        message = f"{package} adds {point.name!r} to the group {point.group!r}, which nothing reads"
+        yield Finding("plugins", "broken", message, suggest(point.group, _PLUGINS) or f"groups: {', '.join(_PLUGINS)}")
     for group in sorted({point.group for point in others} & _PLUGINS.keys()):  # ours alone need no look: it costs torch
         noun = group.removeprefix("hub.").removesuffix("s")
         for broken in Registry[Any](noun, package=_PLUGINS[group], group=group).broken():
@@ -142,8 +142,8 @@ def _store(store: Store) -> Iterator[Finding]:
     yield from _room(store.root)
     mode = store.root.stat().st_mode & 0o777
     if mode & 0o002:
-        said = f"everybody on this machine may write into {store.root} (mode {mode:o})"
-        yield Finding("store", "broken", said, f"chmod o-w {store.root}")
+        message = f"everybody on this machine may write into {store.root} (mode {mode:o})"
+        yield Finding("store", "broken", message, f"chmod o-w {store.root}")
     if not os.access(store.root, os.W_OK):
         yield Finding("store", "note", f"{store.root} may only be read", "push and pull need another HUB_HOME")
     else:
@@ -159,19 +159,19 @@ def _store(store: Store) -> Iterator[Finding]:
     if logged == indexed:
         yield Finding("store", "ok", f"{len(logged)} artifacts; log and index agree")
     else:
-        said = f"the log knows {len(logged)} artifacts, the index {len(indexed)}, {len(logged & indexed)} of them alike"
+        message = f"the log knows {len(logged)} artifacts, the index {len(indexed)}, {len(logged & indexed)} alike"
         hint = f"`hub verify` says what is wrong; where the log is right: rm {store.root}/index.sqlite*"
-        yield Finding("store", "broken", said, hint)
+        yield Finding("store", "broken", message, hint)
     yield from _blobs(store)
 
 
 def _room(place: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(place).free
-    said = f"{bytes_text(free)} free where the store is"
+    message = f"{bytes_text(free)} free where the store is"
     if free < _LEAST_FREE:
-        yield Finding("store", "broken", said, "`hub gc` frees what nothing needs; HUB_HOME moves the store")
+        yield Finding("store", "broken", message, "`hub gc` frees what nothing needs; HUB_HOME moves the store")
     else:
-        yield Finding("store", "ok", said)
+        yield Finding("store", "ok", message)
     with sqlite3.connect(":memory:") as db:
         if not db.execute("SELECT sqlite_compileoption_used('ENABLE_FTS5')").fetchone()[0]:
             yield Finding("store", "broken", "this Python's SQLite has no FTS5", "use another build of Python")
@@ -190,8 +190,8 @@ def _blobs(store: Store) -> Iterator[Finding]:
                 missing.append(f"{artifact.ref} {entry.path}")
             size += entry.size
     if missing:
-        said = f"{len(missing)} files are missing or cut: {', '.join(missing[:3])}"
-        yield Finding("store", "broken", said, "pull or push those artifacts again; `hub verify` reads every byte")
+        message = f"{len(missing)} files are missing or cut: {', '.join(missing[:3])}"
+        yield Finding("store", "broken", message, "pull or push those artifacts again; `hub verify` reads every byte")
     else:
         yield Finding("store", "ok", f"all files are there, {bytes_text(size)} (`hub verify` reads every byte)")
 

@@ -70,12 +70,12 @@ def plan(store: Store, *, superseded: bool = False, grace: float = GRACE) -> Pla
     for digest in store.blobs:
         if digest not in needed:
             try:
-                found = store.blobs.path(digest).stat()
+                stat = store.blobs.path(digest).stat()
             except FileNotFoundError:  # another collector
                 continue
-            if found.st_mtime < youngest:
+            if stat.st_mtime < youngest:
                 blobs.append(digest)
-                size += found.st_size
+                size += stat.st_size
     return Plan(tuple(old), tuple(sorted(blobs)), size, at)
 
 
@@ -111,15 +111,15 @@ def _kept(store: Store, wanted: Plan) -> list[str]:
 
 def _named(store: Store, digests: Iterable[str]) -> set[str]:
     """All blobs of releases: manifest, image manifest, files."""
-    found = set()
+    named = set[str]()
     for digest in digests:
         try:
             module = store.blobs.read(digest)
         except NotFound:  # deleted since, and collected
             continue
-        found |= {digest, canonical.digest(image_manifest(module))}
-        found.update(f"sha256:{entry['sha256']}" for entry in outline(module).get("files", ()))
-    return found
+        named |= {digest, canonical.digest(image_manifest(module))}
+        named.update(f"sha256:{entry['sha256']}" for entry in outline(module).get("files", ()))
+    return named
 
 
 def _superseded(store: Store) -> tuple[Artifact, ...]:
@@ -133,5 +133,5 @@ def _superseded(store: Store) -> tuple[Artifact, ...]:
             roots.add(choose(AdapterRef.parse(name), catalogue).digest)
         except NotFound:  # all its versions are yanked
             continue
-    kept = reachable(known, [root for root in roots if root in known])
-    return tuple(artifact for artifact in everything if artifact.digest not in kept)
+    needed = reachable(known, [root for root in roots if root in known])
+    return tuple(artifact for artifact in everything if artifact.digest not in needed)

@@ -69,10 +69,10 @@ class Lock(Record):
 
     def decided(self) -> dict[str, str]:
         """All decisions: ref -> digest."""
-        found = dict(self.requires)
+        versions = dict(self.requires)
         for pin in self.modules:
-            found.update(pin.requires)
-        return found
+            versions.update(pin.requires)
+        return versions
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all; sorted, one fact a line, so that version control shows what changed."""
@@ -105,9 +105,9 @@ def read_wishes(directory: Path) -> tuple[list[str], str | None] | None:
     path = next((directory / name for name in WISHES if (directory / name).exists()), None)
     if path is None:
         return None
-    found = _parse(path)
-    refs, source = found.get("requires"), found.get("from")
-    odd = set(found) - {"requires", "from"}
+    document = _parse(path)
+    refs, source = document.get("requires"), document.get("from")
+    odd = set(document) - {"requires", "from"}
     if not isinstance(refs, list) or not refs or odd or not (source is None or isinstance(source, str)):
         raise UsageError(f"{path} is not a list of refs under `requires`, and a remote under `from`")
     return [str(AdapterRef.parse(str(ref))) for ref in refs], source
@@ -116,12 +116,12 @@ def read_wishes(directory: Path) -> tuple[list[str], str | None] | None:
 def _parse(path: Path) -> Mapping[str, Any]:
     data = read_capped(path, _MAX)
     try:
-        found: object = _toml(data.decode()) if path.suffix == ".toml" else _yaml(data)
+        document: object = _toml(data.decode()) if path.suffix == ".toml" else _yaml(data)
     except ValueError as error:
         raise UsageError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         raise UsageError(f"{path} is not a mapping with `requires`")
-    return found
+    return document
 
 
 def _toml(text: str) -> object:
@@ -148,14 +148,14 @@ class Resolver:
     ----------
     store, remote
         Where to look: at the remote first, where there is one.
-    held
+    locked
         A lock whose decisions stay as they are.
     """
 
-    def __init__(self, store: Store, remote: Remote | None, held: Lock | None = None) -> None:
+    def __init__(self, store: Store, remote: Remote | None, locked: Lock | None = None) -> None:
         self.store, self.remote = store, remote
-        self.held = held or Lock()
-        self._decided = self.held.decided()
+        self.locked = locked or Lock()
+        self._decided = self.locked.decided()
         self._pins: dict[str, Pin] = {}
 
     def lock(self, refs: list[str]) -> Lock:
@@ -165,10 +165,10 @@ class Resolver:
         return Lock(requires=wanted, modules=tuple(pins))
 
     def _digest(self, ref: AdapterRef) -> str:
-        kept = self.held.pin(self._decided.get(str(ref), ""))
-        if kept is not None:
-            self._keep(kept)
-            return kept.digest
+        pin = self.locked.pin(self._decided.get(str(ref), ""))
+        if pin is not None:
+            self._keep(pin)
+            return pin.digest
         release, at = self._find(ref)
         if release.digest not in self._pins:
             manifest = self.store.manifest(release.digest) if at is None else fetch_manifest(at, ref, release)
@@ -188,7 +188,7 @@ class Resolver:
         if pin.digest not in self._pins:
             self._pins[pin.digest] = pin
             for digest in pin.requires.values():
-                if (needed := self.held.pin(digest)) is not None:
+                if (needed := self.locked.pin(digest)) is not None:
                     self._keep(needed)
 
     def _add(self, manifest: Manifest, at: Remote | None) -> None:
@@ -261,12 +261,12 @@ class Roots:
         """Lock files that are still there."""
         if not self.path.exists():
             return []
-        found = canonical.loads(read_capped(self.path, _MAX), what=str(self.path))
-        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        known = canonical.loads(read_capped(self.path, _MAX), what=str(self.path))
+        if not isinstance(known, list) or not all(isinstance(text, str) for text in known):
             raise ManifestError(
                 f"{self.path} is not a list of paths", path=self.path, hint="remove it, then `hub sync`"
             )
-        return [path for path in map(Path, found) if path.exists()]
+        return [path for path in map(Path, known) if path.exists()]
 
     def add(self, store: Store, lock: Path) -> None:
         """Remember a lock file."""

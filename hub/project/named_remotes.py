@@ -35,13 +35,13 @@ class Remotes:
         if not self.path.exists():
             return {}
         try:
-            found = canonical.loads(read_capped(self.path, 2**20), what=str(self.path))
-            if not isinstance(found, dict) or not all(isinstance(url, str) for url in found.values()):
+            urls = canonical.loads(read_capped(self.path, 2**20), what=str(self.path))
+            if not isinstance(urls, dict) or not all(isinstance(url, str) for url in urls.values()):
                 raise StoreError(f"{self.path} does not map names to URLs", path=self.path)
         except HubError as error:
             hint = "mend or remove the file, then add the remotes again"
             raise StoreError(error.message, path=self.path, hint=hint) from error
-        return dict(sorted(found.items()))
+        return dict(sorted(urls.items()))
 
     def add(self, name: str, url: str, *, replace: bool = False) -> str:
         """Give a URL a name; returns the URL as it is kept (a path is made absolute).
@@ -58,21 +58,21 @@ class Remotes:
                 f"{name!r} is not a name of a remote: lower-case letters, digits, '-' and '_'", hint="try 'team'"
             )
         from_url(url)
-        kept = url if "://" in url else str(Path(url).expanduser().absolute())
-        with self._changing() as found:
-            if found.get(name, kept) != kept and not replace:
+        address = url if "://" in url else str(Path(url).expanduser().absolute())
+        with self._changing() as urls:
+            if urls.get(name, address) != address and not replace:
                 raise Conflict(
-                    f"the remote {name} is {found[name]}", hint=f"hub remote add {name} {kept} --replace moves it"
+                    f"the remote {name} is {urls[name]}", hint=f"hub remote add {name} {address} --replace moves it"
                 )
-            found[name] = kept
-        return kept
+            urls[name] = address
+        return address
 
     def remove(self, name: str) -> str:
         """Forget a name; returns its URL. What is there stays there. Raises NotFound."""
-        with self._changing() as found:
-            if name not in found:
-                raise _unknown(name, found)
-            return found.pop(name)
+        with self._changing() as urls:
+            if name not in urls:
+                raise _unknown(name, urls)
+            return urls.pop(name)
 
     def url(self, text: str) -> str:
         """URL that a text stands for: itself where it is a URL or a path, else that of the remote of this name.
@@ -101,9 +101,9 @@ class Remotes:
         with disk_errors(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.with_name(".remotes.lock"), timeout=30):
-                found = self.all()
-                yield found
-                atomic_write(self.path, json.dumps(found, indent=2, sort_keys=True).encode() + b"\n")
+                urls = self.all()
+                yield urls
+                atomic_write(self.path, json.dumps(urls, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _unknown(name: str, known: dict[str, str]) -> NotFound:

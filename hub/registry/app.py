@@ -72,16 +72,16 @@ def create_app(store: Store, *, authority: Authority | None = None, limits: Limi
 
 async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, ApiError):
-        found = error
+        api_error = error
     elif isinstance(error, HubError):
-        found = from_hub(error)
+        api_error = from_hub(error)
     elif isinstance(error, HTTPException):
-        found = ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        api_error = ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     else:
-        found = ApiError(400, _first_problem(error))
-    if found.status >= 500:
-        logger.error("%s %s: %s", request.method, request.url.path, found.message)
-    return views.refusal(request, found)
+        api_error = ApiError(400, _first_problem(error))
+    if api_error.status >= 500:
+        logger.error("%s %s: %s", request.method, request.url.path, api_error.message)
+    return views.refusal(request, api_error)
 
 
 def _first_problem(error: Exception) -> str:

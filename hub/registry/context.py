@@ -16,7 +16,7 @@ from hub.registry.limits import Limits
 from hub.registry.state.drafts import Repo
 from hub.registry.state.lineage import Relations
 from hub.registry.state.repositories import Repos
-from hub.registry.state.search import Shelf
+from hub.registry.state.search import StoreSearch
 from hub.registry.tokens import Authority, Caller
 
 
@@ -42,9 +42,9 @@ class Context:
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
 
     @cached_property
-    def shelf(self) -> Shelf:
+    def search(self) -> StoreSearch:
         """The catalogue."""
-        return Shelf(self.repos.store)
+        return StoreSearch(self.repos.store)
 
     @cached_property
     def relations(self) -> Relations:
@@ -79,8 +79,8 @@ class Access:
 
 def context_of(request: Request) -> Context:
     """Return the registry that answers a request."""
-    found: Context = request.app.state.registry
-    return found
+    context: Context = request.app.state.registry
+    return context
 
 
 def caller_of(request: Request) -> Caller:

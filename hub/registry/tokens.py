@@ -141,13 +141,13 @@ class Tokens:
         if text is None:
             return Caller(None, public=self._file.anonymous)
         digest = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
-        found = None
+        holder = None
         for token in self._file.tokens:  # all of them, so that time tells nothing
             if hmac.compare_digest(token.sha256, digest):
-                found = token
-        if found is None:
+                holder = token
+        if holder is None:
             raise ApiError(401, "Invalid credentials in Authorization header")
-        return Caller(found.name, read=frozenset(found.read), write=frozenset(found.write))
+        return Caller(holder.name, read=frozenset(holder.read), write=frozenset(holder.write))
 
     def _load(self) -> None:
         try:

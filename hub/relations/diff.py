@@ -56,11 +56,11 @@ class Side:
 
     def tensors(self) -> dict[str, Placed]:
         """Tensors of its weights and of its whole modules, by name."""
-        found: dict[str, Placed] = {}
+        placed: dict[str, Placed] = {}
         for name in (WEIGHTS, EXTRA):
             if name in self.paths:
-                found |= {info.name: (self.paths[name], info) for info in read_header(self.paths[name]).tensors}
-        return found
+                placed |= {info.name: (self.paths[name], info) for info in read_header(self.paths[name]).tensors}
+        return placed
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def _change(name: str, a: Placed, b: Placed, left: Side, right: Side) -> Change 
         return Change(name, dtypes, shapes, None)
     if dtypes[0] == dtypes[1] and _digest(left, name) is not None and _digest(left, name) == _digest(right, name):
         return None
-    found = distance(a, b)
-    return None if found.difference == 0 and dtypes[0] == dtypes[1] else Change(name, dtypes, shapes, found)
+    norms = distance(a, b)
+    return None if norms.difference == 0 and dtypes[0] == dtypes[1] else Change(name, dtypes, shapes, norms)
 
 
 def _digest(side: Side, name: str) -> str | None:
@@ -202,8 +202,8 @@ def flat(value: object, prefix: str = "") -> dict[str, Any]:
     """Nested objects as one mapping with dotted names; lists and plain values stay as they are."""
     if not isinstance(value, dict):
         return {prefix: value}
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, inner in value.items():
         path = f"{prefix}.{name}" if prefix else str(name)
-        found |= flat(inner, path) if isinstance(inner, dict) and inner else {path: inner}
-    return found
+        fields |= flat(inner, path) if isinstance(inner, dict) and inner else {path: inner}
+    return fields

@@ -29,15 +29,15 @@ def graph(store: Store) -> nx.DiGraph[str]:
         text, with ``missing=True``. Edges go from an artifact to what it requires or comes from, with the
         attribute ``relation`` (``requires`` or ``parent``).
     """
-    found: nx.DiGraph[str] = nx.DiGraph()
+    dag: nx.DiGraph[str] = nx.DiGraph()
     for artifact in store.list(yanked=True):
-        found.add_node(artifact.digest, ref=str(artifact.ref), missing=False)
+        dag.add_node(artifact.digest, ref=str(artifact.ref), missing=False)
     for source, relation, target, digest in store.edges():
         node = _node(store, target, digest)
-        if node not in found:
-            found.add_node(node, ref=target, missing=True)
-        found.add_edge(source, node, relation=relation)
-    return found
+        if node not in dag:
+            dag.add_node(node, ref=target, missing=True)
+        dag.add_edge(source, node, relation=relation)
+    return dag
 
 
 def _node(store: Store, target: str, digest: str | None) -> str:
@@ -55,37 +55,37 @@ def above(store: Store, root: Artifact) -> nx.DiGraph[str]:
 
     Nodes that are in the store carry ``kind`` and ``yanked`` as well.
     """
-    found: nx.DiGraph[str] = nx.DiGraph()
+    dag: nx.DiGraph[str] = nx.DiGraph()
     waiting = [root]
     while waiting:
         artifact = waiting.pop()
-        _describe(found, artifact)
+        _describe(dag, artifact)
         for relation, target, digest in _pointers(artifact):
             node = _node(store, target, digest)
-            if node not in found:
-                held = next(iter(store.list(digest=node, yanked=True)), None)
-                if held is None:
-                    found.add_node(node, ref=target, missing=True)
+            if node not in dag:
+                target_here = next(iter(store.list(digest=node, yanked=True)), None)
+                if target_here is None:
+                    dag.add_node(node, ref=target, missing=True)
                 else:
-                    waiting.append(held)
-                    _describe(found, held)
-            found.add_edge(artifact.digest, node, relation=relation)
-    return found
+                    waiting.append(target_here)
+                    _describe(dag, target_here)
+            dag.add_edge(artifact.digest, node, relation=relation)
+    return dag
 
 
 def below(store: Store, root: Artifact) -> nx.DiGraph[str]:
     """What requires an artifact or comes from it, directly or not; edges point as in `graph`, nodes as in `above`."""
     whole = graph(store)
-    found: nx.DiGraph[str] = nx.DiGraph(whole.subgraph({root.digest, *nx.ancestors(whole, root.digest)}))
-    for digest in found:
-        _describe(found, next(iter(store.list(digest=digest, yanked=True))))
-    return found
+    dag: nx.DiGraph[str] = nx.DiGraph(whole.subgraph({root.digest, *nx.ancestors(whole, root.digest)}))
+    for digest in dag:
+        _describe(dag, next(iter(store.list(digest=digest, yanked=True))))
+    return dag
 
 
-def _describe(found: nx.DiGraph[str], artifact: Artifact) -> None:
+def _describe(dag: nx.DiGraph[str], artifact: Artifact) -> None:
     facts = artifact.facts
     what = {"kind": facts.kind or facts.type, "yanked": facts.yanked}
-    found.add_node(artifact.digest, ref=str(artifact.ref), missing=False, **what)
+    dag.add_node(artifact.digest, ref=str(artifact.ref), missing=False, **what)
 
 
 def _pointers(artifact: Artifact) -> list[tuple[str, str, str | None]]:
@@ -96,7 +96,7 @@ def _pointers(artifact: Artifact) -> list[tuple[str, str, str | None]]:
     return [(PARENT, parent, AdapterRef.parse(parent).digest) for parent in parents] + needs
 
 
-def order(found: nx.DiGraph[str], roots: Iterable[str]) -> list[str]:
+def order(dag: nx.DiGraph[str], roots: Iterable[str]) -> list[str]:
     """Nodes that the roots require, directly or not, each after all that it requires itself; roots included.
 
     Raises
@@ -104,7 +104,7 @@ def order(found: nx.DiGraph[str], roots: Iterable[str]) -> list[str]:
     GateError
         Artifacts that require each other, naming the cycle.
     """
-    needs = nx.subgraph_view(found, filter_edge=lambda a, b: found.edges[a, b]["relation"] == REQUIRES)
+    needs = nx.subgraph_view(dag, filter_edge=lambda a, b: dag.edges[a, b]["relation"] == REQUIRES)
     reach = set(roots)
     for root in list(reach):
         reach |= nx.descendants(needs, root)
@@ -116,15 +116,15 @@ def order(found: nx.DiGraph[str], roots: Iterable[str]) -> list[str]:
         raise GateError(f"artifacts require each other: {' -> '.join([*cycle, cycle[0]])}", ref=cycle[0]) from error
 
 
-def reachable(found: nx.DiGraph[str], roots: Iterable[str]) -> set[str]:
+def reachable(dag: nx.DiGraph[str], roots: Iterable[str]) -> set[str]:
     """All nodes that the roots point at by any relation, roots included: what a collector must keep."""
-    kept = set(roots)
-    for root in list(kept):
-        kept |= nx.descendants(found, root)
-    return kept
+    reached = set(roots)
+    for root in list(reached):
+        reached |= nx.descendants(dag, root)
+    return reached
 
 
-def ancestry(found: nx.DiGraph[str], digest: str) -> list[str]:
+def ancestry(dag: nx.DiGraph[str], digest: str) -> list[str]:
     """Nodes that an artifact comes from (relation ``parent``), nearest first."""
-    parents = nx.subgraph_view(found, filter_edge=lambda a, b: found.edges[a, b]["relation"] == PARENT)
+    parents = nx.subgraph_view(dag, filter_edge=lambda a, b: dag.edges[a, b]["relation"] == PARENT)
     return [node for _, node in nx.bfs_edges(parents, digest)]

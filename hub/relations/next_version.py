@@ -98,6 +98,6 @@ def raised(version: str, level: Level) -> str:
 def highest(catalogues: Iterable[Catalogue]) -> str | None:
     """Highest version that was ever published, deleted ones too, since none of them is used again."""
     known = list(catalogues)
-    found = [release.version for catalogue in known for release in catalogue.releases]
-    found += [gone.version for catalogue in known for gone in catalogue.tombstones]
-    return max(found, key=version_key, default=None)
+    versions = [release.version for catalogue in known for release in catalogue.releases]
+    versions += [gone.version for catalogue in known for gone in catalogue.tombstones]
+    return max(versions, key=version_key, default=None)

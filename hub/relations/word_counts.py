@@ -67,11 +67,11 @@ def read_words(artifact: Artifact) -> dict[str, Counts]:
         return {}
     from safetensors.numpy import load_file
 
-    found = load_file(artifact.file(FILE))
-    for key, counts in found.items():
+    tensors = load_file(artifact.file(FILE))
+    for key, counts in tensors.items():
         if counts.shape != (BUCKETS,) or not (counts >= 0).all():
             raise IntegrityError(f"{artifact.ref}: {FILE} holds no counts of words under {key!r}", ref=artifact.ref)
-    return dict(found)
+    return dict(tensors)
 
 
 def fit_of(text: str, profiles: Mapping[str, Counts]) -> dict[str, float]:

@@ -80,7 +80,7 @@ class Remote(Protocol):
         """Signatures of a release by the name of their key, as they are kept here; none of them is believed."""
         ...
 
-    def sign(self, name: str, digest: str, found: Mapping[str, bytes]) -> None:
+    def sign(self, name: str, digest: str, signatures: Mapping[str, bytes]) -> None:
         """Keep signatures of a published release beside it, those that are here already included."""
         ...
 
@@ -99,8 +99,8 @@ def from_url(url: str) -> Remote:
         An unknown scheme, with did-you-mean; one whose package is broken; a user, a password or a query in the URL.
     """
     refuse_secrets(url)
-    found = _SCHEME.match(url)
-    scheme = found["scheme"].lower() if found else "file"
+    match = _SCHEME.match(url)
+    scheme = match["scheme"].lower() if match else "file"
     if scheme not in REMOTES and not any(broken.name == scheme for broken in REMOTES.broken()):
         hint = suggest(scheme, REMOTES) or f"known are {', '.join(REMOTES)}, and plain paths"
         raise UsageError(f"there is no remote for {scheme}:// ({url})", hint=hint)
@@ -115,14 +115,14 @@ def refuse_secrets(url: str) -> None:
     UsageError
         It shows the URL without them.
     """
-    found = _SCHEME.match(url)
-    if found is None:
+    match = _SCHEME.match(url)
+    if match is None:
         return
-    rest = url[found.end() :]
+    rest = url[match.end() :]
     place, query, _ = rest.partition("?")
     host = place.partition("/")[0]
     if "@" in host or query:
-        bare = f"{found['scheme']}://{host.rpartition('@')[2]}{place[len(host) :]}"
+        bare = f"{match['scheme']}://{host.rpartition('@')[2]}{place[len(host) :]}"
         raise UsageError(
             f"the URL of {bare} carries a user, a password or a query, which do not belong there",
             hint=f"write {bare}; credentials come from the environment, or from the login of the service's own client",

@@ -126,10 +126,10 @@ class DirectoryRemote:
         """Read them from where a store keeps them."""
         return self._vault.signatures.of(digest)
 
-    def sign(self, name: str, digest: str, found: Mapping[str, bytes]) -> None:
+    def sign(self, name: str, digest: str, signatures: Mapping[str, bytes]) -> None:
         """Write those that are not here."""
         with disk_errors(self.path):
-            for key, data in found.items():
+            for key, data in signatures.items():
                 self._vault.signatures.add(digest, key, data)
 
 

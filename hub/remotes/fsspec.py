@@ -137,12 +137,12 @@ class FsspecRemote:
         """Send one blob; an object appears when it is whole, or not at all."""
         from fsspec.callbacks import Callback
 
-        told = 0
+        reported = 0
 
         def tell(_size: int, value: int, **_: object) -> None:
-            nonlocal told
-            advance(value - told)
-            told = value
+            nonlocal reported
+            advance(value - reported)
+            reported = value
 
         fs, _ = self._place
         with self._translated(f"{entry.path} of {manifest.ref}"):
@@ -209,11 +209,11 @@ class FsspecRemote:
                 for key in [key for key in keys if names_key(key)][:MAX_KEYS]
             }
 
-    def sign(self, name: str, digest: str, found: Mapping[str, bytes]) -> None:
+    def sign(self, name: str, digest: str, signatures: Mapping[str, bytes]) -> None:
         """Write an object for each."""
         fs, _ = self._place
         with self._translated(f"the signatures of {name}"):
-            for key, data in found.items():
+            for key, data in signatures.items():
                 fs.pipe_file(f"{self._place[1]}/{self._signed(digest)}/{key}.json", data)
 
     @staticmethod
@@ -252,12 +252,12 @@ class FsspecRemote:
         """Events of a name as they were written, each checked against the one before it."""
         fs, _ = self._place
         known = self._logs.get(name, [])
-        found = self._list(f"log/{name}")
-        expected = [self._event_name(seq + 1) for seq in range(len(found))]
-        if found != expected:
-            odd = next((a or b for a, b in zip(found, expected, strict=True) if a != b), name)
+        names = self._list(f"log/{name}")
+        expected = [self._event_name(seq + 1) for seq in range(len(names))]
+        if names != expected:
+            odd = next((a or b for a, b in zip(names, expected, strict=True) if a != b), name)
             raise IntegrityError(f"the log of {name} in {self.url} has a gap at {odd}", hint="restore the object")
-        wanted = [self._event_path(name, seq + 1) for seq in range(len(known), len(found))]
+        wanted = [self._event_path(name, seq + 1) for seq in range(len(known), len(names))]
         with self._translated(f"the log of {name}"):
             read: dict[str, bytes] = fs.cat(wanted) if wanted else {}
         self._logs[name] = self._chain(name, known, [read[path] for path in sorted(read)])
@@ -281,10 +281,10 @@ class FsspecRemote:
         fs, path = self._place
         with self._translated(folder):
             try:
-                found = fs.ls(f"{path}/{folder}", detail=False)
+                paths = fs.ls(f"{path}/{folder}", detail=False)
             except FileNotFoundError:
                 return []
-        names = (entry.rstrip("/").rpartition("/")[2] for entry in found)
+        names = (entry.rstrip("/").rpartition("/")[2] for entry in paths)
         return sorted(name for name in names if name and name != folder.rpartition("/")[2])
 
     def _size(self, digest: str) -> int | None:

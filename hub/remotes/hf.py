@@ -76,8 +76,8 @@ class HuggingFaceRemote:
         if self.namespace is None and self.endpoint == DEFAULT_ENDPOINT:
             return []
         with self._client.translated("the list of repositories"):
-            found = [model.id for model in self._client.api.list_models(author=self.namespace)]
-        return sorted(name for name in found if names_adapter(name))
+            ids = [model.id for model in self._client.api.list_models(author=self.namespace)]
+        return sorted(name for name in ids if names_adapter(name))
 
     def catalogue(self, name: str) -> Catalogue:
         """Versions and aliases of a repository, from its tags; from the client's cache where it is offline."""
@@ -266,24 +266,24 @@ class HuggingFaceRemote:
         place = Tag(_SIGNATURES, head, hidden=True)
         try:
             with self._client.translated(repo):
-                found = list(self._client.api.list_repo_tree(repo, folder, revision=place.commit))
+                entries = list(self._client.api.list_repo_tree(repo, folder, revision=place.commit))
         except RemoteError as error:
             if isinstance(error.__cause__, EntryNotFoundError):
                 return {}
             raise
-        files = [file.path for file in found if isinstance(file, RepoFile) and file.size <= MAX_SIGNATURE]
+        files = [file.path for file in entries if isinstance(file, RepoFile) and file.size <= MAX_SIGNATURE]
         keys = {Path(path).stem: path for path in files if names_key(Path(path).stem)}
         return {
             key: read_capped(self._client.download(repo, path, place), MAX_SIGNATURE)
             for key, path in list(keys.items())[:MAX_KEYS]
         }
 
-    def sign(self, name: str, digest: str, found: Mapping[str, bytes]) -> None:
+    def sign(self, name: str, digest: str, signatures: Mapping[str, bytes]) -> None:
         """Commit them to that branch."""
         from huggingface_hub import CommitOperationAdd
 
         repo, folder = self._repo(name), check_digest(digest).removeprefix("sha256:")
-        files = [CommitOperationAdd(f"{folder}/{key}.json", data) for key, data in found.items()]
+        files = [CommitOperationAdd(f"{folder}/{key}.json", data) for key, data in signatures.items()]
         with self._client.translated(repo):
             self._client.api.create_branch(repo, branch=_SIGNATURES, exist_ok=True)
             self._client.api.create_commit(repo, files, commit_message="Signatures", revision=_SIGNATURES)
@@ -308,12 +308,12 @@ class HuggingFaceRemote:
                 return None, {}
             raise
         files = [entry for entry in entries if isinstance(entry, RepoFile)]
-        found = {file.path: file.lfs.sha256 if file.lfs else None for file in files}
+        hashes = {file.path: file.lfs.sha256 if file.lfs else None for file in files}
         for tag in self._tags.get(repo, {}).values():
             if tag.commit == head:
                 listed = Manifest.parse(self._manifest_at(repo, tag)).files
-                found |= {entry.path: entry.sha256 for entry in listed if entry.path in found}
-        return head, found
+                hashes |= {entry.path: entry.sha256 for entry in listed if entry.path in hashes}
+        return head, hashes
 
     def _repo(self, name: str) -> str:
         ref = AdapterRef.parse(name)
@@ -324,7 +324,7 @@ class HuggingFaceRemote:
         return self._tags.get(self._repo(name), {})
 
     def _place(self, name: str, digest: str) -> Tag:
-        found = self._tags.get(self._repo(name), {}).get(digest) or self._places(name).get(digest)
-        if found is None:
+        place = self._tags.get(self._repo(name), {}).get(digest) or self._places(name).get(digest)
+        if place is None:
             raise NotFound(f"{self.url} has no version of {name} with the digest {digest[:19]}...", digest=digest)
-        return found
+        return place

@@ -89,9 +89,9 @@ class OciRemote:
 
     def names(self) -> list[str]:
         """All names below the prefix; none where the registry does not list its repositories."""
-        found = self._wire.pages("/v2/_catalog?n=1000", "repositories", optional=True)
+        repositories = self._wire.pages("/v2/_catalog?n=1000", "repositories", optional=True)
         below = f"{self.prefix}/" if self.prefix else ""
-        names = (name.removeprefix(below) for name in found if name.startswith(below))
+        names = (name.removeprefix(below) for name in repositories if name.startswith(below))
         return sorted(name for name in names if names_adapter(name))
 
     def catalogue(self, name: str) -> Catalogue:
@@ -184,9 +184,9 @@ class OciRemote:
         blobs = _keys(self._bytes(repo, tag))
         return {key: self._wire.get(f"/v2/{repo}/blobs/{blob}", about) for key, blob in blobs.items()}
 
-    def sign(self, name: str, digest: str, found: Mapping[str, bytes]) -> None:
+    def sign(self, name: str, digest: str, signatures: Mapping[str, bytes]) -> None:
         """Write the mark anew."""
-        self._mark(name, _SIGN, digest.removeprefix("sha256:"), digest, {}, found)
+        self._mark(name, _SIGN, digest.removeprefix("sha256:"), digest, {}, signatures)
 
     def _mark(
         self,
@@ -271,10 +271,10 @@ def _keys(image: bytes) -> dict[str, str]:
     """Name of the key -> digest of the signature, as a mark lists them; none where it is not as we write it."""
     try:
         layers = [(layer.get("annotations") or {}, layer["digest"]) for layer in json.loads(image)["layers"]]
-        found = {str(notes[_KEY]): check_digest(digest) for notes, digest in layers if _KEY in notes}
+        keys = {str(notes[_KEY]): check_digest(digest) for notes, digest in layers if _KEY in notes}
     except (ValueError, KeyError, TypeError, AttributeError, RefError):
         return {}
-    return {key: digest for key, digest in list(found.items())[:MAX_KEYS] if names_key(key)}
+    return {key: digest for key, digest in list(keys.items())[:MAX_KEYS] if names_key(key)}
 
 
 def _read(image: bytes) -> _Image | None:

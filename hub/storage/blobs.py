@@ -26,10 +26,10 @@ class Blobs:
     def has(self, digest: str, size: int | None = None) -> bool:
         """Whether the blob is here, with that many bytes where `size` is given."""
         try:
-            found = self.path(digest).stat()
+            stat = self.path(digest).stat()
         except FileNotFoundError:
             return False
-        return size is None or found.st_size == size
+        return size is None or stat.st_size == size
 
     def adopt(self, staged: Path, digest: str) -> None:
         """Move a staged file, whose digest the caller has checked, to its place; durable when it returns."""
@@ -73,14 +73,14 @@ class Blobs:
         """One sentence about what is wrong with a blob, or None when every byte is right."""
         path = self.path(digest)
         try:
-            found, count = sha256_file(path)
+            sha256, count = sha256_file(path)
         except NotFound:
             return "is missing"
         except OSError as error:
             return f"cannot be read: {error.strerror}"
         if count != size:
             return f"is {'truncated' if count < size else 'too long'}: {count} bytes instead of {size}"
-        return None if f"sha256:{found}" == digest else f"is damaged: its bytes have the digest sha256:{found}"
+        return None if f"sha256:{sha256}" == digest else f"is damaged: its bytes have the digest sha256:{sha256}"
 
     def __iter__(self) -> Iterator[str]:
         """Digests of all blobs."""

@@ -194,8 +194,8 @@ class Index:
                 "SELECT version, digest, reason, final FROM tombstones WHERE name = ? ORDER BY version_key", (name,)
             ).fetchall()
         tombstones = tuple(Tombstone(version, digest, reason, bool(final)) for version, digest, reason, final in gone)
-        found = tuple(Release(*_of_types(row, str, str)) for row in releases)
-        return Catalogue(name, found, dict(_of_types(row, str, str) for row in aliases), tombstones)
+        in_order = tuple(Release(*_of_types(row, str, str)) for row in releases)
+        return Catalogue(name, in_order, dict(_of_types(row, str, str) for row in aliases), tombstones)
 
     def count(self) -> int:
         """Number of artifacts."""
@@ -212,13 +212,13 @@ class Index:
     ) -> list[Facts]:
         """Facts of the artifacts ``a`` for which an SQL condition holds; `arguments`: its own, then the order's."""
         order = order or "a.name, a.version_key"
-        given = tuple(arguments)
+        values = tuple(arguments)
         if limit >= 0:  # sort the ids alone, then fetch what is shown
             where = f"a.id IN (SELECT a.id FROM artifacts a WHERE {where} ORDER BY {order} LIMIT ?)"  # noqa: S608
-            given = (*given, limit, *given[len(given) - order.count("?") :])
+            values = (*values, limit, *values[len(values) - order.count("?") :])
         query = f"SELECT {_COLUMNS} FROM artifacts a WHERE {where} ORDER BY {order}"  # noqa: S608  (our own text)
         with self.connect() as db:
-            rows = db.execute(query, given).fetchall()
+            rows = db.execute(query, values).fetchall()
         return [Facts(*_split(row)) for row in rows]
 
     def edges(self) -> list[tuple[str, str, str, str | None]]:
@@ -254,18 +254,19 @@ class _Writer:
 
     def take(self, events: Iterable[tuple[Event, Position]]) -> Position | None:
         """Apply events; returns the position behind the last one, None where there was none."""
+        # A manifest that is missing is an error only where no later line says that it was deleted.
         at, lost = None, dict[str, NotFound]()
         for event, behind in events:
             at, digest = behind, str(event.digest)
-            if event.op == "publish":
+            if event.op == "publish":  # its rows gather until a line needs them in the tables
                 try:
                     document = self._load(digest)
-                except NotFound as error:  # no harm where it was deleted later
+                except NotFound as error:
                     lost[digest] = error
                 else:
                     self._publish(behind.seq, digest, document)
                 continue
-            self._flush()
+            self._flush()  # what this line changes may be among the rows that wait
             if event.op in _GONE:
                 lost.pop(digest, None)
             _change(self._db, event)
@@ -287,8 +288,8 @@ class _Writer:
         facets = [(facet[:-1], value) for facet in ("labels", "languages", "domains") for value in doc.get(facet, ())]
         rows["facets"] += [(row, *facet) for facet in facets]
         rows["metrics"] += [
-            (row, found["dataset"], found.get("split", "test"), found["metric"], found["value"])
-            for found in doc.get("metrics", ())
+            (row, metric["dataset"], metric.get("split", "test"), metric["metric"], metric["value"])
+            for metric in doc.get("metrics", ())
         ]
         rows["edges"] += [(row, *edge) for edge in _edges(doc)]
         words = " ".join(value for _, value in facets)

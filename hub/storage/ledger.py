@@ -84,15 +84,15 @@ def load_line(line: bytes, *, what: str) -> dict[str, Any]:
         value: Any = json.loads(line)
     except ValueError as error:
         raise IntegrityError(f"{what} holds a line that is not JSON: {error}", path=what) from error
-    found: dict[str, Any] = value if isinstance(value, dict) else {}
-    needed = _NEEDED.get(str(found.get("op")))
-    if needed is None or not all(isinstance(found.get(name), str) for name in needed):
+    fields: dict[str, Any] = value if isinstance(value, dict) else {}
+    needed = _NEEDED.get(str(fields.get("op")))
+    if needed is None or not all(isinstance(fields.get(name), str) for name in needed):
         raise IntegrityError(
             f"{what} holds an entry that this version does not know: {line[:80]!r}",
             path=what,
             hint="upgrade moduloom, or restore the file",
         )
-    return found
+    return fields
 
 
 def event_of(value: dict[str, Any]) -> Event:
@@ -127,6 +127,7 @@ class Ledger:
         size = self.size
         if not size:
             return Position()
+        # Read backwards, ever more, until the last whole line is in sight from its start.
         with self.path.open("rb") as file:
             window = 2**16
             while True:
@@ -137,7 +138,7 @@ class Ledger:
                 if (stop and start) or window >= size:
                     break
                 window *= 16
-        if not stop:
+        if not stop:  # one line, and that one torn
             return Position()
         line = tail[start : stop - 1]
         offset = max(size - window, 0) + stop

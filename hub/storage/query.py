@@ -53,17 +53,17 @@ _BOUND = re.compile(r"(?P<metric>[^<>=]+?)\s*(?P<sign>>=|<=|>|<)\s*(?P<value>[-+
 
 def _metric(value: str) -> _Term:
     """``accuracy``, or ``accuracy>=0.8``."""
-    found = _BOUND.match(value)
-    if found is None and not re.search("[<>]", value):
+    match = _BOUND.match(value)
+    if match is None and not re.search("[<>]", value):
         return "a.id IN (SELECT artifact FROM metrics WHERE metric = ?)", (value,)
     try:
-        bound = float(found["value"]) if found else None
+        bound = float(match["value"]) if match else None
     except ValueError:
         bound = None
-    if found is None or bound is None:
+    if match is None or bound is None:
         raise UsageError(f"{value!r} is no bound of a metric", hint="write accuracy, 'accuracy>=0.8' or 'loss<2'")
-    inside = f"a.id IN (SELECT artifact FROM metrics WHERE metric = ? AND value {found['sign']} ?)"  # noqa: S608
-    return inside, (found["metric"], bound)
+    inside = f"a.id IN (SELECT artifact FROM metrics WHERE metric = ? AND value {match['sign']} ?)"  # noqa: S608
+    return inside, (match["metric"], bound)
 
 
 def _alias(value: str) -> _Term:
@@ -138,6 +138,7 @@ def build(
     UsageError
         An unknown filter, with did-you-mean.
     """
+    # Each filter is a condition with its arguments, in this order.
     terms, arguments = list[str](), list[object]()
     for name, value in filters.items():
         if name not in _FILTERS:
@@ -151,6 +152,7 @@ def build(
     if newest:
         terms.append(_NEWEST)
         arguments.append(yanked)
+    # By a metric: only what has that figure, the best first.
     order = ORDERS.get(sort or "name")
     if order is None:
         low = low_is_good(str(sort), ascending)

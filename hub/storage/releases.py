@@ -55,15 +55,15 @@ class Catalogue:
 
     def release(self, digest: str, *, where: str) -> Release:
         """Release of a digest. Raises NotFound."""
-        found = self.find(digest=digest)
-        if found is None:
+        release = self.find(digest=digest)
+        if release is None:
             raise NotFound(
                 f"{where} has no version of {self.name} with the digest {digest[:19]}...",
                 ref=self.name,
                 digest=digest,
                 hint=_versions_hint(self) if self.releases else "push it there first",
             )
-        return found
+        return release
 
     def tombstone(self, version: str | None) -> Tombstone | None:
         """Tombstone of that version, or None."""

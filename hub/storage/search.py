@@ -43,8 +43,8 @@ def scores(index: Index, chosen: Iterable[str], metric: str) -> dict[str, list[S
     query = """SELECT a.digest, m.metric, m.value, m.dataset, m.split FROM metrics m
         JOIN artifacts a ON a.id = m.artifact
         WHERE m.metric = ? AND a.digest IN (SELECT value FROM json_each(?)) ORDER BY m.rowid"""
-    found: dict[str, list[Score]] = {}
+    by_digest: dict[str, list[Score]] = {}
     with index.connect() as db:
         for digest, *rest in db.execute(query, (metric, json.dumps(list(chosen)))):
-            found.setdefault(digest, []).append(Score(*rest))
-    return found
+            by_digest.setdefault(digest, []).append(Score(*rest))
+    return by_digest

@@ -24,9 +24,9 @@ def names_key(text: str) -> bool:
     return _KEY.match(text) is not None
 
 
-def fitting(found: Mapping[str, bytes]) -> dict[str, bytes]:
+def fitting(signatures: Mapping[str, bytes]) -> dict[str, bytes]:
     """Of what a remote has sent, that which can be a signature by its name and size; at most `MAX_KEYS`."""
-    good = {key: data for key, data in sorted(found.items()) if names_key(key) and len(data) <= MAX_SIGNATURE}
+    good = {key: data for key, data in sorted(signatures.items()) if names_key(key) and len(data) <= MAX_SIGNATURE}
     return dict(list(good.items())[:MAX_KEYS])
 
 
@@ -42,13 +42,13 @@ class Signatures:
 
     def of(self, digest: str) -> dict[str, bytes]:
         """Name of the key -> signature; what is too large or no plain file is passed over."""
-        folder, found = self._folder(digest), dict[str, bytes]()
+        folder, signatures = self._folder(digest), dict[str, bytes]()
         for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
             try:
-                found[path.stem] = read_capped(path, MAX_SIGNATURE)
+                signatures[path.stem] = read_capped(path, MAX_SIGNATURE)
             except HubError:
                 continue
-        return fitting(found)
+        return fitting(signatures)
 
     def add(self, digest: str, key: str, data: bytes) -> None:
         """Keep a signature that came with an artifact; one that is here stays, since it may be the good one."""

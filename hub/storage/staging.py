@@ -49,12 +49,13 @@ class Staging:
         if time.monotonic() - self._swept >= _PAUSE:
             self._swept = time.monotonic()
             self.sweep()
+        # Made under a hidden name and renamed once it is locked, so that no sweeper takes it for a dead one's.
         name = uuid.uuid4().hex[:16]
         young = self.directory / f".{name}"
         young.mkdir()
         lock = FileLock(young / "lock")
         lock.acquire()
-        room = young.rename(self.directory / name)  # from here on, its name says that it is locked
+        room = young.rename(self.directory / name)
         try:
             yield room
         finally:
@@ -67,6 +68,7 @@ class Staging:
         from filelock import FileLock, Timeout
 
         now = time.time()
+        # Whoever lives holds the lock in its room; the others' partial blobs are kept, the rest goes.
         for path in _entries(self.directory):
             with suppress(FileNotFoundError, FileExistsError):  # gone, or going while the lock file is looked for
                 if path.name.startswith(".") and now - path.stat().st_mtime < _GRACE:
@@ -78,6 +80,7 @@ class Staging:
                         shutil.rmtree(path, ignore_errors=True)
                 except Timeout:
                     continue
+        # Partial blobs that nobody came back for.
         for path in _entries(self.partial):
             with suppress(FileNotFoundError):
                 if now - path.stat().st_mtime > _KEEP:

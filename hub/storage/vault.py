@@ -17,7 +17,7 @@ from hub.contents.scan_while_writing import following
 from hub.errors import HubError, IntegrityError, NotFound, StoreError, UsageError, suggest
 from hub.io import canonical_json as canonical
 from hub.io.disk import disk_errors
-from hub.io.parallel import Crew
+from hub.io.parallel import Workers
 from hub.ref import LATEST, AdapterRef, check_alias
 from hub.storage import oci_index
 from hub.storage.blobs import Blobs
@@ -157,7 +157,7 @@ class Vault:
         """Whether this very artifact is here already; Conflict when another one has its name and version."""
         return refuse_conflict(manifest.ref, manifest.digest, self.catalogue(manifest.name), where=self.where)
 
-    def ingest(self, manifest: Manifest, fetch: Fetch, *, reuse: bool, crew: Crew | None = None) -> bool:
+    def ingest(self, manifest: Manifest, fetch: Fetch, *, reuse: bool, workers: Workers | None = None) -> bool:
         """Bring an artifact in: fetch its files, check every byte, publish.
 
         Parameters
@@ -169,7 +169,7 @@ class Vault:
         reuse
             Take blobs that are here already and whole instead of fetching them, and let `fetch` complete what an
             earlier try has left of one. Otherwise each file is fetched, since it is the source that is checked.
-        crew
+        workers
             Fetches and checks several files at once; without it, one after the other.
 
         Returns
@@ -190,11 +190,11 @@ class Vault:
         with disk_errors(self.root), self.staging.room() as room:
             for _ in range(_TRIES - 1):
                 with suppress(Collected):
-                    return self._ingest(manifest, fetch, room, reuse, crew or Crew())
+                    return self._ingest(manifest, fetch, room, reuse, workers or Workers())
             with self.lock():  # under which nobody collects
-                return self._ingest(manifest, fetch, room, reuse, crew or Crew())
+                return self._ingest(manifest, fetch, room, reuse, workers or Workers())
 
-    def _ingest(self, manifest: Manifest, fetch: Fetch, room: Path, reuse: bool, crew: Crew) -> bool:
+    def _ingest(self, manifest: Manifest, fetch: Fetch, room: Path, reuse: bool, workers: Workers) -> bool:
         from hub.contents.checks import check_agreement
 
         alike: dict[str, list[FileEntry]] = {}  # files of the same bytes are one blob, and one job
@@ -204,23 +204,26 @@ class Vault:
         def admit(entries: list[FileEntry]) -> list[tuple[str, FileScan | None]]:
             return [(entry.path, self._admit(manifest, entry, fetch, room, reuse)) for entry in entries]
 
-        found = crew.map(admit, list(alike.values()))
-        check_agreement(manifest, {path: scan for some in found for path, scan in some if scan is not None})
+        admitted = workers.map(admit, list(alike.values()))
+        check_agreement(manifest, {path: scan for some in admitted for path, scan in some if scan is not None})
         return self.publish(manifest, room)
 
     def _admit(self, manifest: Manifest, entry: FileEntry, fetch: Fetch, room: Path, reuse: bool) -> FileScan | None:
         from hub.contents.checks import REPACK, inspect_as
 
+        # What is here already is not fetched, but read all the same: a blob that is damaged is fetched again, which
+        # mends it; so is one that a collector takes meanwhile.
         if reuse and self.blobs.has(entry.digest, entry.size):
-            # A blob that is damaged here is fetched again, which mends it; so is one that a collector takes meanwhile.
             self.blobs.keep(entry.digest)
             with suppress(IntegrityError, NotFound):
                 return inspect_as(manifest, entry, self.blobs.path(entry.digest))
+        # Fetch to a place that no reader knows; a large file is scanned while it still arrives.
         staged = self.staging.claim(entry.digest, room) if reuse else room / entry.sha256
         resumed = staged.exists()
         with following(staged, entry) as follower:
             fetch(entry, staged)
-        scanned = None if follower is None else follower.found
+        scanned = None if follower is None else follower.scan
+        # Only what has passed every check gets the name of its digest.
         try:
             scan = inspect_as(manifest, entry, staged, hint=AGAIN if reuse else REPACK, scanned=scanned)
         except HubError:
@@ -235,14 +238,16 @@ class Vault:
         """Write the manifest and the log entry of an artifact whose file blobs are here."""
         from hub.storage.oci import image_manifest
 
+        # The manifests are blobs too; they are written outside the lock, which others wait for.
         self.refuse_conflict(manifest)
         self._refuse_gaps(manifest)
         self.blobs.add(manifest.canonical, room)
         self.blobs.add(image_manifest(manifest.canonical), room)
+        # Under the lock everything is looked at again: another push or a collector may have been here since.
         with self.lock():
             if self.refuse_conflict(manifest):
                 return False
-            self._refuse_gaps(manifest)  # a collector may have been here, but under this lock none is
+            self._refuse_gaps(manifest)
             for digest in (manifest.digest, canonical.digest(image_manifest(manifest.canonical))):
                 if not self.blobs.has(digest):
                     raise _collected(manifest, f"the blob {digest[:19]}...")

@@ -91,8 +91,8 @@ async def in_thread(
         return b"".join(parts)
 
     def blocks() -> Iterator[bytes]:
-        while found := _arrived(block, limits):
-            yield found
+        while arrived := _arrived(block, limits):
+            yield arrived
 
     try:
         return await anyio.to_thread.run_sync(work, blocks(), limiter=limiter)

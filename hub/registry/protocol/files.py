@@ -51,10 +51,10 @@ def _tree(
     request: Request, ns: str, name: str, revision: str, folder: str, recursive: bool, expand: bool
 ) -> JSONResponse:
     access = reading(request, ns, name)
-    found = access.repos.resolve(access.name, unslash(revision))
-    entries = infos.entries(access.repos, found, expand=expand)
+    at = access.repos.resolve(access.name, unslash(revision))
+    entries = infos.entries(access.repos, at, expand=expand)
     if folder and entries.get(folder, {}).get("type") != "directory":
-        raise entry_not_found(access.name, folder, found.oid)
+        raise entry_not_found(access.name, folder, at.oid)
     prefix = f"{folder}/" if folder else ""
     inside = [entry for path, entry in entries.items() if path.startswith(prefix)]
     if not recursive:
@@ -74,9 +74,9 @@ def paths_info(
     """Describe the asked-for paths that exist."""
     access = reading(request, ns, name)
     expand = form.get("expand", ["false"])[-1].lower() in ("true", "1")
-    found = infos.entries(access.repos, access.repos.resolve(access.name, unslash(revision)), expand=expand)
+    entries = infos.entries(access.repos, access.repos.resolve(access.name, unslash(revision)), expand=expand)
     wanted = dict.fromkeys(path.strip("/") for path in form.get("paths", []))
-    return JSONResponse([found[path] for path in wanted if path in found])
+    return JSONResponse([entries[path] for path in wanted if path in entries])
 
 
 @router.get("/api/models/{ns}/{name}/commits/{revision}")
@@ -91,8 +91,8 @@ def log(request: Request, ns: str, name: str, revision: str) -> JSONResponse:
 def download(request: Request, ns: str, name: str, revision: str, path: str) -> Response:
     """Send a file."""
     access = downloading(request, ns, name)
-    found = access.repos.resolve(access.name, unslash(revision))
-    return send_file(request, access.repos, found, unslash(path))
+    at = access.repos.resolve(access.name, unslash(revision))
+    return send_file(request, access.repos, at, unslash(path))
 
 
 @router.api_route("/{name}/resolve/{_rest:path}", methods=["GET", "HEAD"])

@@ -34,13 +34,13 @@ def pipeline(task: str | None) -> str | None:
 
 def tags_of(facts: Facts) -> list[str]:
     """Tags that clients filter by."""
-    found = ["moduloom", "peft" if facts.type == "adapter" else facts.type, facts.kind, facts.method, facts.task]
-    found.append(pipeline(facts.task))
+    tags = ["moduloom", "peft" if facts.type == "adapter" else facts.type, facts.kind, facts.method, facts.task]
+    tags.append(pipeline(facts.task))
     if facts.base:
-        found += [f"base_model:{facts.base}", f"base_model:adapter:{facts.base}"]
+        tags += [f"base_model:{facts.base}", f"base_model:adapter:{facts.base}"]
     if facts.license:
-        found.append(f"license:{facts.license}")
-    return list(dict.fromkeys(tag for tag in found if tag))
+        tags.append(f"license:{facts.license}")
+    return list(dict.fromkeys(tag for tag in tags if tag))
 
 
 def listed(facts: Facts, repo: Repo | None) -> dict[str, Any]:
@@ -94,29 +94,29 @@ def described(access: Access, revision: Revision, *, blobs: bool) -> dict[str, A
 
 
 def _sibling(repos: Repos, path: str, file: File) -> dict[str, Any]:
-    found = {"rfilename": path, "size": file.size, "blobId": repos.entry_oids({path: file})[path]}
+    sibling = {"rfilename": path, "size": file.size, "blobId": repos.entry_oids({path: file})[path]}
     if gitids.is_large(path, file.size):
-        found["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": len(gitids.pointer(file))}
-    return found
+        sibling["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": len(gitids.pointer(file))}
+    return sibling
 
 
 def entries(repos: Repos, revision: Revision, *, expand: bool) -> dict[str, dict[str, Any]]:
     """All files and folders of a revision, by path."""
     oids = repos.entry_oids(revision.tree)
     last = {"id": revision.oid, "title": revision.title, "date": time_text(revision.time)}
-    found: dict[str, dict[str, Any]] = {}
+    listed: dict[str, dict[str, Any]] = {}
     for path, file in revision.tree.items():
         entry: dict[str, Any] = {"type": "file", "path": path, "size": file.size, "oid": oids[path]}
         if gitids.is_large(path, file.size):
             entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": len(gitids.pointer(file))}
-        found[path] = entry
+        listed[path] = entry
     for path, oid in gitids.trees(oids).items():
         if path:
-            found[path] = {"type": "directory", "path": path, "size": 0, "oid": oid}
+            listed[path] = {"type": "directory", "path": path, "size": 0, "oid": oid}
     if expand:
-        for entry in found.values():
+        for entry in listed.values():
             entry["lastCommit"] = last
-    return dict(sorted(found.items()))
+    return dict(sorted(listed.items()))
 
 
 def commits(revisions: Iterable[Revision]) -> list[dict[str, Any]]:

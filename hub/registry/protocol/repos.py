@@ -44,7 +44,7 @@ def list_models(
     )
     order = "created" if sort in ("lastModified", "createdAt") else None
     enough = -1 if wanted or search else skip + limit + 1  # what only Python can decide needs all of them
-    facts, total = context.shelf.select({"namespace": author, "base": base}, order, caller, recorded, enough)
+    facts, total = context.search.select({"namespace": author, "base": base}, order, caller, recorded, enough)
     items = [infos.listed(each, recorded.get(each.name)) for each in facts if _fits(each, search, wanted)]
     if not wanted and len(facts) == total:
         items += _drafts(request, {each.name for each in facts}, search, author)
@@ -83,15 +83,15 @@ def describe_revision(
 ) -> JSONResponse:
     """Describe a revision."""
     access = reading(request, ns, name)
-    found = access.repos.resolve(access.name, unslash(revision))
-    return JSONResponse(infos.described(access, found, blobs=blobs))
+    at = access.repos.resolve(access.name, unslash(revision))
+    return JSONResponse(infos.described(access, at, blobs=blobs))
 
 
 @router.get("/api/models/{ns}/{name}/refs")
 def refs(request: Request, ns: str, name: str) -> JSONResponse:
     """List branches and tags; yanked versions are among the ``converts``, the refs that are kept but not offered."""
     access = reading(request, ns, name)
-    found = access.repos.refs(access.name)
+    all_refs = access.repos.refs(access.name)
 
     def named(kind: str, refs: dict[str, str], prefix: str = "") -> list[dict[str, str]]:
         return [
@@ -100,9 +100,9 @@ def refs(request: Request, ns: str, name: str) -> JSONResponse:
 
     return JSONResponse(
         {
-            "branches": named("heads", found.branches),
-            "tags": named("tags", found.tags),
-            "converts": named("yanked", found.yanked, "yanked/"),
+            "branches": named("heads", all_refs.branches),
+            "tags": named("tags", all_refs.tags),
+            "converts": named("yanked", all_refs.yanked, "yanked/"),
             "pullRequests": [],
         }
     )
@@ -186,9 +186,9 @@ def create_tag(request: Request, ns: str, name: str, revision: str, body: JsonBo
     """Tag a revision; a version publishes it."""
     access = writing(request, ns, name)
     tag = str(body.get("tag", ""))
-    found = publish.create_tag(access.repos, access.name, tag, unslash(revision), access.caller)
-    digest = found.release.digest if found.release else None
-    return JSONResponse({"name": tag, "targetCommit": found.oid, "digest": digest})
+    tagged = publish.create_tag(access.repos, access.name, tag, unslash(revision), access.caller)
+    digest = tagged.release.digest if tagged.release else None
+    return JSONResponse({"name": tag, "targetCommit": tagged.oid, "digest": digest})
 
 
 @router.delete("/api/models/{ns}/{name}/tag/{tag}")
@@ -209,9 +209,9 @@ def unknown(request: Request, rest: str) -> JSONResponse:
 
 
 def _visibility(body: dict[str, Any]) -> str | None:
-    found = body.get("visibility")
-    if found is None and "private" in body:
-        found = "private" if body["private"] else "public"
-    if found is not None and found not in _VISIBILITIES:
+    visibility = body.get("visibility")
+    if visibility is None and "private" in body:
+        visibility = "private" if body["private"] else "public"
+    if visibility is not None and visibility not in _VISIBILITIES:
         raise ApiError(400, f"visibility is one of {', '.join(_VISIBILITIES)}")
-    return found
+    return visibility

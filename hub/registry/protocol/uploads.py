@@ -57,11 +57,11 @@ def _way(access: Access, tree: Any, wanted: object) -> dict[str, Any]:
     # A client with Xet switched on cannot do git-lfs elsewhere than at Hugging Face, so only files that are too
     # large for a commit's body go that way.
     mode = "regular" if size <= limits.inline else "lfs"
-    found = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+    way = {"path": path, "uploadMode": mode, "shouldIgnore": False}
     present = tree.get(path)
     if present is not None and present.size == size:  # the client compares this with its own file's, and skips it
-        found["oid"] = access.repos.blob_oid(present) if mode == "regular" else present.sha256
-    return found
+        way["oid"] = access.repos.blob_oid(present) if mode == "regular" else present.sha256
+    return way
 
 
 @router.post("/api/models/{ns}/{name}/commit/{revision}")

@@ -120,21 +120,21 @@ def read_commit(chunks: Iterable[bytes], room: Path, limits: Limits) -> CommitRe
     ApiError
         400 naming the line that is malformed, 413 for what is too large.
     """
-    found: CommitRequest | None = None
+    commit: CommitRequest | None = None
     for number, (line, content) in enumerate(_Lines(chunks, room, limits), start=1):
         key, value = _line(line, number)
-        if found is None:
+        if commit is None:
             if key != "header":
                 raise ApiError(400, "the first line of a commit is its header")
             header = _check(_Header, value, number)
-            found = CommitRequest(header.summary, header.description, header.parentCommit)
+            commit = CommitRequest(header.summary, header.description, header.parentCommit)
             continue
-        found.operations.append(_operation(key, value, content, number))
-        if len(found.operations) > limits.operations:
+        commit.operations.append(_operation(key, value, content, number))
+        if len(commit.operations) > limits.operations:
             raise ApiError(413, f"a commit has at most {limits.operations} operations")
-    if found is None:
+    if commit is None:
         raise ApiError(400, "a commit begins with its header")
-    return found
+    return commit
 
 
 def _line(line: bytes, number: int) -> tuple[str, dict[str, Any]]:
@@ -237,18 +237,18 @@ class _Lines:
 
     def _string(self) -> bytes:
         """Rest of a JSON string, its escapes as they are, up to the closing quote."""
-        found = bytearray()
+        text = bytearray()
         while self._more():
             taken, mark = self._take(b'"', b"\\", b"\n")
-            found += taken
-            if len(found) > self._json_left:
+            text += taken
+            if len(text) > self._json_left:
                 raise too_large("a commit without its contents", self._limits.json)
             if mark == b'"':
-                return bytes(found)
+                return bytes(text)
             if mark == b"\n":
                 break
             if mark and self._more():
-                found += mark + self._buffer[self._at : self._at + 1]
+                text += mark + self._buffer[self._at : self._at + 1]
                 self._at += 1
         raise ApiError(400, "the commit ends inside a string")
 

@@ -92,14 +92,14 @@ class Drafts:
 
     def _create(self) -> None:
         with self.change() as db:
-            found = db.execute("PRAGMA user_version").fetchone()[0]
-            if found == 0:
+            schema = db.execute("PRAGMA user_version").fetchone()[0]
+            if schema == 0:
                 for statement in _TABLES.split(";\n"):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {SCHEMA}")
-            elif found != SCHEMA:
+            elif schema != SCHEMA:
                 raise StoreError(
-                    f"{self.path} has schema {found}, this version reads {SCHEMA}",
+                    f"{self.path} has schema {schema}, this version reads {SCHEMA}",
                     path=self.path,
                     hint="upgrade moduloom",
                 )

@@ -18,14 +18,14 @@ class CardError(ValueError):
 
 def parse_front_matter(text: str) -> dict[str, Any]:
     """YAML in front of a card; an empty mapping where there is none. Raises CardError."""
-    found = _FRONT.match(text)
-    if found is None or not found["yaml"].strip():
+    match = _FRONT.match(text)
+    if match is None or not match["yaml"].strip():
         return {}
-    if len(found["yaml"]) > MAX_YAML:
+    if len(match["yaml"]) > MAX_YAML:
         raise CardError(f"it has more than {MAX_YAML} characters")
     try:
-        _check_shape(found["yaml"])
-        value = yaml.safe_load(found["yaml"])
+        _check_shape(match["yaml"])
+        value = yaml.safe_load(match["yaml"])
     except CardError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date

@@ -78,13 +78,13 @@ def trees(blobs: Mapping[str, str]) -> dict[str, str]:
         parent = path.rpartition("/")[0]
         _ensure(below, parent)
         below[parent].append((path.rpartition("/")[2], "100644", oid))
-    found: dict[str, str] = {}
+    oids: dict[str, str] = {}
     for directory in sorted(below, key=lambda path: path.count("/") if path else -1, reverse=True):
-        found[directory] = _tree_oid(below[directory])
+        oids[directory] = _tree_oid(below[directory])
         if directory:
             parent, _, name = directory.rpartition("/")
-            below[parent].append((name, "40000", found[directory]))
-    return found
+            below[parent].append((name, "40000", oids[directory]))
+    return oids
 
 
 def _ensure(below: dict[str, list[tuple[str, str, str]]], directory: str) -> None:

@@ -68,21 +68,21 @@ class Relations:
             Gives the box of a digest or ref text; None for what the caller may not see.
         """
         self._refresh()
-        found = Graph()
+        graph = Graph()
         if own := describe(digest):
-            found.nodes[digest] = own
+            graph.nodes[digest] = own
         for step in (self._above, self._below):
             frontier = [digest]
             for _ in range(MAX_STEPS):
                 edges = [edge for key in frontier for edge in step(key)]
-                found.edges += edges
+                graph.edges += edges
                 frontier = []
                 for key in (key for edge in edges for key in edge[:2]):
-                    if key not in found.nodes and len(found.nodes) < MAX_NODES and (node := describe(key)):
-                        found.nodes[key] = node
+                    if key not in graph.nodes and len(graph.nodes) < MAX_NODES and (node := describe(key)):
+                        graph.nodes[key] = node
                         frontier.append(key)
-        found.edges = [edge for edge in dict.fromkeys(found.edges) if {edge[0], edge[1]} <= found.nodes.keys()]
-        return found
+        graph.edges = [edge for edge in dict.fromkeys(graph.edges) if {edge[0], edge[1]} <= graph.nodes.keys()]
+        return graph
 
     def _above(self, digest: str) -> list[Edge]:
         return [(digest, self._resolve(pointer), pointer.relation) for pointer in self._out.get(digest, ())]

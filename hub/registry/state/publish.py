@@ -157,19 +157,19 @@ def _manifest(repos: Repos, target: Revision, directory: Path, version: str) -> 
     path = directory / MANIFEST_NAME
     if not path.exists():
         return _pack(directory, _draft(target.name, version, directory))
-    given = Manifest.parse(read_capped(path, 16 * 2**20), what=MANIFEST_NAME)
-    if given.ref == AdapterRef.parse(target.name).at(version=version):
-        _check_listed(target.tree, given)
-        return given
-    stale = given.name == target.name and repos.catalogue(target.name).find(digest=given.digest) is not None
+    stated = Manifest.parse(read_capped(path, 16 * 2**20), what=MANIFEST_NAME)
+    if stated.ref == AdapterRef.parse(target.name).at(version=version):
+        _check_listed(target.tree, stated)
+        return stated
+    stale = stated.name == target.name and repos.catalogue(target.name).find(digest=stated.digest) is not None
     if not stale:
         raise GateError(
-            f"{MANIFEST_NAME} is that of {given.ref}, which is not the version to publish nor one published here",
-            hint=f"tag it {given.version}, or pack it as {target.name} {version}, or leave {MANIFEST_NAME} out",
+            f"{MANIFEST_NAME} is that of {stated.ref}, which is not the version to publish nor one published here",
+            hint=f"tag it {stated.version}, or pack it as {target.name} {version}, or leave {MANIFEST_NAME} out",
         )
     path.unlink()
-    if _same_weights(given, target.tree):
-        return _pack(directory, given.draft().model_copy(update={"version": version}))
+    if _same_weights(stated, target.tree):
+        return _pack(directory, stated.draft().model_copy(update={"version": version}))
     return _pack(directory, _draft(target.name, version, directory))
 
 
@@ -191,10 +191,10 @@ def _check_listed(tree: Mapping[str, File], manifest: Manifest) -> None:
     if extra:
         raise GateError(f"{MANIFEST_NAME} does not list {', '.join(extra[:5])}", hint="pack the directory again")
     for entry in manifest.files:
-        found = tree.get(entry.path)
-        if found is None:
+        file = tree.get(entry.path)
+        if file is None:
             raise GateError(f"there is no {entry.path}, which {MANIFEST_NAME} lists", hint="upload it too")
-        if found != File(entry.sha256, entry.size):
+        if file != File(entry.sha256, entry.size):
             raise IntegrityError(f"{entry.path} is not the file that {MANIFEST_NAME} lists", hint="pack it again")
 
 
@@ -225,10 +225,10 @@ def _card_facts(directory: Path) -> dict[str, Any]:
         matter = front_matter(read_capped(path, MAX_CARD).decode("utf-8", "replace"))
     except HubError:  # a card that is too long to search states nothing
         return {}
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if isinstance(licence := matter.get("license"), str) and 0 < len(licence) <= 64:
-        found["license"] = licence
+        facts["license"] = licence
     languages = matter.get("language")
     words = [languages] if isinstance(languages, str) else languages if isinstance(languages, list) else []
-    found["languages"] = tuple(word for word in words if isinstance(word, str) and 0 < len(word) <= 64)[:64]
-    return found
+    facts["languages"] = tuple(word for word in words if isinstance(word, str) and 0 < len(word) <= 64)[:64]
+    return facts

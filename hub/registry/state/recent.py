@@ -56,14 +56,14 @@ class Catalogues:
     def get(self, name: str) -> Catalogue:
         """Releases and aliases of a name, as the log has them now."""
         self._follow()
-        found = self._found.get(name)
-        if found is not None:
-            return found
+        catalogue = self._found.get(name)
+        if catalogue is not None:
+            return catalogue
         start = self._at
-        found = self.store.catalogue(name)  # at least as new as `start`; it may have to wait for a writer
+        catalogue = self.store.catalogue(name)  # at least as new as `start`; it may have to wait for a writer
         with self._guard:
             since = [event for event, _ in self.store.ledger.read(start) if event.name == name]
-            return self._found.put(name, Catalogue.fold(name, [*_events(found), *since]))
+            return self._found.put(name, Catalogue.fold(name, [*_events(catalogue), *since]))
 
     def _follow(self) -> None:
         size = self.store.ledger.size

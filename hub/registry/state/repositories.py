@@ -102,8 +102,8 @@ class Repos:
         catalogue = self.catalogue(name)
         if revision == MAIN:
             return self._newest(catalogue)
-        if _HEX.match(revision) and (found := self._by_oid(catalogue, revision)):
-            return found
+        if _HEX.match(revision) and (at := self._by_oid(catalogue, revision)):
+            return at
         return self._published(catalogue, revision)
 
     def head(self, name: str, branch: str) -> Revision:
@@ -138,24 +138,24 @@ class Repos:
             except ApiError:  # superseded long ago, and swept
                 return
         older = [self.of_release(name, release) for release in reversed(self.catalogue(name).releases)]
-        start = next((place for place, found in enumerate(older) if found.oid == at.oid), None)
+        start = next((place for place, other in enumerate(older) if other.oid == at.oid), None)
         yield from older[start:]
 
     def of_release(self, name: str, release: Release) -> Revision:
         """Return the revision that a published version is."""
-        found = self._releases.get(release.digest)
-        if found is None:
-            found = self._releases.put(release.digest, self._build(name, release))
-            self._digests.put(found.oid, release.digest)
-        return replace(found, release=release)  # whether it is yanked is not in the cache
+        known = self._releases.get(release.digest)
+        if known is None:
+            known = self._releases.put(release.digest, self._build(name, release))
+            self._digests.put(known.oid, release.digest)
+        return replace(known, release=release)  # whether it is yanked is not in the cache
 
     def facts(self, name: str, release: Release) -> Facts:
         """What the index knows of a release; of aliases and yanks, the catalogue knows more."""
-        found = self._facts.get(release.digest)
-        if found is None:
+        facts = self._facts.get(release.digest)
+        if facts is None:
             artifact = self.store.get(AdapterRef.parse(name).at(digest=release.digest))
-            found = self._facts.put(release.digest, artifact.facts)
-        return found
+            facts = self._facts.put(release.digest, artifact.facts)
+        return facts
 
     def path(self, file: File) -> Path:
         """Where the bytes of a file are: in the store, or among the drafts."""
@@ -218,8 +218,8 @@ class Repos:
             drafts = [commit for row in rows if (commit := find_commit(db, name, row[0]))]
         known = [draft_revision(name, commit) for commit in drafts]
         known += [empty(name), *(self.of_release(name, release) for release in catalogue.releases)]
-        found = {revision.oid: revision for revision in known if revision.oid.startswith(prefix)}
-        return next(iter(found.values())) if len(found) == 1 else None
+        matches = {revision.oid: revision for revision in known if revision.oid.startswith(prefix)}
+        return next(iter(matches.values())) if len(matches) == 1 else None
 
     def _build(self, name: str, release: Release) -> Revision:
         manifest = self.store.manifest(release.digest)

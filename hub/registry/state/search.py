@@ -11,6 +11,7 @@ from hub.registry.state.drafts import Repo
 from hub.registry.tokens import Caller
 from hub.storage.index import Facts, Index
 from hub.storage.query import build
+from hub.storage.search import Score
 from hub.store import Store
 
 PAGE = 24  # artifacts on a page
@@ -41,16 +42,6 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Score:
-    """One figure of an artifact, as the index knows it."""
-
-    metric: str
-    value: float
-    dataset: str
-    split: str
-
-
-@dataclass(frozen=True)
 class Facets:
     """Values to filter by, each with the count of adapters, most first."""
 
@@ -69,7 +60,7 @@ class Results:
     more: bool
 
 
-class Shelf:
+class StoreSearch:
     """The catalogue of a store: queries, facets and figures out of its index."""
 
     def __init__(self, store: Store) -> None:
@@ -88,8 +79,8 @@ class Shelf:
             "namespace": query.namespace or None,
         }
         start = (query.page - 1) * PAGE
-        found, total = self.select(filters, query.metric or query.sort, caller, recorded, start + PAGE)
-        return Results(found[start:], total, total > start + PAGE)
+        facts, total = self.select(filters, query.metric or query.sort, caller, recorded, start + PAGE)
+        return Results(facts[start:], total, total > start + PAGE)
 
     def select(
         self,
@@ -106,12 +97,12 @@ class Shelf:
         self.store.list(limit=0)  # lets the store bring its index up to date
         if not self._index.path.exists():  # nothing was ever published
             return [], 0
-        found = self._index.select(where, arguments, order, count)
-        if 0 <= count <= len(found):
+        facts = self._index.select(where, arguments, order, count)
+        if 0 <= count <= len(facts):
             query = f"SELECT count(*) FROM artifacts a WHERE {where}"  # noqa: S608  (our own text)
             with self._index.connect() as db:
-                return found, int(db.execute(query, arguments[: where.count("?")]).fetchone()[0])
-        return found, len(found)
+                return facts, int(db.execute(query, arguments[: where.count("?")]).fetchone()[0])
+        return facts, len(facts)
 
     def _hidden(self, caller: Caller, recorded: Mapping[str, Repo]) -> str:
         """Names that the caller may not see, as a JSON list."""
@@ -126,12 +117,12 @@ class Shelf:
             if key in self._facets:
                 return self._facets[key]
         bases, kinds, tasks = (self._count(column, hidden) for column in ("base_repo", "kind", "task"))
-        found = Facets(bases, kinds, tasks, self._metrics(hidden))
+        facets = Facets(bases, kinds, tasks, self._metrics(hidden))
         with self._guard:
             if len(self._facets) >= _CACHED:
                 self._facets.clear()
-            self._facets[key] = found
-        return found
+            self._facets[key] = facets
+        return facets
 
     def _count(self, column: str, hidden: str) -> list[tuple[str, int]]:
         query = f"""SELECT {column}, count(DISTINCT name) AS n FROM artifacts
@@ -153,12 +144,12 @@ class Shelf:
 
     def scores(self, digests: Iterable[str]) -> dict[str, list[Score]]:
         """Figures of some artifacts, by digest."""
-        found: dict[str, list[Score]] = {digest: [] for digest in digests}
-        if not found or not self._index.path.exists():
-            return found
+        scores: dict[str, list[Score]] = {digest: [] for digest in digests}
+        if not scores or not self._index.path.exists():
+            return scores
         query = """SELECT a.digest, m.metric, m.value, m.dataset, m.split FROM metrics m
             JOIN artifacts a ON a.id = m.artifact WHERE a.digest IN (SELECT value FROM json_each(?)) ORDER BY m.rowid"""
         with self._index.connect() as db:
-            for digest, *score in db.execute(query, (json.dumps(list(found)),)):
-                found[digest].append(Score(*score))
-        return found
+            for digest, *score in db.execute(query, (json.dumps(list(scores)),)):
+                scores[digest].append(Score(*score))
+        return scores

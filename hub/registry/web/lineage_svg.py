@@ -42,6 +42,7 @@ def svg(graph: Graph, *, tall: bool = False) -> str:
 
 def _places(graph: Graph, tall: bool) -> dict[str, tuple[int, int]]:
     """Top left corner of each box: its layer is the longest way from a root, its rank keeps lines short."""
+    # Layers: each box stands one below the lowest of those it comes from.
     above = {key: [target for source, target, _ in graph.edges if source == key] for key in graph.nodes}
     depth = dict.fromkeys(graph.nodes, 0)
     for _ in graph.nodes:  # relaxes to the longest path; stops early, and a cycle cannot hold it up
@@ -52,6 +53,7 @@ def _places(graph: Graph, tall: bool) -> dict[str, tuple[int, int]]:
                 depth[key], changed = wanted, True
         if not changed:
             break
+    # Within a layer, in the order of the mean place of what they come from: that keeps lines from crossing.
     layers: dict[int, list[str]] = defaultdict(list)
     for key in sorted(graph.nodes, key=lambda key: (depth[key], graph.nodes[key].label)):
         layers[depth[key]].append(key)
@@ -60,20 +62,21 @@ def _places(graph: Graph, tall: bool) -> dict[str, tuple[int, int]]:
         mean = {key: _mean([rank[target] for target in above[key] if target in rank]) for key in layers[layer]}
         for place, key in enumerate(sorted(layers[layer], key=lambda key: mean[key])):
             rank[key] = place
+    # Every layer is centred on the widest.
     widest = max(len(keys) for keys in layers.values())
-    found = {}
+    places = {}
     for layer, keys in layers.items():
         for key in keys:
             across = rank[key] + (widest - len(keys)) / 2
             x, y = (across, layer) if tall else (layer, across)
             step_x, step_y = (_NARROW + _GAP, _HEIGHT + _REACH) if tall else (_WIDE + _REACH, _HEIGHT + _GAP)
-            found[key] = (round(_PAD + x * step_x), round(_PAD + y * step_y))
-    return found
+            places[key] = (round(_PAD + x * step_x), round(_PAD + y * step_y))
+    return places
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else 0.0
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else 0.0
 
 
 def _line(start: tuple[int, int], end: tuple[int, int], relation: str, tall: bool) -> str:

@@ -120,7 +120,7 @@ def _card(access: Access, revision: Revision) -> str:
 
 
 def _versions(access: Access, catalogue: Catalogue, here: Release | None) -> list[VersionRow]:
-    found = []
+    rows = []
     for release in reversed(catalogue.releases[-MAX_VERSIONS:]):
         facts = access.repos.facts(access.name, release)
         row = VersionRow(
@@ -132,8 +132,8 @@ def _versions(access: Access, catalogue: Catalogue, here: Release | None) -> lis
             facts.size,
             here is not None and release.digest == here.digest,
         )
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _metrics(access: Access, manifest: Manifest, releases: tuple[Release, ...]) -> list[MetricRow]:
@@ -169,8 +169,8 @@ def _lineage(access: Access, digest: str) -> str:
         href = f"/{about.name}/tree/{about.version}"
         return Node(key, f"{about.name} {about.version}", about.kind or about.type, href, key == digest)
 
-    found = access.context.relations.around(digest, describe)
-    return svg(found) + svg(found, tall=True) if len(found.nodes) > 1 else ""
+    graph = access.context.relations.around(digest, describe)
+    return svg(graph) + svg(graph, tall=True) if len(graph.nodes) > 1 else ""
 
 
 def _unresolved(key: str, access: Access, recorded: Mapping[str, Any]) -> Node | None:

@@ -45,8 +45,8 @@ _pages.globals["asset"] = asset
 
 def html(template: str, status: int = 200, headers: dict[str, str] | None = None, **values: Any) -> HTMLResponse:
     """Fill a template."""
-    found = {"Cache-Control": "private, no-cache", **(headers or {})}
-    return HTMLResponse(_pages.get_template(template).render(**values), status, found)
+    all_headers = {"Cache-Control": "private, no-cache", **(headers or {})}
+    return HTMLResponse(_pages.get_template(template).render(**values), status, all_headers)
 
 
 @router.get("/")
@@ -69,18 +69,18 @@ def catalogue(
     recorded = context.repos.recorded()
     problem, results = "", None
     try:
-        results = context.shelf.find(wanted, caller, recorded)
+        results = context.search.find(wanted, caller, recorded)
     except UsageError as error:  # a query of marks alone
         problem = error.message
-    found = results.facts if results else []
+    shown = results.facts if results else []
     return html(
         "catalogue.html",
         caller=caller,
         wanted=wanted,
         problem=problem,
-        facets=context.shelf.facets(caller, recorded),
-        found=found,
-        scores=context.shelf.scores(facts.digest for facts in found),
+        facets=context.search.facets(caller, recorded),
+        found=shown,
+        scores=context.search.scores(facts.digest for facts in shown),
         private={name for name, repo in recorded.items() if repo.private},
         total=results.total if results else 0,
         sorts=_SORTS,
@@ -92,17 +92,17 @@ def catalogue(
 
 
 def _active(wanted: Wanted) -> list[tuple[str, str]]:
-    found = [(name, getattr(wanted, name)) for name in ("text", "namespace", "base", "kind", "task", "metric")]
-    return [(name, value) for name, value in found if value]
+    filters = [(name, getattr(wanted, name)) for name in ("text", "namespace", "base", "kind", "task", "metric")]
+    return [(name, value) for name, value in filters if value]
 
 
 def _link(wanted: Wanted, **changes: Any) -> str:
     names = {"text": "q", "namespace": "ns"}
     values = {**vars(wanted), **changes}
-    given = {names.get(name, name): value for name, value in values.items() if value and value not in ("created",)}
-    if given.get("page") == 1:
-        del given["page"]
-    return f"/?{urlencode(given)}" if given else "/"
+    query = {names.get(name, name): value for name, value in values.items() if value and value not in ("created",)}
+    if query.get("page") == 1:
+        del query["page"]
+    return f"/?{urlencode(query)}" if query else "/"
 
 
 @router.get("/-/health")
@@ -156,15 +156,15 @@ def adapter_of_commit(request: Request, ns: str, name: str, revision: str) -> Re
 def blob(request: Request, ns: str, name: str, revision: str, path: str) -> Response:
     """Lead to the file itself."""
     access = downloading(request, ns, name)
-    found = access.repos.resolve(access.name, unslash(revision))
-    found.file(unslash(path))
-    return RedirectResponse(f"/{access.name}/resolve/{found.oid}/{path}", 303)
+    at = access.repos.resolve(access.name, unslash(revision))
+    at.file(unslash(path))
+    return RedirectResponse(f"/{access.name}/resolve/{at.oid}/{path}", 303)
 
 
 def _adapter(request: Request, ns: str, name: str, revision: str) -> Response:
     access = reading(request, ns, name)
-    found = access.repos.resolve(access.name, unslash(revision))
-    page: Page = build(access, found, _may_download(access, ns))
+    at = access.repos.resolve(access.name, unslash(revision))
+    page: Page = build(access, at, _may_download(access, ns))
     return html("adapter.html", caller=access.caller, page=page, endpoint=_endpoint(request))
 
 

@@ -36,10 +36,10 @@ def figure(value: float) -> str:
 def day(moment: str | float) -> str:
     """``21 Nov 2026`` of an ISO time or of seconds."""
     if isinstance(moment, str):
-        found = datetime.fromisoformat(moment.replace("Z", "+00:00"))
+        date = datetime.fromisoformat(moment.replace("Z", "+00:00"))
     else:
-        found = datetime.fromtimestamp(moment, timezone.utc)
-    return f"{found.day} {found:%b %Y}"
+        date = datetime.fromtimestamp(moment, timezone.utc)
+    return f"{date.day} {date:%b %Y}"
 
 
 def short(digest: str) -> str:

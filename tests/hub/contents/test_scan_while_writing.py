@@ -42,7 +42,7 @@ def test_the_same_as_afterwards(weights: Path, tmp_path: Path, piece: int) -> No
         for start in range(0, len(data), piece):
             file.write(data[start : start + piece])
             file.flush()
-    assert follower.found == scan(weights)
+    assert follower.scan == scan(weights)
 
 
 def test_nothing_is_found_in_what_is_short_long_or_another_file(weights: Path, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_nothing_is_found_in_what_is_short_long_or_another_file(weights: Path, t
     for wrong in (data[:-1], data + b"x", b"", b"junk"):
         with following.following(grown, entry) as follower:
             grown.write_bytes(wrong)
-        assert follower.found is None
+        assert follower.scan is None
 
 
 def test_another_file_of_the_same_name_is_not_the_one_that_was_read(weights: Path, tmp_path: Path) -> None:
@@ -58,10 +58,10 @@ def test_another_file_of_the_same_name_is_not_the_one_that_was_read(weights: Pat
     with following.following(grown, entry_of(weights)) as follower:
         grown.write_bytes(data)
         follower._thread.join(20)
-        assert follower.found is not None
+        assert follower.scan is not None
         (tmp_path / "other").write_bytes(data[:-1] + b"x")
         (tmp_path / "other").replace(grown)
-    assert follower.found is None
+    assert follower.scan is None
 
 
 def test_it_ends_with_its_writer(weights: Path, tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_it_ends_with_its_writer(weights: Path, tmp_path: Path) -> None:
         ):
             (tmp_path / f"cut-{len(written)}").write_bytes(written)
             raise OSError("no more")
-        assert follower.found is None
+        assert follower.scan is None
     assert threading.active_count() == before
 
 

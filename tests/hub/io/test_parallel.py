@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hub.io.parallel import Crew, Stopped
+from hub.io.parallel import Stopped, Workers
 from hub.store import Store
 
 
@@ -20,8 +20,8 @@ def test_results_are_in_the_order_of_the_items(size: int) -> None:
         time.sleep(0.002 * (item % 3))
         return item * item
 
-    assert Crew(size).map(work, range(20)) == [item * item for item in range(20)]
-    assert Crew(size).map(work, []) == []
+    assert Workers(size).map(work, range(20)) == [item * item for item in range(20)]
+    assert Workers(size).map(work, []) == []
 
 
 def test_never_more_than_its_size() -> None:
@@ -35,27 +35,27 @@ def test_never_more_than_its_size() -> None:
         with lock:
             now -= 1
 
-    Crew(3).map(work, range(40))
+    Workers(3).map(work, range(40))
     assert most == 3
 
 
 def test_after_an_error_nothing_new_begins() -> None:
     begun, ready = [], threading.Barrier(2, timeout=30)
-    crew = Crew(2)
+    workers = Workers(2)
 
     def work(item: int) -> None:
         begun.append(item)
         ready.wait()
         if item == 0:
             raise ValueError("the first")
-        for _ in crew.chunks(iter(lambda: time.sleep(0.01) or b"x", None)):  # endless, but for the crew
+        for _ in workers.chunks(iter(lambda: time.sleep(0.01) or b"x", None)):  # endless, but for the workers
             pass
 
     with pytest.raises(ValueError, match="the first"):
-        crew.map(work, range(100))
+        workers.map(work, range(100))
     assert sorted(begun) == [0, 1]
     with pytest.raises(Stopped):
-        crew.watched(lambda _count: None)(1)
+        workers.watched(lambda _count: None)(1)
 
 
 def test_a_job_that_hangs_holds_nobody_up() -> None:
@@ -68,7 +68,7 @@ def test_a_job_that_hangs_holds_nobody_up() -> None:
 
     start = time.monotonic()
     with pytest.raises(ValueError, match="gone"):
-        Crew(2).map(work, [0, 1])
+        Workers(2).map(work, [0, 1])
     assert time.monotonic() - start < 30
     forever.set()
 
