@@ -191,7 +191,7 @@ class Store(Vault):
         with disk_errors(self.root):
             if not self._writable():
                 return self._ask_unwritable(question)
-            # Three failures of SQLite: locked for too long is an error; a full disk is read around; damage is made anew.
+            # Three failures of SQLite: locked for too long is an error; a full disk is read around; damage made anew.
             try:
                 return question(self._current())
             except sqlite3.OperationalError as error:

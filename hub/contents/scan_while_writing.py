@@ -25,7 +25,7 @@ _PAUSE = 0.003  # seconds between two looks at the file
 
 
 class Follower:
-    """The scan of a file that grows, in a thread of its own; `found` is None where there is none to be had.
+    """The scan of a file that grows, in a thread of its own; `scan` is None where there is none to be had.
 
     Parameters
     ----------

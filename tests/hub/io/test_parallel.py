@@ -77,7 +77,8 @@ SLOW = r"""
 import os, signal, sys, time
 from hub.remotes import from_url
 from hub.store import Store
-from hub import named, cli
+from hub import cli
+from hub.project import named_remotes
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in whose background the tests run has it ignored
 
@@ -92,7 +93,7 @@ class Slow:
         os.write(2, b"half\n")  # in one piece, beside what the other threads write
         time.sleep(60)
 
-named.from_url = lambda url: Slow(from_url(url))
+named_remotes.from_url = lambda url: Slow(from_url(url))
 sys.argv = ["hub", "pull", "acme/tone", "--from", sys.argv[1]]
 cli.main()
 """
