@@ -43,17 +43,17 @@ def lock(
     from hub.store import Store
 
     store, path = store or Store(), Path(path)
-    held = Lock.load(path) if path.exists() else None
+    locked = Lock.load(path) if path.exists() else None
     wishes = read_wishes(path.parent)
     wanted = [str(AdapterRef.parse(ref)) for ref in refs] or (wishes[0] if wishes else [])
-    wanted = wanted or (list(held.requires) if held else [])
+    wanted = wanted or (list(locked.requires) if locked else [])
     if not wanted:
         raise UsageError("what shall be locked?", hint="write refs, or a modules.yaml with `requires: [acme/tone>=1]`")
     remote = open_place(from_ or (wishes[1] if wishes else None))
-    found = Resolver(store, remote, None if upgrade else held).lock(wanted)
-    found.save(path)
+    pinned = Resolver(store, remote, None if upgrade else locked).lock(wanted)
+    pinned.save(path)
     Roots(store).add(store, path)
-    return found
+    return pinned
 
 
 def sync(
@@ -74,12 +74,12 @@ def sync(
     from hub.store import Store
 
     store, path = store or Store(), Path(path)
-    held, wishes = locks.Lock.load(path), locks.read_wishes(path.parent)
-    if wishes is not None and set(wishes[0]) != set(held.requires):
+    locked, wishes = locks.Lock.load(path), locks.read_wishes(path.parent)
+    if wishes is not None and set(wishes[0]) != set(locked.requires):
         raise UsageError(f"{path} is not the lock of what is asked for beside it", hint="run `hub lock` first")
-    found = list(locks.sync(held, store, open_place(from_), **moving(progress, jobs)))
+    artifacts = list(locks.sync(locked, store, open_place(from_), **moving(progress, jobs)))
     locks.Roots(store).add(store, path)
-    return found
+    return artifacts
 
 
 def outdated(path: str | Path = LOCK, *, from_: str | None = None, store: Store | None = None) -> list[Newer]:

@@ -35,16 +35,16 @@ def take_in(
 ) -> Artifact:
     """Publish a foreign adapter; parameters and errors as for `hub.import_`, ``say`` is told what is left out."""
     with tempfile.TemporaryDirectory(prefix="moduloom-import-") as room:
-        found = sources.find(source, Path(room), subfolder=subfolder)
-        stated = _facts(source, found, facts)
-        if found.left:
-            say(f"left out: {', '.join(found.left[:8])}{', ...' if len(found.left) > 8 else ''}")
-        return _publish(store, found, stated, probe)
+        adapter = sources.find(source, Path(room), subfolder=subfolder)
+        stated = _facts(source, adapter, facts)
+        if adapter.left:
+            say(f"left out: {', '.join(adapter.left[:8])}{', ...' if len(adapter.left) > 8 else ''}")
+        return _publish(store, adapter, stated, probe)
 
 
-def _facts(source: str, found: sources.Found, given: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(source: str, adapter: sources.ForeignAdapter, given: Mapping[str, Any]) -> dict[str, Any]:
     """Facts given and facts of the config; what is missing is asked for, never invented."""
-    facts = {**facts_of(found.directory), **given}
+    facts = {**facts_of(adapter.directory), **given}
     missing = [f"--{name}" for name in ("name", "version", "base") if name not in facts]
     if not missing:
         return facts
@@ -56,7 +56,7 @@ def _facts(source: str, found: sources.Found, given: Mapping[str, Any]) -> dict[
     raise UsageError(f"these facts of {source} are missing: {', '.join(missing)}", hint=hint)
 
 
-def _publish(store: Store, found: sources.Found, facts: dict[str, Any], probe: bool) -> Artifact:
+def _publish(store: Store, source: sources.ForeignAdapter, facts: dict[str, Any], probe: bool) -> Artifact:
     base, task, labels = facts.pop("base"), facts.get("task"), facts.get("labels", ())
     stated = facts.get("hyperparameters", {})
     facts["hyperparameters"] = {name: value for name, value in stated.items() if name not in _OF_THE_BASE}
@@ -65,14 +65,14 @@ def _publish(store: Store, found: sources.Found, facts: dict[str, Any], probe: b
     with tempfile.TemporaryDirectory(prefix="moduloom-import-") as place:
         out = Path(place) / "artifact"
         out.mkdir()
-        adapter = load(_CONVERT)(found.directory, out, base=base, task=task, labels=labels)
+        adapter = load(_CONVERT)(source.directory, out, base=base, task=task, labels=labels)
         if probe:
             load(_RECORD)(out, base=base, task=task, labels=labels)
-        told = {
+        measured = {
             "kind": adapter.kind,
             "placement": tuple(adapter.paths),
             "base": load(_IDENTITY)(base),
-            "lineage": Lineage(run=found.origin) if found.origin else None,
+            "lineage": Lineage(run=source.origin) if source.origin else None,
         }
-        pack(out, validate(Draft, {**draft.model_dump(exclude={"base"}), **told}, what="the facts"))
+        pack(out, validate(Draft, {**draft.model_dump(exclude={"base"}), **measured}, what="the facts"))
         return store.put(out)
