@@ -2,13 +2,14 @@
 
 A function is one file under ``compose/functions/`` (or any package's ``hub.functions`` entry point)::
 
-    class AverageOptions(Options):
-        weights: tuple[float, ...] | None = Field(None, description="...")
+    class AtOptions(Options):
+        layers: tuple[int, ...] | None = Field(None, description="...")
 
-    register(FunctionSpec("average", "merge", "Weighted mean of parameters.", AverageOptions))
+    register(FunctionSpec("at", "select", "The adapter at the named layers.", AtOptions, maximum=1))
 
-The parser, the planner, the JSON form and the documentation follow from the registration. These files are imported to
-read text, so they import torch only inside functions.
+A merge is a function that says as well how it is carried out: a file under ``compose/merges/`` (or an entry point
+``hub.merges``), see ``compose.parameter_space.method``. The parser, the planner, the JSON form and the documentation
+follow from the registration. All these files are imported to read text, so they import torch only inside functions.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class FunctionSpec:
 
 
 FUNCTIONS = Registry[FunctionSpec]("function", package="compose.functions", group="hub.functions", error=CallError)
+MERGES = Registry[FunctionSpec]("merge", package="compose.merges", group="hub.merges", error=CallError)
 
 
 def register(spec: FunctionSpec) -> FunctionSpec:
@@ -84,12 +86,15 @@ def register(spec: FunctionSpec) -> FunctionSpec:
 
 
 def functions() -> Mapping[str, FunctionSpec]:
-    """All functions by name: the files of ``compose.functions`` and the entry points ``hub.functions``."""
+    """All functions by name, merges among them."""
+    MERGES.all()  # their files add them to both
     return FUNCTIONS.all()
 
 
 def get_function(name: str) -> FunctionSpec:
-    """Return the function called ``name``; CallError with a suggestion otherwise."""
+    """Return the function called ``name``; CallError with a suggestion, or with what broke its plugin, otherwise."""
+    if name not in functions() and any(plugin.point.name == name for plugin in MERGES.broken()):
+        return MERGES.get(name)
     return FUNCTIONS.get(name)
 
 

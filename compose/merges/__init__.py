@@ -1,1 +1,1 @@
-"""The merges in parameter space, one file a method; see ``compose.merging.merge``. Importing a file registers it."""
+"""The merges in parameter space, one file each: name, options and function; see ``compose.parameter_space.method``."""

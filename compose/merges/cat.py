@@ -1,4 +1,6 @@
-"""The exact sum of adapters, by laying their tensors side by side: cat(a, b) is one adapter that does what a + b does.
+"""``cat(a, b, ..., weights=[...])``: the exact weighted sum as one adapter, by laying tensors side by side.
+
+In the algebra it is the sum itself, so its normal form is ``w_1 * a + w_2 * b + ...``.
 
 For low-rank pairs A and B are stacked (the CAT of LoRA Soups, arXiv:2410.13025, with weights given), gains and biases
 add, and for the kinds that are not linear in their tensors:
@@ -10,17 +12,20 @@ add, and for the kinds that are not linear in their tensors:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from compose.errors import KindError
-from compose.kind.adapter import Adapter, KindConfig
+from compose.expr.tree import Call, Expr, Scale, add
 from compose.parameter_space.method import linear, weights
+from compose.parameter_space.options import WeightedOptions, check_weights
 
-_Joined: TypeAlias = tuple[KindConfig, dict[tuple[str, str], Tensor]]
-_Terms: TypeAlias = Sequence[tuple[float, Adapter]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compose.kind.adapter import Adapter, KindConfig
+
+    _Joined: TypeAlias = tuple[KindConfig, dict[tuple[str, str], Tensor]]
+    _Terms: TypeAlias = Sequence[tuple[float, Adapter]]
 
 
 def join(terms: _Terms) -> _Joined:
@@ -49,6 +54,8 @@ def _same_but(terms: _Terms, *sizes: str) -> Adapter:
 
 
 def _virtual_tokens(terms: _Terms) -> _Joined:
+    import torch
+
     first = _same_but(terms, "num_virtual_tokens", "init", "init_std")
     for w, adapter in terms:
         if w != 1:
@@ -58,6 +65,8 @@ def _virtual_tokens(terms: _Terms) -> _Joined:
 
 
 def _bottlenecks(terms: _Terms) -> _Joined:
+    import torch
+
     first = _same_but(terms, "reduction_factor", "bottleneck_size", "scaling", "init", "dropout")
     scaled = [(w * getattr(a.config, "scaling", 1.0), a) for w, a in terms]
     state: dict[tuple[str, str], Tensor] = {}
@@ -79,7 +88,20 @@ _JOINS: dict[str, Callable[[_Terms], _Joined]] = {
 }
 
 
-@linear("cat", paper="arXiv:2410.13025", join=join)
-def cat(o: Any, n: int) -> list[float]:
-    """sum_i w_i tau_i; a low-rank result keeps every rank: A = [w_i s_i A_i] stacked, B = [B_i] side by side."""
+def _canonical(call: Call, options: WeightedOptions) -> Expr:
+    weights = options.weights or (1.0,) * len(call.args)
+    return add(*(Scale(w, arg) for w, arg in zip(weights, call.args, strict=True)))
+
+
+@linear(
+    "cat",
+    "Exact weighted sum as one adapter, by laying tensors side by side.",
+    paper="arXiv:2410.13025",
+    join=join,
+    options=WeightedOptions,
+    check=check_weights,
+    canonical=_canonical,
+)
+def cat(o: WeightedOptions, n: int) -> list[float]:
+    """`sum_i w_i tau_i`; a low-rank result keeps every rank: `A = [w_i s_i A_i]` stacked, `B = [B_i]` side by side."""
     return weights(o, n)

@@ -1,4 +1,8 @@
-"""LoraHub: a gradient-free search for the weights of a sum of LoRAs on a few examples (arXiv:2307.13269)."""
+"""``lorahub(a, b, ..., weights=[...])``: a sum of LoRAs with weights searched on a few examples (arXiv:2307.13269).
+
+The search needs data and a score, so it is a Python function, :func:`search`; it returns this call with the weights it
+found, which is then an expression like any other.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,51 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from transformers import PreTrainedModel
+from pydantic import Field
 
 from compose.errors import KindError
 from compose.expr.tree import Call, Expr, Ref
-from compose.kernels import factors
-from compose.kernels.low_rank import Pair
-from compose.merging.merge import merge
 from compose.parameter_space.method import factored
+from compose.parameter_space.options import RankOptions, check_weights, in_any_order
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compose.kernels.low_rank import Pair
 
 _CANDIDATE = "lorahub candidate"
 
 
-@factored("lorahub", paper="arXiv:2307.13269", otherwise=lambda _: "cat")
-def lorahub(pairs: Sequence[Pair], o: Any) -> Pair:
-    """(sum_i w_i B_i) (sum_i w_i A_i) with ``variant="paper"``, whose cross terms B_i A_j are part of the method.
+class LorahubOptions(RankOptions):
+    """Options of ``lorahub``."""
 
-    ``exact`` is sum_i w_i B_i A_i. The paper's form needs one rank; a scale s is shared out as sqrt(s) to each factor.
+    variant: Literal["paper", "exact"] = Field(
+        "paper", description="paper: A = sum w A_i and B = sum w B_i, with cross terms; exact: sum w B_i A_i"
+    )
+
+
+@factored(
+    "lorahub",
+    "Sum of LoRAs with weights that were searched, without gradients, on a few examples.",
+    paper="arXiv:2307.13269",
+    options=LorahubOptions,
+    check=check_weights,
+    canonical=in_any_order,
+    otherwise=lambda _: "cat",
+)
+def lorahub(pairs: Sequence[Pair], o: LorahubOptions) -> Pair:
+    """`(sum_i w_i B_i) (sum_i w_i A_i)` with ``variant="paper"``, whose cross terms `B_i A_j` are part of the method.
+
+    ``exact`` is `sum_i w_i B_i A_i`. The paper's form needs one rank; a scale s is shared out as `sqrt(s)` to each
+    factor.
     """
+    import torch
+
+    from compose.kernels import factors
+    from compose.kernels.low_rank import Pair
+
     if o.weights is None:
         raise KindError(
             "lorahub has no weights yet: they are searched on examples",
@@ -37,13 +65,14 @@ def lorahub(pairs: Sequence[Pair], o: Any) -> Pair:
     if len({p.rank for p in pairs}) > 1:
         ranks = sorted({p.rank for p in pairs})
         raise KindError(f"lorahub adds A to A and B to B, and these have ranks {ranks}", hint='variant="exact"')
-    a = sum((w * math.sqrt(p.scale) * p.A.float() for w, p in zip(o.weights, pairs, strict=True)), torch.zeros(()))
-    b = sum((w * math.sqrt(p.scale) * p.B.float() for w, p in zip(o.weights, pairs, strict=True)), torch.zeros(()))
+    shares = [w * math.sqrt(p.scale) for w, p in zip(o.weights, pairs, strict=True)]
+    a = torch.stack([share * p.A.float() for share, p in zip(shares, pairs, strict=True)]).sum(0)
+    b = torch.stack([share * p.B.float() for share, p in zip(shares, pairs, strict=True)]).sum(0)
     return Pair(a, b, 1.0)
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found: the expression with its weights, its score, and the best score after each evaluation."""
 
     expr: Expr
@@ -62,7 +91,7 @@ def search(
     penalty: float = 0.05,
     variant: str = "paper",
     seed: int = 0,
-) -> Found:
+) -> SearchResult:
     """Search weights in [-bound, bound]^n that minimize ``score(model)`` + penalty * mean |w|, by CMA-ES.
 
     Parameters
@@ -106,7 +135,7 @@ def search(
                 strategy.tell(candidates, losses)
     loss, weights = min(bench.seen)
     history = tuple(itertools.accumulate((value for value, _ in bench.seen), min))
-    return Found(_call(names, weights, variant), weights, loss, history)
+    return SearchResult(_call(names, weights, variant), weights, loss, history)
 
 
 class _Bench:
@@ -137,6 +166,8 @@ class _Bench:
     def evaluate(self, w: Sequence[float]) -> float:
         """Score of one candidate, with the penalty; KindError if it is not finite."""
         weights = tuple(round(float(x), 6) for x in w)
+        from compose.merging.merge import merge
+
         merged = merge(self.model, _call(self.names, weights, self.variant))
         self.home.add(_CANDIDATE, merged.adapter)
         self.home.activate([Ref(_CANDIDATE)], {})

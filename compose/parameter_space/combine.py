@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compose.parameter_space.blocks import Source, TensorSource, spans
-from compose.parameter_space.method import Elementwise, Factored, Linear, Method, get_method, weights
-from compose.parameter_space.trim import OnBlocks
+from compose.parameter_space.method import Elementwise, Linear, Method, get_method
+from compose.parameter_space.trim import all_of_it
+
+if TYPE_CHECKING:
+    from compose.parameter_space.trim import OnBlocks
 
 
 def trimmed(method: Elementwise, o: Any, scope: Sequence[Sequence[Source]]) -> list[list[OnBlocks]]:
     """Trims for ``scope[member][place]``: made for each member over all places, or for each place alone."""
+    trim = method.trim or all_of_it
     if method.whole(o):
-        made = [method.trim(places, o) for places in scope]
-        return [[trim(source) for source in places] for trim, places in zip(made, scope, strict=True)]
-    return [[method.trim([source], o)(source) for source in places] for places in scope]
+        by_member = [trim(places, o) for places in scope]
+        return [[at(source) for source in places] for at, places in zip(by_member, scope, strict=True)]
+    return [[trim([source], o)(source) for source in places] for places in scope]
 
 
 @torch.no_grad()
@@ -42,7 +46,7 @@ def merge_tensors(
 
     A member that lacks a key has a task vector of zero there.
     """
-    if isinstance(method, Factored):
+    if method.otherwise is not None:
         method = get_method(method.otherwise(o))
     vectors = {
         key: [m[key].float() if key in m else torch.zeros_like(like, dtype=torch.float32) for m in members]
@@ -73,10 +77,3 @@ def coefficients(method: Linear, o: Any, taus: Sequence[Tensor]) -> Sequence[flo
         return method.coefficients(o, len(taus))
     flat = torch.stack([tau.flatten().double() for tau in taus])
     return method.coefficients(o, flat @ flat.T)
-
-
-def weighted_sum(stack: Tensor, o: Any) -> Tensor:
-    """`lambda sum_i w_i tau_i` over the first dimension of ``stack`` (N, rows, width)."""
-    w = o.lambda_ * torch.tensor(weights(o, len(stack)), dtype=stack.dtype, device=stack.device)
-    total: Tensor = torch.tensordot(w, stack, dims=1)
-    return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.registry import make_config
 from compose.parameter_space.combine import merge_tensors
 from compose.parameter_space.job import Job, Member, kind_names
-from compose.parameter_space.method import Factored, Join, Linear
+from compose.parameter_space.method import Factored, Linear
+
+if TYPE_CHECKING:
+    from compose.parameter_space.method import Join
 
 
 def merge(job: Job) -> Adapter:

@@ -1,25 +1,24 @@
 """What a merge keeps of each task vector before the vectors meet: all of it, the largest part, or a random part.
 
 A trim looks at one adapter's whole scope (a place, or the whole adapter) and returns, for a place, a function of its
-blocks of rows, which are handed to it in order.
+blocks of rows, which are handed to it in order. Merges name their trims when they are declared, which needs no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from compose.parameter_space.blocks import Source, kth_magnitude, size, spans
+    from compose.parameter_space.blocks import Source
 
-OnBlocks: TypeAlias = Callable[[Tensor], Tensor]
+    OnBlocks: TypeAlias = Callable[[Tensor], Tensor]
+    Trim: TypeAlias = Callable[[Sequence[Source], Any], Callable[[Source], OnBlocks]]
+
 _LEVELS = 2**16  # of the probability to keep an entry
-Trim: TypeAlias = Callable[[Sequence[Source], Any], Callable[[Source], OnBlocks]]
 
 
 def all_of_it(scope: Sequence[Source], o: Any) -> Callable[[Source], OnBlocks]:  # noqa: ARG001
@@ -29,6 +28,11 @@ def all_of_it(scope: Sequence[Source], o: Any) -> Callable[[Source], OnBlocks]: 
 
 def largest(scope: Sequence[Source], o: Any) -> Callable[[Source], OnBlocks]:
     """Keep the ``density`` of the scope's entries that have the largest magnitude; equal magnitudes stay together."""
+    import numpy as np
+    from torch.nn import functional as F
+
+    from compose.parameter_space.blocks import kth_magnitude, size
+
     if o.density == 1:
         return all_of_it(scope, o)
     threshold = kth_magnitude(scope, max(1, int(o.density * size(scope))))
@@ -56,6 +60,9 @@ def random(scope: Sequence[Source], o: Any) -> Callable[[Source], OnBlocks]:
 
 def _dropper(seed: bytes, level: int, factor: float) -> OnBlocks:
     """Keep entries with probability ``level`` / 2^16, times ``factor``: sixteen random bits an entry, row by row."""
+    import numpy as np
+    import torch
+
     stream = np.random.SFC64(int.from_bytes(seed, "big"))
 
     def drop(block: Tensor) -> Tensor:
@@ -68,6 +75,10 @@ def _dropper(seed: bytes, level: int, factor: float) -> OnBlocks:
 
 
 def _l1_factor(source: Source, seed: bytes, level: int) -> float:
+    import torch
+
+    from compose.parameter_space.blocks import spans
+
     read, drop = source.reader(), _dropper(seed, level, 1.0)
     before = after = 0.0
     for lo, hi in spans(source.rows, source.width):

@@ -54,7 +54,12 @@ assert from_url("share://team").path.name == "team"
 from click.testing import CliRunner
 from hub.cli import main
 
-told = {"compose kinds": ["vera"], "methods": ["vera", "lora_plus"], "route methods": ["nearest"]}
+told = {
+    "compose kinds": ["vera"],
+    "compose functions": ["median"],
+    "methods": ["vera", "lora_plus"],
+    "route methods": ["nearest"],
+}
 for command, names in told.items():
     listed = CliRunner().invoke(main, command.split())
     assert listed.exit_code == 0, listed.output
@@ -74,7 +79,7 @@ def installed(tmp_path):
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text("".join(f"[{group}]\n{name} = {where}\n" for group, name, where in points))
-    assert len(points) == 6
+    assert len(points) == 5
     return {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(tmp_path),

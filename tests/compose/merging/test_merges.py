@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,14 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import compose
+from compose import function
 from compose.algebra import digest, parse
-from compose.errors import KindError
+from compose.errors import CallError, KindError
 from compose.expr.tree import Call, Ref
-from compose.function import functions
+from compose.function import FUNCTIONS, functions
 from compose.kind.registry import kinds
 from compose.merging.fold import fold
 from compose.merging.merge import lower_to_lora, merge
-from compose.parameter_space.method import methods
+from compose.parameter_space.method import linear, methods
 from compose.runtime.model_runtime import runtime
 
 WEIGHTS = ("lora", "dora")  # kinds that add a matrix to a weight
@@ -326,3 +329,25 @@ def test_every_merge_is_declared_and_carried_out() -> None:
     for name, method in methods().items():
         assert method.paper.startswith(("arXiv:", "doi:")) and method.name == name
         assert digest(Call(name, [Ref("a"), Ref("b")])) == digest(Call(name, [Ref("a"), Ref("b")]))
+
+
+def test_what_merges_declare_is_read_without_torch() -> None:
+    code = (
+        "import sys; from compose.function import MERGES; from compose.algebra import parse\n"
+        "print([parse(f'{name}(a, b)').function for name in MERGES] and sorted({'torch', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_merge_is_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(name: str) -> None:
+        linear(name, "Nothing.", paper="")(lambda o, n: [0.0] * n)
+
+    monkeypatch.setattr(FUNCTIONS, "_known", dict(FUNCTIONS.all()))
+    monkeypatch.setattr(function.MERGES, "_known", dict(function.MERGES.all()))
+    for taken, where in {"ties": "compose.merges.ties", "at": "compose.function"}.items():
+        with pytest.raises(CallError, match=f"{taken!r} is registered twice: {where} and {__name__}"):
+            add(taken)
+    add("nothing")
+    assert parse("nothing(a, b)").function in methods()

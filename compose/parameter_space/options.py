@@ -1,8 +1,8 @@
-"""What the merges' options share: weights, a rank, and the normal form of a call whose arguments have no order."""
+"""What the options of merges share: weights, a rank, what is checked of them, and the normal form of such a call."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -22,6 +22,22 @@ class RankOptions(WeightedOptions):
     """Weights, and how many ranks a low-rank result keeps."""
 
     rank: int | None = Field(None, ge=1, description="rank of a low-rank result")
+
+
+class SumOptions(RankOptions):
+    """Options of a weighted sum of what a trim leaves of each task vector."""
+
+    lambda_: float = Field(1.0, alias="lambda", description="factor of the sum")
+
+
+class DropOptions(SumOptions):
+    """Options of the random trim of DARE."""
+
+    density: float = Field(0.5, gt=0, le=1, description="probability that an entry is kept")
+    seed: int = Field(0, ge=0, description="of the random masks")
+    rescale: Literal["density", "l1"] | None = Field(
+        "density", description="divide what is kept by density (the paper), scale it to the same L1 norm, or neither"
+    )
 
 
 def check_weights(call: Call, options: Any) -> None:
