@@ -108,7 +108,7 @@ def _measure(ready: Prepared, rows: Tensor, config: TrainConfig) -> tuple[int, f
 
     batch = {name: value.to(device) for name, value in data.batch(rows).items()}
     started = time.perf_counter()
-    with training(model, ready.adapter, config), amp(device, config.precision):
+    with training(model, ready.adapter, config, noise=ready.method.noise), amp(device, config.precision):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = ready.method.loss(model, batch, data.task)
         loss.backward()  # type: ignore[no-untyped-call]

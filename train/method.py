@@ -45,9 +45,10 @@ __all__ = [
     "methods",
     "register",
     "trained",
+    "why_alone",
 ]
 
-NAME = "trained"  # the adapter's name inside the model while it trains
+NAME = "trained"  # the adapter's name inside the model while it trains by itself
 
 
 class MethodOptions(BaseModel):
@@ -84,7 +85,11 @@ class Method:
     paper: ClassVar[str] = ""
     defaults: ClassVar[Mapping[str, Any]] = {}  # the kind's options, where the method's differ from the kind's own
     recipe: ClassVar[Mapping[str, Any]] = {}  # fields of the run's configuration that the method sets unless given
+    noise: ClassVar[bool] = True  # whether the model trains with its dropout
+    alone: ClassVar[str] = ""  # why its rows cannot share a pass with those of others (train.many); "": they can
     Options: ClassVar[type[MethodOptions]] = MethodOptions
+
+    adapter_name = NAME  # of what trains, inside the model; methods that train on one model at once have one each
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         given = dict(options or {})
@@ -109,10 +114,14 @@ class Method:
 
         `heads` are base modules that the task needs trained and stored whole.
         """
-        adapter = self.create(model, NAME, self.kind, self.kind_options, seed=seed, heads=heads)
+        adapter = self.create(model, self.adapter_name, self.kind, self.kind_options, seed=seed, heads=heads)
         self.prepare(model, adapter, tokenizer)
-        compose.activate(model, NAME)
+        compose.activate(model, self.adapter_name)
         return adapter
+
+    def member_name(self, part: str) -> str:
+        """What a part of a `Composite` is called in the model: after the part and, of several, after its learner."""
+        return part if self.adapter_name == NAME else f"{self.adapter_name}_{part}"
 
     def prepare(self, model: PreTrainedModel, adapter: Adapter, tokenizer: Any) -> None:
         """Change a fresh adapter: where its tensors start, or what they are made of (train.learner.reparametrize)."""
@@ -160,13 +169,24 @@ class Method:
         )
         return [group for group in groups if group["params"]]
 
+    def inputs(self, batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
+        """What goes through the model to train on a batch: its rows, or several for each of them, with labels."""
+        return batch
+
     def logits(self, model: nn.Module, inputs: dict[str, Tensor], task: str) -> Tensor:
-        """The model's outputs, in training and in evaluation; `inputs` are a batch without its labels."""
+        """The model's outputs, in training and in evaluation."""
         return forward(model, inputs, task)
 
+    def objective(self, logits: Tensor, batch: dict[str, Tensor], task: str) -> Tensor:
+        """Sum of the loss over the batch's items, from the logits of its `inputs`."""
+        return loss_sum(task, logits, batch["labels"])
+
     def loss(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
-        """Sum of the loss over the batch's items (the loop divides by the items of the whole step)."""
-        return loss_sum(task, self.logits(model, dict(batch), task), batch["labels"])
+        """Sum of the loss over the batch's items (the loop divides by the items of the whole step).
+
+        One that is put together in another way than from `inputs`, `logits` and `objective` cannot share a pass.
+        """
+        return self.objective(self.logits(model, self.inputs(batch, task), task), batch, task)
 
     def after_step(self, learner: Any, step: int) -> None:
         """Called after each optimizer step (proximal steps, masks, rewinding)."""
@@ -223,6 +243,12 @@ def methods() -> Mapping[str, type[Method]]:
 def get_method(name: str) -> type[Method]:
     """The method called `name`; ConfigError with a suggestion otherwise."""
     return METHODS.get(name)
+
+
+def why_alone(method: Method) -> str:
+    """Why a method cannot train many at once; "" where it can."""
+    own = [name for name in ("loss", "logits") if getattr(type(method), name) is not getattr(Method, name)]
+    return type(method).alone or (f"it computes its {own[0]} in its own way" if own else "")
 
 
 def make_method(config: TrainConfig) -> tuple[Method, TrainConfig]:

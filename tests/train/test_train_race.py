@@ -81,7 +81,7 @@ def test_a_race_from_the_shell_leaves_a_table_and_a_plot(notes, tmp_path):
     assert "trained parameters" in svg
     for bad, said in (
         (["--methods", "lora"], "two or more different methods"),
-        (["--methods", "lora,lorra"], "did you mean 'lora'"),
+        (["--methods", "lora,lorra"], "did you mean lora"),
         (["--methods", "lora,ia3", "--budget", "soon"], "is not a time"),
         (["--methods", "ia3,bitfit"], "options.lora is not the options of a method that races"),
         (["--methods", "lora,ia3", "options.ia.r=2"], "did you mean 'ia3'"),

@@ -155,10 +155,12 @@ def test_without_publishing_the_adapter_stays_in_the_folder(notes, tmp_path):
 
 def test_a_run_that_diverges_keeps_the_best_adapter_unpublished(notes, tmp_path, monkeypatch):
     """The rate is sane until step 3; then the optimizer overflows the weights and the next loss is NaN."""
-    import train.loop
+    import train.state
 
-    rate = train.loop.learning_rate
-    monkeypatch.setattr(train.loop, "learning_rate", lambda c, step, total: 1e38 if step == 3 else rate(c, step, total))
+    rate = train.state.learning_rate
+    monkeypatch.setattr(
+        train.state, "learning_rate", lambda c, step, total: 1e38 if step == 3 else rate(c, step, total)
+    )
     config = lm(notes, duration=30, clip=0, eval_every=2)
     with pytest.raises(
         NonFiniteLoss, match=r"step 5 \(epoch 1\): loss is nan .* kept the best state, of step 2"

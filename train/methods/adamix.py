@@ -64,6 +64,7 @@ class Adamix(Method):
 
     kind = "bottleneck"
     paper = "arXiv:2205.12410"
+    alone = "each step takes two passes, for each of which the copies are drawn anew"
     Options = AdamixOptions
     own: AdamixOptions
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
 from train.method import Method, register
 
 
@@ -17,8 +15,4 @@ class AttentionFusion(Method):
 
     kind = "attention_fusion"
     paper = "doi:10.18653/v1/2022.findings-naacl.64"
-
-    def logits(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
-        """Features without noise."""
-        model.eval()
-        return super().logits(model, batch, task)
+    noise = False

@@ -13,7 +13,7 @@ import compose
 from compose.kind.adapter import Adapter
 from train.data.batches import Dataset
 from train.errors import ConfigError
-from train.method import NAME, Composite, Method, MethodOptions, register
+from train.method import Composite, Method, MethodOptions, register
 from train.steps.evaluate import evaluate
 
 
@@ -70,7 +70,7 @@ class Demix(Method):
                 hint=f"options: {_sizes(closest)}",
             )
         learner.load_state({key: value.clone() for key, value in closest.state().items()})
-        compose.activate(model, NAME)
+        compose.activate(model, self.adapter_name)
         for ref in self.own.start_from:
             compose.detach(model, ref)
 

@@ -15,7 +15,7 @@ from compose.kind.adapter import Adapter
 from train.config import TrainConfig
 from train.learner.reparametrize import attribute, fold, function, original, reparametrize
 from train.learner.sparsify import largest, places, start_again, to_sparse
-from train.method import NAME, Method, MethodOptions, register
+from train.method import Method, MethodOptions, register
 from train.steps.objective import item_count
 
 LOW, HIGH = -1.5, 1.5  # the interval a gate is stretched to before it is clipped to [0, 1]
@@ -77,6 +77,7 @@ class DiffPruning(Method):
 
     kind = "sparse"
     paper = "arXiv:2012.07463"
+    alone = "its gates are drawn anew in each pass, from the random stream of its own steps"
     Options = DiffPruningOptions
     own: DiffPruningOptions
 
@@ -106,9 +107,9 @@ class DiffPruning(Method):
         self._optimizer, self._total = optimizer, total_steps
         self._choice = max(1, round(self.own.first * total_steps))
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
+    def objective(self, logits: Tensor, batch: dict[str, Tensor], task: str) -> Tensor:
         """The task's loss and, an item at a time, lambda E||delta||_0."""
-        loss = super().loss(model, batch, task)
+        loss = super().objective(logits, batch, task)
         if self._gates[0].fixed:
             return loss
         expected = torch.stack([gate.expected() for gate in self._gates]).sum()
@@ -138,4 +139,4 @@ class DiffPruning(Method):
     def finish(self, model: PreTrainedModel, learner: Adapter) -> Adapter:
         """The places that are left and their values."""
         fold(learner)
-        return to_sparse(model, learner, self.own.density, NAME)
+        return to_sparse(model, learner, self.own.density, self.adapter_name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.kind.adapter import Adapter
@@ -21,6 +20,7 @@ class FeatureBased(Method):
 
     kind = "head"
     paper = "arXiv:1903.05987"
+    noise = False  # that nothing below the head could learn to bear
 
     def build(
         self, model: PreTrainedModel, *, seed: int = 0, heads: Sequence[str] = (), tokenizer: Any = None
@@ -29,8 +29,3 @@ class FeatureBased(Method):
         if heads:
             self.kind_options = {"target_modules": tuple(heads), **self.kind_options}
         return super().build(model, seed=seed, tokenizer=tokenizer)
-
-    def logits(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
-        """Dropout in the frozen model would be noise that nothing below can learn to bear."""
-        model.eval()
-        return super().logits(model, batch, task)

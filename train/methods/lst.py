@@ -17,7 +17,7 @@ from compose.kind.adapter import Adapter, original_module
 from compose.kinds.ladder import Ladder
 from compose.runtime.model_runtime import runtime
 from train.data.batches import Dataset
-from train.method import NAME, Method, MethodOptions, register
+from train.method import Method, MethodOptions, register
 from train.steps.objective import forward, loss_sum
 
 log = logging.getLogger(__name__)
@@ -44,13 +44,9 @@ class LadderSideTuning(Method):
 
     kind = "ladder"
     paper = "arXiv:2206.06522"
+    noise = False  # it could only blur what the ladder sees
     Options = LstOptions
     own: LstOptions
-
-    def logits(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
-        """The frozen model is read without dropout, which could only blur what the ladder sees."""
-        model.eval()
-        return super().logits(model, batch, task)
 
     def warm(self, model: PreTrainedModel, learner: Adapter, data: Dataset) -> None:
         """Cut the blocks out of the model's."""
@@ -67,7 +63,7 @@ class LadderSideTuning(Method):
             for row in range(min(self.own.fisher_rows, len(data))):
                 batch = {name: value.to(model.device) for name, value in data.batch(torch.tensor([row])).items()}
                 loss_sum(data.task, forward(model, batch, data.task), batch["labels"]).backward()  # type: ignore[no-untyped-call]
-        compose.activate(model, NAME)
+        compose.activate(model, self.adapter_name)
         with torch.no_grad():
             _cut(learner, held, [{role: sums[weight] for role, weight in block.items()} for block in held])
 

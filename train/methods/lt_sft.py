@@ -14,7 +14,7 @@ from compose.kind.adapter import Adapter
 from train.config import TrainConfig
 from train.learner.reparametrize import attribute, fold, function, original, reparametrize
 from train.learner.sparsify import largest, places, start_again, to_sparse
-from train.method import NAME, Method, MethodOptions, register
+from train.method import Method, MethodOptions, register
 
 
 class LtSftOptions(MethodOptions):
@@ -93,4 +93,4 @@ class LtSft(Method):
     def finish(self, model: PreTrainedModel, learner: Adapter) -> Adapter:
         """The chosen places and their values."""
         fold(learner)
-        return to_sparse(model, learner, self.own.density, NAME)
+        return to_sparse(model, learner, self.own.density, self.adapter_name)

@@ -41,20 +41,20 @@ class Mam(Method):
         """Two adapters that train together; the task's head is carried by the second."""
         front = {"num_virtual_tokens": self.own.prefix_length}
         beside = {"style": "parallel", "bottleneck_size": self.own.bottleneck_size, "scaling": self.own.scaling}
+        beside |= self.kind_options
+        first, second = self.member_name("prefix"), self.member_name("parallel")
         members = {
-            "prefix": self.create(model, "prefix", "prefix", front, seed=seed),
-            "parallel": self.create(
-                model, "parallel", "bottleneck", {**beside, **self.kind_options}, seed=seed + 1, heads=heads
-            ),
+            first: self.create(model, first, "prefix", front, seed=seed),
+            second: self.create(model, second, "bottleneck", beside, seed=seed + 1, heads=heads),
         }
         if self.own.hidden:
-            prefix = members["prefix"]
+            prefix = members[first]
             made = Projected(prefix.at("", "P").shape[1], self.own.hidden, prefix.generator)
             reparametrize(prefix, "", "P", made)
-        compose.activate(model, "prefix >> parallel")
-        return Composite(members, "prefix >> parallel")
+        compose.activate(model, f"{first} >> {second}")
+        return Composite(members, f"{first} >> {second}")
 
     def finish(self, model: PreTrainedModel, learner: Composite) -> Composite:
         """The prefix as the MLP leaves it."""
-        fold(learner.members["prefix"])
+        fold(learner.members[self.member_name("prefix")])
         return learner

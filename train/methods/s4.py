@@ -65,7 +65,7 @@ class S4(Method):
         for number, (layers, parts) in enumerate(zip(spindle(depth), GROUPS, strict=True), 1):
             left, sized = budget, [part for part in parts if part in _SIZE]
             if "bias" in parts:
-                bias = self._member(model, sites, f"bias{number}", layers, None, seed)
+                bias = self._member(model, number, "bias", layers, None, seed)
                 members[bias.name] = bias
                 left -= _count(bias) // len(layers)
             for part in sized:
@@ -74,7 +74,7 @@ class S4(Method):
                 if part == "lora":
                     size = min(size, _largest_rank(sites))
                 carried = tuple(heads) if number == len(GROUPS) and part == sized[-1] else ()
-                member = self._member(model, sites, f"{part}{number}", layers, size, seed + len(members), carried)
+                member = self._member(model, number, part, layers, size, seed + len(members), carried)
                 members[member.name] = member
         expression = " >> ".join(members)
         compose.activate(model, expression)
@@ -83,14 +83,13 @@ class S4(Method):
     def _member(
         self,
         model: PreTrainedModel,
-        sites: SiteMap,
-        name: str,
+        number: int,
+        part: str,
         layers: range,
         size: int | None,
         seed: int,
         heads: Sequence[str] = (),
     ) -> Adapter:
-        part = name[:-1]
         options: dict[str, Any] = {"layers": tuple(layers)}
         if size is not None:
             options[_SIZE[part]] = size
@@ -98,7 +97,7 @@ class S4(Method):
             options["init"] = "lora"
         if part == "lora":
             options["lora_alpha"] = size  # a scale of one, whatever the rank
-        return self.create(model, name, _KINDS[part], options, seed=seed, heads=heads)
+        return self.create(model, self.member_name(f"{part}{number}"), _KINDS[part], options, seed=seed, heads=heads)
 
 
 def _unit(sites: SiteMap, part: str) -> int:

@@ -15,7 +15,7 @@ from compose.kind.adapter import Adapter
 from compose.kind.low_rank import LowRank, LowRankConfig
 from train.config import TrainConfig
 from train.learner.reparametrize import attributes, fold, function, reparametrize
-from train.method import NAME, Method, MethodOptions, register
+from train.method import Method, MethodOptions, register
 
 
 class SoraOptions(MethodOptions):
@@ -93,7 +93,7 @@ class Sora(Method):
         ranks = {path: len(left) for path, left in kept.items()}
         options |= {"target_modules": tuple(kept), "layers": None, "rank_pattern": ranks}
         options |= {"alpha_pattern": {path: scale * rank**power for path, rank in ranks.items()}}
-        plain = compose.create(model, "lora", options, name=NAME)
+        plain = compose.create(model, "lora", options, name=self.adapter_name)
         with torch.no_grad():
             for path, left in kept.items():
                 plain.at(path, "A").copy_(learner.at(path, "A")[left])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compose.kind.adapter import Adapter
@@ -47,18 +47,25 @@ class TFew(Method):
         encoded = tokenizer(list(self.own.choices), add_special_tokens=False)["input_ids"]
         self._answers = [[*ids, *end] for ids in encoded]
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
+    def inputs(self, batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
+        """Every prompt with every answer: B K rows; without answers to choose among, the rows."""
+        return _expand(batch, self._answers, task) if self._chooses(task) else batch
+
+    def objective(self, logits: Tensor, batch: dict[str, Tensor], task: str) -> Tensor:
         """Without answers to choose among, the loss of the task."""
-        if not self._answers or task not in ("causal_lm", "seq2seq"):
-            return super().loss(model, batch, task)
+        if not self._chooses(task):
+            return super().objective(logits, batch, task)
         right = self._which(batch["labels"])  # (B,)
-        token, wrong, lengths = self._all_answers(model, batch, task)  # (B, K, T), (B, K, T), (K,)
+        token, wrong, lengths = self._all_answers(logits, batch, task)  # (B, K, T), (B, K, T), (K,)
         score = token.sum(-1)  # (B, K) log p of each answer
         others = F.one_hot(right, len(lengths)) == 0  # (B, K)
         own = lengths[right]  # (B,) tokens of the right answer
         unlikely = -(wrong.sum(-1) * others).sum(-1) / (lengths * others).sum(-1)
         ranked = F.cross_entropy(score / lengths, right, reduction="none")
         return (-score.gather(1, right[:, None])[:, 0] + own * (unlikely + ranked)).sum()
+
+    def _chooses(self, task: str) -> bool:
+        return bool(self._answers) and task in ("causal_lm", "seq2seq")
 
     def _which(self, labels: Tensor) -> Tensor:
         """(B,) which answer each row has."""
@@ -70,13 +77,11 @@ class TFew(Method):
                 "a row's completion is none of the choices", hint="list every completion in options.choices, as it is"
             ) from None
 
-    def _all_answers(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _all_answers(self, logits: Tensor, batch: dict[str, Tensor], task: str) -> tuple[Tensor, Tensor, Tensor]:
         """Log p and log(1 - p) of every token of every answer to every prompt, zero where an answer has ended."""
         device = batch["labels"].device
         lengths = torch.tensor([len(answer) for answer in self._answers], device=device)
-        expanded = _expand(batch, self._answers, task)
-        logits = self.logits(model, expanded, task)
-        target = expanded["labels"]
+        target = self.inputs(batch, task)["labels"]
         if task == "causal_lm":
             target = F.pad(target[:, 1:], (0, 1), value=IGNORE)
         learned = target != IGNORE

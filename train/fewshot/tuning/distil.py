@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from train.method import Method
 
@@ -17,10 +17,13 @@ class Distil(Method):
         super().__init__()
         self.temperature = temperature
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
+    def inputs(self, batch: dict[str, Tensor], task: str) -> dict[str, Tensor]:
+        """The rows without the teacher's logits."""
+        return {name: value for name, value in batch.items() if name != "soft"}
+
+    def objective(self, logits: Tensor, batch: dict[str, Tensor], task: str) -> Tensor:
         """Sum over rows; `soft` (B, C) are the teacher's logits, `labels` go unread."""
-        given = {name: value for name, value in batch.items() if name not in ("labels", "soft")}
         t = self.temperature
-        student = F.log_softmax(model(**given).logits / t, -1)
+        student = F.log_softmax(logits / t, -1)
         teacher = F.log_softmax(batch["soft"] / t, -1)
         return t * t * F.kl_div(student, teacher, reduction="sum", log_target=True)

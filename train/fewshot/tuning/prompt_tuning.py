@@ -137,18 +137,18 @@ def tune_many(
     reader = MaskReader(model, replay)
     try:
         reader.eval()
-        jobs = []
+        adapters, jobs = [], []
         for data, config, name in zip(_alike(sets), configs, names, strict=True):
             with amp(model.device, config.precision):
                 rows = replay.record(data, lambda batch: reader(**inputs_of(batch)))
-            adapter = compose.create(model, "lora", adapter_options(model, blocks), name=name, seed=config.seed)
-            jobs.append(Job(adapter, replace(data, columns={**data.columns, "row": rows}), config))
+            adapters.append(compose.create(model, "lora", adapter_options(model, blocks), name=name, seed=config.seed))
+            jobs.append(Job(adapters[-1], replace(data, columns={**data.columns, "row": rows}), config))
         with replay.on():
             fit_many(model, jobs, through=PromptModel(reader, scores), seconds=seconds)
     finally:
         reader.close()
     model.eval()
-    return [job.adapter.freeze() for job in jobs]
+    return [adapter.freeze() for adapter in adapters]
 
 
 def _alike(sets: Sequence[Dataset]) -> list[Dataset]:
