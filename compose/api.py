@@ -8,28 +8,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from compose.algebra import ExprLike, as_rows
-from compose.base import model as bases
 from compose.base.compatibility import compare
+from compose.base.model import check_base, identity_of, load_base, name_of, tokenizer_of
 from compose.expr.tree import Expr
-from compose.formats import directory as interop
+from compose.formats.directory import read_adapter, save_adapter
 from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.registry import get_kind, make_config
-from compose.planning.plan import Leaf, plan
-from compose.planning.unfold import Resolved
-from compose.runtime import model_runtime as inject
+from compose.planning.members import Shelf, Source, manifest_of, task_of
+from compose.planning.plan import plan
+from compose.runtime import model_runtime
+from compose.runtime.model_runtime import runtime
 from compose.slots.gate import Gate, Mixer
-from hub.manifest import BaseIdentity, Manifest
+from hub.manifest import BaseIdentity
 from hub.store import Artifact, Store
-
-Source: TypeAlias = Adapter | Artifact | str | Path
 
 
 def load(
@@ -77,12 +76,12 @@ def load(
     """
     one = expr is None or isinstance(expr, str | Expr)
     rows = as_rows(expr)
-    sources = _Sources(dict(adapters or {}), store)
-    known = bases.identity(base)
+    finder = Shelf(store, adapters)
+    known = identity_of(base)
     plans = {
         row: plan(
             row,
-            sources.resolve,
+            finder.resolve,
             check_base=lambda text, made_for: compare(made_for, known, ref=text, allow_drift=allow_base_drift),
             allow_base_drift=allow_base_drift,
         )
@@ -91,7 +90,7 @@ def load(
     leaves = {text: leaf for made in plans.values() for text, leaf in made.leaves.items()}
     if task is None:
         task, labels = task_of(leaves.values(), labels)
-    model = bases.load_base(
+    model = load_base(
         base,
         quantize=quantize,
         double_quant=double_quant,
@@ -101,50 +100,11 @@ def load(
         labels=labels,
         attn_implementation=attn_implementation,
     )
-    for name in {**leaves, **sources.given}:
-        attach(model, name, sources.source(name), store=store, allow_base_drift=allow_base_drift)
+    for name in {**leaves, **finder.given}:
+        attach(model, name, finder.source(name), store=store, allow_base_drift=allow_base_drift)
     composed = [plans[row].expression for row in rows]
     activate(model, composed[0] if one else composed)
     return model
-
-
-class _Sources:
-    """Where the leaves of an expression come from: given by name, or refs in the store."""
-
-    def __init__(self, given: dict[str, Source], store: Store | None) -> None:
-        self.given, self._store = given, store
-        self._found: dict[str, Artifact] = {}
-
-    def source(self, text: str) -> Source:
-        """What :func:`attach` takes."""
-        return self.given[text] if text in self.given else self._artifact(text)
-
-    def resolve(self, text: str) -> Resolved:
-        """What the plan needs to know of a leaf, from its manifest or config alone."""
-        source = self.source(text)
-        if isinstance(source, str | Path) and not Path(source).is_dir():
-            source = self._artifact(str(source))
-        if isinstance(source, Artifact):
-            return source.manifest
-        if isinstance(source, Adapter):
-            return inject.leaf(source)
-        kind, fields = interop.peek(source)
-        return Leaf(kind, hyperparameters={"modules_to_save": fields.get("modules_to_save") or ()})
-
-    def _artifact(self, text: str) -> Artifact:
-        if text not in self._found:
-            self._found[text] = (self._store or Store()).get(text)
-        return self._found[text]
-
-
-def task_of(leaves: Iterable[Resolved], labels: Sequence[str] | None) -> tuple[str | None, Sequence[str] | None]:
-    """Task and labels that the adapters were trained for, if their manifests agree on one."""
-    manifests = [leaf for leaf in leaves if isinstance(leaf, Manifest) and leaf.task]
-    tasks = {m.task for m in manifests}
-    if len(tasks) != 1:
-        return None, labels
-    known = {m.labels for m in manifests if m.labels}
-    return tasks.pop(), labels or (known.pop() if len(known) == 1 else None)
 
 
 def attach(
@@ -162,27 +122,22 @@ def attach(
     KindError, NotFound, IntegrityError
         The files do not make an adapter of this base; the model is as before.
     """
-    runtime = inject.runtime(model)
-    if isinstance(source, Adapter):
-        return runtime.add(name, source)
-    if isinstance(source, str | Path) and Path(source).is_dir():
-        return runtime.add(name, interop.read(source, runtime.sites, model, name=name))
-    artifact = source if isinstance(source, Artifact) else (store or Store()).get(str(source))
-    facts = artifact.manifest
-    if facts.base is not None:
-        bases.check(
-            facts.base,
+    home = runtime(model)
+    where = Shelf(store, {name: source}).source(name)
+    if isinstance(where, Adapter):
+        return home.add(name, where)
+    manifest = manifest_of(where)
+    if manifest is not None and manifest.base is not None:
+        check_base(
+            manifest.base,
             model,
-            trained_on=facts.trained_on,
-            ref=str(artifact.ref),
+            trained_on=manifest.trained_on,
+            ref=str(where.ref if isinstance(where, Artifact) else where),
             allow_drift=allow_base_drift,
         )
-    kind, config = interop.parse_config(interop._json(artifact.file(interop.CONFIG)), runtime.sites)
-    extra = artifact.file(interop.EXTRA) if interop.EXTRA in artifact.files else None
-    tensors = interop.read_tensors(artifact.file(interop.WEIGHTS), extra)
-    adapter = interop.build(kind, config, tensors, runtime.sites, model, name=name)
-    adapter.labels = tuple(facts.labels)
-    return runtime.add(name, adapter)
+    adapter = read_adapter(where, home.sites, model, name=name)
+    adapter.labels = tuple(manifest.labels) if manifest is not None else ()
+    return home.add(name, adapter)
 
 
 def create(
@@ -201,8 +156,8 @@ def create(
         An unknown kind or option (with a suggestion), or a kind that cannot work on this family.
     """
     cls = get_kind(kind)
-    runtime = inject.runtime(model)
-    return runtime.add(name, cls(make_config(cls, config), runtime.sites, model, name=name, seed=seed))
+    home = runtime(model)
+    return home.add(name, cls(make_config(cls, config), home.sites, model, name=name, seed=seed))
 
 
 def activate(
@@ -217,7 +172,7 @@ def activate(
     times in a row, as beams do). ``weights`` multiplies adapters by name: a number, one per row (B,), or one per
     token (B, T). What is active stays so if this raises.
     """
-    inject.activate(model, expr, weights=weights)
+    model_runtime.activate(model, expr, weights=weights)
 
 
 def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixer) -> None:
@@ -232,22 +187,22 @@ def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixe
     KindError
         An expert with a prompt, a prefix or a head of its own: no weight at a site reaches those.
     """
-    inject.route(model, experts, gate)
+    model_runtime.route(model, experts, gate)
 
 
 def detach(model: PreTrainedModel, name: str) -> None:
     """Let a resident adapter go; it must not be active."""
-    inject.runtime(model).remove(name)
+    runtime(model).remove(name)
 
 
 def eject(model: PreTrainedModel) -> None:
     """Restore modules, parameters and requires_grad flags exactly as they were before the first adapter."""
-    inject.eject(model)
+    model_runtime.eject(model)
 
 
 def identity(model: PreTrainedModel) -> BaseIdentity:
     """Identity of the frozen base: fingerprint of its unquantized weights, config and tokenizer."""
-    return bases.identity(model)
+    return identity_of(model)
 
 
 def save(adapter: Adapter, directory: str | Path, *, model: PreTrainedModel, task: str | None = None) -> Path:
@@ -255,9 +210,9 @@ def save(adapter: Adapter, directory: str | Path, *, model: PreTrainedModel, tas
 
     The directory is a PEFT directory where PEFT has the kind, and :func:`attach` reads it back exactly.
     """
-    return interop.save(adapter, directory, inject.runtime(model).sites, base=bases.name_of(model), task=task)
+    return save_adapter(adapter, directory, runtime(model).sites, base=name_of(model), task=task)
 
 
 def tokenizer(base: str | Path) -> Any:
     """Tokenizer of a base: ``builtin:``, a directory or a Hugging Face id."""
-    return bases.tokenizer(base)
+    return tokenizer_of(base)

@@ -23,13 +23,14 @@ from compose.base.model import load_base, name_of
 from compose.base.quantization import held_as, quantized_layers
 from compose.base.weights import dense_weight
 from compose.errors import KindError
-from compose.formats import directory as interop
 from compose.formats import peft as peft_layout
+from compose.formats.directory import export_peft
+from compose.formats.files import CONFIG, EXTRA, WEIGHTS, read_config, write_config
 from compose.kind.registry import get_kind
 from compose.merging.fold import Folded, fold
 from compose.merging.merge import lower_to_lora
 from compose.merging.whole_layers import widen
-from compose.runtime import model_runtime as inject
+from compose.runtime.model_runtime import runtime
 from hub.errors import Conflict, GateError, UsageError, suggest
 from hub.io.files import fsync_directory
 from hub.store import Artifact, Store
@@ -159,7 +160,7 @@ def export(
 def _peft(request: Request, out: Path) -> Told:
     """The directory that ``PeftModel.from_pretrained`` reads; the base is loaded only where PEFT wants its head."""
     artifact = _one_adapter(request, "PEFT")
-    fields = interop._json(artifact.file(interop.CONFIG))
+    fields = read_config(artifact.file(CONFIG))
     peft_type = get_kind(artifact.manifest.kind).peft_type
     if peft_type is None:
         raise KindError(
@@ -168,7 +169,7 @@ def _peft(request: Request, out: Path) -> Told:
         )
     plain = _PLAIN_TASKS if peft_type in peft_layout.PROMPT_LEARNING else (*_PLAIN_TASKS, None)
     on_parts = "peft_type" not in fields
-    if not on_parts and interop.EXTRA not in artifact.files and fields.get("task_type") in plain:
+    if not on_parts and EXTRA not in artifact.files and fields.get("task_type") in plain:
         _copy(request, fields, out)
         return (), {}
     model = request.load()
@@ -177,8 +178,8 @@ def _peft(request: Request, out: Path) -> Told:
         wide = widen(model, adapter)
         adapter = wide.adapter
         told.append(f"its parts of fused layers are written as whole layers: {wide.certificate}")
-    sites, named = inject.runtime(model).sites, request.base_name or name_of(model)
-    interop.export_peft(adapter, out, sites=sites, model=model, base=named, task=artifact.manifest.task)
+    sites, named = runtime(model).sites, request.base_name or name_of(model)
+    export_peft(adapter, out, sites=sites, model=model, base=named, task=artifact.manifest.task)
     return told, {}
 
 
@@ -189,9 +190,9 @@ def _vllm(request: Request, out: Path) -> Told:
     manifest = artifact.manifest
     if manifest.task not in (None, "causal_lm"):
         raise KindError(f"{artifact.ref} is for {manifest.task}, and vLLM serves adapters of causal language models")
-    fields = interop._json(artifact.file(interop.CONFIG)) if manifest.type in ("adapter", "merge") else {}
+    fields = read_config(artifact.file(CONFIG)) if manifest.type in ("adapter", "merge") else {}
     if manifest.kind == "lora" and "peft_type" in fields:
-        if interop.EXTRA in artifact.files:
+        if EXTRA in artifact.files:
             raise KindError(
                 f"{artifact.ref} carries whole modules (modules_to_save), which vLLM refuses",
                 hint="--format merged makes a model of it that vLLM serves",
@@ -199,11 +200,11 @@ def _vllm(request: Request, out: Path) -> Told:
         _copy(request, fields, out)
     else:
         model = request.load()
-        lowered = lower_to_lora(model, inject.runtime(model).rows[0], rank=request.rank)
+        lowered = lower_to_lora(model, runtime(model).rows[0], rank=request.rank)
         if lowered.adapter.saved:
             raise KindError(f"{artifact.ref} carries whole modules, which vLLM refuses", hint="use --format merged")
-        sites, named = inject.runtime(model).sites, request.base_name or name_of(model)
-        interop.export_peft(lowered.adapter, out, sites=sites, model=model, base=named, task="causal_lm")
+        sites, named = runtime(model).sites, request.base_name or name_of(model)
+        export_peft(lowered.adapter, out, sites=sites, model=model, base=named, task="causal_lm")
         measured["discarded"] = lowered.certificate.share
         notes.append(f"written as one LoRA: {lowered.certificate}")
     rank = _check_vllm(out)
@@ -216,8 +217,8 @@ def _check_vllm(directory: Path) -> int:
     """Compare a directory with what vLLM reads; returns the rank."""
     from hub.contents.tensor_files import read_header
 
-    fields = interop._json(directory / interop.CONFIG)
-    names = [info.name for info in read_header(directory / interop.WEIGHTS).tensors]
+    fields = read_config(directory / CONFIG)
+    names = [info.name for info in read_header(directory / WEIGHTS).tensors]
     odd = [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if odd or not all(name.startswith("base_model.model.") for name in names):
         raise GateError(f"vLLM has no place for {(odd or names)[0]}", path=directory)
@@ -238,8 +239,8 @@ def _copy(request: Request, fields: dict[str, Any], out: Path) -> None:
     """The artifact's own files, which are PEFT's where they hold no whole modules."""
     if request.base_name is not None:
         fields = {**fields, "base_model_name_or_path": request.base_name}
-    interop._write_config(out / interop.CONFIG, fields)
-    shutil.copyfile(request.artifact.file(interop.WEIGHTS), out / interop.WEIGHTS)
+    write_config(out / CONFIG, fields)
+    shutil.copyfile(request.artifact.file(WEIGHTS), out / WEIGHTS)
     if "README.md" in request.artifact.files:
         shutil.copyfile(request.artifact.file("README.md"), out / "README.md")
 
@@ -265,7 +266,7 @@ def _merged(request: Request, out: Path) -> Told:
     """
     quantize = request.quantize or "none"
     model = request.load(quantize)
-    expr, name = inject.runtime(model).rows[0], str(request.artifact.ref)
+    expr, name = runtime(model).rows[0], str(request.artifact.ref)
     ids = probes.tokens(model)
     active = probes.logits(model, ids)
     folded = list(fold(model, expr))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from compose.errors import KindError
 from compose.formats import adapterhub
-from compose.formats import directory as interop
+from compose.formats.directory import config_fields, our_keys, read_adapter, save_adapter, without_base
+from compose.formats.files import CONFIG, EXTRA, WEIGHTS, peek, read_config, read_tensors, write_config, write_tensors
 from compose.inspection.fake_base import Outline
 from compose.kind.adapter import Adapter
 from compose.planning.members import Held
@@ -45,15 +46,14 @@ def read_onto(
         A PEFT type, field or key that this base and this project cannot carry: by name.
     """
     outline = Outline(base, task=task, labels=labels or None)
-    kind, _ = interop.peek(directory)
+    kind, _ = peek(directory)
     adapter = outline.put("imported", Held(str(directory), Leaf(kind), directory))
-    extra = directory / interop.EXTRA
-    tensors = interop.read_tensors(directory / interop.WEIGHTS, extra if extra.exists() else None)
+    tensors = read_tensors(directory)
     if any(".base_layer." in key for key in tensors):  # copies of the base's weights, to be compared with them
         from compose.base.model import load_base
 
-        tensors = interop._without_base(tensors, load_base(base, task=task, labels=labels or None))
-    return Read(adapter, interop._rename(adapter, tensors), outline)
+        tensors = without_base(tensors, load_base(base, task=task, labels=labels or None))
+    return Read(adapter, our_keys(adapter, tensors), outline)
 
 
 def convert(
@@ -89,17 +89,17 @@ def convert(
     card = source / "README.md"
     if card.is_file():
         shutil.copyfile(card, out / card.name)
-    if adapterhub.is_adapterhub(interop._json(source / interop.CONFIG)):
+    if adapterhub.is_adapterhub(read_config(source / CONFIG)):
         return _convert_adapterhub(source, out, base, task, labels)
     found = read_onto(source, base, task=task, labels=labels)
     adapter = found.adapter
     core = adapter.state(heads=False)
-    interop._write_tensors(out / interop.WEIGHTS, {k: v for k, v in found.tensors.items() if k in core})
+    write_tensors(out / WEIGHTS, {k: v for k, v in found.tensors.items() if k in core})
     heads = {key: value for key, value in found.tensors.items() if key not in core}
     if heads:
-        interop._write_tensors(out / interop.EXTRA, heads)
-    fields = interop.config_fields(adapter, found.outline.sites, base=found.outline.name, task=task)
-    interop._write_config(out / interop.CONFIG, fields)
+        write_tensors(out / EXTRA, heads)
+    fields = config_fields(adapter, found.outline.sites, base=found.outline.name, task=task)
+    write_config(out / CONFIG, fields)
     return adapter
 
 
@@ -110,6 +110,6 @@ def _convert_adapterhub(source: Path, out: Path, base: str | Path, task: str | N
 
     model = load_base(base, task=task, labels=labels or None)
     sites = runtime(model).sites
-    adapter = interop.read(source, sites, model, name="imported")
-    interop.save(adapter, out, sites, base=name_of(model), task=task)
+    adapter = read_adapter(source, sites, model, name="imported")
+    save_adapter(adapter, out, sites, base=name_of(model), task=task)
     return adapter

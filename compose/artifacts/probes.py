@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from compose.base.quantization import held_as
 from compose.expr.tree import Ref
-from compose.formats import directory as interop
+from compose.formats.directory import read_adapter
+from compose.formats.files import write_tensors
 from compose.kind.adapter import Adapter
-from compose.runtime import model_runtime as inject
+from compose.runtime.model_runtime import activate, runtime
 from hub.contents.tensor_files import read_header
 from hub.errors import GateError, NotFound
 from hub.store import Artifact, Store
@@ -108,7 +109,7 @@ def record(model: PreTrainedModel, adapter: Adapter) -> dict[str, Tensor] | None
 def write(directory: Path, probes: Mapping[str, Tensor] | None) -> None:
     """Put probes into an artifact directory, before it is packed; nothing where there are none."""
     if probes is not None:
-        interop._write_tensors(directory / FILE, probes)
+        write_tensors(directory / FILE, probes)
 
 
 def record_directory(directory: Path, *, base: str | Path, task: str | None = None, labels: Sequence[str] = ()) -> None:
@@ -116,7 +117,7 @@ def record_directory(directory: Path, *, base: str | Path, task: str | None = No
     from compose.base.model import load_base
 
     model = load_base(base, task=task, labels=tuple(labels) or None)
-    adapter = interop.read(directory, inject.runtime(model).sites, model, name="probed")
+    adapter = read_adapter(directory, runtime(model).sites, model, name="probed")
     write(directory, record(model, adapter))
 
 
@@ -203,7 +204,7 @@ def tokens(model: PreTrainedModel) -> Tensor:
 
 def _active(model: PreTrainedModel, ids: Tensor, name: str | None) -> Tensor:
     """:func:`logits` of one resident adapter, or of the bare base."""
-    inject.activate(model, None if name is None else Ref(name))
+    activate(model, None if name is None else Ref(name))
     return logits(model, ids)
 
 
@@ -227,19 +228,19 @@ def relative_error(here: Tensor, there: Tensor, scale: Tensor) -> float:
 @contextmanager
 def _trial(model: PreTrainedModel, adapter: Adapter) -> Iterator[str]:
     """The adapter resident in eval mode; model and adapter are as before afterwards."""
-    runtime = inject.runtime(model)
-    resident, name, training = runtime.adapters.get(adapter.name) is adapter, adapter.name, model.training
-    rows, weights, routing = runtime.rows, runtime.weights, runtime.routing
+    home = runtime(model)
+    resident, name, training = home.adapters.get(adapter.name) is adapter, adapter.name, model.training
+    rows, weights, routing = home.rows, home.weights, home.routing
     if not resident:
-        runtime.add("probed", adapter)
+        home.add("probed", adapter)
     model.eval()
     try:
         yield adapter.name
     finally:
         model.train(training)
-        runtime.activate(rows, weights, routing)
+        home.activate(rows, weights, routing)
         if not resident:
-            runtime.remove("probed")
+            home.remove("probed")
             adapter.name = name
 
 

@@ -290,9 +290,9 @@ def _shared_facts(members: Sequence[Held]) -> dict[str, Any]:
 
 
 def _identity(base: str | Path | PreTrainedModel) -> BaseIdentity:
-    from compose.base.model import identity
+    from compose.base.model import identity_of
 
-    return identity(base)
+    return identity_of(base)
 
 
 def _write(path: Path, text: str) -> None:

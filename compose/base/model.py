@@ -1,7 +1,7 @@
 """The frozen base: load it once (dense, int8 or nf4), know which one it is, and refuse adapters of another.
 
 >>> model = load_base("builtin:tiny-lm", quantize="nf4")
->>> identity(model).repo
+>>> identity_of(model).repo
 'builtin:tiny-lm'
 """
 
@@ -16,16 +16,14 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from compose.base.compatibility import BaseWarning, Rung, compare
+from compose.base.compatibility import Rung, compare
 from compose.base.fingerprint import base_tensors, directory_identity, model_identity, tensor_hex16
 from compose.base.loading import load_files
-from compose.base.location import BUILTIN, Location, builtins, locate
+from compose.base.location import BUILTIN, Location, locate
 from compose.base.quantization import held_as, keep_differentiable
 from compose.base.request import Request
 from hub.errors import GateError, HubError, UsageError
 from hub.manifest import BaseIdentity, TrainedOn
-
-__all__ = ["BaseWarning", "builtins", "check", "compare", "identity", "load_base", "locate", "name_of", "tokenizer"]
 
 _HOME = "_moduloom_base"  # attribute of the model that holds its Source
 _VOCABULARIES = (
@@ -115,7 +113,7 @@ def load_base(
 def _padding(model: PreTrainedModel) -> int | None:
     """Id of the token that texts are padded with: a classifier looks for the last token before it."""
     try:
-        found = tokenizer(model).pad_token_id
+        found = tokenizer_of(model).pad_token_id
     except GateError:  # the files hold no tokenizer
         found = model.config.eos_token_id
     return found[0] if isinstance(found, list) else cast("int | None", found)
@@ -144,7 +142,7 @@ def _adopt(model: PreTrainedModel, request: Request) -> PreTrainedModel:
     return cast("PreTrainedModel", model.eval())
 
 
-def tokenizer(base: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def tokenizer_of(base: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Tokenizer of a base; one without a padding token pads with its end token.
 
     Raises
@@ -157,7 +155,7 @@ def tokenizer(base: str | Path | PreTrainedModel, *, trust_remote_code: bool = F
         if location is None:
             raise GateError(
                 f"this {type(base).__name__} was made in memory and has no tokenizer",
-                hint="tokenizer(directory), or AutoTokenizer.from_pretrained",
+                hint="compose.tokenizer(directory), or AutoTokenizer.from_pretrained",
             )
         where = location
     else:
@@ -178,7 +176,7 @@ def tokenizer(base: str | Path | PreTrainedModel, *, trust_remote_code: bool = F
     return cast("PreTrainedTokenizerBase", found)
 
 
-def identity(base: str | Path | PreTrainedModel) -> BaseIdentity:
+def identity_of(base: str | Path | PreTrainedModel) -> BaseIdentity:
     """Identity of a base: of its unquantized files where it has some, else of the tensors in memory.
 
     A dense model that was loaded from files elsewhere and still equals them (cast to its dtype) is the base of those
@@ -205,7 +203,7 @@ def name_of(base: PreTrainedModel) -> str:
     return source.location.name if source.location else source.name
 
 
-def check(
+def check_base(
     made_for: BaseIdentity,
     model: PreTrainedModel,
     *,
@@ -216,7 +214,7 @@ def check(
     """Compare the base an adapter was made for with a loaded one; see :func:`compose.base.compatibility.compare`."""
     return compare(
         made_for,
-        identity(model),
+        identity_of(model),
         trained_on=trained_on,
         quantization=held_as(model),
         ref=ref,

@@ -18,7 +18,7 @@ from compose.algebra.carets import point
 from compose.base.compatibility import BaseWarning, Rung, compare
 from compose.expr.tree import Call, Expr, Ref
 from compose.function import bind
-from compose.planning.members import Held, Shelf
+from compose.planning.members import Held, Shelf, task_of
 from compose.planning.plan import Plan, Step, plan
 from compose.planning.requirements import requirements
 from hub.errors import HubError, UsageError
@@ -167,10 +167,10 @@ def check(
     made = _pointed(text, trial, expr)
     base = base or base_of(made, shelf)
 
-    from compose.base.model import identity  # torch comes with these, and most of what is refused is refused above
+    from compose.base.model import identity_of  # torch comes with these, and most of what is refused is refused above
     from compose.inspection.fake_base import Outline
 
-    trial.known = identity(base)
+    trial.known = identity_of(base)
     task, labels = _task(made, options)
     trial.outline = Outline(base, **{**options, "task": task, "labels": labels})
     with warnings.catch_warnings(record=True) as caught:
@@ -271,8 +271,6 @@ def base_of(made: Plan, shelf: Shelf) -> str:
 
 
 def _task(made: Plan, options: Mapping[str, Any]) -> tuple[str | None, Any]:
-    from compose.api import task_of
-
     if options.get("task") is not None:
         return str(options["task"]), options.get("labels")
     return task_of(made.leaves.values(), options.get("labels"))

@@ -31,13 +31,13 @@ from compose.base.quantization import stays_dense
 from compose.base.request import TASKS, Request
 from compose.base.sites import SiteMap
 from compose.expr.tree import Call, Expr, Scale, Seq, add, seq
-from compose.formats import directory as interop
+from compose.formats.directory import our_keys, parse_config
 from compose.function import bind, get_function
 from compose.kind.adapter import Adapter
 from compose.kind.registry import get_kind, make_config
 from compose.parameter_space.execute import Merged, resolve
 from compose.planning.members import Held
-from compose.runtime import model_runtime as inject
+from compose.runtime.model_runtime import activate, runtime
 from hub.errors import GateError
 
 __all__ = ["Outline"]
@@ -81,7 +81,7 @@ class Outline:
         self.sites = SiteMap(self.model)
         self.base_parameters = sum(p.numel() for p in self.model.parameters())
         self.bytes = self._count_bytes()  # of the weights, held as the request says
-        self.runtime = inject.runtime(self.model)
+        self.runtime = runtime(self.model)
         self._counted: dict[Expr, int | None] = {}
         self.merged: dict[str, Adapter] = {}  # what merges make when they are activated, by their text
 
@@ -113,7 +113,7 @@ class Outline:
         KindError, SiteError
             A kind or an option that this base cannot carry, or tensors that do not fit: by name.
         """
-        kind, config = interop.parse_config(held.config, self.sites)
+        kind, config = parse_config(held.config, self.sites)
         with self._building():
             adapter = kind(config, self.sites, self.model, name=name)
             # Copies of the base's own weights are compared when they are read; here they have no values.
@@ -122,7 +122,7 @@ class Outline:
                 for key, info in held.tensors.items()
                 if ".base_layer." not in key
             }
-            adapter.load_state(interop._rename(adapter, shapes))
+            adapter.load_state(our_keys(adapter, shapes))
         return self._keep(name, adapter.freeze())
 
     def _keep(self, name: str, adapter: Adapter) -> Adapter:
@@ -152,7 +152,7 @@ class Outline:
 
         A forward that looks at values (experts chosen by a router inside the model) does not run on shapes.
         """
-        inject.activate(self.model, None)
+        activate(self.model, None)
         return self._flops()
 
     def activate(self, expr: Expr) -> bool:
@@ -171,9 +171,9 @@ class Outline:
             return all(self.activate(arg) for arg in expr.args)
         lowered = normalize(resolve(self.runtime, normalize(_weighed(expr)), {}, self._stand_in))
         try:
-            inject.activate(self.model, lowered)
+            activate(self.model, lowered)
         except RuntimeError:  # torch's, as in _stand_in
-            inject.activate(self.model, None)
+            activate(self.model, None)
             return False
         return True
 
@@ -199,7 +199,7 @@ class Outline:
             return None
         self._flops()  # factors are gathered in the first call, and kept
         total = self._flops()
-        inject.activate(self.model, None)
+        activate(self.model, None)
         return None if total is None else total - base
 
     def makes_adapter(self, call: Call) -> bool:

@@ -9,13 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from compose.errors import KindError
-from compose.formats import directory as interop
+from compose.formats.files import read_tensors
 from compose.formats.peft import check_types
 from compose.kernels.low_rank import Pair
 from compose.kind.patterns import value_at
 from compose.kind.registry import get_kind
 from compose.planning.members import Held
-from hub.contents.checks import EXTRA, WEIGHTS
 
 _ENDS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 _STEMS = ("base_model.model.", "base_model.")
@@ -54,7 +53,7 @@ def contents(held: Held) -> Contents:
     if get_kind(kind).peft_type == "LORA":
         check_types(held.config)
         get_kind(kind).from_peft(held.config)  # refuses, by name, what a plain pair does not express
-    tensors = interop.read_tensors(held.need(WEIGHTS), held.file(EXTRA))
+    tensors = read_tensors(held.where)
     found: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, value in tensors.items():

@@ -1,35 +1,53 @@
-"""The leaves of an expression on disk: artifacts of the store, and adapter directories, ours or PEFT's.
+"""The leaves of an expression: adapters in memory, artifacts of the store, and directories, ours or PEFT's.
 
 What is asked here is answered from manifests, configs and file headers; no tensor is read.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from compose.formats.files import CONFIG, EXTRA, WEIGHTS, file_of, has, peek, read_config
 from compose.planning.plan import Leaf
 from compose.planning.unfold import Resolved
-from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 from hub.contents.tensor_files import DTYPES, TensorInfo, read_header
-from hub.errors import IntegrityError, NotFound, UsageError
+from hub.errors import NotFound, UsageError
 from hub.manifest import MANIFEST_NAME, Manifest, read_manifest
 from hub.store import Artifact, Store
+
+if TYPE_CHECKING:  # what adapters on disk say of themselves needs no torch
+    from compose.kind.adapter import Adapter
+
+Source: TypeAlias = "Adapter | Artifact | str | Path"
 
 
 @dataclass(frozen=True)
 class Held:
-    """A leaf that was found: ``facts`` for the plan, and the files of the adapter."""
+    """A leaf on disk: ``facts`` for the plan, and the files of the adapter."""
 
     text: str
     facts: Resolved
     where: Artifact | Path
     manifest: Manifest | None = None
+
+    @classmethod
+    def of(cls, text: str, where: Artifact | Path) -> Held:
+        """The adapter of an artifact or a directory; a manifest says what it is, else its config.
+
+        Raises
+        ------
+        NotFound, IntegrityError, KindError
+            The directory holds no adapter, or one that no kind reads.
+        """
+        if (manifest := manifest_of(where)) is not None:
+            return cls(text, manifest, where, manifest)
+        kind, fields = peek(Path(str(where)))
+        return cls(text, Leaf(kind, hyperparameters={"modules_to_save": fields.get("modules_to_save") or ()}), where)
 
     @property
     def ref(self) -> str:
@@ -43,10 +61,7 @@ class Held:
 
     def file(self, name: str) -> Path | None:
         """Path of a file of the adapter, checked if it is in the store; None if there is none."""
-        if isinstance(self.where, Artifact):
-            return self.where.file(name) if name in self.where.files else None
-        path = self.where / name
-        return path if path.exists() else None
+        return file_of(self.where, name) if has(self.where, name) else None
 
     def need(self, name: str) -> Path:
         """Path of a file; NotFound where there is none."""
@@ -82,15 +97,21 @@ def _count(info: TensorInfo) -> int:
     return math.prod(info.shape)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Fields of an adapter_config.json; IntegrityError if it holds no JSON object."""
-    try:
-        fields = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise IntegrityError(f"{path} is not JSON: {error}", path=path) from error
-    if not isinstance(fields, dict):
-        raise IntegrityError(f"{path} holds no JSON object", path=path)
-    return fields
+def manifest_of(where: Artifact | Path) -> Manifest | None:
+    """Manifest of an artifact, or of a directory that was packed; None for any other directory."""
+    if isinstance(where, Artifact):
+        return where.manifest
+    return read_manifest(where) if (where / MANIFEST_NAME).exists() else None
+
+
+def task_of(leaves: Iterable[Resolved], labels: Sequence[str] | None) -> tuple[str | None, Sequence[str] | None]:
+    """Task and labels that the adapters were trained for, if their manifests agree on one."""
+    manifests = [leaf for leaf in leaves if isinstance(leaf, Manifest) and leaf.task]
+    tasks = {m.task for m in manifests}
+    if len(tasks) != 1:
+        return None, labels
+    known = {m.labels for m in manifests if m.labels}
+    return tasks.pop(), labels or (known.pop() if len(known) == 1 else None)
 
 
 class Shelf:
@@ -101,33 +122,64 @@ class Shelf:
     store
         Default: the user's own.
     given
-        Name in the expression -> directory or ref.
+        Name in the expression -> an adapter in memory, an artifact, a directory or a ref.
+    fetch
+        From a ref to its artifact; default: what the store has.
+    paths
+        Whether a text that nobody gave may name a directory: not where texts come from the network.
     """
 
-    def __init__(self, store: Store | None = None, given: Mapping[str, str | Path] | None = None) -> None:
-        self.store = store or Store()
-        self.given = dict(given or {})
+    def __init__(
+        self,
+        store: Store | None = None,
+        given: Mapping[str, Source] | None = None,
+        *,
+        fetch: Callable[[str], Artifact] | None = None,
+        paths: bool = True,
+    ) -> None:
+        self._store, self._fetch, self._paths = store, fetch, paths
+        self.given: dict[str, Source] = dict(given or {})
         self.held: dict[str, Held] = {}
+
+    @cached_property
+    def store(self) -> Store:
+        """Where refs are looked up."""
+        return self._store or Store()
+
+    def source(self, text: str) -> Adapter | Artifact | Path:
+        """What a leaf stands for.
+
+        Raises
+        ------
+        NotFound, RefError
+            No such directory or ref; nobody gave that name.
+        """
+        if text in self.held:
+            return self.held[text].where
+        source = self.given.get(text, text)
+        if not isinstance(source, str | Path):
+            return source
+        named, directory = str(source), Path(source).expanduser()
+        path_like = (self._paths or text in self.given) and looks_like_path(named)
+        if directory.is_dir() and (text in self.given or path_like):
+            return directory
+        if path_like:
+            raise NotFound(f"there is no directory {named}", ref=text, path=named, hint="check the path")
+        return self._fetch(named) if self._fetch else self.store.get(named)
 
     def resolve(self, text: str) -> Resolved:
         """What the plan needs to know of a leaf."""
-        return self.find(text).facts
+        source = self.given.get(text)
+        return self.find(text).facts if source is None or isinstance(source, Artifact | str | Path) else Leaf.of(source)
 
     def find(self, text: str) -> Held:
-        """The leaf; NotFound, RefError or IntegrityError, which name it, otherwise."""
+        """The leaf, of which there are files; NotFound, RefError or IntegrityError, which name it, otherwise."""
         if text not in self.held:
-            self.held[text] = self._find(text)
+            source = self.source(text)
+            if not isinstance(source, Artifact | Path):
+                raise UsageError(f"adapter {text!r} is in memory and has no files", hint="compose.save writes them")
+            self.held[text] = Held.of(text, source)
         return self.held[text]
-
-    def _find(self, text: str) -> Held:
-        source = str(self.given.get(text, text))
-        directory = Path(source).expanduser()
-        if directory.is_dir() and (text in self.given or looks_like_path(source)):
-            return _directory(text, directory)
-        if looks_like_path(source):
-            raise NotFound(f"there is no directory {source}", ref=text, path=source, hint="check the path")
-        artifact = self.store.get(source)
-        return Held(text, artifact.manifest, artifact, artifact.manifest)
 
     def __iter__(self) -> Iterator[Held]:
         return iter(self.held.values())
@@ -140,23 +192,6 @@ class Shelf:
 def looks_like_path(text: str) -> bool:
     """Whether a text on the command line means a directory rather than a ref."""
     return text.startswith(("./", "../", "/", "~")) or text in (".", "..") or Path(text, CONFIG).is_file()
-
-
-def _directory(text: str, directory: Path) -> Held:
-    if (directory / MANIFEST_NAME).exists():
-        manifest = read_manifest(directory)
-        return Held(text, manifest, directory, manifest)
-    if not (directory / CONFIG).exists():
-        raise NotFound(
-            f"{directory} is no adapter directory: it has no {CONFIG}",
-            ref=text,
-            path=directory,
-            hint="give the directory that save_pretrained or compose.save has written",
-        )
-    from compose.formats.directory import peek
-
-    kind, fields = peek(directory)
-    return Held(text, Leaf(kind, hyperparameters={"modules_to_save": fields.get("modules_to_save") or ()}), directory)
 
 
 def assignments(pairs: tuple[str, ...]) -> dict[str, str | Path]:

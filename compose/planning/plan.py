@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import networkx as nx
 
@@ -22,6 +22,9 @@ from compose.function import Family, bind, get_function
 from compose.planning.unfold import Resolved, unfold
 from hub.errors import BaseMismatch
 from hub.manifest import BaseIdentity
+
+if TYPE_CHECKING:
+    from compose.kind.adapter import Adapter
 
 Operation: TypeAlias = Literal["load", "scale", "add", "seq", "inject"] | Family
 
@@ -37,6 +40,13 @@ class Leaf:
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     type: str = "adapter"
     expression: str | None = None
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Leaf:
+        """What a plan needs to know of an adapter in memory; its base is compared when it becomes resident."""
+        return cls(
+            adapter.kind, placement=adapter.paths, labels=adapter.labels, hyperparameters=adapter.config.model_dump()
+        )
 
 
 @dataclass(frozen=True)

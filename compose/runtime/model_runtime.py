@@ -315,7 +315,7 @@ def activate(
     """Make a composition active; see :func:`compose.activate`."""
     rows = as_rows(expr)
     home = runtime(model)
-    plans = {row: plan(row, lambda name: leaf(home.adapter(name))) for row in dict.fromkeys(rows)}
+    plans = {row: plan(row, lambda name: Leaf.of(home.adapter(name))) for row in dict.fromkeys(rows)}
     home.activate([plans[row].expression for row in rows], dict(weights or {}))
 
 
@@ -323,15 +323,8 @@ def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixe
     """Let a gate weigh experts at each site; see :func:`compose.route`."""
     home = runtime(model)
     trees = as_rows(list(experts))
-    plans = {tree: plan(tree, lambda name: leaf(home.adapter(name))) for tree in dict.fromkeys(trees)}
+    plans = {tree: plan(tree, lambda name: Leaf.of(home.adapter(name))) for tree in dict.fromkeys(trees)}
     home.route([plans[tree].expression for tree in trees], gate)
-
-
-def leaf(adapter: Adapter) -> Leaf:
-    """What the planner needs to know of an adapter in memory; its base was checked when it was attached."""
-    return Leaf(
-        adapter.kind, placement=adapter.paths, labels=adapter.labels, hyperparameters=adapter.config.model_dump()
-    )
 
 
 def eject(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from compose.planning.members import Source
 from hub.errors import HubError
 from hub.store import Store
 from router.engine.host import Host
@@ -23,7 +24,7 @@ from router.engine.residency import Residency
 from router.engine.routing import Routing
 from router.engine.running_batch import Flight, Row
 from router.engine.schedule import batches
-from router.engine.sources import Known, Source, Sources
+from router.engine.sources import Known, Sources
 from router.engine.targets import Targets
 
 Answer = Result | HubError

@@ -16,7 +16,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import compose
-from compose.base import model as bases
+from compose.base.location import locate
+from compose.base.model import identity_of, load_base, name_of, tokenizer_of
 from compose.base.quantization import held_as
 from compose.expr.tree import Expr
 from compose.runtime.model_runtime import runtime
@@ -50,14 +51,14 @@ class Host:
         tokenizer: Any = None,
     ) -> None:
         task = None if isinstance(base, PreTrainedModel) else _task(base)
-        self.model = bases.load_base(base, quantize=quantize, dtype=dtype, device=device, task=task)
-        self.tokenizer = tokenizer or bases.tokenizer(base)
+        self.model = load_base(base, quantize=quantize, dtype=dtype, device=device, task=task)
+        self.tokenizer = tokenizer or tokenizer_of(base)
         self.encoder, self.encoding = (
             copy.deepcopy(self.tokenizer),
             Lock(),
         )  # other threads encode while this one decodes
-        self.identity = bases.identity(self.model)
-        self.name = bases.name_of(self.model)
+        self.identity = identity_of(self.model)
+        self.name = name_of(self.model)
         self.held = f"{held_as(self.model)} {self.model.dtype}"
         self.decodes = self.model.can_generate()
         self.translates = self.decodes and bool(self.model.config.is_encoder_decoder)
@@ -113,7 +114,7 @@ class Host:
 
 def _task(base: str | Path) -> str:
     """What to load a base as: whatever it was saved as, a decoder to generate and an encoder to classify."""
-    where = bases.locate(base)
+    where = locate(base)
     kind = AutoConfig.from_pretrained(where.directory, local_files_only=True).model_type
     if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return "seq2seq"

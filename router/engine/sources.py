@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from compose.formats import directory as interop
+from compose.formats.directory import read_adapter
+from compose.formats.files import CONFIG, EXTRA, WEIGHTS, file_of, has, read_config
 from compose.kind.adapter import Adapter
+from compose.planning.members import Held, Shelf, Source
 from compose.planning.plan import Leaf
 from compose.planning.unfold import Resolved
-from compose.runtime.model_runtime import leaf
 from hub.contents.tensor_files import read_header
 from hub.errors import NotFound, UsageError, did_you_mean
 from hub.manifest import Manifest
@@ -21,7 +21,6 @@ from hub.ref import AdapterRef
 from hub.store import Artifact, Store
 from router.engine.host import Host
 
-Source: TypeAlias = Adapter | Artifact | str | Path
 _HEADED = {"classification", "regression"}
 
 
@@ -56,15 +55,7 @@ class Known:
         if isinstance(self.source, Adapter):
             return self.source
         view, sites = host.heads.view(len(self.labels) or None, host.runtime.sites)
-        if isinstance(self.source, Path):
-            adapter = interop.read(self.source, sites, view, name=self.name)
-            adapter.labels = self.labels
-            return adapter
-        files = self.source
-        kind, config = interop.parse_config(json.loads(files.read(interop.CONFIG)), sites)
-        extra = files.file(interop.EXTRA) if interop.EXTRA in files.files else None
-        tensors = interop.read_tensors(files.file(interop.WEIGHTS), extra)
-        adapter = interop.build(kind, config, tensors, sites, view, name=self.name)
+        adapter = read_adapter(self.source, sites, view, name=self.name)
         adapter.labels = self.labels
         return adapter
 
@@ -82,43 +73,42 @@ class Sources:
 
     def __init__(self, host: Host, store: Store, given: Mapping[str, Source] | None = None) -> None:
         self._host, self.store = host, store
-        self._given = dict(given or {})
-        self._offers = Counter(list(self._given))  # the second directory of a name is another resident
+        self._finder = Shelf(store, given, fetch=self._pinned, paths=False)  # a request must not read our directories
+        self._offers = Counter(list(self._finder.given))  # the second directory of a name is another resident
         self._known: dict[str, Known] = {}
         self._named: dict[str, Known] = {}
         self.pins: dict[str, str] = {}
 
     def offer(self, name: str, source: Source) -> None:
         """Make a source known under a name of its own."""
-        self._given[name] = source
+        self._finder.given[name] = source
         self._offers[name] += 1
         self._known.pop(name, None)
 
     def withdraw(self, name: str) -> bool:
         """Forget a name that was offered; whether it was."""
         self._known.pop(name, None)
-        return self._given.pop(name, None) is not None
+        return self._finder.given.pop(name, None) is not None
 
     def given_source(self, name: str) -> Source | None:
         """What a name was offered for."""
-        return self._given.get(name)
+        return self._finder.given.get(name)
 
     def root(self, name: str) -> str:
         """Where an offered adapter comes from, for people."""
-        source = self._given[name]
+        source = self._finder.given[name]
         return name if isinstance(source, Adapter) else str(getattr(source, "ref", source))
 
     @property
     def given(self) -> tuple[str, ...]:
         """Names that were offered."""
-        return tuple(self._given)
+        return tuple(self._finder.given)
 
     def known(self, text: str) -> Known:
         """The adapter that a name or ref stands for. Raises NotFound with the nearest names."""
         if text not in self._known:
-            source: Source | None = self.artifact(text) or self._given.get(text)
-            found = self._look(text, self._host.runtime.adapters[text] if source is None else source)
-            self._known[text] = self._named[found.name] = found
+            known = self._look(text, self._source(text))
+            self._known[text] = self._named[known.name] = known
         return self._known[text]
 
     def named(self, name: str) -> Known:
@@ -127,66 +117,71 @@ class Sources:
 
     def artifact(self, text: str) -> Artifact | None:
         """The store's artifact that a ref, or a name offered for one, stands for; None for other adapters."""
-        source = self._given.get(text)
-        if source is None:
-            return None if self._in_memory(text) else self._artifact(text)
-        if isinstance(source, str | Path) and not Path(source).is_dir():
-            return self._artifact(str(source))
+        source = self._source(text)
         return source if isinstance(source, Artifact) else None
+
+    def _source(self, text: str) -> Adapter | Artifact | Path:
+        if text not in self._finder.given and self._in_memory(text):
+            return self._host.runtime.adapters[text]
+        return self._finder.source(text)
 
     def _in_memory(self, text: str) -> bool:
         """Whether somebody else has put it on the base, and not a reading of ours that was withdrawn since."""
         read = self._named.get(text)
         return text in self._host.runtime.adapters and (read is None or isinstance(read.source, Adapter))
 
-    def _artifact(self, text: str) -> Artifact:
+    def _pinned(self, text: str) -> Artifact:
+        """The artifact that a ref has stood for since it was first asked for."""
         ref = AdapterRef.parse(text)
         if text in self.pins:
             return self.store.get(AdapterRef.parse(ref.id).at(digest=self.pins[text]))
         try:
-            found = self.store.get(ref)
+            artifact = self.store.get(ref)
         except NotFound as error:
-            near = did_you_mean(text, self._given)
+            near = did_you_mean(text, self.given)
             if near and (error.hint is None or "did you mean" not in error.hint):
                 raise NotFound(error.message, ref=text, hint=f"did you mean {' or '.join(near)}?") from error
             raise
-        self.pins[text] = found.digest
-        return found
+        self.pins[text] = artifact.digest
+        return artifact
 
-    def _look(self, text: str, source: Source) -> Known:
-        if isinstance(source, Adapter):
-            task = "classify" if source.labels else "generate"
-            return Known(
-                text, source, leaf(source), source.labels, task, None, _front(vars(source.config)), size_of(source)
+    def _look(self, text: str, source: Adapter | Artifact | Path) -> Known:
+        if not isinstance(source, Artifact | Path):
+            front, task = _front(vars(source.config)), "classify" if source.labels else "generate"
+            return Known(text, source, Leaf.of(source), source.labels, task, None, front, size_of(source))
+        stored = Held.of(text, source)
+        manifest = stored.manifest
+        labels = self._classes(source, ()) if manifest is None else self._labels(stored.ref, source, manifest)
+        task = "regress" if manifest is not None and manifest.task == "regression" else _task_of(labels)
+        return Known(
+            name=stored.ref if isinstance(source, Artifact) else self._resident_name(text),
+            source=source,
+            facts=manifest or Leaf(stored.facts.kind, labels=labels, hyperparameters=stored.facts.hyperparameters),
+            labels=labels,
+            task=task,
+            max_length=None if manifest is None else _max_length(manifest),
+            front=_front(read_config(file_of(source, CONFIG))),
+            bytes=source.facts.size if isinstance(source, Artifact) else _bytes(source),
+        )
+
+    def _resident_name(self, text: str) -> str:
+        return text if self._offers[text] < 2 else f"{text}#{self._offers[text]}"
+
+    def _labels(self, name: str, source: Artifact | Path, manifest: Manifest) -> tuple[str, ...]:
+        """Classes of the head of an adapter that was made for a task with one."""
+        if manifest.task not in _HEADED:
+            return ()
+        if self._host.translates:
+            raise UsageError(
+                f"{name} is a head for {manifest.task}, and {self._host.name} is an encoder-decoder",
+                ref=name,
+                hint="compose.load(base, task='classification') runs it",
             )
-        if isinstance(source, Artifact):
-            return self._of_artifact(str(source.ref), source)
-        path = Path(source)
-        kind, fields = interop.peek(path)
-        files = [path / name for name in (interop.WEIGHTS, interop.EXTRA) if (path / name).exists()]
-        labels, size = self._classes(files, ()), sum(f.stat().st_size for f in files)
-        facts = Leaf(kind, labels=labels, hyperparameters={"modules_to_save": fields.get("modules_to_save") or ()})
-        name = text if self._offers[text] < 2 else f"{text}#{self._offers[text]}"
-        return Known(name, path, facts, labels, _task_of(labels), None, _front(fields), size)
+        return self._classes(source, manifest.labels)
 
-    def _of_artifact(self, name: str, artifact: Artifact) -> Known:
-        facts: Manifest = artifact.manifest
-        labels: tuple[str, ...] = ()
-        if facts.task in _HEADED:
-            if self._host.translates:
-                raise UsageError(
-                    f"{name} is a head for {facts.task}, and {self._host.name} is an encoder-decoder",
-                    ref=name,
-                    hint="compose.load(base, task='classification') runs it",
-                )
-            files = [artifact.file(f) for f in (interop.WEIGHTS, interop.EXTRA) if f in artifact.files]
-            labels = self._classes(files, facts.labels)
-        task = "regress" if facts.task == "regression" else _task_of(labels)
-        front = _front(json.loads(artifact.read(interop.CONFIG)))
-        return Known(name, artifact, facts, labels, task, _max_length(facts), front, artifact.facts.size)
-
-    def _classes(self, files: list[Path], named: tuple[str, ...]) -> tuple[str, ...]:
+    def _classes(self, source: Artifact | Path, named: tuple[str, ...]) -> tuple[str, ...]:
         """Names of the classes: the given ones, or as many numbers as the head tells apart."""
+        files = [file_of(source, name) for name in (WEIGHTS, EXTRA) if has(source, name)]
         shapes = {t.name: t.shape for file in files for t in read_header(file.resolve()).tensors}
         count = self._host.heads.classes(shapes)
         if count is None:
@@ -208,6 +203,10 @@ def _front(fields: Mapping[str, Any]) -> int:
     """Virtual tokens of a kind's configuration."""
     found = fields.get("num_virtual_tokens")
     return found if isinstance(found, int) else 0
+
+
+def _bytes(directory: Path) -> int:
+    return sum((directory / name).stat().st_size for name in (WEIGHTS, EXTRA) if has(directory, name))
 
 
 def size_of(adapter: Adapter) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compose.kind.registry import get_kind, make_config
-from compose.runtime import model_runtime as inject
+from compose.runtime.model_runtime import activate, runtime
 
 Call = Callable[[], Any]
 
@@ -68,7 +68,7 @@ class Bench:
     def measure(self, count: int) -> list[dict[str, Any]]:
         """Both phases with ``count`` adapters, dealt out to the rows in turn."""
         names = [f"a{i % count}" for i in range(self.options.rows)]
-        inject.activate(self.ours, names if count > 1 else names[0])
+        activate(self.ours, names if count > 1 else names[0])
         extra = {"adapter_names": names}
         beside = count <= self.options.peft
         self._check(extra) if beside else self._check_rows(names)
@@ -116,13 +116,13 @@ class Bench:
         """Each row is what its adapter alone computes."""
         together = self.ours(input_ids=self.ids).logits
         for row in range(min(len(names), 8)):
-            inject.activate(self.ours, names[row])
+            activate(self.ours, names[row])
             alone = self.ours(input_ids=self.ids[row : row + 1]).logits[0]
             worst = float((together[row] - alone).abs().max())
             if worst > 1e-3 * float(alone.abs().max()):
                 raise SystemExit(f"row {row} differs by {worst:g} from {names[row]} alone: nothing to measure")
             self.difference = max(self.difference, worst)
-        inject.activate(self.ours, names if len(set(names)) > 1 else names[0])
+        activate(self.ours, names if len(set(names)) > 1 else names[0])
 
 
 class Mixed(Bench):
@@ -132,21 +132,21 @@ class Mixed(Bench):
         self.options, self.difference = options, 0.0
         self.bare = llama(options)
         self.ours = copy.deepcopy(self.bare)
-        kinds, runtime = options.kinds.split(","), inject.runtime(self.ours)
+        kinds, home = options.kinds.split(","), runtime(self.ours)
         for i in range(most):
             kind = get_kind(kinds[i % len(kinds)])
             wanted = {"r": options.rank, "target_modules": "all-linear"} if "r" in kind.Config.model_fields else {}
-            adapter = kind(make_config(kind, wanted), runtime.sites, self.ours, name=f"a{i}", seed=i)
+            adapter = kind(make_config(kind, wanted), home.sites, self.ours, name=f"a{i}", seed=i)
             for parameter in adapter.parameters():
                 parameter.data += 0.02 * torch.randn(parameter.shape)
-            runtime.add(f"a{i}", adapter).freeze()
+            home.add(f"a{i}", adapter).freeze()
         self.ids = torch.randint(options.vocabulary, (options.rows, options.prompt))
         self.token = torch.randint(options.vocabulary, (options.rows, 1))
 
     def measure(self, count: int) -> list[dict[str, Any]]:
         """Both phases; each row must be what its adapter alone computes."""
         names = [f"a{i % count}" for i in range(self.options.rows)]
-        inject.activate(self.ours, names if count > 1 else names[0])
+        activate(self.ours, names if count > 1 else names[0])
         self._check_rows(names)
         found = []
         for phase in ("decode", "prefill"):
@@ -184,12 +184,12 @@ def plot(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
 def _with_adapters(bare: PreTrainedModel, rank: int, count: int, most_peft: int) -> tuple[Any, Any]:
     ours, theirs = copy.deepcopy(bare), copy.deepcopy(bare)
-    runtime, kind = inject.runtime(ours), get_kind("lora")
+    home, kind = runtime(ours), get_kind("lora")
     config = make_config(kind, {"r": rank, "target_modules": "all-linear"})
     peft_config = LoraConfig(r=rank, target_modules="all-linear")
     wrapped: PeftModel | None = None
     for i in range(count):
-        adapter = runtime.add(f"a{i}", kind(config, runtime.sites, ours, name=f"a{i}", seed=i))
+        adapter = home.add(f"a{i}", kind(config, home.sites, ours, name=f"a{i}", seed=i))
         for key, value in adapter.state().items():
             if "lora_B" in key:
                 value.normal_(std=0.02)

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
 from compose.kind.registry import get_kind, make_config
-from compose.runtime import model_runtime as inject
+from compose.runtime.model_runtime import runtime
 from router.bench import Batch, Bench
 from router.gating import Gating
 from router.router import Router
@@ -86,12 +86,12 @@ def measure(count: int, options: argparse.Namespace) -> dict[str, Any]:
 def with_arrow(bare: PreTrainedModel, count: int, options: argparse.Namespace) -> tuple[Any, Any]:
     """The same experts under our router and under PEFT's, for all linear layers."""
     ours, theirs = copy.deepcopy(bare), copy.deepcopy(bare)
-    runtime, kind = inject.runtime(ours), get_kind("lora")
+    home, kind = runtime(ours), get_kind("lora")
     config = make_config(kind, {"r": options.rank, "target_modules": "all-linear"})
     plain = LoraConfig(r=options.rank, target_modules="all-linear")
     wrapped: PeftModel | None = None
     for i in range(count):
-        adapter = runtime.add(f"e{i}", kind(config, runtime.sites, ours, name=f"e{i}", seed=i))
+        adapter = home.add(f"e{i}", kind(config, home.sites, ours, name=f"e{i}", seed=i))
         for key, value in adapter.state().items():
             if "lora_B" in key:
                 value.normal_(std=0.02)

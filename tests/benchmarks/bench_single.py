@@ -22,8 +22,8 @@ from bench_tools import interleave, llama, machine, ratio, report, shape_options
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from compose.base.quantization import keep_differentiable
-from compose.formats import directory as interop
-from compose.runtime import model_runtime as inject
+from compose.formats.directory import read_adapter
+from compose.runtime.model_runtime import activate, runtime
 
 CONFIGS = {
     "lora": lambda: peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -62,9 +62,9 @@ def measure(kind: str, quantize: str, base: Path, options: argparse.Namespace) -
     wrapped = peft_model(theirs, kind)
     with tempfile.TemporaryDirectory() as directory:
         wrapped.save_pretrained(directory)
-        runtime = inject.runtime(ours)
-        runtime.add("a", interop.read(directory, runtime.sites, ours, name="a"))
-    inject.activate(ours, "a")
+        home = runtime(ours)
+        home.add("a", read_adapter(directory, home.sites, ours, name="a"))
+    activate(ours, "a")
     ids = torch.randint(options.vocabulary, (options.rows, options.prompt), device=bare.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     length = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compose.formats import directory as interop
+from compose.formats.directory import read_adapter, save_adapter
 from compose.runtime.model_runtime import activate, eject, runtime
 
 
@@ -52,9 +52,9 @@ def test_save_then_load_is_exact(tiny, texts, tmp_path, kind, family, dtype):
         adapter = tiny.adapter(model, kind, "a").to(stored).freeze()
         activate(model, "a")
         outputs = tiny.logits(model, texts)
-        interop.save(adapter, tmp_path / str(stored), sites)
+        save_adapter(adapter, tmp_path / str(stored), sites)
 
-        again = interop.read(tmp_path / str(stored), sites, model, name="again")
+        again = read_adapter(tmp_path / str(stored), sites, model, name="again")
         assert again.state().keys() == adapter.state().keys()
         for key, tensor in adapter.state().items():
             assert again.state()[key].dtype == tensor.dtype

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from transformers import PreTrainedModel
 
 import compose
-from compose.base.model import identity
+from compose.base.model import identity_of
 from hub.relations.word_counts import count_words
 from hub.store import Artifact, Store
 from train.config import TrainConfig
@@ -85,7 +85,7 @@ class Trainer:
         self.store, self.config, self.tokenizer, self.progress = store, config, tokenizer, progress
         self._load = load
         self._model: PreTrainedModel | None = None
-        self.fingerprint = identity(config.base).weights_fingerprint
+        self.fingerprint = identity_of(config.base).weights_fingerprint
 
     @property
     def model(self) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from transformers import AutoConfig, PreTrainedModel
 
 import compose
-from compose.base.model import locate
+from compose.base.location import locate
 from compose.runtime.model_runtime import runtime
 from hub.remotes.directory import DirectoryRemote
 from hub.store import Store

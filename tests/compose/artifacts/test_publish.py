@@ -237,7 +237,7 @@ def test_what_has_no_parameters_is_refused_before_anything_is_loaded(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("compose.formats.directory.load_file", never)
+    monkeypatch.setattr("safetensors.torch.load_file", never)
     monkeypatch.setattr("compose.base.model.load_files", never)
     with pytest.raises(PlanError, match=r"(?s)works on outputs.*\^\^\^\^"):
         publish_merge("ensemble.mean(ns/a, ns/b)", "ns/one@1.0.0", Shelf())

@@ -18,12 +18,11 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from compose.base import model as bases
-from compose.base.compatibility import compare
+from compose.base.compatibility import BaseWarning, compare
 from compose.base.fingerprint import _cache_file
 from compose.base.loading import task_of
 from compose.base.location import builtins, locate
-from compose.base.model import BaseWarning, identity, load_base, tokenizer
+from compose.base.model import check_base, identity_of, load_base, name_of, tokenizer_of
 from compose.base.quantization import bits_per_parameter, held_as, quantized_layers
 from hub.errors import BaseMismatch, GateError, HubError, IntegrityError, NotFound, UsageError
 from hub.manifest import TrainedOn
@@ -85,7 +84,7 @@ def test_the_builtin_base_is_frozen_in_eval_mode_and_writes_text() -> None:
     assert not any(p.requires_grad for p in model.parameters())
     assert model.dtype == torch.bfloat16
     assert sum(p.numel() for p in model.parameters()) == 3_148_224
-    words = tokenizer(TINY)
+    words = tokenizer_of(TINY)
     batch = words("The history of the city", return_tensors="pt")
     loss = model(**batch, labels=batch["input_ids"]).loss.item()
     assert loss < 6.0  # log(4096) = 8.3 is what random weights give
@@ -132,7 +131,7 @@ def test_a_classifier_gets_its_labels_and_the_same_new_head_each_time() -> None:
     assert one.config.label2id["odd"] == 2
     assert torch.equal(one.score.weight, two.score.weight)
     assert one.score.weight.abs().sum() > 0
-    assert identity(one) == identity(TINY)  # the head is not part of the base
+    assert identity_of(one) == identity_of(TINY)  # the head is not part of the base
 
 
 def test_a_classifier_without_a_padding_token_gets_one(tmp_path: Path) -> None:
@@ -194,11 +193,11 @@ def test_quantized_builtin_base(quantize: str, double_quant: bool, bits: float) 
     assert held_as(model) == quantize
     assert not any(p.requires_grad for p in model.parameters())
     assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
-    ids = tokenizer(TINY)("The history of the city is long. import numpy as np", return_tensors="pt")["input_ids"]
+    ids = tokenizer_of(TINY)("The history of the city is long. import numpy as np", return_tensors="pt")["input_ids"]
     losses = [m(input_ids=ids, labels=ids).loss.item() for m in (dense, model)]
     assert losses[1] == pytest.approx(losses[0], abs=0.2)
     assert losses[1] != losses[0]
-    assert identity(model) == identity(dense) == identity(TINY)
+    assert identity_of(model) == identity_of(dense) == identity_of(TINY)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
@@ -327,10 +326,10 @@ def test_a_base_in_the_hugging_face_cache_loads_offline_with_its_commit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model = load_base("org/little")
-    found = identity(model)
+    found = identity_of(model)
     assert (found.repo, found.revision) == ("org/little", commit)
-    assert bases.name_of(model) == "org/little"
-    assert identity(f"org/little@{commit}") == identity(snapshot) == found
+    assert name_of(model) == "org/little"
+    assert identity_of(f"org/little@{commit}") == identity_of(snapshot) == found
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -338,7 +337,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     weights = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     torch.save(weights, directory / "pytorch_model.bin")
-    for use in (load_base, identity):
+    for use in (load_base, identity_of):
         with pytest.raises(GateError, match=r"pickled weights only \(pytorch_model.bin\)") as caught:
             use(directory)
         assert "save_pretrained" in str(caught.value.hint)
@@ -377,7 +376,7 @@ def test_a_truncated_file_is_an_integrity_error(tmp_path: Path) -> None:
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(IntegrityError, match="truncated"):
-        identity(directory)
+        identity_of(directory)
     with pytest.raises(IntegrityError, match="truncated"):
         load_base(directory)
 
@@ -427,16 +426,16 @@ def test_a_quantized_model_keeps_its_dtype() -> None:
 
 
 def test_tokenizers() -> None:
-    words = tokenizer(TINY)
+    words = tokenizer_of(TINY)
     assert words.pad_token_id == 1
-    assert tokenizer(load_base(TINY)).get_vocab() == words.get_vocab()
+    assert tokenizer_of(load_base(TINY)).get_vocab() == words.get_vocab()
     with pytest.raises(GateError, match="made in memory"):
-        tokenizer(FAMILIES["llama"]())
+        tokenizer_of(FAMILIES["llama"]())
 
 
 def test_a_base_without_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(GateError, match="has no tokenizer"):
-        tokenizer(make("llama", tmp_path / "m"))
+        tokenizer_of(make("llama", tmp_path / "m"))
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
@@ -444,7 +443,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> 
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     del settings["pad_token"]
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert tokenizer(directory).pad_token_id == tokenizer(directory).eos_token_id == 0
+    assert tokenizer_of(directory).pad_token_id == tokenizer_of(directory).eos_token_id == 0
 
 
 # -- identity ------------------------------------------------------------------------------------------------------
@@ -460,29 +459,29 @@ def test_a_model_in_memory_has_the_identity_of_the_directory_it_saves(
     model.save_pretrained(tmp_path / "saved")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    mine = identity(model)
+    mine = identity_of(model)
     for name in ("saved", "sharded"):
-        stored = identity(tmp_path / name)
+        stored = identity_of(tmp_path / name)
         assert stored.weights == mine.weights
         assert stored.weights_fingerprint == mine.weights_fingerprint
         assert stored.arch_digest == mine.arch_digest
         assert stored.config_digest == mine.config_digest
         assert stored.vocab_size == mine.vocab_size == 101
         assert stored.repo == name
-        assert identity(load_base(tmp_path / name)) == stored
+        assert identity_of(load_base(tmp_path / name)) == stored
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 def test_a_model_someone_else_loaded_is_recognized_by_its_tensors(dtype: torch.dtype) -> None:
     model = hf.AutoModelForCausalLM.from_pretrained(builtins()["tiny-lm"], dtype=dtype)
-    assert identity(load_base(model)).weights == identity(TINY).weights
+    assert identity_of(load_base(model)).weights == identity_of(TINY).weights
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight[0, 0] += 1
-    changed = identity(model)
-    assert changed.weights != identity(TINY).weights
+    changed = identity_of(model)
+    assert changed.weights != identity_of(TINY).weights
     if dtype == torch.bfloat16:
         with pytest.raises(BaseMismatch, match=r"1 of 56 tensors differ, model\.layers\.3\.mlp\.up_proj\.weight"):
-            compare(identity(TINY), changed)
+            compare(identity_of(TINY), changed)
 
 
 def test_a_quantized_model_someone_else_loaded_is_known_by_its_files(tmp_path: Path) -> None:
@@ -490,24 +489,24 @@ def test_a_quantized_model_someone_else_loaded_is_known_by_its_files(tmp_path: P
     options = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = hf.AutoModelForCausalLM.from_pretrained(directory, quantization_config=options)
     assert load_base(model) is model
-    assert identity(model).weights == identity(TINY).weights
+    assert identity_of(model).weights == identity_of(TINY).weights
     orphan = hf.AutoModelForCausalLM.from_pretrained(directory, quantization_config=options)
     shutil.rmtree(directory)
     with pytest.raises(GateError, match="unquantized files are not at hand"):
-        identity(orphan)
+        identity_of(orphan)
 
 
 def test_identity_is_the_same_with_adapters_in_place() -> None:
-    from compose.runtime import model_runtime as inject
+    from compose.runtime.model_runtime import runtime
 
     torch.manual_seed(0)
     model = FAMILIES["llama-tied"]()
-    before = identity(model)
-    inject.runtime(model)
-    for site in list(inject.runtime(model).sites):
-        inject.runtime(model).slot(site.path)
+    before = identity_of(model)
+    runtime(model)
+    for site in list(runtime(model).sites):
+        runtime(model).slot(site.path)
     del model.__dict__["_moduloom_base"]
-    assert identity(model).weights == before.weights
+    assert identity_of(model).weights == before.weights
 
 
 def test_fingerprints_are_defined_by_dtype_shape_and_bytes(tmp_path: Path) -> None:
@@ -516,7 +515,7 @@ def test_fingerprints_are_defined_by_dtype_shape_and_bytes(tmp_path: Path) -> No
     directory = make("llama", tmp_path / "m")
     weight = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
     expected = hashlib.sha256(b"F32|101x32|" + weight.numpy().tobytes()).hexdigest()[:16]
-    assert identity(directory).weights["model.embed_tokens.weight"] == expected
+    assert identity_of(directory).weights["model.embed_tokens.weight"] == expected
 
 
 def test_the_cache_is_used_and_never_trusted_blindly(
@@ -524,42 +523,42 @@ def test_the_cache_is_used_and_never_trusted_blindly(
 ) -> None:
     directory = make("llama", tmp_path / "m")
     file = directory / "model.safetensors"
-    first = identity(directory)
+    first = identity_of(directory)
     cache = _cache_file(file.resolve())
     assert cache.is_file()
     assert home in cache.parents
     with monkeypatch.context() as patch:
         patch.setattr("compose.base.fingerprint._hash_tensor", lambda *_: pytest.fail("hashed again"))
-        assert identity(directory) == first
+        assert identity_of(directory) == first
 
     times = file.stat()
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # same size, same modification time
-    changed = identity(directory)
+    changed = identity_of(directory)
     assert changed.weights != first.weights
 
     for damage in (b"", b"{", b"[]", b'{"path": 1}', cache.read_bytes()[:-20]):
         cache.write_bytes(damage)
-        assert identity(directory) == changed
+        assert identity_of(directory) == changed
 
 
 def test_a_home_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HUB_HOME", str(tmp_path / "file" / "home"))
-    assert identity(TINY) == identity(TINY)
+    assert identity_of(TINY) == identity_of(TINY)
 
 
 def test_tokenizer_and_chat_template_are_part_of_the_identity(tmp_path: Path) -> None:
     directory = tiny_copy(tmp_path / "copy")
-    plain = identity(directory)
-    assert plain.tokenizer_digest == identity(TINY).tokenizer_digest
+    plain = identity_of(directory)
+    assert plain.tokenizer_digest == identity_of(TINY).tokenizer_digest
     assert plain.chat_template_digest is None
     (directory / "chat_template.jinja").write_text("{{ messages }}")
-    assert identity(directory).chat_template_digest is not None
+    assert identity_of(directory).chat_template_digest is not None
     (directory / "tokenizer.json").write_text("{}")
-    assert identity(directory).tokenizer_digest != plain.tokenizer_digest
+    assert identity_of(directory).tokenizer_digest != plain.tokenizer_digest
 
 
 # -- the ladder ----------------------------------------------------------------------------------------------------
@@ -571,11 +570,11 @@ def test_a_wrong_base_of_the_same_shapes_is_refused_by_name(tmp_path: Path) -> N
     name = "model.layers.4.self_attn.v_proj.weight"
     weights[name] = weights[name] * 1.01
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    made_for = identity(TINY)
+    made_for = identity_of(TINY)
     for quantize in ("none", "nf4"):
         model = load_base(directory, quantize=quantize)
         with pytest.raises(BaseMismatch) as caught:
-            bases.check(made_for, model, ref="ns/a@1.0.0")
+            check_base(made_for, model, ref="ns/a@1.0.0")
         message = str(caught.value)
         assert "ns/a@1.0.0 was made for builtin:tiny-lm" in message
         assert "1 of 56 tensors differ" in message
@@ -583,13 +582,13 @@ def test_a_wrong_base_of_the_same_shapes_is_refused_by_name(tmp_path: Path) -> N
         assert caught.value.ref == "ns/a@1.0.0"
         assert "allow_base_drift" in str(caught.value.hint)
         with pytest.warns(BaseWarning, match="other weights"):
-            assert bases.check(made_for, model, allow_drift=True) == "drift"
+            assert check_base(made_for, model, allow_drift=True) == "drift"
 
 
 def test_another_architecture_is_refused_always(tmp_path: Path) -> None:
     model = load_base(make("llama", tmp_path / "m"))
     with pytest.raises(BaseMismatch, match="another architecture") as caught:
-        bases.check(identity(TINY), model, allow_drift=True)
+        check_base(identity_of(TINY), model, allow_drift=True)
     assert "missing on one side" in str(caught.value)
 
 
@@ -598,16 +597,16 @@ def test_a_resized_embedding_names_itself(tmp_path: Path) -> None:
     model.resize_token_embeddings(4100)
     model.save_pretrained(tmp_path)
     with pytest.raises(BaseMismatch, match=r"1 of 56 tensors differ, model\.embed_tokens\.weight"):
-        compare(identity(TINY), identity(tmp_path))
+        compare(identity_of(TINY), identity_of(tmp_path))
 
 
 def test_the_same_weights_in_other_numbers_are_warned_of() -> None:
     model = load_base(TINY, quantize="nf4")
-    made_for = identity(TINY)
-    assert bases.check(made_for, model) == "exact"
-    assert bases.check(made_for, model, trained_on=TrainedOn(quantization="nf4")) == "exact"
+    made_for = identity_of(TINY)
+    assert check_base(made_for, model) == "exact"
+    assert check_base(made_for, model, trained_on=TrainedOn(quantization="nf4")) == "exact"
     with pytest.warns(BaseWarning, match="ns/a was trained on a base held as none; this one is held as nf4"):
-        assert bases.check(made_for, model, trained_on=TrainedOn(), ref="ns/a") == "quantization"
+        assert check_base(made_for, model, trained_on=TrainedOn(), ref="ns/a") == "quantization"
 
 
 def test_another_config_or_tokenizer_around_the_same_weights_is_warned_of(tmp_path: Path) -> None:
@@ -616,13 +615,13 @@ def test_another_config_or_tokenizer_around_the_same_weights_is_warned_of(tmp_pa
     config["rope_parameters"]["rope_theta"] = 5e5
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.warns(BaseWarning, match="another config.json"):
-        assert compare(identity(TINY), identity(directory)) == "exact"
+        assert compare(identity_of(TINY), identity_of(directory)) == "exact"
     shutil.copy(builtins()["tiny-lm"] / "config.json", directory / "config.json")
     (directory / "tokenizer.json").write_text("{}")
     with pytest.warns(BaseWarning, match="another tokenizer"):
-        compare(identity(TINY), identity(directory))
+        compare(identity_of(TINY), identity_of(directory))
     config = json.loads((directory / "config.json").read_text())
     config["transformers_version"] = "9.9"
     (directory / "config.json").write_text(json.dumps(config))
     shutil.copy(builtins()["tiny-lm"] / "tokenizer.json", directory / "tokenizer.json")
-    assert compare(identity(TINY), identity(directory)) == "exact"
+    assert compare(identity_of(TINY), identity_of(directory)) == "exact"

@@ -228,7 +228,7 @@ def test_check_finds_wrong_bases_and_tensors_before_loading(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("compose.formats.directory.load_file", never)
+    monkeypatch.setattr("safetensors.torch.load_file", never)
     monkeypatch.setattr("compose.base.model.load_files", never)
     result = cli("compose", "check", "ns/i + ns/a", "--base", str(tmp_path / "other"))
     assert result.exit_code == 1

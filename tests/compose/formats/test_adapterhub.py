@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import compose
 from compose.errors import KindError
 from compose.formats import adapterhub
-from compose.formats import directory as interop
+from compose.formats.directory import save_adapter
 from compose.runtime.model_runtime import activate, runtime
 from hub.errors import NotFound
 
@@ -57,7 +57,7 @@ def test_same_outputs(model, name, tmp_path):
     activate(model, "a")
     gap, effect = off(model, name)
     assert gap < 1e-5 < 0.05 < effect
-    interop.save(adapter, tmp_path, runtime(model).sites)  # from here on it is one of ours
+    save_adapter(adapter, tmp_path, runtime(model).sites)  # from here on it is one of ours
     compose.attach(model, "b", tmp_path)
     activate(model, "b")
     assert off(model, name)[0] < 1e-5

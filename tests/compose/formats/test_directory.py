@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from compose.errors import KindError
-from compose.formats import directory as interop
+from compose.formats.directory import export_peft, parse_config, read_adapter, save_adapter
+from compose.formats.files import CONFIG, EXTRA, WEIGHTS
 from compose.formats.peft import short_targets
 from compose.kind.registry import get_kind, kinds, make_config
-from compose.runtime import model_runtime as inject
+from compose.runtime.model_runtime import runtime
 from hub.errors import HubError, IntegrityError, NotFound
 from hub.foreign.peft_config import PEFT_KINDS
 
@@ -39,25 +40,25 @@ def llama(layers: int = 2) -> PreTrainedModel:
 
 def adapter_of(kind, model, **options):
     cls = get_kind(kind)
-    runtime = inject.runtime(model)
-    adapter = cls(make_config(cls, {**OPTIONS.get(kind, {}), **options}), runtime.sites, model, name="a", seed=1)
+    home = runtime(model)
+    adapter = cls(make_config(cls, {**OPTIONS.get(kind, {}), **options}), home.sites, model, name="a", seed=1)
     generator = torch.Generator().manual_seed(5)
     for parameter in adapter.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
-    return runtime.add("a", adapter)
+    return home.add("a", adapter)
 
 
 def saved(kind, model, directory, **options) -> Path:
     adapter = adapter_of(kind, model, **options)
-    return interop.save(adapter, directory, inject.runtime(model).sites)
+    return save_adapter(adapter, directory, runtime(model).sites)
 
 
 def read(model, directory):
-    return interop.read(directory, inject.runtime(model).sites, model, name="b")
+    return read_adapter(directory, runtime(model).sites, model, name="b")
 
 
 def edit(directory: Path, **fields) -> Path:
-    path = directory / interop.CONFIG
+    path = directory / CONFIG
     config = json.loads(path.read_text())
     config.update(fields)
     path.write_text(json.dumps(config))
@@ -67,7 +68,7 @@ def edit(directory: Path, **fields) -> Path:
 @pytest.mark.parametrize("kind", sorted(kinds()))
 def test_save_then_read_is_exact(kind, tmp_path):
     adapter = adapter_of(kind, model := llama())
-    interop.save(adapter, tmp_path, inject.runtime(model).sites)
+    save_adapter(adapter, tmp_path, runtime(model).sites)
     again = read(model, tmp_path)
     assert (again.kind, again.paths, again.trainable) == (kind, adapter.paths, False)
     assert again.state().keys() == adapter.state().keys()
@@ -77,8 +78,8 @@ def test_save_then_read_is_exact(kind, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_reading_keeps_the_file_s_dtype(dtype, tmp_path):
     directory = saved("lora", llama(), tmp_path)
-    tensors = {k: v.to(dtype) for k, v in load_file(directory / interop.WEIGHTS).items()}
-    save_file(tensors, directory / interop.WEIGHTS)
+    tensors = {k: v.to(dtype) for k, v in load_file(directory / WEIGHTS).items()}
+    save_file(tensors, directory / WEIGHTS)
     assert {v.dtype for v in read(llama(), directory).state().values()} == {dtype}
 
 
@@ -86,12 +87,12 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_directory import adapter_of, inject, interop, llama
+from test_directory import adapter_of, export_peft, llama, runtime, save_adapter
 for kind, options in (("lora", {"target_modules": ["v_proj", "q_proj", "down_proj"]}), ("ia3", {}), ("prefix", {})):
     adapter, out = adapter_of(kind, model := llama(), **options), Path(sys.argv[2], kind)
-    sites = inject.runtime(model).sites
-    interop.save(adapter, out, sites, base="builtin:tiny", task="causal_lm")
-    interop.export_peft(adapter, out / "peft", sites=sites, model=model)
+    sites = runtime(model).sites
+    save_adapter(adapter, out, sites, base="builtin:tiny", task="causal_lm")
+    export_peft(adapter, out / "peft", sites=sites, model=model)
 """
 
 
@@ -107,7 +108,7 @@ def test_bytes_do_not_depend_on_the_process(tmp_path):
 
 
 def test_config_is_canonical(tmp_path):
-    text = (saved("lora", llama(), tmp_path, target_modules=("v_proj", "q_proj")) / interop.CONFIG).read_text()
+    text = (saved("lora", llama(), tmp_path, target_modules=("v_proj", "q_proj")) / CONFIG).read_text()
     fields = json.loads(text)
     assert list(fields) == sorted(fields)
     assert fields["target_modules"] == ["q_proj", "v_proj"]
@@ -124,7 +125,7 @@ def test_config_is_canonical(tmp_path):
     ],
 )
 def test_targets_are_as_short_as_unambiguous(wanted, expected):
-    sites = inject.runtime(llama()).sites
+    sites = runtime(llama()).sites
     assert short_targets(wanted, sites) == expected
     assert [s.path for s in sites.select(tuple(expected))] == wanted
 
@@ -142,7 +143,7 @@ def test_hub_and_the_kinds_say_the_same_of_peft_types():
 @pytest.mark.parametrize("peft_type", [t.value for t in PeftType if t.value not in READ])
 def test_a_peft_type_without_a_kind_is_refused_by_name(peft_type):
     with pytest.raises(KindError, match=peft_type):
-        interop.parse_config({"peft_type": peft_type}, inject.runtime(llama()).sites)
+        parse_config({"peft_type": peft_type}, runtime(llama()).sites)
 
 
 MEANINGFUL = {
@@ -214,11 +215,11 @@ def test_a_config_that_does_not_fit_is_refused(kind, field, value, tmp_path):
 
 def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
     directory = saved("lora", llama(), tmp_path)
-    tensors = load_file(directory / interop.WEIGHTS)
+    tensors = load_file(directory / WEIGHTS)
     first = next(iter(tensors))
 
     def attempt(changed, message):
-        save_file(changed, directory / interop.WEIGHTS)
+        save_file(changed, directory / WEIGHTS)
         with pytest.raises(KindError, match=message):
             read(llama(), directory)
 
@@ -230,32 +231,32 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
 
 def test_a_file_that_replaces_the_base_s_own_weight_is_refused(tmp_path):
     directory = saved("lora", model := llama(), tmp_path, target_modules=("lm_head",))
-    tensors = load_file(directory / interop.WEIGHTS)
+    tensors = load_file(directory / WEIGHTS)
     key = "base_model.model.lm_head.base_layer.weight"
-    save_file({**tensors, key: model.lm_head.weight.detach().clone()}, directory / interop.WEIGHTS)
+    save_file({**tensors, key: model.lm_head.weight.detach().clone()}, directory / WEIGHTS)
     assert read(llama(), directory).paths == ("lm_head",)
-    save_file({**tensors, key: torch.zeros(50, 16)}, directory / interop.WEIGHTS)
+    save_file({**tensors, key: torch.zeros(50, 16)}, directory / WEIGHTS)
     with pytest.raises(KindError, match=r"lm_head\.weight"):
         read(llama(), directory)
 
 
 def test_damaged_files_are_integrity_errors(tmp_path):
     directory = saved("lora", llama(), tmp_path)
-    whole = (directory / interop.WEIGHTS).read_bytes()
+    whole = (directory / WEIGHTS).read_bytes()
     for damaged in (whole[:-5], b"", b"\xff" * 200, whole[:7]):
-        (directory / interop.WEIGHTS).write_bytes(damaged)
+        (directory / WEIGHTS).write_bytes(damaged)
         with pytest.raises(IntegrityError):
             read(llama(), directory)
-    (directory / interop.WEIGHTS).write_bytes(whole)
+    (directory / WEIGHTS).write_bytes(whole)
     for text in ("{", "[]", "null", "\udcff"):
-        (directory / interop.CONFIG).write_text(text, errors="surrogateescape")
+        (directory / CONFIG).write_text(text, errors="surrogateescape")
         with pytest.raises(IntegrityError, match=r"adapter_config\.json"):
             read(llama(), directory)
 
 
 def test_a_pickle_is_never_read(tmp_path):
     directory = saved("lora", llama(), tmp_path)
-    (directory / interop.WEIGHTS).rename(directory / "adapter_model.bin")
+    (directory / WEIGHTS).rename(directory / "adapter_model.bin")
     with pytest.raises(NotFound) as caught:
         read(llama(), directory)
     assert "pickle" in (caught.value.hint or "")
@@ -265,12 +266,12 @@ def test_a_pickle_is_never_read(tmp_path):
 
 def test_a_head_stands_apart_in_an_artifact_and_inside_in_an_export(tmp_path):
     adapter = adapter_of("lora", model := llama(), modules_to_save=("lm_head",))
-    sites = inject.runtime(model).sites
-    interop.save(adapter, tmp_path / "own", sites)
-    assert list(load_file(tmp_path / "own" / interop.EXTRA)) == ["base_model.model.lm_head.weight"]
-    interop.export_peft(adapter, tmp_path / "peft", sites=sites, model=model)
-    assert not (tmp_path / "peft" / interop.EXTRA).exists()
-    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "peft" / interop.WEIGHTS)
+    sites = runtime(model).sites
+    save_adapter(adapter, tmp_path / "own", sites)
+    assert list(load_file(tmp_path / "own" / EXTRA)) == ["base_model.model.lm_head.weight"]
+    export_peft(adapter, tmp_path / "peft", sites=sites, model=model)
+    assert not (tmp_path / "peft" / EXTRA).exists()
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "peft" / WEIGHTS)
     for directory in ("own", "peft"):
         again = read(llama(), tmp_path / directory)
         assert torch.equal(again.head("lm_head").weight, adapter.head("lm_head").weight)
@@ -280,7 +281,7 @@ def test_a_head_stands_apart_in_an_artifact_and_inside_in_an_export(tmp_path):
 def test_a_kind_that_peft_lacks_is_not_exported(kind, tmp_path):
     adapter = adapter_of(kind, model := llama())
     with pytest.raises(KindError, match=kind):
-        interop.export_peft(adapter, tmp_path, sites=inject.runtime(model).sites, model=model)
+        export_peft(adapter, tmp_path, sites=runtime(model).sites, model=model)
     assert not list(tmp_path.iterdir())
 
 
@@ -288,13 +289,13 @@ def test_a_prompt_without_a_task_of_peft_s_is_not_exported(tmp_path):
     config = BertConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     adapter = adapter_of("prompt", model := BertForMaskedLM(config).eval())
     with pytest.raises(KindError, match="BertForMaskedLM"):
-        interop.export_peft(adapter, tmp_path, sites=inject.runtime(model).sites, model=model)
+        export_peft(adapter, tmp_path, sites=runtime(model).sites, model=model)
 
 
 def test_exported_fields_are_all_fields_of_peft(tmp_path):
     for kind in ("lora", "dora", "ia3", "prefix", "prompt"):
         adapter = adapter_of(kind, model := llama())
-        out = interop.export_peft(adapter, tmp_path / kind, sites=inject.runtime(model).sites, model=model)
-        fields = json.loads((out / interop.CONFIG).read_text())
+        out = export_peft(adapter, tmp_path / kind, sites=runtime(model).sites, model=model)
+        fields = json.loads((out / CONFIG).read_text())
         config = peft.PeftConfig.from_pretrained(out)
         assert fields.keys() <= config.to_dict().keys() | {"base_model_name_or_path"}

@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 
-from compose.formats import directory as interop
+from compose.formats.directory import export_peft, read_adapter
 from compose.kind.registry import get_kind, make_config
-from compose.runtime import model_runtime as inject
+from compose.runtime.model_runtime import activate, runtime
 
 TASKS = {
     "llama": "CAUSAL_LM",
@@ -82,15 +82,15 @@ def generated(tiny: Any, model: Any, family: str) -> torch.Tensor:
 
 def attach(tiny: Any, family: str, directory: Any) -> tuple[Any, Any]:
     model = base(tiny, family)
-    runtime = inject.runtime(model)
-    adapter = runtime.add("a", interop.read(directory, runtime.sites, model, name="a"))
-    inject.activate(model, "a")
+    home = runtime(model)
+    adapter = home.add("a", read_adapter(directory, home.sites, model, name="a"))
+    activate(model, "a")
     return model, adapter
 
 
 def export(tiny: Any, family: str, model: Any, adapter: Any, directory: Any) -> Any:
     """Export, and load in PEFT with every warning an error."""
-    interop.export_peft(adapter, directory, sites=inject.runtime(model).sites, model=model)
+    export_peft(adapter, directory, sites=runtime(model).sites, model=model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         return peft.PeftModel.from_pretrained(base(tiny, family), directory).eval()
@@ -218,11 +218,11 @@ def test_a_head_of_its_own_is_carried(tiny, tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prefix", "prompt"])
 def test_without_a_head_peft_gets_the_base_s(tiny, kind, tmp_path):
     model = base(tiny, "roberta")
-    runtime = inject.runtime(model)
+    home = runtime(model)
     cls = get_kind(kind)
-    adapter = runtime.add("a", cls(make_config(cls, {}), runtime.sites, model, name="a"))
+    adapter = home.add("a", cls(make_config(cls, {}), home.sites, model, name="a"))
     randomize(adapter)
-    inject.activate(model, "a")
+    activate(model, "a")
     back = export(tiny, "roberta", model, adapter, tmp_path)
     torch.testing.assert_close(logits(tiny, back, "roberta"), logits(tiny, model, "roberta"), atol=TOLERANCE, rtol=0)
 

@@ -13,7 +13,7 @@ from compose.algebra import parse
 from compose.base.model import load_base
 from compose.errors import KindError
 from compose.expr.tree import Ref
-from compose.formats import directory as interop
+from compose.formats.directory import save_adapter
 from compose.inspection.fake_base import Outline
 from compose.kind.registry import kinds
 from compose.planning.members import Shelf
@@ -41,7 +41,7 @@ def home(tiny: Any, tmp_path_factory: Any) -> Any:
 def saved(tiny: Any, family: str, kind: str, out: Path, **options: Any) -> Path:
     model = tiny.model(family)
     adapter = tiny.adapter(model, kind, kind, **options)
-    return interop.save(adapter, out, model.moduloom.sites, base="no/such-base")
+    return save_adapter(adapter, out, model.moduloom.sites, base="no/such-base")
 
 
 def held_bytes(model: torch.nn.Module) -> int:

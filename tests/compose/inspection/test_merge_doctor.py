@@ -212,12 +212,12 @@ def test_sites_that_are_missing_or_too_many_are_named(made: Made, tmp_path: Path
 
 
 def test_kinds_without_factors_are_averaged_as_they_are(tiny: Any, tmp_path: Path) -> None:
-    from compose.formats import directory as interop
+    from compose.formats.directory import save_adapter
 
     model = tiny.model("llama")
     for name in ("one", "two"):
         adapter = tiny.adapter(model, "bottleneck", name, seed=len(name) + ord(name[0]))
-        interop.save(adapter, tmp_path / name, model.moduloom.sites)
+        save_adapter(adapter, tmp_path / name, model.moduloom.sites)
     states = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two")]
     for name, factor in (("mean", 0.5), ("twice", 0.25)):
         mean = {key: factor * (states[0][key] + states[1][key]) for key in states[0]}

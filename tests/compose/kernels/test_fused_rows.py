@@ -15,7 +15,7 @@ import compose
 from compose.base.sites import linear_shape
 from compose.base.weights import bias_of, dense_weight
 from compose.errors import KindError, SiteError
-from compose.formats import directory as interop
+from compose.formats.directory import export_peft
 from compose.inspection.adapter_map import interference_of
 from compose.kind.registry import kinds
 from compose.merging.fold import fold
@@ -363,7 +363,7 @@ def test_peft_reads_them_as_rows_of_whole_layers(base, kind, family, tmp_path):
     compose.activate(model, "a")
     wide = widen(model, adapter)
     assert wide.certificate.exact
-    interop.export_peft(wide.adapter, tmp_path, sites=runtime(model).sites, model=model)
+    export_peft(wide.adapter, tmp_path, sites=runtime(model).sites, model=model)
     theirs = peft.PeftModel.from_pretrained(base(family), tmp_path).eval()
     close(logits(theirs), logits(model), factor=10)
 

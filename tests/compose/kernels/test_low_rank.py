@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compose.kernels.low_rank import BACKENDS, Pair, choose, expand
-from compose.runtime import model_runtime as inject
+from compose.runtime.model_runtime import activate
 
 PER_ROW = sorted(BACKENDS)
 PER_TOKEN = ["grouped", "loop", "stacked"]
@@ -181,9 +181,9 @@ def test_an_adapter_that_diverged_does_not_reach_other_rows(tiny, kind, live):
         good.freeze()
         bad.freeze()
     batch = tiny.batch("llama", tiny.rows(5, 4, 3))
-    inject.activate(model, ["good", "good", "good"])
+    activate(model, ["good", "good", "good"])
     expected = tiny.logits(model, batch)
-    inject.activate(model, ["good", "bad", "good"])
+    activate(model, ["good", "bad", "good"])
     ours = model(**batch).logits
     assert ours[1].isnan().all()
     for i in (0, 2):

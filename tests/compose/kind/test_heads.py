@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import compose
-from compose.formats import directory as interop
+from compose.formats.directory import save_adapter
 from compose.runtime.model_runtime import activate, runtime
 
 
@@ -39,7 +39,7 @@ def test_a_stored_head_may_have_other_classes(tiny, kind, tmp_path):
     activate(there, "a")
     batch = tiny.batch("bert", tiny.rows(5, 3))
     expected = tiny.logits(there, batch)
-    interop.save(adapter, tmp_path, runtime(there).sites)
+    save_adapter(adapter, tmp_path, runtime(there).sites)
     here = tiny.model("bert", task="classification")
     with torch.no_grad():
         for name, parameter in here.named_parameters():

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from compose.errors import KindError
-from compose.formats import directory as interop
+from compose.formats.directory import read_adapter, save_adapter
 from compose.merging.fold import fold
 from compose.runtime.model_runtime import activate, eject, runtime
 from compose.slots.slot import moved
@@ -109,8 +109,8 @@ def test_chosen_places_move_and_no_other(tiny, tmp_path):
     delta = adapter.map_at(path, "weight").dense().flatten()
     assert delta.nonzero().flatten().tolist() == [3, 77, 900]
     assert delta[[3, 77, 900]].tolist() == [2.0, 3.0, 1.0]
-    interop.save(adapter, tmp_path, runtime(model).sites)  # three places, whatever the density of its config
-    again = interop.read(tmp_path, runtime(model).sites, model, name="b")
+    save_adapter(adapter, tmp_path, runtime(model).sites)  # three places, whatever the density of its config
+    again = read_adapter(tmp_path, runtime(model).sites, model, name="b")
     assert torch.equal(again.map_at(path, "weight").dense().flatten(), delta)
     stored = sum(f.stat().st_size for f in tmp_path.iterdir())
     assert stored < 1500

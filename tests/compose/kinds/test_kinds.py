@@ -11,7 +11,8 @@ from torch.nn import functional as F
 import compose
 from compose.base.weights import dense_weight
 from compose.errors import KindError, SiteError
-from compose.formats import directory as interop
+from compose.formats.directory import save_adapter
+from compose.formats.files import WEIGHTS, write_tensors
 from compose.kind.registry import get_kind, kinds, make_config
 from compose.kind.tensors import PREFIX
 from compose.runtime.model_runtime import activate, eject, runtime
@@ -307,8 +308,8 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tiny, kind, how, tmp_path):
             adapter.load_state(spoiled)
         assert key in str(caught.value)
         assert all(torch.equal(v, kept[k]) for k, v in adapter.state().items())
-    interop.save(adapter, tmp_path, runtime(model).sites)
-    interop._write_tensors(tmp_path / interop.WEIGHTS, spoiled)
+    save_adapter(adapter, tmp_path, runtime(model).sites)
+    write_tensors(tmp_path / WEIGHTS, spoiled)
     with pytest.raises(KindError) as caught:
         compose.attach(model, "b", tmp_path)
     assert key in str(caught.value)

@@ -8,7 +8,7 @@ from torch import nn
 
 from compose.atoms import Atoms, Block, Function
 from compose.kernels.maps import Kronecker
-from compose.runtime import model_runtime as inject
+from compose.runtime.model_runtime import activate, runtime
 from compose.slots.block_functions import Blocks
 from compose.slots.frozen_stage import frozen_stage
 from compose.slots.stage import Entry, Stage, State
@@ -130,20 +130,18 @@ def test_going_back_to_a_composition_lowers_nothing_and_sees_what_has_changed(ti
     model = tiny.model("llama")
     for name in "ab":
         tiny.adapter(model, "lora", name, seed=ord(name)).freeze()
-    runtime, batch = inject.runtime(model), tiny.batch("llama", tiny.rows(5, 4))
+    home, batch = runtime(model), tiny.batch("llama", tiny.rows(5, 4))
 
     def logits(expr):
-        inject.activate(model, expr)
+        activate(model, expr)
         with torch.no_grad():
             return model(**batch).logits
 
     first, other = logits("a"), logits("b")
-    programs = [slot.program for slot in runtime._slots.values()]
+    programs = [slot.program for slot in home._slots.values()]
     assert torch.equal(logits("a"), first) and torch.equal(logits("b"), other)
-    assert all(s.program is p for s, p in zip(runtime._slots.values(), programs, strict=True)), (
-        "nothing is lowered anew"
-    )
-    a = runtime.adapters["a"]
+    assert all(s.program is p for s, p in zip(home._slots.values(), programs, strict=True)), "nothing is lowered anew"
+    a = home.adapters["a"]
     a.load_state({key: 2 * value for key, value in a.state().items()})
     loaded = logits("a")
     assert not torch.equal(loaded, first), "other weights were loaded"
@@ -151,12 +149,12 @@ def test_going_back_to_a_composition_lowers_nothing_and_sees_what_has_changed(ti
         next(p for n, p in a.named_parameters() if n.endswith("B")).add_(1.0)
     assert not torch.equal(logits("a"), loaded), "a parameter was written to"
     logits("b")
-    inject.runtime(model).remove("a")
+    runtime(model).remove("a")
     tiny.adapter(model, "lora", "a", seed=7).freeze()
     fresh = logits("a")
     assert not torch.equal(fresh, first), "another adapter has the name now"
-    runtime.adapters["a"].unfreeze()
-    assert not runtime._programs.restore(runtime._key()), "what trains is lowered in each call"
+    home.adapters["a"].unfreeze()
+    assert not home._programs.restore(home._key()), "what trains is lowered in each call"
 
 
 def test_what_was_made_in_inference_mode_is_activated_and_merged_anew(tiny):
@@ -165,23 +163,23 @@ def test_what_was_made_in_inference_mode_is_activated_and_merged_anew(tiny):
     batch = tiny.batch("llama", tiny.rows(5))
     first, _ = tiny.adapter(model, "lora", "a").freeze(), tiny.adapter(model, "lora", "b", seed=2).freeze()
     with torch.inference_mode():
-        inject.activate(model, "ties(a, b)")
+        activate(model, "ties(a, b)")
         inside = model(**batch).logits.clone()
-        inject.activate(model, "a")
-        inject.activate(model, "ties(a, b)")
+        activate(model, "a")
+        activate(model, "ties(a, b)")
         assert torch.equal(model(**batch).logits, inside)
     with torch.no_grad():
         for parameter in first.parameters():
             parameter *= -3
-        inject.activate(model, "ties(a, b)")
+        activate(model, "ties(a, b)")
         assert not torch.allclose(model(**batch).logits, inside, atol=1e-2)
 
 
 def test_another_kind_of_attention_is_not_served_what_the_last_one_had(tiny):
     model = tiny.model("llama")
     tiny.adapter(model, "lora", "a").freeze()
-    inject.activate(model, "a")
-    home = inject.runtime(model)
+    activate(model, "a")
+    home = runtime(model)
     before = home._key()
     model.set_attn_implementation("sdpa" if model.config._attn_implementation != "sdpa" else "eager")
     assert home._key() != before

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from compose.errors import KindError, SiteError
-from compose.formats import directory as interop
+from compose.formats.directory import read_adapter, save_adapter
+from compose.formats.files import EXTRA
 from compose.runtime.model_runtime import activate, eject, runtime
 
 HEADS = {"bert": "classifier", "roberta": "classifier", "llama": "score", "gpt2": "score", "opt": "score"}
@@ -60,9 +61,9 @@ def test_heads_train_apart_and_mix_by_row(tiny, family, dtype, tmp_path):
 
     activate(model, "a")
     outputs = tiny.logits(model, batch)
-    interop.save(a, tmp_path, runtime(model).sites)
-    assert (tmp_path / interop.EXTRA).exists()
-    again = interop.read(tmp_path, runtime(model).sites, model, name="again")
+    save_adapter(a, tmp_path, runtime(model).sites)
+    assert (tmp_path / EXTRA).exists()
+    again = read_adapter(tmp_path, runtime(model).sites, model, name="again")
     assert again.state().keys() == a.state().keys()
     assert all(torch.equal(again.state()[k], v) for k, v in a.state().items())
     runtime(model).add("again", again)
