@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import compose
+from compose.base.at_hand import at_hand
 from compose.planning.members import Shelf
 from hub.errors import UsageError
 from hub.manifest import Manifest
@@ -44,7 +45,7 @@ def assess(
         What the expression, the base or the data are refused for.
     """
     held = _manifests(expression, store)
-    base = base or _agreed("base", {m.base.repo for m in held if m.base is not None and m.base.repo})
+    base = base or _agreed("base", {at_hand(m.base) for m in held if m.base is not None})
     task = task or _agreed("task", {m.task for m in held if m.task})
     labels = next((m.labels for m in held if m.labels), ())
     options: dict[str, Any] = {"quantize": quantize, "precision": precision, "max_length": max_length}

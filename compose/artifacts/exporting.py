@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 import compose
 from compose.artifacts import probes
+from compose.base.at_hand import at_hand
 from compose.base.loading import quiet
 from compose.base.model import load_base, name_of
 from compose.base.quantization import held_as, quantized_layers
@@ -70,7 +71,7 @@ class Request:
         made_for = self.artifact.manifest.base
         if self.base is None and made_for is None:
             raise UsageError(f"{self.artifact.ref} does not say which base it is for", hint="give --base BASE")
-        return self.base or made_for.repo  # type: ignore[union-attr]
+        return self.base or at_hand(made_for)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -5,50 +5,51 @@ The base is built without weights from its config, where that is on this machine
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
-from compose.base.fingerprint import config_digest
-from compose.base.location import Location, locate
+from compose.base.at_hand import config_at_hand
 from hub.errors import GateError, HubError
-from hub.manifest import BaseIdentity, Manifest
+from hub.manifest import Manifest
 
 __all__ = ["gate"]
 
+_UNTRIED = "give its base (--base DIR, or hf download it), or publish it untried: --no-trial"
 
-def gate(directory: Path, manifest: Manifest) -> Iterable[str]:
-    """Try an adapter directory on the shapes of its base; see `hub.contents.checks.Gate`.
+
+def gate(directory: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Try an adapter directory on the shapes of its base; see `hub.gate.Gate`.
 
     Raises
     ------
     GateError
-        A kind, a field or a tensor that the base has no place for, by name.
+        A kind, a field or a tensor that the base has no place for, by name; or the trial cannot be made, and why.
     """
-    where = _at_hand(manifest.base) if manifest.type in ("adapter", "merge") and manifest.base else None
-    if where is None:
+    if manifest.type not in ("adapter", "merge"):
         return ()
+    if manifest.base is None:
+        raise _untried(manifest, "its manifest does not say which base it is for")
+    where = config_at_hand(manifest.base)
+    if where is None:
+        raise _untried(manifest, f"its base {manifest.base.repo} is not on this machine, as far as is known here")
     from compose.inspection.fake_base import Outline  # torch comes with it
     from compose.planning.members import Held
 
     try:
         outline = Outline(where.directory, task=manifest.task, labels=manifest.labels or None)
-    except HubError:  # a base that this version of transformers does not know: nothing can be said
-        return ()
+    except HubError as error:
+        raise _untried(manifest, f"its base {manifest.base.repo} cannot be built here ({error.message})") from error
     try:
         outline.put(manifest.name, Held(str(manifest.ref), manifest, directory, manifest))
     except HubError as error:
-        name = f"{manifest.base.repo} has no place for {manifest.ref}" if manifest.base else str(manifest.ref)
         raise GateError(
-            f"{name}: {error.message}", ref=manifest.ref, hint=error.hint or "give its true --base"
+            f"{manifest.base.repo} has no place for {manifest.ref}: {error.message}",
+            ref=manifest.ref,
+            hint=error.hint or "give its true --base",
         ) from error
     return ()
 
 
-def _at_hand(base: BaseIdentity) -> Location | None:
-    """Where the config of a base is on this machine; None where it is not, or is another one's."""
-    name = base.repo if base.revision is None or base.repo.startswith("builtin:") else f"{base.repo}@{base.revision}"
-    try:
-        where = locate(name, offline=True, files=("config.json",))
-        return where if config_digest(where.directory) == base.config_digest else None
-    except HubError:
-        return None
+def _untried(manifest: Manifest, why: str) -> GateError:
+    return GateError(
+        f"whether every tensor of {manifest.ref} has its place cannot be tried: {why}", ref=manifest.ref, hint=_UNTRIED
+    )

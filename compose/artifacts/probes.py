@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compose.base.at_hand import at_hand
 from compose.base.quantization import held_as
 from compose.expr.tree import Ref
 from compose.formats.directory import read_adapter
@@ -153,7 +154,7 @@ def check(
     artifact = (store or Store()).get(ref)
     probes = _read(artifact)
     facts = artifact.manifest
-    where = base or (facts.base.repo if facts.base else None)
+    where = base or (at_hand(facts.base) if facts.base else None)
     if where is None:
         raise NotFound(f"{artifact.ref} names no base to run on", ref=artifact.ref, hint="give --base BASE")
     made = facts.trained_on

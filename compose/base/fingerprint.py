@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compose.base.location import Location, weight_files
+from compose.base.location import BUILTIN, Location, weight_files
 from hub.contents.tensor_files import TensorInfo, read_header
 from hub.errors import GateError, IntegrityError, ManifestError
 from hub.io.canonical_json import digest, dumps, loads
 from hub.io.files import CHUNK, atomic_write, read_capped, sha256_file
 from hub.manifest import BaseIdentity, weights_fingerprint
+from hub.project.known_bases import KnownBases
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ class Print:
 
 
 def directory_identity(where: Location) -> BaseIdentity:
-    """Identity of a base on disk.
+    """Identity of a base on disk; where a plain directory lies is remembered (`hub.project.known_bases`).
 
     Raises
     ------
@@ -54,7 +55,7 @@ def directory_identity(where: Location) -> BaseIdentity:
     """
     config = _json(where.directory / "config.json")
     architectures = config.get("architectures") or []
-    return _identity(
+    identity = _identity(
         _file_prints(weight_files(where.directory)),
         config,
         [str(name) for name in architectures],
@@ -62,6 +63,9 @@ def directory_identity(where: Location) -> BaseIdentity:
         revision=where.revision,
         directory=where.directory,
     )
+    if where.revision is None and not where.name.startswith(BUILTIN):  # the others are found by their names
+        KnownBases().remember(identity.weights_fingerprint, where.directory)
+    return identity
 
 
 def model_identity(model: PreTrainedModel, *, repo: str) -> BaseIdentity:

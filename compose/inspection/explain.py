@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compose.algebra import parse
 from compose.algebra.carets import point
+from compose.base.at_hand import at_hand
 from compose.base.compatibility import BaseWarning, Rung, compare
 from compose.expr.tree import Call, Expr, Ref
 from compose.function import bind
@@ -262,7 +263,7 @@ def base_of(made: Plan, shelf: Shelf) -> str:
         No adapter says which.
     """
     if made.base is not None:
-        return f"{made.base.repo}@{made.base.revision}" if made.base.revision else made.base.repo
+        return at_hand(made.base)
     named = (shelf.find(text).config.get("base_model_name_or_path") for text in made.leaves)
     found = next((str(name) for name in named if name), None)
     if found is None:

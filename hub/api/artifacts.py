@@ -27,6 +27,7 @@ def push(
     tag: str | None = None,
     repack: bool = False,
     bump: str | None = None,
+    trial: bool = True,
     requires: bool = True,
     jobs: int | None = None,
     store: Store | None = None,
@@ -48,6 +49,8 @@ def push(
         Measure the files of the directory again, keeping the facts of its ``module.json`` that are not given anew.
     bump
         ``auto``, ``major``, ``minor`` or ``patch``: the next version, instead of a given one. Implies ``repack``.
+    trial
+        Try a directory on its base, which must be on this machine: does every tensor have its place there?
     requires
         Whether the artifacts it requires are sent as well.
     jobs
@@ -62,14 +65,15 @@ def push(
     UsageError
         A fact is missing, or has no place; a published artifact with nothing to do.
     GateError, IntegrityError, Conflict
-        What must not be published; a version that exists with other content. Nothing is published then.
+        What must not be published, or could not be tried on its base; a version that exists with other content. Nothing
+        is published then.
     """
     from hub.store import Store
 
     store, directory = store or Store(), Path(target).expanduser()
     remote = open_place(to)
     if directory.is_dir():
-        artifact = _from_directory(store, directory, facts, repack, bump, remote, say)
+        artifact = _from_directory(store, directory, facts, repack, bump, remote, trial, say)
         ref = str(artifact.ref)
     else:
         ref = str(target)
@@ -90,13 +94,14 @@ def _from_directory(
     repack: bool,
     bump: str | None,
     remote: Remote | None,
+    trial: bool,
     say: Say,
 ) -> Artifact:
     from hub.api.publish import publish, publish_next
 
     if bump is not None:
-        return publish_next(store, directory, facts, bump=bump, remote=remote, say=say)
-    return publish(store, directory, facts, repack=repack)
+        return publish_next(store, directory, facts, bump=bump, remote=remote, trial=trial, say=say)
+    return publish(store, directory, facts, repack=repack, trial=trial)
 
 
 def _from_store(store: Store, ref: str, something_to_do: bool, facts: bool) -> Artifact:

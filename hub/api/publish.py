@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from hub.store import Store
 
 
-def publish(store: Store, directory: Path, facts: Mapping[str, Any], *, repack: bool = False) -> Artifact:
+def publish(
+    store: Store, directory: Path, facts: Mapping[str, Any], *, repack: bool = False, trial: bool = True
+) -> Artifact:
     """Publish a directory; without ``module.json`` from ``facts`` and what its config says.
 
     Parameters
@@ -32,31 +34,55 @@ def publish(store: Store, directory: Path, facts: Mapping[str, Any], *, repack: 
         Fields of `hub.manifest.Draft`; ``base`` may also be what `hub.push` takes.
     repack
         Measure the files again, keeping the facts of ``module.json`` that ``facts`` do not change.
+    trial
+        Whether the gates that need the base run: they refuse where it is not on this machine.
 
     Raises
     ------
     UsageError
-        A fact is missing; or facts for a directory whose ``module.json`` states them, without ``repack``.
+        A fact is missing; or other facts than those that ``module.json`` states, without ``repack``.
     GateError, IntegrityError, Conflict
-        What must not be published; a version that exists with other content.
+        What must not be published, or could not be tried; a version that exists with other content.
     """
     if not (directory / MANIFEST_NAME).exists():
-        pack(directory, _draft(directory, facts), on_base=True)
+        pack(directory, _draft(directory, facts), on_base=trial)
     elif repack:
-        pack(directory, _draft_again(directory, facts), on_base=True)
-    elif facts:
-        raise UsageError(
-            f"{directory} has a {MANIFEST_NAME}, which states its facts", hint="add --repack to change them"
-        )
+        pack(directory, _draft_again(directory, facts), on_base=trial)
     else:
         manifest = read_manifest(directory)
-        for warning in run_gates(directory, manifest, on_base=True):
+        _refuse_other_facts(directory, manifest, _with_identity(facts))
+        for warning in run_gates(directory, manifest, on_base=trial):
             warn(f"{manifest.ref}: {warning}")
     return store.put(directory)
 
 
+def _refuse_other_facts(directory: Path, manifest: Manifest, facts: Mapping[str, Any]) -> None:
+    """Facts beside a ``module.json`` must be its own; so is the base, given to say where on this machine it is."""
+    stated = manifest.draft()
+    changed = [name for name, value in facts.items() if getattr(stated, name, None) != value]
+    if "base" in changed and stated.base is not None:
+        given = facts["base"]
+        if (
+            given.weights_fingerprint == stated.base.weights_fingerprint
+            and given.config_digest == stated.base.config_digest
+        ):
+            changed.remove("base")  # the same weights under another name
+    if changed:
+        raise UsageError(
+            f"{directory} has a {MANIFEST_NAME}, which states its facts, and not this {' and '.join(changed)}",
+            hint="add --repack to change them",
+        )
+
+
 def publish_next(
-    store: Store, directory: Path, facts: Mapping[str, Any], *, bump: str, remote: Remote | None, say: Say
+    store: Store,
+    directory: Path,
+    facts: Mapping[str, Any],
+    *,
+    bump: str,
+    remote: Remote | None,
+    say: Say,
+    trial: bool = True,
 ) -> Artifact:
     """Publish a directory under the version that follows from what changed since the last one, here or at a remote.
 
@@ -66,6 +92,8 @@ def publish_next(
         ``auto`` computes from the change what is raised; ``major``, ``minor`` and ``patch`` say it.
     say
         Told which version was chosen, and why.
+    trial
+        As for `publish`.
     """
     if "version" in facts:
         raise UsageError("give either --version or --bump")
@@ -83,7 +111,7 @@ def publish_next(
         why = f" ({', '.join(change.reasons)})" if change.reasons else ""
         say(f"{before.ref} -> {version}: {change.level}{why}")
         draft = draft.model_copy(update={"version": version})
-    pack(directory, draft, on_base=True)
+    pack(directory, draft, on_base=trial)
     return store.put(directory)
 
 

@@ -31,6 +31,11 @@ from hub.commands._output import json_option, print_json, say, summary
     type=click.Choice(["auto", "major", "minor", "patch"]),
     help="The next version: computed from what changed (auto), or raised by this much. Implies --repack.",
 )
+@click.option(
+    "--trial/--no-trial",
+    default=True,
+    help="Try it on its base first (the default): every tensor must have its place there.",
+)
 @click.option("--tag", help="Let this alias stand for it.")
 @click.option("--requires/--no-requires", default=True, help="Send what it requires as well (the default).")
 @jobs_option
@@ -52,8 +57,9 @@ def push(
     hub push ./tone --bump auto --to team               (the next version, to a named remote)
     hub push acme/tone@1.0.0 --to s3://bucket/adapters  (from the store to a remote)
 
-    A directory is checked first: no pickles, no links, no NaN, all tensors as its manifest says. Versions are
-    immutable: the same content again is a no-op, other content under a published version is refused.
+    A directory is checked first: no pickles, no links, no NaN, all tensors as its manifest says, each with its place on
+    the base. Where the base is not on this machine that cannot be tried: give its --base, or publish with --no-trial.
+    Versions are immutable: the same content again is a no-op, other content under a published version is refused.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     import hub
     from hub.console.progress import bars

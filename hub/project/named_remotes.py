@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from hub.errors import Conflict, HubError, NotFound, StoreError, UsageError, suggest
-from hub.io import canonical_json as canonical
-from hub.io.disk import disk_errors
-from hub.io.files import atomic_write, read_capped
+from hub.errors import Conflict, NotFound, UsageError, suggest
+from hub.project.json_map import JsonMap
 from hub.remotes.base import Remote, from_url
 from hub.store import default_root
 
@@ -28,20 +23,17 @@ class Remotes:
     """
 
     def __init__(self, home: Path | None = None) -> None:
-        self.path = (home or default_root()) / "remotes.json"
+        mend = "mend or remove the file, then add the remotes again"
+        self._table = JsonMap((home or default_root()) / "remotes.json", holds="names to URLs", mend=mend)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._table.path
 
     def all(self) -> dict[str, str]:
         """Name -> URL, sorted by name. Raises StoreError where the file is not what this class writes."""
-        if not self.path.exists():
-            return {}
-        try:
-            urls = canonical.loads(read_capped(self.path, 2**20), what=str(self.path))
-            if not isinstance(urls, dict) or not all(isinstance(url, str) for url in urls.values()):
-                raise StoreError(f"{self.path} does not map names to URLs", path=self.path)
-        except HubError as error:
-            hint = "mend or remove the file, then add the remotes again"
-            raise StoreError(error.message, path=self.path, hint=hint) from error
-        return dict(sorted(urls.items()))
+        return self._table.read()
 
     def add(self, name: str, url: str, *, replace: bool = False) -> str:
         """Give a URL a name; returns the URL as it is kept (a path is made absolute).
@@ -59,7 +51,7 @@ class Remotes:
             )
         from_url(url)
         address = url if "://" in url else str(Path(url).expanduser().absolute())
-        with self._changing() as urls:
+        with self._table.changing() as urls:
             if urls.get(name, address) != address and not replace:
                 raise Conflict(
                     f"the remote {name} is {urls[name]}", hint=f"hub remote add {name} {address} --replace moves it"
@@ -69,7 +61,7 @@ class Remotes:
 
     def remove(self, name: str) -> str:
         """Forget a name; returns its URL. What is there stays there. Raises NotFound."""
-        with self._changing() as urls:
+        with self._table.changing() as urls:
             if name not in urls:
                 raise _unknown(name, urls)
             return urls.pop(name)
@@ -92,18 +84,6 @@ class Remotes:
     def open(self, text: str) -> Remote:
         """Remote of a name, a URL or a path."""
         return from_url(self.url(text))
-
-    @contextmanager
-    def _changing(self) -> Iterator[dict[str, str]]:
-        """Read, change and write under a lock, so that two of us do not undo each other."""
-        from filelock import FileLock
-
-        with disk_errors(self.path.parent):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_name(".remotes.lock"), timeout=30):
-                urls = self.all()
-                yield urls
-                atomic_write(self.path, json.dumps(urls, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _unknown(name: str, known: dict[str, str]) -> NotFound:

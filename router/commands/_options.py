@@ -44,10 +44,11 @@ def text_options(function: FunctionT) -> FunctionT:
 def load_with_members(members: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
     """The base with artifacts resident under their names, and its tokenizer; `given` holds the `base_options`."""
     import compose
+    from compose.base.at_hand import at_hand
     from hub.errors import UsageError
 
     facts = [artifact.manifest for artifact in members.values()]
-    base = given["base"] or next((m.base.repo for m in facts if m.base is not None), None)
+    base = given["base"] or next((at_hand(m.base) for m in facts if m.base is not None), None)
     if base is None:
         raise UsageError("nothing says which base the members were made for", hint="--base BASE")
     tasks = {m.task for m in facts if m.task}

@@ -100,13 +100,14 @@ def _options(given: dict[str, Any]) -> Options:
 def _base_of(text: str) -> str:
     """The base that the first adapter of an expression was made for."""
     from compose.algebra import parse
+    from compose.base.at_hand import at_hand
     from compose.planning.unfold import unfold
     from hub.errors import UsageError
     from hub.store import Store
 
     store = Store()
     _, leaves = unfold(parse(text), lambda ref: store.get(ref).manifest)
-    found = next((leaf.base.repo for leaf in leaves.values() if leaf.base is not None), None)
+    found = next((at_hand(leaf.base) for leaf in leaves.values() if leaf.base is not None), None)
     if found is None:
         raise UsageError(f"{text} does not say which base it was made for", hint="--base BASE")
     return found

@@ -30,24 +30,24 @@ def data(*arguments: str):
 @pytest.fixture
 def pushed(packed) -> Path:
     """HUB_HOME holds acme/tone 1.0.0 and 1.1.0; gives the directory of the latter."""
-    ok("push", str(packed("acme/tone@1.0.0", task="chat")[0]))
+    ok("push", "--no-trial", str(packed("acme/tone@1.0.0", task="chat")[0]))
     directory, _ = packed("acme/tone@1.1.0", seed=1)
-    ok("push", str(directory))
+    ok("push", "--no-trial", str(directory))
     return directory
 
 
 def test_push_a_directory(hub_home: Path, packed) -> None:
     directory, manifest = packed()
-    found = data("push", str(directory), "--tag", "prod")
+    found = data("push", "--no-trial", str(directory), "--tag", "prod")
     assert found["ref"] == "acme/tone@1.0.0"
     assert found["digest"] == manifest.digest
     assert found["aliases"] == ["prod"]
     assert Store(hub_home).verify() == []
-    assert data("push", str(directory))["digest"] == manifest.digest
+    assert data("push", "--no-trial", str(directory))["digest"] == manifest.digest
 
 
 def test_data_on_stdout_chatter_on_stderr(packed) -> None:
-    result = ok("push", str(packed()[0]))
+    result = ok("push", "--no-trial", str(packed()[0]))
     assert result.stdout == ""
     assert "acme/tone@1.0.0" in result.stderr
     assert ok("list").stdout.splitlines()[1].split()[:2] == ["acme/tone", "1.0.0"]
@@ -55,13 +55,13 @@ def test_data_on_stdout_chatter_on_stderr(packed) -> None:
 
 def test_push_a_foreign_directory_with_facts(hub_home: Path, files, base_identity, tmp_path: Path) -> None:
     directory = files()
-    result = run("push", str(directory))
+    result = run("push", "--no-trial", str(directory))
     assert result.exit_code == 2
     assert "--name, --version, --base" in result.stderr  # the kind is in its PEFT config
     assert not (directory / "module.json").exists()
     (tmp_path / "base.json").write_text(base_identity.model_dump_json())
     facts = ["--name", "acme/tone", "--version", "1.0", "--base", str(tmp_path / "base.json"), "--license", "MIT"]
-    ok("push", str(directory), *facts, "--label", "yes", "--label", "no", "--summary", "A tone")
+    ok("push", "--no-trial", str(directory), *facts, "--label", "yes", "--label", "no", "--summary", "A tone")
     manifest = Store(hub_home).get("acme/tone").manifest
     assert manifest.kind == "lora"
     assert manifest.labels == ("yes", "no")
@@ -92,7 +92,7 @@ def test_no_path_of_this_machine_is_published(
     (tmp_path / "models" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.json").write_text(base_identity.model_dump_json())
-    ok("push", str(directory), "--name", "acme/tone", "--version", "1.0", "--base", "base.json")
+    ok("push", "--no-trial", str(directory), "--name", "acme/tone", "--version", "1.0", "--base", "base.json")
     assert Store(hub_home).get("acme/tone").manifest.hyperparameters.get("base_model_name_or_path") == kept
 
 
@@ -106,21 +106,21 @@ def test_list_and_search_take_the_same_filters() -> None:
 
 def test_repack(packed) -> None:
     directory, _ = packed()
-    ok("push", str(directory))
+    ok("push", "--no-trial", str(directory))
     (directory / "README.md").write_text("better")
-    result = run("push", str(directory))
+    result = run("push", "--no-trial", str(directory))
     assert result.exit_code == 1
     assert "README.md is not the file that was packed" in result.stderr
     assert "--repack" in result.stderr
-    assert run("push", str(directory), "--repack").exit_code == 1  # 1.0.0 is published
-    assert run("push", str(directory), "--version", "1.1").exit_code == 2  # facts need --repack
-    assert data("push", str(directory), "--repack", "--version", "1.1")["version"] == "1.1"
+    assert run("push", "--no-trial", str(directory), "--repack").exit_code == 1  # 1.0.0 is published
+    assert run("push", "--no-trial", str(directory), "--version", "1.1").exit_code == 2  # facts need --repack
+    assert data("push", "--no-trial", str(directory), "--repack", "--version", "1.1")["version"] == "1.1"
 
 
 def test_push_to_and_pull_from(pushed: Path, tmp_path: Path, monkeypatch) -> None:
     remote = str(tmp_path / "share")
     assert data("push", "acme/tone@1.0.0", "--to", remote)["to"] == remote
-    ok("push", str(pushed), "--to", remote)  # a directory: into the store, and on to the remote
+    ok("push", "--no-trial", str(pushed), "--to", remote)  # a directory: into the store, and on to the remote
     monkeypatch.setenv("HUB_HOME", str(tmp_path / "other"))
     out = tmp_path / "out"
     found = data("pull", "acme/tone>=1,<1.1", "--from", remote, "--out", str(out))
@@ -159,7 +159,7 @@ def test_list_of_an_empty_store(hub_home: Path) -> None:
 def test_show(pushed: Path, packed) -> None:
     metric = {"dataset": "sst2", "metric": "accuracy", "value": 0.912, "sd": 0.01, "n": 872, "seeds": (1, 2)}
     directory, manifest = packed("acme/full@1.0", metrics=(metric,), summary="Speaks calmly.", labels=("a", "b"))
-    ok("push", str(directory))
+    ok("push", "--no-trial", str(directory))
     text = ok("show", "acme/full", "--tensors").stdout
     for word in ("acme/full@1.0", "Speaks calmly.", manifest.digest, "a, b", "0.912 ± 0.01", "872", "lora_A.weight"):
         assert word in text
@@ -217,7 +217,7 @@ def test_warnings_are_shown(files, base_identity, tmp_path: Path) -> None:
     tensors = {"x.lora_A.weight": np.ones((2, 2), np.float32), "x.lora_B.weight": np.zeros((2, 2), np.float32)}
     (tmp_path / "base.json").write_text(base_identity.model_dump_json())
     facts = ["--name", "zero", "--version", "1.0", "--base", str(tmp_path / "base.json")]
-    result = ok("push", str(files(tensors=tensors)), *facts)
+    result = ok("push", "--no-trial", str(files(tensors=tensors)), *facts)
     assert "warning: local/zero@1.0: every lora_B is all zero" in result.stderr
     assert "lora_B is all zero" in ok("show", "zero").stdout
 
@@ -254,7 +254,7 @@ def test_exit_codes_of_the_real_process(hub_home: Path, packed) -> None:
         command = [sys.executable, "-m", "hub", *arguments]
         return subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
 
-    done = hub("push", str(packed()[0]), "--json")
+    done = hub("push", "--no-trial", str(packed()[0]), "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["ref"] == "acme/tone@1.0.0"
     failed = hub("show", "acme/tonne")

@@ -132,9 +132,14 @@ def test_what_is_sound_passes_the_same_gates(sound: Path, cli) -> None:
 
 
 def test_a_base_that_is_not_at_hand_is_not_guessed(sound: Path, cli, stock, tmp_path: Path) -> None:
-    """The gate can only look at a base it has: of another config under the same name it says nothing."""
+    """A base that cannot be tried is no base that was tried: refused, unless the trial is left out by name."""
     directory = shutil.copytree(sound, tmp_path / "a")
     tensors(lambda t: {k: v for k, v in t.items() if ".layers.1." not in k})(directory)
     base = {**stock.base.model_dump(), "config_digest": "sha256:" + "0" * 64}
     pack(directory, Draft(name="acme/other", version="1.0.0", kind="lora", base=base))
-    assert cli("push", str(directory)).exit_code == 0
+    result = cli("push", str(directory))
+    assert result.exit_code == 1
+    assert "cannot be tried: its base builtin:tiny-lm is not on this machine" in result.stderr
+    assert "--no-trial" in result.stderr
+    assert Store().names() == []
+    assert cli("push", str(directory), "--no-trial").exit_code == 0

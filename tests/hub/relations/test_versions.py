@@ -185,21 +185,24 @@ def test_push_with_a_computed_bump(files, packed, tmp_path: Path, hub_home: Path
     directory, place = files(), str(tmp_path / "remote")
     (tmp_path / "base.json").write_text(base_identity.model_dump_json())
     facts = ["--name", "acme/tone", "--base", str(tmp_path / "base.json")]
-    assert data("push", str(directory), "--bump", "auto", "--to", place, *facts)["version"] == "1.0.0"
-    result = run("push", str(directory), "--bump", "auto", "--to", place)
+    assert data("push", "--no-trial", str(directory), "--bump", "auto", "--to", place, *facts)["version"] == "1.0.0"
+    result = run("push", "--no-trial", str(directory), "--bump", "auto", "--to", place)
     assert "nothing changed since acme/tone@1.0.0" in result.stderr
     (directory / "README.md").write_text("# better\n")
-    assert data("push", str(directory), "--bump", "auto")["version"] == "1.0.1"
+    assert data("push", "--no-trial", str(directory), "--bump", "auto")["version"] == "1.0.1"
     (directory / "adapter_config.json").write_text('{"lora_alpha": 16, "peft_type": "LORA", "r": 4}')
-    result = run("push", str(directory), "--bump", "auto", "--to", place)
+    result = run("push", "--no-trial", str(directory), "--bump", "auto", "--to", place)
     assert "acme/tone@1.0.1 -> 1.1.0: minor (config)" in result.stderr
-    assert data("push", str(directory), "--bump", "auto", "--label", "a", "--label", "b")["version"] == "2.0.0"
-    assert run("push", str(directory), "--bump", "auto", "--version", "9.0").exit_code == 2
+    assert (
+        data("push", "--no-trial", str(directory), "--bump", "auto", "--label", "a", "--label", "b")["version"]
+        == "2.0.0"
+    )
+    assert run("push", "--no-trial", str(directory), "--bump", "auto", "--version", "9.0").exit_code == 2
     assert run("push", "acme/tone", "--bump", "auto").exit_code == 2
     # A number that is dead here, or taken there, is passed over.
     Store(hub_home).delete("acme/tone@2.0.0", "wrong")
     (directory / "README.md").write_text("# third\n")
-    assert data("push", str(directory), "--bump", "patch")["version"] == "2.0.1"
+    assert data("push", "--no-trial", str(directory), "--bump", "patch")["version"] == "2.0.1"
     fresh = Store(tmp_path / "fresh")
     assert [release.version for release in from_url(place).catalogue("acme/tone").releases] == ["1.0.0", "1.1.0"]
     assert pull(fresh, from_url(place), "acme/tone").ref.version == "1.1.0"
@@ -209,6 +212,12 @@ def test_a_bump_knows_what_the_remote_has(packed, store: Store, tmp_path: Path, 
     directory, _ = packed("acme/tone@4.2.0")
     store.put(directory)
     push(store, from_url(str(tmp_path / "remote")), "acme/tone")
-    assert data("push", str(directory), "--bump", "auto", "--to", str(tmp_path / "remote"))["version"] == "4.2.0"
+    assert (
+        data("push", "--no-trial", str(directory), "--bump", "auto", "--to", str(tmp_path / "remote"))["version"]
+        == "4.2.0"
+    )
     (directory / "README.md").write_text("# better\n")
-    assert data("push", str(directory), "--bump", "auto", "--to", str(tmp_path / "remote"))["version"] == "4.2.1"
+    assert (
+        data("push", "--no-trial", str(directory), "--bump", "auto", "--to", str(tmp_path / "remote"))["version"]
+        == "4.2.1"
+    )
