@@ -21,7 +21,7 @@ from compose.base.model import identity_of, load_base, name_of, tokenizer_of
 from compose.base.quantization import held_as
 from compose.expr.tree import Expr
 from compose.runtime.model_runtime import runtime
-from router.engine.heads import Heads
+from router.engine.row_heads import Heads
 from router.ensemble.experts import context_of
 
 

@@ -18,12 +18,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hub.errors import HubError
 from router.engine.detokenize import Detokenizer
-from router.engine.heads import blend, heads_of, pick
 from router.engine.host import Host
 from router.engine.kv_cache import Continued, Read, answer
 from router.engine.mixture import Mixture
 from router.engine.prepare import Prepared
 from router.engine.request import Piece, Result, Token
+from router.engine.row_heads import blend, heads_of, pick
 from router.engine.sampling import Draw, best_tokens, choose
 
 
