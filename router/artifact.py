@@ -66,7 +66,7 @@ class RouterFile(BaseModel):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredRouter:
     """A router with the artifacts it chooses among.
 
     Attributes
@@ -98,7 +98,7 @@ def members_of(texts: Sequence[str], shelf: Shelf) -> dict[str, Held]:
     NotFound, BaseMismatch
         A member that is not here or was yanked, or members of different bases or tokenizers.
     """
-    found: dict[str, Held] = {}
+    members: dict[str, Held] = {}
     for text in texts:
         name, equals, ref = text.partition("=") if _is_named(text) else ("", "", text)
         held = shelf.find(ref)
@@ -106,13 +106,13 @@ def members_of(texts: Sequence[str], shelf: Shelf) -> dict[str, Held]:
             what = "a directory" if held.manifest is None else f"a {held.manifest.type}"
             raise UsageError(f"{ref} is {what}, and a router chooses among published adapters", hint="hub push DIR")
         name = name if equals else AdapterRef.parse(held.ref).name
-        if name in found:
+        if name in members:
             raise UsageError(f"two members are called {name!r}", hint=f"name one of them: other={ref}")
-        found[name] = held
-    if not found:
+        members[name] = held
+    if not members:
         raise UsageError("a router needs at least one member", hint="hub route fit MEMBERS... --method METHOD")
-    _check_alike(found, shelf)
-    return found
+    _check_alike(members, shelf)
+    return members
 
 
 def _is_named(text: str) -> bool:
@@ -192,8 +192,8 @@ def _write(out: Path, router: Router, members: Mapping[str, Held], words: Mappin
     names = list(router.experts)
     listed = tuple(MemberFile(name=n, ref=members[n].ref, digest=str(members[n].digest)) for n in names)
     gating = _gating(router.gating)
-    found = RouterFile(method=router.scorer.name, options=router.scorer.shown_options, members=listed, **gating)
-    (out / CONFIG).write_text(found.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8")
+    config = RouterFile(method=router.scorer.name, options=router.scorer.shown_options, members=listed, **gating)
+    (out / CONFIG).write_text(config.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8")
     places = {SHARED: SHARED, **{name: str(i) for i, name in enumerate(names)}}
     tensors = {
         f"{places[name]}/{key}": value.detach().cpu().contiguous()
@@ -233,7 +233,7 @@ def _card(draft: Draft, members: Mapping[str, Held]) -> str:
     )
 
 
-def load(ref: str | AdapterRef, store: Store | None = None) -> Stored:
+def load(ref: str | AdapterRef, store: Store | None = None) -> StoredRouter:
     """Read a router of the store and find its members.
 
     Raises
@@ -251,30 +251,30 @@ def load(ref: str | AdapterRef, store: Store | None = None) -> Stored:
         what = artifact.manifest.type
         raise UsageError(f"{artifact.ref} is of type {what}, no router", hint="hub list --type router")
     try:
-        found = RouterFile.model_validate_json(artifact.read(CONFIG))
+        config = RouterFile.model_validate_json(artifact.read(CONFIG))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise IntegrityError(f"{artifact.ref}: {CONFIG}, {place}: {first['msg']}", ref=artifact.ref) from None
-    artifacts = {member.name: _member(member, artifact, store) for member in found.members}
-    if len(artifacts) < len(found.members):
+    artifacts = {member.name: _member(member, artifact, store) for member in config.members}
+    if len(artifacts) < len(config.members):
         raise IntegrityError(f"{artifact.ref}: two members have one name", ref=artifact.ref)
-    scorer = make_scorer(found.method, found.options)
-    gating = Gating(found.top_k, found.threshold, found.temperature)
+    scorer = make_scorer(config.method, config.options)
+    gating = Gating(config.top_k, config.threshold, config.temperature)
     statistics = _statistics(artifact, list(artifacts))
     for name, known in statistics.items():
         if missing := [key for key in scorer.wanted(name) if key not in known]:
             raise IntegrityError(
-                f"{artifact.ref}: {STATISTICS} lacks {', '.join(missing)} of {name!r}, which {found.method} needs",
+                f"{artifact.ref}: {STATISTICS} lacks {', '.join(missing)} of {name!r}, which {config.method} needs",
                 ref=artifact.ref,
                 hint="fit it again: hub route fit",
             )
     _check_widths(artifact, statistics)
-    if found.top_k is not None and found.top_k > len(artifacts):
-        told = f"{CONFIG} keeps {found.top_k} of {len(artifacts)} members"
+    if config.top_k is not None and config.top_k > len(artifacts):
+        told = f"{CONFIG} keeps {config.top_k} of {len(artifacts)} members"
         raise IntegrityError(f"{artifact.ref}: {told}", ref=artifact.ref, hint="fit it again: hub route fit")
     router = Router(scorer, {name: Ref(name) for name in artifacts}, statistics, gating)
-    return Stored(router, artifacts, artifact.manifest.base, artifact.manifest)
+    return StoredRouter(router, artifacts, artifact.manifest.base, artifact.manifest)
 
 
 def _check_widths(artifact: Artifact, statistics: Mapping[str, Statistics]) -> None:
@@ -293,7 +293,7 @@ def _check_widths(artifact: Artifact, statistics: Mapping[str, Statistics]) -> N
 def _member(member: MemberFile, router: Artifact, store: Store) -> Artifact:
     pinned = AdapterRef.parse(AdapterRef.parse(member.ref).id).at(digest=member.digest)
     try:
-        found = store.get(pinned)
+        artifact = store.get(pinned)
     except NotFound as error:
         raise NotFound(
             f"router {router.ref} chooses among others {member.ref} ({member.digest[:19]}...), which is not here",
@@ -301,20 +301,20 @@ def _member(member: MemberFile, router: Artifact, store: Store) -> Artifact:
             digest=member.digest,
             hint=f"bring it with the router: hub pull {router.ref} --from URL|PATH",
         ) from error
-    _refuse_yanked(found)
-    return found
+    _refuse_yanked(artifact)
+    return artifact
 
 
 def _statistics(artifact: Artifact, names: Sequence[str]) -> dict[str, Statistics]:
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    statistics: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     if STATISTICS not in artifact.files:
-        return dict(found)
+        return dict(statistics)
     for key, value in load_file(artifact.file(STATISTICS)).items():
         place, _, rest = key.partition("/")
         if place == SHARED:
-            found.setdefault(SHARED, {})[rest] = value
+            statistics.setdefault(SHARED, {})[rest] = value
         elif place.isdigit() and int(place) < len(names) and rest:
-            found[names[int(place)]][rest] = value
+            statistics[names[int(place)]][rest] = value
         else:
             raise IntegrityError(f"{artifact.ref}: {STATISTICS} holds {key!r}, which is no member's", ref=artifact.ref)
-    return dict(found)
+    return dict(statistics)

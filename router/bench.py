@@ -17,6 +17,7 @@ from compose.runtime.model_runtime import runtime
 from hub.errors import UsageError
 
 Experts: TypeAlias = Mapping[str, Expr | str]  # name of an expert -> what it is in the model
+Progress: TypeAlias = Callable[[str, int, int], None]  # what is being done, parts done, parts in all
 IGNORE = -100
 
 
@@ -63,7 +64,7 @@ Loss: TypeAlias = Callable[[PreTrainedModel, Batch, str], Tensor]
 
 
 def next_token_loss(model: PreTrainedModel, batch: Batch, _name: str) -> Tensor:
-    """Mean of -log p(x_t | x_<t) over the real tokens, in nats."""
+    """Mean of `-log p(x_t | x_<t)` over the real tokens, in nats."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
     targets = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORE)[:, 1:]
     return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
@@ -79,7 +80,7 @@ class Bench:
     rows : name of an expert -> encoded rows of its kind of text, token ids (T_i,).
     labels : name of an expert -> the classes of those rows, where the loss reads them.
     loss : what learned gates minimize; takes the model, a batch and the name of the expert it is from.
-    told : called with what is done, how many parts are done and how many there are.
+    progress : called with what is done, how many parts are done and how many there are.
     """
 
     model: PreTrainedModel
@@ -90,7 +91,7 @@ class Bench:
     pad: int = 0
     batch_size: int = 16
     seed: int = 0
-    told: Callable[[str, int, int], None] | None = None
+    progress: Progress | None = None
 
     def need_data(self) -> None:
         """Refuse experts without rows."""
@@ -115,8 +116,8 @@ class Bench:
 
     def tell(self, what: str, done: int, total: int) -> None:
         """Report progress to whoever listens."""
-        if self.told is not None:
-            self.told(what, done, total)
+        if self.progress is not None:
+            self.progress(what, done, total)
 
 
 def refuse_missing(experts: Iterable[str], rows: Mapping[str, Sequence[Any]]) -> None:
@@ -130,10 +131,10 @@ def refuse_missing(experts: Iterable[str], rows: Mapping[str, Sequence[Any]]) ->
 
 def sites_of(model: PreTrainedModel, experts: Experts) -> dict[str, int]:
     """Module paths at which some expert acts -> width of what enters there."""
-    found = runtime(model)
+    model_runtime = runtime(model)
     names = dict.fromkeys(name for expert in experts.values() for name in tree(expert).refs)
-    paths = dict.fromkeys(path for name in names for path in found.adapter(name).module_paths)
-    known = {**found.sites.sites, **found.sites.outside}
+    paths = dict.fromkeys(path for name in names for path in model_runtime.adapter(name).module_paths)
+    known = {**model_runtime.sites.sites, **model_runtime.sites.outside}
     return {path: known[path].in_features if path in known else _width(model, path) for path in paths}
 
 

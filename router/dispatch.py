@@ -11,7 +11,7 @@ from compose.expr.tree import Add, Expr, Scale
 
 
 def row_expressions(experts: Sequence[Expr | str], weights: Tensor) -> list[Expr | None]:
-    """Expression of each row, sum_e w_e e over its non-zero weights (B, E).
+    """Expression of each row, `sum_e w_e e` over its non-zero weights (B, E).
 
     A row with all its weight on one expert is that expert itself, so it computes exactly what the expert computes;
     a row of zeros is the bare base. Nothing is sorted or grouped: row b of the batch is entry b of the list.

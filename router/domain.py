@@ -20,7 +20,7 @@ from router.ensemble.experts import expert_log_probs
 def closest(
     model: PreTrainedModel, experts: Sequence[str], input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> tuple[str, Tensor]:
-    """The expert with the highest posterior over all the texts together, and log p(texts | e) of each (E,), in nats.
+    """The expert with the highest posterior over all the texts together, and `log p(texts | e)` of each (E,), in nats.
 
     Under a uniform prior that is the one with the highest likelihood; of equal ones the earlier.
     """
@@ -51,14 +51,14 @@ def new_domain(
     UsageError
         The closest expert is an expression, which has no tensors of its own.
     """
-    found = runtime(model)
-    if name in found.adapters:
+    model_runtime = runtime(model)
+    if name in model_runtime.adapters:
         raise Conflict(f"an adapter {name!r} is attached already", hint="give the new domain another name")
     nearest, _ = closest(model, experts, input_ids, attention_mask)
     what = parse(nearest)
     if not isinstance(what, Ref):
         raise UsageError(f"{nearest} is no single adapter, so nothing can be copied", hint="merge it first")
-    source = found.adapter(what.text)
+    source = model_runtime.adapter(what.text)
     adapter = compose.create(model, source.kind, source.config, name=name)
     with torch.no_grad():
         adapter.load_state({key: value.clone() for key, value in source.state().items()})

@@ -11,7 +11,7 @@ from hub.errors import UsageError
 
 
 def gate(scores: Tensor, *, top_k: int | None = None, threshold: float = 0.0, temperature: float = 1.0) -> Tensor:
-    """Weights (..., E) that sum to one in each row: softmax(scores / temperature) over the best, the rest exactly 0.
+    """Weights (..., E) that sum to one in each row: `softmax(scores / temperature)` over the best, the rest exactly 0.
 
     Parameters
     ----------
@@ -38,10 +38,12 @@ def gate(scores: Tensor, *, top_k: int | None = None, threshold: float = 0.0, te
     if not bool(torch.isfinite(best).all()):
         raise UsageError("a row has NaN scores, or none above -inf", hint="check the scorer's statistics")
     logits = scores / temperature
+    # Ruled out before the softmax, so that those kept share all the weight.
     if top_k is not None and top_k < experts:
         logits = logits.masked_fill(~_highest(scores, top_k), float("-inf"))
     weights = logits.softmax(-1)
     if threshold > 0.0:
+        # The best expert stays whatever its weight: a row is never left without any.
         light = (weights < threshold) & ~_highest(scores, 1)
         weights = weights.masked_fill(light, 0.0)
         weights = weights / weights.sum(-1, keepdim=True)

@@ -94,9 +94,9 @@ class Router:
             )
         if self.scorer.needs_data:
             replace(bench, experts={expert: bench.experts[expert]}).need_data()
-        found = self.scorer.measure(expert, bench)
+        statistics = self.scorer.measure(expert, bench)
         experts = {**self.experts, expert: bench.experts[expert]}
-        return replace(self, experts=experts, statistics={**self.statistics, expert: found})
+        return replace(self, experts=experts, statistics={**self.statistics, expert: statistics})
 
     def without(self, expert: str) -> Router:
         """The router as if it had never had this expert (of a jointly learned one the rest was trained beside it)."""
@@ -184,13 +184,13 @@ class Router:
     @contextmanager
     def routed(self, model: PreTrainedModel, batch: Batch, *, record: Recorder | None = None) -> Iterator[None]:
         """Like `activate`; afterwards what was active is active again."""
-        found = runtime(model)
-        before = found.rows, found.weights, found.routing
+        model_runtime = runtime(model)
+        before = model_runtime.rows, model_runtime.weights, model_runtime.routing
         self.activate(model, batch, record=record)
         try:
             yield
         finally:
-            found.activate(*before)
+            model_runtime.activate(*before)
 
 
 def within(gating: Gating, experts: int) -> Gating:

@@ -38,11 +38,11 @@ class Table:
         return self._made[key]
 
     def _stack(self, name: str, path: str, device: torch.device) -> Tensor | None:
-        found = {i: s[name] for i, s in enumerate(self._experts) if name in s}
-        if not found:
+        vectors = {i: s[name] for i, s in enumerate(self._experts) if name in s}
+        if not vectors:
             return None
-        self._present[path] = torch.tensor(list(found), device=device)
-        return torch.stack(list(found.values())).to(device, torch.float32)
+        self._present[path] = torch.tensor(list(vectors), device=device)
+        return torch.stack(list(vectors.values())).to(device, torch.float32)
 
     def spread(self, path: str, scores: Tensor) -> Tensor:
         """From scores of the P experts of this site (..., P) to all (..., E): -inf for those that have nothing here."""
@@ -85,9 +85,9 @@ def learn(
     Batches come from the rows of `names` in turn. AdamW without decay, a linear warm-up over the first tenth. What was
     active in the model, and whether adapters trained, is afterwards as before.
     """
-    found, model = runtime(bench.model), bench.model
-    before = found.rows, found.weights, found.routing
-    live = [a for a in found.adapters.values() if a.trainable]
+    model_runtime, model = runtime(bench.model), bench.model
+    before = model_runtime.rows, model_runtime.weights, model_runtime.routing
+    live = [a for a in model_runtime.adapters.values() if a.trainable]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     generator = torch.Generator().manual_seed(bench.seed)
     losses: list[float] = []
@@ -110,5 +110,5 @@ def learn(
     finally:
         for adapter in live:
             adapter.unfreeze()
-        found.activate(*before)
+        model_runtime.activate(*before)
     return losses

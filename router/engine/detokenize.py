@@ -21,7 +21,7 @@ class Detokenizer:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids = list(prompt[-_CONTEXT:])
         self._from, self._read = 0, len(self._ids)  # ids[from:read] are text already, and decoded along
-        self._told = 0
+        self._given = 0
         self.text = ""
         self.stopped = False
 
@@ -29,13 +29,13 @@ class Detokenizer:
         """Take the next token; returns the text that is certain now."""
         self._ids.append(token)
         self._take(whole=True)
-        return self._tell(len(self.text) - self._held())
+        return self._give(len(self.text) - self._unsure())
 
     def close(self) -> str:
         """The text that was held back."""
         if not self.stopped:
             self._take(whole=False)
-        return self._tell(len(self.text))
+        return self._give(len(self.text))
 
     def _take(self, *, whole: bool) -> None:
         before = self._decode(self._ids[self._from : self._read])
@@ -52,7 +52,7 @@ class Detokenizer:
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _held(self) -> int:
+    def _unsure(self) -> int:
         """Length of the end of the text that may yet become a stop text."""
         if self.stopped:
             return 0
@@ -60,7 +60,7 @@ class Detokenizer:
         ends = range(min(longest, len(self.text)), 0, -1)
         return next((n for n in ends if any(stop.startswith(self.text[-n:]) for stop in self._stop)), 0)
 
-    def _tell(self, end: int) -> str:
-        new = self.text[self._told : end]
-        self._told = max(self._told, end)
+    def _give(self, end: int) -> str:
+        new = self.text[self._given : end]
+        self._given = max(self._given, end)
         return new

@@ -18,11 +18,11 @@ from compose.planning.members import Source
 from hub.errors import HubError
 from hub.store import Store
 from router.engine.host import Host
-from router.engine.prepare import Prepared, prepare, with_members
+from router.engine.prepare import PreparedRow, prepare, with_members
 from router.engine.request import Request, Result
 from router.engine.residency import Residency
 from router.engine.routing import Routing
-from router.engine.running_batch import Flight, Row
+from router.engine.running_batch import RunningBatch, RunningRow
 from router.engine.schedule import batches
 from router.engine.sources import Known, Sources
 from router.engine.targets import Targets
@@ -72,7 +72,7 @@ class Engine:
         self.residency = Residency(self.host, budget=resident)
         self.rows, self.tokens = rows, tokens
 
-    def prepare(self, request: Request) -> Prepared:
+    def prepare(self, request: Request) -> PreparedRow:
         """Look up what a row names and encode it. Raises HubError for this row alone; from any thread."""
         return prepare(self.host, request, self.targets.get(request.adapter))
 
@@ -97,14 +97,14 @@ class Engine:
             if done is not None:
                 done(index, answer)
 
-        ready: dict[int, Prepared] = {}
+        ready: dict[int, PreparedRow] = {}
         for index, request in enumerate(requests):
             try:
                 ready[index] = self.prepare(request)
             except HubError as error:
                 tell(index, error)
         order = list(ready)
-        rows: list[Prepared] = []
+        rows: list[PreparedRow] = []
         for index, found in zip(ready, self.route(list(ready.values())), strict=True):
             if isinstance(found, HubError):
                 tell(index, found)
@@ -118,9 +118,9 @@ class Engine:
                 tell(order[i], answer)
         return [answers[index] for index in range(len(requests))]
 
-    def route(self, rows: Sequence[Prepared]) -> list[Prepared | HubError]:
+    def route(self, rows: Sequence[PreparedRow]) -> list[PreparedRow | HubError]:
         """Let routers choose for the rows that are open; the others come back as they are. The base must be at rest."""
-        found: list[Prepared | HubError] = list(rows)
+        routed: list[PreparedRow | HubError] = list(rows)
         waiting = [
             i for i, row in enumerate(rows) if row.open or (row.target.routing is not None and row.request.weights)
         ]
@@ -132,24 +132,28 @@ class Engine:
                 groups.setdefault(routing, []).append(i)
             for routing, members in groups.items():
                 for i, row in zip(members, self._route(routing, [rows[i] for i in members]), strict=True):
-                    found[i] = row
-        return found
+                    routed[i] = row
+        return routed
 
-    def _route(self, routing: Routing, rows: list[Prepared]) -> list[Prepared | HubError]:
+    def _route(self, routing: Routing, rows: list[PreparedRow]) -> list[PreparedRow | HubError]:
         try:
-            with self.residency.held(list(routing.members.values()) if routing.asks_members else []):
+            with self.residency.in_use(list(routing.members.values()) if routing.asks_members else []):
                 weights = routing.weigh(self.host, [row.ids for row in rows])
             if routing.by_token:
                 return [replace(row, weights=w) for row, w in zip(rows, weights, strict=True)]
             return [with_members(self.host, row, w) for row, w in zip(rows, weights, strict=True)]
         except (HubError, *BREAKDOWNS) as error:
-            return [told(error)] if len(rows) == 1 else [one for row in rows for one in self._route(routing, [row])]
+            return (
+                [as_hub_error(error)]
+                if len(rows) == 1
+                else [one for row in rows for one in self._route(routing, [row])]
+            )
 
-    def batches(self, rows: Sequence[Prepared]) -> list[list[int]]:
+    def batches(self, rows: Sequence[PreparedRow]) -> list[list[int]]:
         """Which rows are computed together, by index."""
         return batches(rows, most=self.rows, tokens=self.tokens, fits=self._fit)
 
-    def compute(self, batch: Sequence[Prepared], following: Sequence[Prepared] = ()) -> list[Answer]:
+    def compute(self, batch: Sequence[PreparedRow], following: Sequence[PreparedRow] = ()) -> list[Answer]:
         """Compute one batch while the adapters of the one that follows are read.
 
         An error belongs to the row that causes it: where the batch fails, its rows are computed one by one.
@@ -158,20 +162,20 @@ class Engine:
             return list(self._compute(batch, following))
         except (HubError, *BREAKDOWNS) as error:
             if len(batch) == 1:
-                return [told(error)]
+                return [as_hub_error(error)]
             return [answer for row in batch for answer in self.compute([row])]
 
-    def _compute(self, batch: Sequence[Prepared], following: Sequence[Prepared]) -> list[Answer]:
-        rows = [Row(prepared, self.host.tokenizer) for prepared in batch]
-        flight = Flight(self.host)
-        with self.residency.held(self.needed(batch)):
+    def _compute(self, batch: Sequence[PreparedRow], following: Sequence[PreparedRow]) -> list[Answer]:
+        rows = [RunningRow(prepared, self.host.tokenizer) for prepared in batch]
+        running = RunningBatch(self.host)
+        with self.residency.in_use(self.needed(batch)):
             self.residency.prefetch(self.needed(following))
-            flight.admit(rows)
-            while flight.rows:
-                flight.step()
+            running.admit(rows)
+            while running.rows:
+                running.step()
         return [row.answer for row in rows]
 
-    def needed(self, rows: Sequence[Prepared]) -> list[Known]:
+    def needed(self, rows: Sequence[PreparedRow]) -> list[Known]:
         """Adapters that rows use, each once."""
         return [self.sources.named(name) for name in dict.fromkeys(n for row in rows for n in row.target.names)]
 
@@ -184,6 +188,6 @@ class Engine:
         self.host.rest()
 
 
-def told(error: Exception) -> HubError:
+def as_hub_error(error: Exception) -> HubError:
     """The error as one of ours."""
     return error if isinstance(error, HubError) else HubError(f"it broke down: {type(error).__name__}: {error}")

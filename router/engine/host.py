@@ -79,16 +79,16 @@ class Host:
     def ends(self) -> frozenset[int]:
         """Tokens that end a text."""
         config = getattr(self.model, "generation_config", None)
-        found = getattr(config, "eos_token_id", None)
-        found = self.tokenizer.eos_token_id if found is None else found
-        return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+        tokens = getattr(config, "eos_token_id", None)
+        tokens = self.tokenizer.eos_token_id if tokens is None else tokens
+        return frozenset(tokens if isinstance(tokens, list) else [] if tokens is None else [tokens])
 
     @property
     def starts(self) -> list[int]:
         """Tokens that an encoder-decoder's answer begins with: they are given, and not part of the text."""
         config = self.model.generation_config
-        found = [config.decoder_start_token_id, config.forced_bos_token_id]
-        return [token for token in found if token is not None] or [self.pad]
+        tokens = [config.decoder_start_token_id, config.forced_bos_token_id]
+        return [token for token in tokens if token is not None] or [self.pad]
 
     def takes(self, **options: Any) -> dict[str, Any]:
         """Those options that the model's forward has."""

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from router.engine.host import Host
 
 
-class Continued:
+class CausalState:
     """Texts of a causal model, padded on the left, over one cache.
 
     Parameters
@@ -51,7 +51,7 @@ class Continued:
         self.cache.batch_select_indices(at)
         self.mask = self.mask[at]
 
-    def add(self, other: Continued) -> None:
+    def add(self, other: CausalState) -> None:
         """Put another's rows beside these; both end at the same place."""
         length = max(self.mask.shape[1], other.mask.shape[1])
         for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
@@ -60,7 +60,7 @@ class Continued:
         self.mask = torch.cat([F.pad(m, (length - m.shape[1], 0)) for m in (self.mask, other.mask)])
 
 
-class Answered:
+class Seq2SeqState:
     """Texts that the encoder of an encoder-decoder has read, once each, and what its decoder has said of them so far.
 
     Decoders count their places from the first token on, so rows that began at different times do not share a batch.
@@ -98,10 +98,10 @@ class Answered:
         self.states, self.mask = self.states[at], self.mask[at]
 
 
-Read: TypeAlias = Continued | Answered
+DecodingState: TypeAlias = CausalState | Seq2SeqState
 
 
-def answer(host: Host, ids: Tensor, mask: Tensor, *, prompted: bool) -> tuple[Answered, Tensor]:
+def read_by_encoder(host: Host, ids: Tensor, mask: Tensor, *, prompted: bool) -> tuple[Seq2SeqState, Tensor]:
     """Let an encoder-decoder read texts (B, S), padded on the right; logits (B, V) of each row's first token."""
     config = host.model.config
     cache = EncoderDecoderCache(*(DynamicCache(config=config.get_text_config(decoder=True)) for _ in range(2)))
@@ -109,7 +109,7 @@ def answer(host: Host, ids: Tensor, mask: Tensor, *, prompted: bool) -> tuple[An
     out: Any = host.model(
         input_ids=ids, attention_mask=mask, decoder_input_ids=start, past_key_values=cache, use_cache=True
     )
-    return Answered(cache, out.encoder_last_hidden_state, mask, prompted=prompted), out.logits[:, -1]
+    return Seq2SeqState(cache, out.encoder_last_hidden_state, mask, prompted=prompted), out.logits[:, -1]
 
 
 def _shifted(x: Tensor, length: int) -> Tensor:

@@ -40,16 +40,16 @@ class Mixture:
         UsageError
             A prior that depends on the rows before: here a row's answer depends on that row alone.
         """
-        found: Any = bind(call)
+        options: Any = bind(call)
         if call.function == "ensemble.mean":
             return cls(call.args, {"temperature": math.inf})  # the posterior stays what the uniform prior is
-        if found.prior in ("updating", "cached", "fitted"):
+        if options.prior in ("updating", "cached", "fitted"):
             raise UsageError(
-                f"the prior {found.prior!r} depends on the rows before, and rows are answered in any order",
+                f"the prior {options.prior!r} depends on the rows before, and rows are answered in any order",
                 hint='prior="uniform", or one probability per expert',
             )
-        prior = found.prior if isinstance(found.prior, str) else list(found.prior)
-        how = {"gamma": found.gamma, "temperature": found.temperature, "hedge": found.hedge}
+        prior = options.prior if isinstance(options.prior, str) else list(options.prior)
+        how = {"gamma": options.gamma, "temperature": options.temperature, "hedge": options.hedge}
         return cls(call.args, {"prior": prior, **how})
 
     @staticmethod

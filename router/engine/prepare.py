@@ -18,7 +18,7 @@ MOST = 1024  # tokens written where nothing else bounds them
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class PreparedRow:
     """One row.
 
     `expr` is what is applied to it (a router's choice is in it), `types` are the token types of a pair, `room` is how
@@ -50,7 +50,7 @@ class Prepared:
         return self.target.task == "generate"
 
 
-def prepare(host: Host, request: Request, target: Target) -> Prepared:
+def prepare(host: Host, request: Request, target: Target) -> PreparedRow:
     """Encode one row.
 
     A text to classify is cut to what its adapter was trained on; a prompt never is.
@@ -74,10 +74,10 @@ def prepare(host: Host, request: Request, target: Target) -> Prepared:
         raise HubError("the text is empty", hint="give at least one token")
     types = None if generates else types
     room = _room(host, request, target.front + len(ids)) if generates else 1
-    return Prepared(request, target, ids, types, room, target.expr, () if host.translates else ids)
+    return PreparedRow(request, target, ids, types, room, target.expr, () if host.translates else ids)
 
 
-def with_members(host: Host, row: Prepared, weights: dict[str, float]) -> Prepared:
+def with_members(host: Host, row: PreparedRow, weights: dict[str, float]) -> PreparedRow:
     """The row with the members that its router chose; it answers as the one with the largest weight does."""
     assert row.target.routing is not None  # noqa: S101 - a router has chosen
     members = row.target.routing.members

@@ -21,7 +21,7 @@ _AHEAD = 64  # adapters that are read before they are waited for, and as many by
 
 
 @dataclass
-class Counts:
+class ResidencyCounts:
     """What residency has done since it began."""
 
     hits: int = 0  # asked for and there
@@ -47,7 +47,7 @@ class Residency:
         self._coming: dict[str, tuple[int, Future[Adapter]]] = {}  # bytes, and the reading; oldest first
         self._lock = Lock()  # of what is coming: any thread may ask for it
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="moduloom-reader")
-        self.counts = Counts()
+        self.counts = ResidencyCounts()
 
     @property
     def bytes(self) -> int:
@@ -72,6 +72,7 @@ class Residency:
             with self._lock:
                 if known.name in self._bytes or known.name in self._coming:
                     continue
+                # A reading under way cannot be taken back, so only one that has ended makes room.
                 last = next((name for name in reversed(self._coming) if self._is_read(name)), None)
                 if due and last is not None and self._is_full(known.bytes):
                     del self._coming[last]
@@ -119,7 +120,7 @@ class Residency:
             self.drop(name)
 
     @contextmanager
-    def held(self, wanted: Collection[Known]) -> Iterator[None]:
+    def in_use(self, wanted: Collection[Known]) -> Iterator[None]:
         """Keep these resident for a while."""
         self.acquire(wanted)
         try:

@@ -9,7 +9,7 @@ import torch
 
 from compose.expr.tree import Ref
 from hub.store import Artifact, Store
-from router.artifact import Stored, load
+from router.artifact import load
 from router.bench import Batch
 from router.engine.host import Host
 from router.engine.sources import Known
@@ -51,7 +51,7 @@ class Routing:
 
 def routing(artifact: Artifact, store: Store, known: Mapping[str, Known]) -> Routing:
     """A stored router, its members known by their refs."""
-    stored: Stored = load(artifact.ref.at(digest=artifact.digest, version=None), store)
-    names = {name: known[str(found.ref)] for name, found in stored.artifacts.items()}
+    stored = load(artifact.ref.at(digest=artifact.digest, version=None), store)
+    names = {name: known[str(member.ref)] for name, member in stored.artifacts.items()}
     experts = {name: Ref(member.name) for name, member in names.items()}
     return Routing(replace(stored.router, experts=experts), {member.name: member for member in names.values()})

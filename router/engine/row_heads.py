@@ -74,8 +74,8 @@ class Heads:
             return None
         two, three = (self._shell(n).state_dict() for n in (2, 3))
         telling = [name for name in two if two[name].shape != three[name].shape]
-        found = [shape for key, shape in shapes.items() if key.removeprefix(PREFIX) in telling]
-        return int(found[0][0]) if found else None
+        heads = [shape for key, shape in shapes.items() if key.removeprefix(PREFIX) in telling]
+        return int(heads[0][0]) if heads else None
 
     def view(self, classes: int | None, sites: SiteMap) -> tuple[PreTrainedModel, SiteMap]:
         """The base as an adapter with a head of so many classes is read onto: same modules, another head.
@@ -108,8 +108,8 @@ class Heads:
             shell._modules[name] = head
         inside = next((p.dtype for m in carried.values() if m for p in m.parameters()), None)
         shell._modules[self.backbone].output = _map(output, lambda t: t.to(inside))
-        found: Tensor = shell(input_ids=mask, attention_mask=mask).logits
-        return found.float()
+        logits: Tensor = shell(input_ids=mask, attention_mask=mask).logits
+        return logits.float()
 
     def _make_shell(self, classes: int) -> PreTrainedModel:
         """A classification model on the meta device, whose backbone answers."""

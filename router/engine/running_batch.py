@@ -19,21 +19,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from hub.errors import HubError
 from router.engine.detokenize import Detokenizer
 from router.engine.host import Host
-from router.engine.kv_cache import Continued, Read, answer
+from router.engine.kv_cache import CausalState, DecodingState, read_by_encoder
 from router.engine.mixture import Mixture
-from router.engine.prepare import Prepared
+from router.engine.prepare import PreparedRow
 from router.engine.request import Piece, Result, Token
 from router.engine.row_heads import blend, heads_of, pick
-from router.engine.sampling import Draw, best_tokens, choose
+from router.engine.sampling import Sampler, best_tokens, choose
 
 
-class Row:
-    """A row of a flight.
+class RunningRow:
+    """A row of a running batch.
 
     ``on_piece`` is called with each piece of text as it comes. ``result`` is there when it has ended, or ``error``.
     """
 
-    def __init__(self, prepared: Prepared, tokenizer: Any, on_piece: Callable[[Piece], None] | None = None) -> None:
+    def __init__(self, prepared: PreparedRow, tokenizer: Any, on_piece: Callable[[Piece], None] | None = None) -> None:
         request = prepared.request
         self.prepared, self.on_piece = prepared, on_piece
         self.result: Result | None = None
@@ -43,9 +43,9 @@ class Row:
         self.last = 0
         self._tokenizer = tokenizer
         self._tokens: list[Token] = []
-        self._told = 0  # of the tokens
-        self._words = Detokenizer(tokenizer, prepared.before, request.stop)
-        self.draw = Draw(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
+        self._reported = 0  # of the tokens
+        self._detokenizer = Detokenizer(tokenizer, prepared.before, request.stop)
+        self.sampler = Sampler(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
 
     def take(self, token: int, logits: Tensor, ends: frozenset[int]) -> None:
         """Append a token chosen from logits (V,); ends the row where it has to."""
@@ -58,17 +58,17 @@ class Row:
             log_prob, best = best_tokens(logits, token, request.scores)
             named = tuple((self._tokenizer.decode([t]), p) for t, p in best)
             self._tokens.append(Token(self._tokenizer.decode([token]), log_prob, named))
-        self._say(self._words.push(token))
-        if self._words.stopped:
+        self._say(self._detokenizer.push(token))
+        if self._detokenizer.stopped:
             self._end("stop")
         elif self.written == self.prepared.room:
             self._end("length")
         return None
 
     def _end(self, why: str) -> None:
-        self._say(self._words.close(), last=True)
+        self._say(self._detokenizer.close(), last=True)
         self.result = Result(
-            text=self._words.text,
+            text=self._detokenizer.text,
             finish=why,
             tokens=tuple(self._tokens),
             weights=self.prepared.weights,
@@ -77,9 +77,9 @@ class Row:
         )
 
     def _say(self, text: str, *, last: bool = False) -> None:
-        if self.on_piece is not None and (text or (last and self._told < len(self._tokens))):
-            self.on_piece(Piece(text, tuple(self._tokens[self._told :])))
-            self._told = len(self._tokens)
+        if self.on_piece is not None and (text or (last and self._reported < len(self._tokens))):
+            self.on_piece(Piece(text, tuple(self._tokens[self._reported :])))
+            self._reported = len(self._tokens)
 
     @property
     def over(self) -> bool:
@@ -89,23 +89,23 @@ class Row:
     @property
     def answer(self) -> Result | HubError:
         """What became of it."""
-        found = self.result or self.error
-        assert found is not None  # noqa: S101 - asked for once it is over
-        return found
+        answer = self.result or self.error
+        assert answer is not None  # noqa: S101 - asked for once it is over
+        return answer
 
     def fail(self) -> None:
         """End the row: the model gives NaN for it."""
-        told = self.prepared.target.text or "the base"
-        self.error = HubError(f"{told} gives NaN", ref=told, hint="`hub verify` it, or compute in fp32")
+        name = self.prepared.target.text or "the base"
+        self.error = HubError(f"{name} gives NaN", ref=name, hint="`hub verify` it, or compute in fp32")
 
 
-class Flight:
+class RunningBatch:
     """Rows in one batch over one cache."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self.rows: list[Row] = []
-        self._read: Read | None = None  # of the rows, where there are some
+        self.rows: list[RunningRow] = []
+        self._state: DecodingState | None = None  # of the rows, where there are some
 
     @property
     def running(self) -> int:
@@ -114,10 +114,10 @@ class Flight:
 
     def takes_more(self) -> bool:
         """Whether rows may join now."""
-        return self._read is None or self._read.grows
+        return self._state is None or self._state.grows
 
     @torch.inference_mode()
-    def admit(self, rows: Sequence[Row]) -> None:
+    def admit(self, rows: Sequence[RunningRow]) -> None:
         """Read rows in one forward pass. Those that are classified have their results then, the others a first token.
 
         Raises
@@ -125,69 +125,71 @@ class Flight:
         HubError
             Something that cannot be activated, or NaN; the rows that were under way go on.
         """
-        fresh = Flight(self.host)
+        fresh = RunningBatch(self.host)
         if isinstance(rows[0].prepared.gate, Mixture):
-            fresh._mix(rows, rows[0].prepared.gate)
+            fresh._run_mixture(rows, rows[0].prepared.gate)
         elif self.host.translates:
-            fresh._answer_first(rows)
+            fresh._begin_seq2seq(rows)
         elif self.host.decodes:
-            fresh._decode_first(rows)
+            fresh._begin_causal(rows)
         else:
-            fresh._classify_all(rows)
+            fresh._classify_with_encoder(rows)
         self._join(fresh)
 
     @torch.inference_mode()
     def step(self) -> None:
         """One more token for every row."""
         self._compact()
-        if self._read is None:
+        if self._state is None:
             return
         self._activate(self.rows)
-        self._choose(self._read.step(self.host, [row.last for row in self.rows]).float())
+        self._choose(self._state.step(self.host, [row.last for row in self.rows]).float())
 
-    def leave(self) -> list[Row]:
+    def leave(self) -> list[RunningRow]:
         """Take out the rows, ended or not."""
-        rows, self.rows, self._read = self.rows, [], None
+        rows, self.rows, self._state = self.rows, [], None
         return rows
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def _decode_first(self, rows: Sequence[Row]) -> None:
+    def _begin_causal(self, rows: Sequence[RunningRow]) -> None:
         """Prompts of a causal model: (B, T), padded on the left."""
         host, prepared = self.host, [row.prepared for row in rows]
         self._activate(rows)
         ids, mask = _pad(prepared, host.pad, host.model.device, left=True)
+        # Rows that are classified need no cache and no logits: where all are, only the backbone runs.
         going = [i for i, p in enumerate(prepared) if p.generates]
         options: dict[str, Any] = {"use_cache": bool(going)}
         if going:
             options["past_key_values"] = DynamicCache(config=host.model.config)
         options |= host.takes(position_ids=(mask.cumsum(1) - 1).clamp_min(0), logits_to_keep=1)
+        # Heads read the last hidden states; beside rows that generate they are what the output layer is given.
         if going:
-            with _overheard(host) as heard:
+            with _head_inputs(host) as states:
                 out = host.model(input_ids=ids, attention_mask=mask, **options)
         else:
             options.pop("logits_to_keep", None)
-            heard = [host.backbone(input_ids=ids, attention_mask=mask, **options)]
-        self._answer(rows, heard[0], mask, last=True)
+            states = [host.backbone(input_ids=ids, attention_mask=mask, **options)]
+        self._apply_heads(rows, states[0], mask, last=True)
         if not going:
             return
-        self._go_on(
-            rows, Continued(options["past_key_values"], mask, prompted=_prompted(host, rows)), out.logits[:, -1]
+        self._begin(
+            rows, CausalState(options["past_key_values"], mask, prompted=_prompted(host, rows)), out.logits[:, -1]
         )
 
-    def _answer_first(self, rows: Sequence[Row]) -> None:
+    def _begin_seq2seq(self, rows: Sequence[RunningRow]) -> None:
         """Texts of an encoder-decoder: (B, S), padded on the right; its encoder reads them this once."""
         self._activate(rows)
         ids, mask = _pad([row.prepared for row in rows], self.host.pad, self.host.model.device, left=False)
-        self._go_on(rows, *answer(self.host, ids, mask, prompted=_prompted(self.host, rows)))
+        self._begin(rows, *read_by_encoder(self.host, ids, mask, prompted=_prompted(self.host, rows)))
 
-    def _go_on(self, rows: Sequence[Row], read: Read, logits: Tensor) -> None:
+    def _begin(self, rows: Sequence[RunningRow], state: DecodingState, logits: Tensor) -> None:
         """Take rows in that were read, and their first tokens from logits (B, V)."""
-        self.rows, self._read = list(rows), read
+        self.rows, self._state = list(rows), state
         self._choose(logits.float())
         self._compact(all_ended=True)
 
-    def _mix(self, rows: Sequence[Row], mixture: Mixture) -> None:
+    def _run_mixture(self, rows: Sequence[RunningRow], mixture: Mixture) -> None:
         """Rows of an ensemble, from the first token to the last: its experts fill a batch by themselves."""
         ids, mask = _pad([row.prepared for row in rows], self.host.pad, self.host.model.device, left=True)
         with torch.inference_mode(False), torch.no_grad():
@@ -199,7 +201,7 @@ class Flight:
                 if not row.over:
                     row.take(token, ids, self.host.ends)
 
-    def _classify_all(self, rows: Sequence[Row]) -> None:
+    def _classify_with_encoder(self, rows: Sequence[RunningRow]) -> None:
         """Texts of an encoder: (B, T), padded on the right."""
         host, prepared = self.host, [row.prepared for row in rows]
         self._activate(rows)
@@ -207,13 +209,14 @@ class Flight:
         options = {}
         if any(p.types is not None for p in prepared):
             options["token_type_ids"] = _types(prepared, ids)
-        heard = host.backbone(input_ids=ids, attention_mask=mask, **options)
-        self._answer(rows, heard, mask, last=False)
+        states = host.backbone(input_ids=ids, attention_mask=mask, **options)
+        self._apply_heads(rows, states, mask, last=False)
 
-    def _answer(self, rows: Sequence[Row], output: Any, mask: Tensor, *, last: bool) -> None:
+    def _apply_heads(self, rows: Sequence[RunningRow], output: Any, mask: Tensor, *, last: bool) -> None:
         """Results of the rows that end in a head: rows of one head go through it together."""
         host = self.host
         active = host.runtime.rows
+        # Rows whose shares of heads are equal go through them in one call.
         groups: dict[tuple[tuple[float, str], ...], list[int]] = {}
         for i, row in enumerate(rows):
             if not row.prepared.generates:
@@ -223,6 +226,7 @@ class Flight:
                 if len(found) > 1:  # a router's members may have heads for other labels than the one it answers with
                     found = [(w, n) for w, n in found if known[n].labels == row.prepared.target.labels]
                 groups.setdefault(tuple(found), []).append(i)
+        # A causal model answers at the end of a text, so only its last place is kept.
         for heads, members in groups.items():
             if not heads:
                 raise HubError(f"{rows[members[0]].prepared.target.text} brings no head", hint="see `hub show`")
@@ -233,9 +237,9 @@ class Flight:
                 if bool(logits.isnan().any()):
                     rows[i].fail()
                 else:
-                    rows[i].result = _answered(rows[i].prepared, logits)
+                    rows[i].result = _classified(rows[i].prepared, logits)
 
-    def _activate(self, rows: Sequence[Row]) -> None:
+    def _activate(self, rows: Sequence[RunningRow]) -> None:
         """Make active what is applied to each row."""
         gate = rows[0].prepared.gate
         with torch.inference_mode(False), torch.no_grad():  # a merge makes an adapter, which outlives this call
@@ -249,7 +253,7 @@ class Flight:
 
     def _choose(self, logits: Tensor) -> None:
         """The next token of each row that goes on, from logits (B, V)."""
-        tokens = choose(logits, [None if row.over else row.draw for row in self.rows])
+        tokens = choose(logits, [None if row.over else row.sampler for row in self.rows])
         for row, token, scores in zip(self.rows, tokens, logits, strict=True):
             if token is None:
                 row.fail()
@@ -262,29 +266,29 @@ class Flight:
         if not kept:
             self.leave()
         elif len(kept) < len(self.rows) and (all_ended or 2 * len(kept) <= len(self.rows)):
-            assert self._read is not None  # noqa: S101 - there are rows
-            if self._read.leaves:
-                self._read.keep(kept)
+            assert self._state is not None  # noqa: S101 - there are rows
+            if self._state.leaves:
+                self._state.keep(kept)
                 self.rows = [self.rows[i] for i in kept]
 
-    def _join(self, fresh: Flight) -> None:
-        """Put another flight's rows beside these."""
+    def _join(self, fresh: RunningBatch) -> None:
+        """Put another batch's rows beside these."""
         if not fresh.rows:
             return
         self._compact(all_ended=True)
         if not self.rows:
-            self.rows, self._read = fresh.rows, fresh._read
+            self.rows, self._state = fresh.rows, fresh._state
             return
-        assert isinstance(self._read, Continued) and isinstance(fresh._read, Continued)  # noqa: S101 - see `joins`
-        self._read.add(fresh._read)
+        assert isinstance(self._state, CausalState) and isinstance(fresh._state, CausalState)  # noqa: S101 - see `joins`
+        self._state.add(fresh._state)
         self.rows += fresh.rows
 
-    def joins(self, rows: Sequence[Row]) -> bool:
+    def joins(self, rows: Sequence[RunningRow]) -> bool:
         """Whether these rows can join the ones under way: beside those, and without a prompt before their text."""
-        return self._read is None or (self._read.grows and not _prompted(self.host, rows))
+        return self._state is None or (self._state.grows and not _prompted(self.host, rows))
 
 
-def _prompted(host: Host, rows: Sequence[Row]) -> bool:
+def _prompted(host: Host, rows: Sequence[RunningRow]) -> bool:
     """Whether an adapter puts a prompt before the text of some row."""
     adapters = host.runtime.adapters
     names = {name for row in rows for name in row.prepared.expr.refs}
@@ -292,21 +296,21 @@ def _prompted(host: Host, rows: Sequence[Row]) -> bool:
 
 
 @contextmanager
-def _overheard(host: Host) -> Iterator[list[Any]]:
+def _head_inputs(host: Host) -> Iterator[list[Any]]:
     """The last hidden states inside a call of the whole model: what its language-modelling head is given."""
-    heard: list[Any] = []
+    states: list[Any] = []
 
-    def hear(_module: Any, given: tuple[Tensor, ...]) -> None:
-        heard.append(BaseModelOutputWithPast(last_hidden_state=given[0]))
+    def keep(_module: Any, given: tuple[Tensor, ...]) -> None:
+        states.append(BaseModelOutputWithPast(last_hidden_state=given[0]))
 
-    hook = host.model.get_output_embeddings().register_forward_pre_hook(hear)
+    hook = host.model.get_output_embeddings().register_forward_pre_hook(keep)
     try:
-        yield heard
+        yield states
     finally:
         hook.remove()
 
 
-def _pad(rows: Sequence[Prepared], fill: int, device: Any, *, left: bool) -> tuple[Tensor, Tensor]:
+def _pad(rows: Sequence[PreparedRow], fill: int, device: Any, *, left: bool) -> tuple[Tensor, Tensor]:
     """Ids and mask (B, T)."""
     longest = max(len(p.ids) for p in rows)
     ids = torch.full((len(rows), longest), fill)
@@ -318,7 +322,7 @@ def _pad(rows: Sequence[Prepared], fill: int, device: Any, *, left: bool) -> tup
     return ids.to(device), mask.to(device)
 
 
-def _types(rows: Sequence[Prepared], ids: Tensor) -> Tensor:
+def _types(rows: Sequence[PreparedRow], ids: Tensor) -> Tensor:
     types = torch.zeros_like(ids)
     for i, p in enumerate(rows):
         if p.types is not None:
@@ -326,7 +330,7 @@ def _types(rows: Sequence[Prepared], ids: Tensor) -> Tensor:
     return types
 
 
-def _answered(prepared: Prepared, logits: Tensor) -> Result:
+def _classified(prepared: PreparedRow, logits: Tensor) -> Result:
     """Result of a classified row from its logits (classes,)."""
     target, read = prepared.target, len(prepared.ids)
     if target.task == "regress":

@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 
-def choose(logits: Tensor, draws: Sequence[Draw | None]) -> list[int | None]:
-    """A token a row from logits (B, V): the best, or for a row with a `Draw` a random one; None for a row of NaN."""
+def choose(logits: Tensor, samplers: Sequence[Sampler | None]) -> list[int | None]:
+    """A token a row from logits (B, V): the best, or for a row with a `Sampler` a random one; None for a row of NaN."""
     best, tokens = logits.max(-1)  # NaN goes through max
     chosen: list[int | None] = tokens.tolist()
-    for row, draw in enumerate(draws):
-        if draw is not None:
-            chosen[row] = draw(logits[row])
+    for row, sampler in enumerate(samplers):
+        if sampler is not None:
+            chosen[row] = sampler(logits[row])
     for row in best.isnan().nonzero().flatten().tolist():
         chosen[row] = None
     return chosen
 
 
-class Draw:
+class Sampler:
     """Sampling with a temperature from the smallest set of tokens whose probability reaches top_p (arXiv 1904.09751).
 
-    A row's numbers come from its seed alone: u ~ U(0, 1), and the token where the cumulative probability passes u.
+    A row's numbers come from its seed alone: `u ~ U(0, 1)`, and the token where the cumulative probability passes u.
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int) -> None:

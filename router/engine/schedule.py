@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from router.engine.prepare import Prepared
+from router.engine.prepare import PreparedRow
 
 BUCKET = 16  # tokens: lengths that differ by less are as good as equal
 
 
 def batches(
-    rows: Sequence[Prepared],
+    rows: Sequence[PreparedRow],
     *,
     most: int,
     tokens: int,
@@ -29,29 +29,31 @@ def batches(
     fits
         Whether adapters, by name, can be resident together.
     """
+    # A function of the rows alone: a run that goes on after an interruption cuts the same batches.
     order = sorted(
         range(len(rows)), key=lambda i: (_apart(rows[i]), -(len(rows[i].ids) // BUCKET), rows[i].target.text, i)
     )
-    found: list[list[int]] = []
+    cut: list[list[int]] = []
     names: set[str] = set()
     for i in order:
         row = rows[i]
-        longest = max((len(rows[k].ids) for k in found[-1]), default=0) if found else 0
+        longest = max((len(rows[k].ids) for k in cut[-1]), default=0) if cut else 0
         wanted = names | set(row.target.names)
         full = (
-            not found
-            or rows[found[-1][0]].gate is not row.gate
-            or len(found[-1]) == most
-            or (len(found[-1]) + 1) * max(longest, len(row.ids)) > tokens
+            not cut
+            or rows[cut[-1][0]].gate is not row.gate
+            or len(cut[-1]) == most
+            or (len(cut[-1]) + 1) * max(longest, len(row.ids)) > tokens
         )
+        # A row whose adapters do not fit beside the others' begins a batch of its own.
         if full or (wanted != names and not fits(wanted)):
-            found.append([])
+            cut.append([])
             wanted = set(row.target.names)
-        found[-1].append(i)
+        cut[-1].append(i)
         names = wanted
-    return found
+    return cut
 
 
-def _apart(row: Prepared) -> str:
+def _apart(row: PreparedRow) -> str:
     """Rows of a router that weighs each token are computed by themselves."""
     return row.target.text if row.gate is not None else ""

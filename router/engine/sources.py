@@ -195,14 +195,14 @@ def _task_of(labels: tuple[str, ...]) -> str:
 
 def _max_length(facts: Manifest) -> int | None:
     training: Any = facts.hyperparameters.get("training")
-    found = training.get("max_length") if isinstance(training, Mapping) else None
-    return found if isinstance(found, int) and found > 0 else None
+    length = training.get("max_length") if isinstance(training, Mapping) else None
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def _front(fields: Mapping[str, Any]) -> int:
     """Virtual tokens of a kind's configuration."""
-    found = fields.get("num_virtual_tokens")
-    return found if isinstance(found, int) else 0
+    count = fields.get("num_virtual_tokens")
+    return count if isinstance(count, int) else 0
 
 
 def _bytes(directory: Path) -> int:

@@ -26,11 +26,11 @@ class Belief(ABC):
     @property
     @abstractmethod
     def log_weights(self) -> Tensor:
-        """Log pi (B, E), normalized."""
+        """`log pi` (B, E), normalized."""
 
     @abstractmethod
     def read(self, log_probs: Tensor, heard: Tensor) -> tuple[Tensor, Belief]:
-        """Log pi before each of T tokens (B, T, E), and the belief after them.
+        """`log pi` before each of T tokens (B, T, E), and the belief after them.
 
         `log_probs` (B, T, E) are the experts' of those tokens; where `heard` (B, T) is False, nothing is learned.
         """
@@ -74,10 +74,10 @@ class Posterior(Belief):
 class Hedged(Belief):
     """Weights that move at each of several rates, mixed by how well each rate has predicted.
 
-    At the rate eta, v_{t+1}(e) = (1 - eta) v_t(e) + eta v_t(e) p_e(x_t) / m_t with m_t = sum_e v_t(e) p_e(x_t)
+    At the rate eta, `v_{t+1}(e) = (1 - eta) v_t(e) + eta v_t(e) p_e(x_t) / m_t`, `m_t = sum_e v_t(e) p_e(x_t)`
     (Soft-Bayes, arXiv 1901.02230): 1 is Bayes' rule, 0 keeps the prior, and between them the weights seek the best
     fixed mixture instead of the best single expert. A rate is trusted by Bayes' rule over the m_t, beginning alike.
-    So with K rates, for every text, NLL <= NLL(any rate) + ln K, among them the prior's own mixture and the posterior.
+    So with K rates, for every text, `NLL <= NLL(any rate) + ln K`, also of the prior's own mixture and the posterior.
 
     Attributes
     ----------
@@ -103,7 +103,7 @@ class Hedged(Belief):
         return (torch.stack(weights, 1) if weights else self.log_joint.new_zeros(shape)), belief
 
     def _after(self, log_probs: Tensor, heard: Tensor) -> Tensor:
-        """The joint after a token: J (1 - eta) m + J eta p, normalized, with m each rate's own probability of it."""
+        """The joint after a token: `J (1 - eta) m + J eta p`, normalized, with m each rate's own probability of it."""
         p = log_probs[:, None]  # (B, 1, E)
         total = self.log_joint.logsumexp(-1, keepdim=True)  # (B, K, 1)
         m = torch.where(total.isneginf(), total, (self.log_joint + p).logsumexp(-1, keepdim=True) - total)

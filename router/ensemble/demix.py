@@ -71,7 +71,7 @@ class EnsembleScore:
 
     @property
     def regret(self) -> Tensor:
-        """NLL(mixture) - NLL(e) - ln(1 / prior(e)), (E, B): at gamma 1, temperature 1 never above 0; hedged, ln 5."""
+        """`NLL(mixture) - NLL(e) - ln(1 / prior(e))`, (E, B): at gamma 1, temperature 1 never above 0; hedged, ln 5."""
         return self.nll - self.expert_nll + self.prior.to(self.nll)[:, None]
 
     def reweighed(
@@ -220,7 +220,7 @@ class Ensemble:
         `epsilon` is dropped for the rest of that text: the mixture then moves by less than epsilon per expert.
 
         Once no text's weights have moved by more than `collapse` (total variation) over 8 tokens, the posterior has
-        settled: each text goes on with one merged adapter, sum_e pi_e D_e, at one row a text instead of E. That is no
+        settled: each text goes on with one merged adapter, `sum_e pi_e D_e`, at one row a text instead of E. That is no
         longer the mixture of probabilities but close to it where one expert has nearly all the weight; 0 never does it.
         """
         return generate(

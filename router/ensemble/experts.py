@@ -29,15 +29,15 @@ def active(model: PreTrainedModel, members: Sequence[Member]) -> Iterator[None]:
     """Make one composition per row active in evaluation mode; afterwards what was active is active again."""
     import compose
 
-    found = runtime(model)
-    before, training = (found.rows, found.weights, found.routing), model.training
+    model_runtime = runtime(model)
+    before, training = (model_runtime.rows, model_runtime.weights, model_runtime.routing), model.training
     compose.activate(model, list(members))
     model.eval()
     try:
         yield
     finally:
         model.train(training)
-        found.activate(*before)
+        model_runtime.activate(*before)
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def expert_log_probs(
     overlap: int | None = None,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[Tensor, Tensor]:
-    """Log p_e(x_{t+1} | x_<=t) of every member, text and position.
+    """`log p_e(x_{t+1} | x_<=t)` of every member, text and position.
 
     Parameters
     ----------
@@ -85,13 +85,16 @@ def expert_log_probs(
     with active(model, members):
         for window in windows(length, context, overlap):
             width = window.end - window.start
+            # As many texts at once as the bound allows; where one is too much already, it is read in segments.
             group = max(1, max_logits // (len(members) * width * vocabulary))
             segment = max(1, max_logits // (len(members) * min(group, batch) * vocabulary))
             for top in range(0, batch, group):
                 part = slice(top, top + group)
                 reader = Reader(model, ids[part, window.start : window.end], mask[part, window.start : window.end])
                 read = reader.read(len(members), segment)  # (E, b, width - 1)
+                # Of the part that a window shares with the one before it, only context is taken.
                 result[:, part, window.first - 1 : window.end - 1] = read[:, :, window.first - window.start - 1 :]
+    # Padding is masked first: what a model says there may be NaN without harm.
     result.masked_fill_(~valid, 0.0)
     if bool(result.isnan().any()):
         bad = result.isnan().any(2).any(0)
@@ -163,8 +166,8 @@ def checked(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | 
 
 def context_of(model: PreTrainedModel) -> int | None:
     """Positions the model was made for; None where its configuration sets no bound."""
-    found = getattr(model.config, "max_position_embeddings", None)
-    return int(found) if isinstance(found, int) and found > 1 else None
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return int(positions) if isinstance(positions, int) and positions > 1 else None
 
 
 def _name_nan(model: PreTrainedModel, members: Sequence[Member], ids: Tensor, mask: Tensor) -> NoReturn:

@@ -63,7 +63,7 @@ def generate(
     if options.get("num_beams", 1) != 1:
         raise UsageError("an ensemble does not search with beams", hint="num_beams=1, with or without do_sample")
     ids, mask = checked(model, input_ids, attention_mask)
-    state = _State(model, members, start, prefix, epsilon, collapse, max_logits)
+    state = _DecodingState(model, members, start, prefix, epsilon, collapse, max_logits)
     settings = dict(options)
     streamer = settings.pop("streamer", None)
 
@@ -85,7 +85,7 @@ def generate(
 
 @torch.no_grad()
 def _decode(
-    state: _State,
+    state: _DecodingState,
     ids: Tensor,
     mask: Tensor | None,
     processors: Any,
@@ -118,7 +118,7 @@ def _decode(
     return ids
 
 
-class _State:
+class _DecodingState:
     """Caches, what is believed, and which (expert, text) rows are still computed."""
 
     def __init__(
@@ -146,10 +146,12 @@ class _State:
         self.mask = mask.long()
         row = torch.arange(experts * batch, device=ids.device)
         self.expert, self.text = row // batch, row % batch
+        # The prompt is read in segments over one cache, so that E x B x T x V logits are never alive at once.
         reader = Reader(self.model, ids, self.mask)
         vocabulary = int(self.model.get_output_embeddings().weight.shape[0])
         segment = max(1, self.max_logits // (experts * batch * vocabulary))
         read, last = zip(*reader.pieces(experts, segment, self.cache), strict=True)
+        # What the experts said of the prompt itself is the evidence for their first weights.
         valid = (self.mask[:, 1:] & self.mask[:, :-1]).bool()
         values = torch.cat(read, -1).permute(1, 2, 0)  # (B, T-1, E)
         heard = valid if self.prefix is None else valid & (valid.cumsum(1) <= self.prefix)
@@ -202,6 +204,7 @@ class _State:
         """Give each text the one adapter of its weights and read it anew (B, T); log p of the next token (1, B, V)."""
         self.is_merged = True
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        # No expert's cache is that of the merged adapter, so the text is read anew.
         members = [IDENTITY if member is None else member for member in self.members]
         compose.activate(self.model, row_expressions(members, self.log_pi.exp()))
         self.cache = DynamicCache(config=self.model.config)

@@ -54,7 +54,7 @@ def log_prior(prior: Sequence[float] | Tensor | None, experts: int) -> Tensor:
 def evidence(
     log_probs: Tensor, valid: Tensor | None = None, *, gamma: float = 1.0, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Discounted log likelihood of the tokens before each one, S_{t+1} = gamma S_t + log p_e(x_t).
+    """Discounted log likelihood of the tokens before each one, `S_{t+1} = gamma S_t + log p_e(x_t)`.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def evidence(
 
 
 def log_weights(evidence: Tensor, log_prior: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Normalized log pi (..., E) from evidence (..., E) and a log prior that broadcasts to it.
+    """Normalized `log pi` (..., E) from evidence (..., E) and a log prior that broadcasts to it.
 
     Raises
     ------
@@ -106,7 +106,7 @@ def log_weights(evidence: Tensor, log_prior: Tensor, *, temperature: float = 1.0
 
 
 def mixture(log_weights: Tensor, log_probs: Tensor) -> Tensor:
-    """Log of the mixture, log sum_e exp(log pi + log p_e): (..., E) and (..., E) to (...)."""
+    """Log of the mixture, `log sum_e exp(log pi + log p_e)`: (..., E) and (..., E) to (...)."""
     return torch.logsumexp(log_weights + log_probs.to(log_weights), -1)
 
 
@@ -124,5 +124,5 @@ def fitted(log_probs: Tensor, *, rounds: int = 100) -> Tensor:
 
 
 def moving_average(log_prior: Tensor, posterior: Tensor, *, rate: float = 0.3) -> Tensor:
-    """Log of the next prior, (1 - rate) prior + rate posterior: DEMix's updating prior (rate 0.3); (E,) and (E,)."""
+    """Log of the next prior, `(1 - rate) prior + rate posterior`: DEMix's updating prior (rate 0.3); (E,) and (E,)."""
     return torch.log((1 - rate) * log_prior.exp() + rate * posterior.to(log_prior))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from compose.expr.tree import Add, Expr, Scale
 from hub.errors import UsageError
-from router.bench import Batch, Experts, tree
+from router.bench import Batch, Experts, Progress, tree
 from router.ensemble.demix import mix
 from router.ensemble.experts import active, expert_log_probs
 from router.ensemble.posterior import fitted, log_prior
@@ -23,7 +23,6 @@ WAYS = {
     "perplexity": ("base", "best single", "average", "uniform", "routed", "oracle"),
     "accuracy": ("base", "best single", "average", "routed", "oracle"),
 }
-Told = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def perplexities(
     *,
     dev: Mapping[str, Sequence[Tensor]] | None = None,
     pad: int = 0,
-    told: Told | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Perplexity of each set of encoded rows under base, best single, average, uniform, router and oracle.
 
@@ -78,22 +77,22 @@ def perplexities(
     inside the model.
     """
     names = list(router.experts)
-    found: dict[str, _Losses] = {}
+    measured: dict[str, _Losses] = {}
     for name, rows in sets.items():
         prior = _prior(router, model, (dev or {}).get(name, ()), pad)
-        found[name] = _losses(router, model, name, rows, prior, pad)
-        if told is not None:
-            told("measure", len(found), len(sets))
-    best = names[int(torch.stack([losses.alone[2:] for losses in found.values()]).mean(0).argmin())]
+        measured[name] = _losses(router, model, name, rows, prior, pad)
+        if progress is not None:
+            progress("measure", len(measured), len(sets))
+    best = names[int(torch.stack([losses.alone[2:] for losses in measured.values()]).mean(0).argmin())]
     table, single = [], {}
-    for name, losses in found.items():
+    for name, losses in measured.items():
         base, mean, *own = losses.alone.exp().tolist()
         single[name] = alone = dict(zip(names, own, strict=True))
         oracle = name if name in alone else min(alone, key=alone.__getitem__)
         figures = (base, alone[best], mean, math.exp(losses.uniform), math.exp(losses.routed), alone[oracle])
         values = dict(zip(WAYS["perplexity"], figures, strict=True))
         table.append({"set": name, **values, "expert": oracle, "items": losses.tokens})
-    confusion = {name: dict(zip(names, losses.weights.tolist(), strict=True)) for name, losses in found.items()}
+    confusion = {name: dict(zip(names, losses.weights.tolist(), strict=True)) for name, losses in measured.items()}
     return Report("perplexity", tuple(table), best, confusion, single)
 
 
@@ -128,6 +127,7 @@ def _losses(
     own, alike, tokens = 0.0, 0.0, 0
     for batch in _batches(rows, pad, model):
         asked = Batch(batch.input_ids, batch.attention_mask, (name,) * len(batch) if name in router.experts else ())
+        # One pass for base, average and every expert; all mixtures of probabilities follow from it.
         log_probs, valid = expert_log_probs(model, members, batch.input_ids, batch.attention_mask)
         total -= log_probs.double().sum((1, 2)).cpu()
         tokens += int(valid.sum())
@@ -137,7 +137,7 @@ def _losses(
             score = even.reweighed(prior=prior.exp(), **_pace(router))
             own += float(score.nll.sum())
             weights += score.final.sum(0).cpu()
-        else:
+        else:  # weighs inside the model, so it needs a pass of its own
             own += _routed_nll(router, model, asked, valid)
             weights += router.weights(model, asked).double().sum(0).cpu()
     if not tokens:
@@ -167,7 +167,7 @@ def average(experts: Experts) -> Expr:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledRows:
     """Encoded rows with the name of the class of each."""
 
     rows: Sequence[Tensor]
@@ -177,11 +177,11 @@ class Labelled:
 def accuracies(
     router: Router,
     model: PreTrainedModel,
-    sets: Mapping[str, Labelled],
+    sets: Mapping[str, LabelledRows],
     classes: Mapping[str, Sequence[str]],
     *,
     pad: int = 0,
-    told: Told | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Accuracy on each set under base head, best single, average, router and oracle.
 
@@ -204,8 +204,8 @@ def accuracies(
                 said[expert] += _answers(model, router.experts[expert], asked, classes[expert])
         confusion[name] = dict(zip(names, (weights / len(found.rows)).tolist(), strict=True))
         right[name] = _right(found.labels, said, [names[i] for i in chosen])
-        if told is not None:
-            told("measure", done, len(sets))
+        if progress is not None:
+            progress("measure", done, len(sets))
     best = max(names, key=lambda expert: sum(found[expert] for found in right.values()))
     table = []
     for name, figures in right.items():

@@ -37,10 +37,10 @@ class ArrowOptions(ScorerOptions):
 
 @register("arrow")
 class Arrow(SiteScorer):
-    """score_e = |p_e . x| with p_e the top right-singular vector of D_e = s_e B_e A_e (arXiv 2405.11157).
+    """`score_e = |p_e . x|`, p_e the top right-singular vector of `D_e = s_e B_e A_e` (arXiv 2405.11157).
 
-    The vector is exact: QR(A^T), QR(B) and the SVD of the small core (`compose.kernels.factors.core`), PEFT takes 15
-    power iterations. It needs no text at all, so a member is added from its weights alone.
+    The vector is exact: `QR(A^T)`, `QR(B)` and the SVD of the small core (`compose.kernels.factors.core`); PEFT takes
+    15 power iterations. It needs no text at all, so a member is added from its weights alone.
     """
 
     Options = ArrowOptions
@@ -50,12 +50,12 @@ class Arrow(SiteScorer):
 
     def measure(self, expert: str, bench: Bench) -> Statistics:
         """One unit vector (d_in,) for each site where the expert changes the weight."""
-        found, what = runtime(bench.model), tree(bench.experts[expert])
+        model_runtime, what = runtime(bench.model), tree(bench.experts[expert])
         if not isinstance(what, Ref):
             raise UsageError(
                 f"arrow reads the direction of one adapter, and {expert!r} is {what}", hint="merge it first"
             )
-        adapter, workspace = found.adapter(what.text), Workspace(found)
+        adapter, workspace = model_runtime.adapter(what.text), Workspace(model_runtime)
         vectors: dict[str, Tensor] = {}
         for path in adapter.module_paths:
             node = site_program(workspace, path, (what,))
@@ -65,7 +65,7 @@ class Arrow(SiteScorer):
         return vectors
 
     def scores(self, statistics: Mapping[str, Statistics]) -> SiteScores:
-        """|P x| with the prototypes P (E, d_in) of the site."""
+        """`|P x|` with the prototypes P (E, d_in) of the site."""
         table = Table(statistics)
 
         def score(path: str, x: Tensor) -> Tensor | None:

@@ -29,9 +29,9 @@ class CentroidOptions(ScorerOptions):
 
 @register("centroid")
 class Centroid(RowScorer):
-    """score_e = -||h(x) - mu_e||^2 with h(x) the unit-length embedding of the row (c-BTM, arXiv 2303.14177).
+    """`score_e = -||h(x) - mu_e||^2` with h(x) the unit-length embedding of the row (c-BTM, arXiv 2303.14177).
 
-    With ``embed: tokens`` score_e = mean_t log p_e(x_t) under the expert's smoothed token frequencies, and no model
+    With ``embed: tokens`` `score_e = mean_t log p_e(x_t)` under the expert's smoothed token frequencies, and no model
     runs. The statistics of an expert are sums over its own rows, so a member is added by one pass over its rows.
     """
 

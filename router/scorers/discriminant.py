@@ -30,7 +30,7 @@ class DiscriminantOptions(ScorerOptions):
 
 @register("discriminant")
 class Discriminant(RowScorer):
-    """score_e = h^T S^-1 mu_e - mu_e^T S^-1 mu_e / 2: Fisher's linear discriminant, log p(e | x) but for a constant.
+    """`score_e = h^T S^-1 mu_e - mu_e^T S^-1 mu_e / 2`: Fisher's linear discriminant, log p(e | x) but for a constant.
 
     h(x) holds the bare base's mean hidden states of several layers side by side: the last ones tell what a text is
     about, the first ones its form, and tasks differ by both. mu_e is the mean over the expert's texts, S the covariance
@@ -49,7 +49,7 @@ class Discriminant(RowScorer):
         self._solved: tuple[list[Statistics], Tensor, Tensor] | None = None
 
     def measure(self, expert: str, bench: Bench) -> Statistics:
-        """Mean (D,), count, scatter as its leading rows R (r, D) by size, R^T R, and the trace of what they leave."""
+        """Mean (D,), count, scatter as its leading rows R (r, D) by size, `R^T R`, and the trace of what they leave."""
         layers = self.options.layers
         points = torch.cat([layer_means(bench.model, batch, layers).cpu() for batch in bench.batches(expert)])  # (N, D)
         mean = points.mean(0)
@@ -80,7 +80,7 @@ class Discriminant(RowScorer):
         return h @ weight.to(h) + bias.to(h)
 
     def _solve(self, known: list[Statistics]) -> tuple[Tensor, Tensor]:
-        """S^-1 mu (D, E) and -mu S^-1 mu / 2 (E,); kept for the next batch of the same members."""
+        """`S^-1 mu` (D, E) and `-mu S^-1 mu / 2` (E,); kept for the next batch of the same members."""
         if self._solved is None or not _same(self._solved[0], known):
             means = torch.stack([s["mean"] for s in known]).double()  # (E, D)
             if any(s["factor"].shape[1:] != means.shape[1:] for s in known):
@@ -96,20 +96,23 @@ def _same(before: Sequence[Statistics], now: Sequence[Statistics]) -> bool:
 
 
 def _inverse_times(known: Sequence[Statistics], right: Tensor) -> Tensor:
-    """S^-1 right for right (D, E), with S = level I + F^T F the shrunk pooled covariance and F (K, D).
+    """`S^-1 right` for right (D, E), with `S = level I + F^T F` the shrunk pooled covariance and F (K, D).
 
-    Where D is small S itself is solved; else (level I + F^T F)^-1 = (I - F^T (level I + F F^T)^-1 F) / level, with
+    Where D is small S itself is solved; else `(level I + F^T F)^-1 = (I - F^T (level I + F F^T)^-1 F) / level`, with
     fewer directions of each expert where there are many, so that K stays within bounds.
     """
     width, most = len(right), max(1, _WIDE // len(known))
+    # Each expert's scatter, by its leading directions; the pooled covariance divides by the degrees of freedom.
     whole = [s["factor"].double() for s in known]
     factors = whole if width <= _WIDE else [rows[:most] for rows in whole]
     degrees = max(1.0, sum(float(s["count"]) for s in known) - len(known))
     rests = sum(max(0.0, float(s["rest"])) for s in known)
     trace = (sum(float(rows.square().sum()) for rows in whole) + rests) / degrees
     F = torch.cat(factors) * ((1 - _SHRINK) / degrees) ** 0.5
+    # What the directions leave out and the shrinkage both go to the diagonal, so that the trace stays the same.
     left = trace * (1 - _SHRINK) - float(F.square().sum())  # the trace outside the kept directions
     level = max((left + _SHRINK * trace) / width, 1e-12)
+    # Whichever of the two systems is smaller is solved: (D, D), or Woodbury's (K, K).
     if width <= _WIDE:
         covariance = F.T @ F
         covariance.diagonal().add_(level)

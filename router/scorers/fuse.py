@@ -25,7 +25,7 @@ class FuseOptions(ScorerOptions):
 
 @register("fuse")
 class Fuse(SiteScorer):
-    """y + sum_e softmax_e(q(y) . k(z_e) / sqrt(n)) z_e, with z_e the change that expert e makes at the site.
+    """`y + sum_e softmax_e(q(y) . k(z_e) / sqrt(n)) z_e`, with z_e the change that expert e makes at the site.
 
     AdapterFusion (arXiv 2005.00247) with queries and keys of width n learned at each site, and the values left as they
     are, as they are at its own initialization. Every expert is computed for every token: for a handful of experts of
@@ -39,8 +39,8 @@ class Fuse(SiteScorer):
     def fit(self, bench: Bench) -> dict[str, Statistics]:
         """Train queries and keys at each site; the experts have no statistics of their own."""
         bench.need_data()
-        found, generator = runtime(bench.model), torch.Generator().manual_seed(bench.seed)
-        known = {**found.sites.sites, **found.sites.outside}
+        model_runtime, generator = runtime(bench.model), torch.Generator().manual_seed(bench.seed)
+        known = {**model_runtime.sites.sites, **model_runtime.sites.outside}
         shared: dict[str, nn.Parameter] = {}
         for path, width in sites_of(bench.model, bench.experts).items():
             d = known[path].out_features if path in known else width  # of a norm
@@ -77,7 +77,7 @@ class _Attention:
         self.tensors = tensors
 
     def mix(self, path: str, y: Tensor, deltas: Tensor) -> Tensor:
-        """Y (B, T, d) plus the attended deltas (B, T, E, d)."""
+        """`y` (B, T, d) plus the attended deltas (B, T, E, d)."""
         if f"{path}/query" not in self.tensors or f"{path}/key" not in self.tensors:
             raise UsageError(f"no attention was learned at {path}", hint="fit it again with these experts")
         query, key = (self.tensors[f"{path}/{part}"].to(y.device) for part in ("query", "key"))  # (n, d)

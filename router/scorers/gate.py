@@ -25,10 +25,10 @@ class GateOptions(ScorerOptions):
 
 @register("gate")
 class LearnedGate(SiteScorer):
-    """score_e = u_e . x + b_e at each site (MoLE, arXiv 2404.13628; X-LoRA, arXiv 2402.07148); per layer b_e alone.
+    """`score_e = u_e . x + b_e` at each site (MoLE, arXiv 2404.13628; X-LoRA, arXiv 2402.07148); per layer b_e alone.
 
     All experts' gates are learned together on their mixed rows, base and experts frozen, plus the load-balance loss
-    (Switch, arXiv 2101.03961) mean over sites of E sum_e f_e P_e, with f_e the share of tokens whose best expert is e
+    (Switch, arXiv 2101.03961) mean over sites of `E sum_e f_e P_e`, with f_e the share of tokens whose best expert is e
     and P_e its mean weight; 1 where the load is even. One more expert means fitting again.
     """
 
@@ -49,6 +49,7 @@ class LearnedGate(SiteScorer):
         def gate(path: str, x: Tensor) -> Tensor:
             logits = x.float() @ weight[path].T + bias[path] if token else bias[path][None, None]
             weights = logits.softmax(-1)  # (B, T, E) or (1, 1, E)
+            # Kept for the load-balance loss of this step: a constant gate has no load to balance.
             if token:
                 best = torch.zeros_like(weights).scatter(-1, weights.argmax(-1, keepdim=True), 1.0)
                 loads.append(len(names) * (best.mean((0, 1)) * weights.mean((0, 1))).sum())

@@ -32,7 +32,7 @@ class LikelihoodOptions(ScorerOptions):
 
 @register("likelihood")
 class Likelihood(RowScorer):
-    """score_e = sum_t gamma^(T-t) log p_e(x_t | x_<t), in nats (DEMix layers, arXiv 2108.05036).
+    """`score_e = sum_t gamma^(T-t) log p_e(x_t | x_<t)`, in nats (DEMix layers, arXiv 2108.05036).
 
     Softmax of it is the posterior over experts under a uniform prior. It needs no statistics and reads each row once
     with every expert, folded into one batch. See `router.ensemble.demix` for the mixture it belongs to.

@@ -24,10 +24,10 @@ class PhatgooseOptions(ScorerOptions):
 
 @register("phatgoose")
 class Phatgoose(SiteScorer):
-    """score_e = LN(v_e) . LN(x) / sqrt(d), LN without parameters; softmax over the top 2 (arXiv 2402.05859).
+    """`score_e = LN(v_e) . LN(x) / sqrt(d)`, LN without parameters; softmax over the top 2 (arXiv 2402.05859).
 
-    v_e is learned for one expert at a time, frozen like the base, as y = W x + D_e x sigmoid(v_e . x), from v_e = 0. A
-    member is added by training its own gate; the others stay as they are.
+    v_e is learned for one expert at a time, frozen like the base, as `y = W x + D_e x sigmoid(v_e . x)`, from
+    `v_e = 0`. A member is added by training its own gate; the others stay as they are.
     """
 
     Options = PhatgooseOptions

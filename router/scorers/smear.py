@@ -25,9 +25,9 @@ class SmearOptions(ScorerOptions):
 
 @register("smear")
 class Smear(RowScorer):
-    """score_e = sqrt(d) u_e . h(x) + b_e with h(x) the row's mean hidden state, unit length (SMEAR, arXiv 2306.03745).
+    """`score_e = sqrt(d) u_e . h(x) + b_e`, h(x) the row's mean hidden state, unit length (SMEAR, arXiv 2306.03745).
 
-    Its softmax weighs the experts' effects into one expert for the row, sum_e w_e D_e, at the price of one row of any
+    Its softmax weighs the experts' effects into one expert for the row, `sum_e w_e D_e`, at the price of one row of any
     mixed batch. The u_e are learned together through the loss, base and experts frozen; so it is fitted anew for one
     more expert.
     """

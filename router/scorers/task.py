@@ -42,7 +42,7 @@ class TaskScorer:
 
 @register("task")
 class Task(RowScorer):
-    """score_e = 0 for the expert that the row names, -inf for the others: the oracle, and multi-tenant serving."""
+    """`score_e = 0` for the expert that the row names, -inf for the others: the oracle, and multi-tenant serving."""
 
     needs_data = False
 

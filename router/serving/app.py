@@ -19,13 +19,13 @@ from starlette.exceptions import HTTPException
 
 from hub.errors import HubError, UsageError
 from router.engine.engine import Engine
-from router.engine.request import Request as Wanted
+from router.engine.request import Request as RowRequest
 from router.engine.request import Result
 from router.serving import wire
 from router.serving.batcher import Batcher
 from router.serving.catalogue import Catalogue
 from router.serving.metrics import Metrics
-from router.serving.streams import CHAT, COMPLETION, Shape, events
+from router.serving.streams import CHAT, COMPLETION, AnswerFormat, events
 from router.serving.waiting import Rows
 
 MAX_BODY = 8 * 2**20  # bytes
@@ -54,9 +54,9 @@ class Server:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"the body is not JSON: {error}") from error
-        found = model.model_validate(value)
-        found.refuse()
-        return found
+        body = model.model_validate(value)
+        body.refuse()
+        return body
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
@@ -68,7 +68,9 @@ class Server:
         asked = await self.body(request, wire.Chat)
         return await self.complete(request, asked, asked.requests(self.engine.host.tokenizer), CHAT)
 
-    async def complete(self, request: Request, asked: wire.Sampled, wanted: list[Wanted], shape: Shape) -> Response:
+    async def complete(
+        self, request: Request, asked: wire.Sampled, wanted: list[RowRequest], shape: AnswerFormat
+    ) -> Response:
         """The continuations of one request, whole or in pieces."""
         rows = await self.rows(wanted, "generate")
         if asked.stream:
@@ -87,7 +89,7 @@ class Server:
         found = {"id": wire.identifier("classify"), "object": "list", "model": asked.model, "data": data}
         return self.answer({**found, "usage": self.count(results, 1)})
 
-    async def rows(self, requests: list[Wanted], task: str) -> Rows:
+    async def rows(self, requests: list[RowRequest], task: str) -> Rows:
         """Rows of one request, looked up and queued. Raises HubError where one cannot run, before any is queued."""
         prepared = await run_in_threadpool(lambda: [self.engine.prepare(r) for r in requests])
         for row in prepared:
@@ -98,10 +100,10 @@ class Server:
 
     def count(self, results: list[Result], copies: int) -> dict[str, int]:
         """Usage of a request, which goes into the metrics as well."""
-        found = wire.usage(results, copies)
-        self.metrics.read += found["prompt_tokens"]
-        self.metrics.written += found["completion_tokens"]
-        return found
+        usage = wire.usage(results, copies)
+        self.metrics.read += usage["prompt_tokens"]
+        self.metrics.written += usage["completion_tokens"]
+        return usage
 
     @staticmethod
     def answer(value: object) -> Response:

@@ -27,13 +27,13 @@ class Catalogue:
     def models(self) -> list[dict[str, Any]]:
         """Entries of /v1/models: the base first."""
         host, sources = self._engine.host, self._engine.sources
-        found = [_entry(host.name, host.name, None)]
-        found += [_entry(name, sources.root(name), host.name) for name in sources.given]
+        entries = [_entry(host.name, host.name, None)]
+        entries += [_entry(name, sources.root(name), host.name) for name in sources.given]
         for artifact in sources.store.list(newest=True):
             if artifact.facts.type in _SERVED and artifact.facts.base in (None, host.identity.repo):
                 created = int(artifact.manifest.created.timestamp())
-                found.append(_entry(artifact.ref.id, str(artifact.ref), host.name, created))
-        return found
+                entries.append(_entry(artifact.ref.id, str(artifact.ref), host.name, created))
+        return entries
 
     def model(self, name: str) -> dict[str, Any]:
         """The entry of one: also of a ref with a version or an expression, which the list leaves out.
@@ -43,11 +43,11 @@ class Catalogue:
         HubError
             No such adapter (with the nearest names), or one that cannot be used here.
         """
-        found = next((entry for entry in self.models() if entry["id"] == name), None)
-        if found is None:
+        entry = next((entry for entry in self.models() if entry["id"] == name), None)
+        if entry is None:
             target = self._engine.targets.get(name)
-            found = _entry(name, ", ".join(target.names) or name, self._engine.host.name)
-        return found
+            entry = _entry(name, ", ".join(target.names) or name, self._engine.host.name)
+        return entry
 
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
         """Let a name stand for a ref or a directory, and begin to read it.

@@ -48,8 +48,8 @@ class Metrics:
     def text(self, gauges: Iterable[tuple[str, str, float]], counters: Iterable[tuple[str, str, float]]) -> str:
         """All of it, with gauges and counters (name, help, value) that others keep."""
         lines = [*self._requests()]
-        for kind, found in (("gauge", gauges), ("counter", [*counters, *self._tokens()])):
-            for name, told, value in found:
+        for kind, rows in (("gauge", gauges), ("counter", [*counters, *self._tokens()])):
+            for name, told, value in rows:
                 lines += _head(name, told, kind)
                 lines.append(f"{PREFIX}{name} {value:g}" if kind == "gauge" else f"{PREFIX}{name} {int(value)}")
         lines += _histogram("row_seconds", "Seconds from a request to its last token.", self.seconds)
@@ -73,11 +73,11 @@ def _head(name: str, told: str, kind: str) -> list[str]:
     return [f"# HELP {PREFIX}{name} {told}", f"# TYPE {PREFIX}{name} {kind}"]
 
 
-def _histogram(name: str, told: str, found: Histogram) -> Iterator[str]:
+def _histogram(name: str, told: str, histogram: Histogram) -> Iterator[str]:
     yield from _head(name, told, "histogram")
     running = 0
-    for bound, count in zip((*map(str, found.bounds), "+Inf"), found.counts, strict=True):
+    for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
         running += count
         yield f'{PREFIX}{name}_bucket{{le="{bound}"}} {running}'
-    yield f"{PREFIX}{name}_sum {found.total:g}"
+    yield f"{PREFIX}{name}_sum {histogram.total:g}"
     yield f"{PREFIX}{name}_count {running}"

@@ -14,7 +14,7 @@ from router.serving.waiting import Rows
 
 
 @dataclass(frozen=True)
-class Shape:
+class AnswerFormat:
     """How an endpoint words its answers: objects of a whole one and of a part, and a choice of each."""
 
     prefix: str
@@ -24,12 +24,12 @@ class Shape:
     piece: Callable[[Piece, int], dict[str, Any]]
 
 
-COMPLETION = Shape("cmpl", "text_completion", "text_completion", wire.completion_choice, wire.completion_piece)
-CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", wire.chat_choice, wire.chat_piece)
+COMPLETION = AnswerFormat("cmpl", "text_completion", "text_completion", wire.completion_choice, wire.completion_piece)
+CHAT = AnswerFormat("chatcmpl", "chat.completion", "chat.completion.chunk", wire.chat_choice, wire.chat_piece)
 
 
 async def events(
-    rows: Rows, asked: wire.Sampled, shape: Shape, count: Callable[[list[Result]], dict[str, int]]
+    rows: Rows, asked: wire.Sampled, shape: AnswerFormat, count: Callable[[list[Result]], dict[str, int]]
 ) -> AsyncIterator[str]:
     """Server-sent events: a piece of text each with its tokens' scores, the reasons why rows ended, and [DONE].
 

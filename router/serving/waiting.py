@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from hub.errors import HubError
 from router.engine.engine import Answer
-from router.engine.prepare import Prepared
+from router.engine.prepare import PreparedRow
 from router.engine.request import Piece, Result
 from router.serving.batcher import Batcher, Job
 from router.serving.metrics import Metrics
@@ -20,14 +20,14 @@ from router.serving.metrics import Metrics
 News: TypeAlias = Piece | Answer
 
 
-class Gone(HubError):
+class ClientGone(HubError):
     """The client has closed the connection."""
 
 
 class Rows:
     """Rows that were queued; what becomes of them comes through :meth:`news` or :meth:`results`."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, rows: Sequence[Prepared]) -> None:
+    def __init__(self, batcher: Batcher, metrics: Metrics, rows: Sequence[PreparedRow]) -> None:
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
         self._batcher, self._metrics, self._since, self._silent = batcher, metrics, monotonic(), True
@@ -60,12 +60,12 @@ class Rows:
             yield index, news
 
     async def results(self, request: Request) -> list[Result]:
-        """All results in order. Raises the first error, or Gone when the client leaves."""
+        """All results in order. Raises the first error, or ClientGone when the client leaves."""
         collect, leave = asyncio.ensure_future(self._collect()), asyncio.ensure_future(_left(request))
         try:
             await asyncio.wait({collect, leave}, return_when=asyncio.FIRST_COMPLETED)
             if not collect.done():
-                raise Gone("the client has closed the connection")
+                raise ClientGone("the client has closed the connection")
             return collect.result()
         finally:
             collect.cancel()
@@ -73,13 +73,13 @@ class Rows:
             self.cancel()
 
     async def _collect(self) -> list[Result]:
-        found: dict[int, Result] = {}
+        results: dict[int, Result] = {}
         async for index, news in self.news():
             if isinstance(news, HubError):
                 raise news
             if isinstance(news, Result):
-                found[index] = news
-        return [found[index] for index in range(len(self._jobs))]
+                results[index] = news
+        return [results[index] for index in range(len(self._jobs))]
 
     def _tell(self, index: int, news: News) -> None:
         """From the batcher's thread."""

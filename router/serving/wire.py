@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hub.errors import Conflict, HubError, NotFound, UsageError, suggest
 from router.engine.request import Piece, Request, Result, Token
-from router.serving.batcher import Busy, Stopped
+from router.serving.batcher import ServerBusy, ServerStopped
 
 MOST_ROWS = 256  # prompts times n of one request
 
@@ -258,8 +258,8 @@ def _routed(choice: dict[str, Any], result: Result) -> dict[str, Any]:
 
 # The first class that an error is of: status, type, parameter, code.
 _ERRORS: tuple[tuple[type[HubError], int, str, str | None, str | None], ...] = (
-    (Busy, 429, "rate_limit_error", None, "rate_limit_exceeded"),
-    (Stopped, 503, "server_error", None, "stopped"),
+    (ServerBusy, 429, "rate_limit_error", None, "rate_limit_exceeded"),
+    (ServerStopped, 503, "server_error", None, "stopped"),
     (NotFound, 404, "invalid_request_error", "model", "model_not_found"),
     (Conflict, 409, "invalid_request_error", None, None),
     (HubError, 400, "invalid_request_error", None, None),

@@ -28,9 +28,9 @@ from peft import PeftModel
 
 import compose
 from router.engine.engine import Engine
-from router.engine.prepare import Prepared
+from router.engine.prepare import PreparedRow
 from router.engine.request import Request
-from router.engine.running_batch import Flight, Row
+from router.engine.running_batch import RunningBatch, RunningRow
 
 # Milliseconds are of the processor, which a busy machine does not change; only a GPU's have to be read off the wall.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -109,17 +109,17 @@ class Bench:
         """A step of decoding rows with adapters of their own, divided by one of the bare base in the same round."""
         names = list(self.places)[:count]
         adapters = [names[i % count] for i in range(self.options.rows)]
-        rows = [Row(self._endless(self.engine, name), self.engine.host.tokenizer) for name in adapters]
-        bare = [Row(self._endless(self.bare, None), self.bare.host.tokenizer) for _ in rows]
-        ours, base = Flight(self.engine.host), Flight(self.bare.host)
-        with self.engine.residency.held(self.engine.needed([row.prepared for row in rows])):
+        rows = [RunningRow(self._endless(self.engine, name), self.engine.host.tokenizer) for name in adapters]
+        bare = [RunningRow(self._endless(self.bare, None), self.bare.host.tokenizer) for _ in rows]
+        ours, base = RunningBatch(self.engine.host), RunningBatch(self.bare.host)
+        with self.engine.residency.in_use(self.engine.needed([row.prepared for row in rows])):
             ours.admit(rows)
             base.admit(bare)
             times = interleave({"ours": ours.step, "base": base.step}, self.options.rounds)
         return ratio(times["ours"], times["base"])
 
     @staticmethod
-    def _endless(engine: Engine, adapter: str | None) -> Prepared:
+    def _endless(engine: Engine, adapter: str | None) -> PreparedRow:
         """A row that does not end by itself."""
         return replace(engine.prepare(Request(text="To be", adapter=adapter, max_new_tokens=1)), room=10**6)
 

@@ -67,7 +67,7 @@ OWN_TEXTS = (  # of the first and of the second member of a router
 )
 
 
-class Shelf:
+class RandomAdapters:
     """Publishes adapters whose tensors are drawn from a seed."""
 
     def __init__(self, root):
@@ -156,35 +156,35 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def shelf(tmp_path_factory):
+def published(tmp_path_factory):
     """Named adapters of several kinds; `mood` has two classes and `topic` three."""
     import compose.base.model  # noqa: F401
 
-    shelf = Shelf(tmp_path_factory.mktemp("shelf"))
-    shelf.publish("law", seed=1)
-    shelf.publish("code", seed=2, options={"r": 4, "target_modules": "all-linear"})
-    shelf.publish("tone", "ia3", seed=3)
-    shelf.publish("lead", "prefix", seed=4)
-    shelf.publish("mood", seed=5, labels=("bad", "good"))
-    shelf.publish("topic", "ia3", seed=6, labels=("art", "sport", "war"))
-    return shelf
+    published = RandomAdapters(tmp_path_factory.mktemp("published"))
+    published.publish("law", seed=1)
+    published.publish("code", seed=2, options={"r": 4, "target_modules": "all-linear"})
+    published.publish("tone", "ia3", seed=3)
+    published.publish("lead", "prefix", seed=4)
+    published.publish("mood", seed=5, labels=("bad", "good"))
+    published.publish("topic", "ia3", seed=6, labels=("art", "sport", "war"))
+    return published
 
 
 @pytest.fixture(scope="session")
-def routers(shelf):
-    """Routers in the shelf: three over `law` and `code`, and `tasks` over the heads of `mood` and `topic`."""
-    shelf.route("centroid", "near", ("law", "code"))
-    shelf.route("likelihood", "likely", ("law", "code"))
-    shelf.route("arrow", "arrow", ("law", "code"))
-    shelf.route("centroid", "tasks", ("mood", "topic"), classes=2)
+def routers(published):
+    """Routers in the same store: three over `law` and `code`, and `tasks` over the heads of `mood` and `topic`."""
+    published.route("centroid", "near", ("law", "code"))
+    published.route("likelihood", "likely", ("law", "code"))
+    published.route("arrow", "arrow", ("law", "code"))
+    published.route("centroid", "tasks", ("mood", "topic"), classes=2)
     return "near", "likely", "arrow", "tasks"
 
 
 @pytest.fixture(scope="session")
-def engine(shelf):
+def engine(published):
     from router.engine.engine import Engine
 
-    return Engine(BASE, store=shelf.store, dtype="fp32", rows=8)
+    return Engine(BASE, store=published.store, dtype="fp32", rows=8)
 
 
 TEXTS = (

@@ -59,8 +59,8 @@ def test_heads_of_different_sizes_in_one_batch(tiny, tokenizer, family, tmp_path
     engine.close()
 
 
-def test_a_quantized_base(shelf):
-    engine = Engine("builtin:tiny-lm", store=shelf.store, quantize="nf4", dtype="fp32", rows=4)
+def test_a_quantized_base(published):
+    engine = Engine("builtin:tiny-lm", store=published.store, quantize="nf4", dtype="fp32", rows=4)
     rows = [Request(text="To be", adapter=a, max_new_tokens=3, scores=1) for a in ("law", "mood", "topic", None)]
     answers = engine.run(rows)
     assert [a.label is None for a in answers] == [True, False, False, True]

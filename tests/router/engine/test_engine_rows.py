@@ -48,8 +48,8 @@ def test_a_mixed_batch_equals_each_row_alone(engine, rows):
     assert len({r.text for r in together}) > 5
 
 
-def test_the_order_and_the_size_of_batches_do_not_matter(engine, rows, shelf):
-    small = Engine(BASE, store=shelf.store, dtype="fp32", rows=3)
+def test_the_order_and_the_size_of_batches_do_not_matter(engine, rows, published):
+    small = Engine(BASE, store=published.store, dtype="fp32", rows=3)
     turned = small.run(rows[::-1])[::-1]
     small.close()
     assert all(same(a, b) for a, b in zip(engine.run(rows), turned, strict=True))
@@ -59,7 +59,7 @@ def test_greedy_decoding_is_what_transformers_generates(engine):
     text, ids = "The parties agree", engine.host.tokenizer("The parties agree", return_tensors="pt")
     for adapter in (None, "law", "lead", "0.5 * law + tone"):
         answer = engine.run([Request(text=text, adapter=adapter, max_new_tokens=8)])[0]
-        with engine.residency.held(engine.needed([engine.prepare(Request(text=text, adapter=adapter))])):
+        with engine.residency.in_use(engine.needed([engine.prepare(Request(text=text, adapter=adapter))])):
             engine.host.activate([engine.targets.get(adapter).expr])
             made = engine.host.model.generate(**ids, max_new_tokens=8, do_sample=False)
         told = engine.host.tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -67,16 +67,16 @@ def test_greedy_decoding_is_what_transformers_generates(engine):
 
 
 @pytest.mark.parametrize(("name", "classes"), [("mood", 2), ("topic", 3)])
-def test_a_head_answers_as_on_a_classification_model(engine, shelf, name, classes):
-    model, ids = shelf.model(classes), engine.host.tokenizer("To be or not", return_tensors="pt")
-    compose.attach(model, name, shelf.store.get(f"local/{name}"))
+def test_a_head_answers_as_on_a_classification_model(engine, published, name, classes):
+    model, ids = published.model(classes), engine.host.tokenizer("To be or not", return_tensors="pt")
+    compose.attach(model, name, published.store.get(f"local/{name}"))
     compose.activate(model, name)
     with torch.no_grad():
         wanted = model(**ids).logits[0].softmax(-1)
     compose.activate(model, None)
     compose.detach(model, name)
     found = dict(engine.run([Request(text="To be or not", adapter=name, scores=classes)])[0].scores)
-    labels = shelf.store.get(f"local/{name}").manifest.labels
+    labels = published.store.get(f"local/{name}").manifest.labels
     assert [found[label] for label in labels] == pytest.approx(wanted.tolist(), abs=1e-5)
 
 
@@ -153,8 +153,8 @@ def test_texts_that_do_not_fit(engine):
         Request(text="x", temperature=float("nan"))
 
 
-def test_two_hundred_adapters_through_a_residency_of_eight(shelf, tmp_path):
-    places, model = {f"n{i}": tmp_path / f"n{i}" for i in range(200)}, shelf.model(None)
+def test_two_hundred_adapters_through_a_residency_of_eight(published, tmp_path):
+    places, model = {f"n{i}": tmp_path / f"n{i}" for i in range(200)}, published.model(None)
     adapter = compose.create(model, "ia3", name="n")
     generator = torch.Generator().manual_seed(0)
     for place in places.values():

@@ -22,9 +22,9 @@ LONG = 30  # seconds until a test that waits in vain has failed
 
 
 @pytest.fixture(scope="module")
-def places(shelf, tmp_path_factory):
+def places(published, tmp_path_factory):
     """Directories of six small adapters that all differ."""
-    model, home = shelf.model(None), tmp_path_factory.mktemp("places")
+    model, home = published.model(None), tmp_path_factory.mktemp("places")
     adapter = compose.create(model, "ia3", name="made")
     draw = torch.Generator().manual_seed(0)
     for name in "abcdef":
@@ -36,8 +36,8 @@ def places(shelf, tmp_path_factory):
 
 
 @pytest.fixture
-def engine(shelf, places):
-    engine = Engine(BASE, store=shelf.store, adapters=places, dtype="fp32", rows=2)
+def engine(published, places):
+    engine = Engine(BASE, store=published.store, adapters=places, dtype="fp32", rows=2)
     yield engine
     engine.close()
 
@@ -147,13 +147,13 @@ def test_no_more_is_read_ahead_than_may_be_resident(engine, reading):
 
 
 @pytest.mark.parametrize("how", ["truncated", "deleted", "of another shape", "NaN"])
-def test_a_broken_adapter_fails_its_own_rows(shelf, places, tmp_path, how):
+def test_a_broken_adapter_fails_its_own_rows(published, places, tmp_path, how):
     import shutil
 
     from safetensors.torch import load_file, save_file
 
     place = shutil.copytree(places["c"], tmp_path / "c")
-    engine = Engine(BASE, store=shelf.store, adapters={**places, "c": place}, dtype="fp32", rows=4)
+    engine = Engine(BASE, store=published.store, adapters={**places, "c": place}, dtype="fp32", rows=4)
     asked = rows("a", "c", "b", "c", None)
     wanted = [engine.run([row])[0].text for row in asked]
     engine.residency.drop("c")

@@ -20,17 +20,17 @@ ROWS = ["The parties to this agreement", "def run(self):", "import json", "The c
 
 
 @pytest.fixture(scope="module")
-def routed(shelf, routers):
-    engine = Engine(BASE, store=shelf.store, dtype="fp32", rows=3)
+def routed(published, routers):
+    engine = Engine(BASE, store=published.store, dtype="fp32", rows=3)
     yield engine
     engine.close()
 
 
 @pytest.mark.parametrize("name", ["near", "likely", "arrow"])
-def test_a_routed_row_is_what_the_router_makes_the_model_say(routed, shelf, name):
+def test_a_routed_row_is_what_the_router_makes_the_model_say(routed, published, name):
     asked = [Request(text=text, adapter=f"local/{name}", max_new_tokens=5, weights=True) for text in ROWS]
     answers = routed.run([*asked, Request(text="To be", adapter="law", max_new_tokens=2)])
-    stored, model = load(f"local/{name}", shelf.store), shelf.model(None)
+    stored, model = load(f"local/{name}", published.store), published.model(None)
     stored.attach(model)
     for text, answer in zip(ROWS, answers, strict=False):
         ids = torch.tensor(routed.host.tokenizer(text).input_ids)
@@ -62,8 +62,8 @@ def test_rows_are_classified_by_the_head_of_the_task_that_was_chosen(routed):
             assert (alone.label, alone.scores) == (answer.label, pytest.approx(answer.scores))
 
 
-def test_run_tells_the_weights(shelf, routed, jsonl, monkeypatch):
-    monkeypatch.setenv("HUB_HOME", str(shelf.store.root))
+def test_run_tells_the_weights(published, routed, jsonl, monkeypatch):
+    monkeypatch.setenv("HUB_HOME", str(published.store.root))
     path = jsonl([{"text": text} for text in ROWS])
     command = ["run", str(path), "--router", "local/near", "--route-weights", "--max-new-tokens", "3"]
     found = CliRunner().invoke(main, command)

@@ -31,8 +31,8 @@ def computed(engine, path, options=OPTIONS) -> bytes:
 
 
 @pytest.fixture
-def hub(shelf, monkeypatch):
-    monkeypatch.setenv("HUB_HOME", str(shelf.store.root))
+def hub(published, monkeypatch):
+    monkeypatch.setenv("HUB_HOME", str(published.store.root))
 
     def call(*args, code=0, **options):
         found = CliRunner().invoke(main, ["run", *map(str, args)], **options)
@@ -137,9 +137,9 @@ def test_usage_is_checked_before_anything_is_loaded(hub, jsonl, tmp_path):
     assert "--expr local/law" in told
 
 
-def test_killed_twenty_times_and_still_the_same_bytes(shelf, jsonl, tmp_path):
+def test_killed_twenty_times_and_still_the_same_bytes(published, jsonl, tmp_path):
     path, out = jsonl(count=320), tmp_path / "out.jsonl"
-    engine = Engine(BASE, store=shelf.store, dtype="fp32", rows=4)
+    engine = Engine(BASE, store=published.store, dtype="fp32", rows=4)
     resumed = 0
     for kill in range(21):
         child = os.fork()

@@ -20,8 +20,8 @@ TEXTS = ("The parties agree that", "def main(", "It was a dark night and the old
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("routers")
-def test_a_run_killed_and_started_again_ends_in_the_same_bytes(shelf, jsonl, tmp_path, monkeypatch, kills):
-    monkeypatch.setenv("HUB_HOME", str(shelf.store.root))
+def test_a_run_killed_and_started_again_ends_in_the_same_bytes(published, jsonl, tmp_path, monkeypatch, kills):
+    monkeypatch.setenv("HUB_HOME", str(published.store.root))
     rows = [{"text": TEXTS[i % 4] + " of" * (i % 3), "adapter": ADAPTERS[i % len(ADAPTERS)]} for i in range(40 * kills)]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     options = ["--max-new-tokens", "4", "--batch-size", "2", "--route-weights", "--temperature", "0.7"]

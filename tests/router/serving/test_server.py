@@ -76,8 +76,8 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def serving(shelf):
-    engine = Engine(BASE, store=shelf.store, dtype="fp32", rows=8)
+def serving(published):
+    engine = Engine(BASE, store=published.store, dtype="fp32", rows=8)
     engine.host.tokenizer.chat_template = TEMPLATE
     running = Running(engine, directories=True)
     yield running
@@ -198,8 +198,8 @@ def test_models_say_parent_and_root(client):
     assert {m["object"] for m in found.values()} == {"model"}
 
 
-def test_adapters_are_loaded_replaced_and_unloaded_while_it_runs(client, shelf, tmp_path):
-    places = [shelf.store.get(f"local/{name}").materialize(tmp_path / name) for name in ("law", "code")]
+def test_adapters_are_loaded_replaced_and_unloaded_while_it_runs(client, published, tmp_path):
+    places = [published.store.get(f"local/{name}").materialize(tmp_path / name) for name in ("law", "code")]
     law, code = (ask(client, model=name).json()["choices"][0]["text"] for name in ("law", "code"))
     load = {"lora_name": "mine", "lora_path": str(places[0])}
     assert client.post("/v1/load_lora_adapter", json=load).status_code == 200
@@ -264,8 +264,8 @@ def test_one_that_waits_for_a_whole_answer_and_leaves_frees_its_row_too(client):
     wait_until(lambda: "moduloom_running_rows 0" in client.get("/metrics").text, seconds=2)  # 500 tokens take longer
 
 
-def test_a_token_is_asked_for_and_an_open_address_needs_one(shelf):
-    engine = Engine(BASE, store=shelf.store, dtype="fp32")
+def test_a_token_is_asked_for_and_an_open_address_needs_one(published):
+    engine = Engine(BASE, store=published.store, dtype="fp32")
     running = Running(engine, token="s3cret", waiting=1)
     try:
         client = Client(running.address)
@@ -287,9 +287,9 @@ def test_a_token_is_asked_for_and_an_open_address_needs_one(shelf):
     assert "without a token" in found.output
 
 
-def test_adapters_come_and_go_under_a_tight_budget(shelf, engine):
+def test_adapters_come_and_go_under_a_tight_budget(published, engine):
     names = ["law", "code", "tone", "lead", "0.5 * law + code", "ensemble.mean(law, code)", "ties(law, law)"]
-    tight = Engine(BASE, store=shelf.store, dtype="fp32", rows=3)
+    tight = Engine(BASE, store=published.store, dtype="fp32", rows=3)
     tight.residency.budget = max(tight.sources.known(name).bytes for name in ("law", "code", "tone", "lead"))
     asked = [(names[i % len(names)], 2 + i % 5) for i in range(35)]
     wanted = engine.run([Request(text="To be", adapter=n, max_new_tokens=m) for n, m in asked])

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from router.engine.engine import Engine
 from router.engine.request import Request
 from router.serving.app import create_app
-from router.serving.batcher import Batcher, Busy
+from router.serving.batcher import Batcher, ServerBusy
 from router.serving.metrics import Metrics
 
 BASE = "builtin:tiny-lm"
@@ -22,8 +22,8 @@ CHAT = [{"role": "user", "content": "To be"}]
 
 
 @pytest.fixture(scope="module")
-def client(shelf, routers):
-    engine = Engine(BASE, store=shelf.store, dtype="fp32", rows=8)
+def client(published, routers):
+    engine = Engine(BASE, store=published.store, dtype="fp32", rows=8)
     engine.host.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     with TestClient(create_app(engine)) as client:
         yield client
@@ -129,14 +129,14 @@ def test_routers_and_ensembles_are_models_like_others(client):
     assert all(sum(one["scores"].values()) == pytest.approx(1, abs=1e-4) for one in told)
 
 
-def test_a_place_that_was_given_up_is_free_at_once(shelf):
+def test_a_place_that_was_given_up_is_free_at_once(published):
     """Rows that wait: a full queue refuses, and one that leaves makes room."""
-    engine = Engine(BASE, store=shelf.store, dtype="fp32")
+    engine = Engine(BASE, store=published.store, dtype="fp32")
     batcher = Batcher(engine, Metrics(), waiting=2)  # not started: everything waits
     row = engine.prepare(Request(text="To be", adapter="law", max_new_tokens=2))
     told, ended = [], threading.Event()
     first, _second = (batcher.submit(row, told.append) for _ in range(2))
-    with pytest.raises(Busy, match="2 requests are waiting"):
+    with pytest.raises(ServerBusy, match="2 requests are waiting"):
         batcher.submit(row, told.append)
     batcher.cancel(first)
     batcher.submit(row, lambda answer: (told.append(answer), ended.set()))
