@@ -1,41 +1,47 @@
 """Which adapter, for which row or token, with what weight: scorer, gating, dispatch, and the DEMix ensemble."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hub.lazy import face
 
 if TYPE_CHECKING:
+    from router.api import Explanation as Explanation
+    from router.api import add as add
+    from router.api import evaluate as evaluate
+    from router.api import explain as explain
+    from router.api import fit as fit
+    from router.artifact import StoredRouter as StoredRouter
+    from router.artifact import load as load
+    from router.artifact import publish as publish
     from router.bench import Batch as Batch
     from router.bench import Bench as Bench
     from router.dispatch import row_expressions as row_expressions
     from router.engine.engine import Engine as Engine
     from router.engine.request import Request as Request
+    from router.engine.request import Result as Result
     from router.ensemble.demix import Ensemble as Ensemble
+    from router.evaluation.measure import Report as Report
+    from router.evaluation.similar import rank as rank
     from router.gating import Gating as Gating
     from router.gating import gate as gate
     from router.router import Router as Router
+    from router.running.run import run as run
+
+    __version__: str
 
 _HOMES = {
-    "Batch": "router.bench",
-    "Bench": "router.bench",
-    "Engine": "router.engine.engine",
-    "Ensemble": "router.ensemble.demix",
-    "Gating": "router.gating",
-    "Request": "router.engine.request",
-    "Router": "router.router",
-    "gate": "router.gating",
-    "row_expressions": "router.dispatch",
+    "router.api": ("Explanation", "add", "evaluate", "explain", "fit"),
+    "router.artifact": ("StoredRouter", "load", "publish"),
+    "router.bench": ("Batch", "Bench"),
+    "router.dispatch": ("row_expressions",),
+    "router.engine.engine": ("Engine",),
+    "router.engine.request": ("Request", "Result"),
+    "router.ensemble.demix": ("Ensemble",),
+    "router.evaluation.measure": ("Report",),
+    "router.evaluation.similar": ("rank",),
+    "router.gating": ("Gating", "gate"),
+    "router.router": ("Router",),
+    "router.running.run": ("run",),
 }
 
-__all__ = ["Batch", "Bench", "Engine", "Ensemble", "Gating", "Request", "Router", "gate", "row_expressions"]
-
-
-def __getattr__(name: str) -> Any:
-    # PEP 562: importing the package must not import torch
-    if name not in _HOMES:
-        raise AttributeError(f"module 'router' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__, __getattr__, __dir__ = face(__name__, _HOMES)

@@ -9,20 +9,22 @@ import click
 from hub.lazy import load
 
 
-class Row(NamedTuple):
+class Verb(NamedTuple):
     """A verb: where its command is, and its line in ``hub route --help``."""
 
     target: str
     help: str
 
 
-VERBS: dict[str, Row] = {
-    "fit": Row("router.commands.fit:fit", "Make a router of adapters and publish it."),
-    "add": Row("router.commands.fit:add", "Publish a router with one more adapter."),
-    "eval": Row("router.commands.evaluate:evaluate", "Measure a router against base, best single, average and oracle."),
-    "explain": Row("router.commands.explain:explain", "Show which adapters answer which tokens of a text."),
-    "like": Row("router.commands.like:like", "Rank the store's adapters for a text, without their weights."),
-    "methods": Row("router.commands.methods:methods", "List the routing methods and their options."),
+VERBS: dict[str, Verb] = {
+    "fit": Verb("router.commands.fit:fit", "Make a router of adapters and publish it."),
+    "add": Verb("router.commands.fit:add", "Publish a router with one more adapter."),
+    "eval": Verb(
+        "router.commands.evaluate:evaluate", "Measure a router against base, best single, average and oracle."
+    ),
+    "explain": Verb("router.commands.explain:explain", "Show which adapters answer which tokens of a text."),
+    "like": Verb("router.commands.like:like", "Rank the store's adapters for a text, without their weights."),
+    "methods": Verb("router.commands.methods:methods", "List the routing methods and their options."),
 }
 
 

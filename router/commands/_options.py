@@ -1,10 +1,11 @@
-"""What the verbs share: options, a base with a router's members on it, a bar."""
+"""What the verbs share: options, names for files, a bar."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -12,10 +13,9 @@ import click
 from hub.console.options import quantize_option
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from router.bench import Progress
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
-Told = Callable[[str, int, int], None]
 
 
 def base_options(function: FunctionT) -> FunctionT:
@@ -41,40 +41,37 @@ def text_options(function: FunctionT) -> FunctionT:
     return function
 
 
-def load_with_members(members: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[PreTrainedModel, Any]:
-    """The base with artifacts resident under their names, and its tokenizer; `given` holds the `base_options`."""
-    import compose
-    from compose.base.at_hand import at_hand
+def named_files(pairs: Sequence[str]) -> dict[str, Path]:
+    """``NAME=FILE`` of a command line as a mapping."""
     from hub.errors import UsageError
 
-    facts = [artifact.manifest for artifact in members.values()]
-    base = given["base"] or next((at_hand(m.base) for m in facts if m.base is not None), None)
-    if base is None:
-        raise UsageError("nothing says which base the members were made for", hint="--base BASE")
-    tasks = {m.task for m in facts if m.task}
-    task = tasks.pop() if len(tasks) == 1 else None
-    labels = (facts[0].labels or None) if task == "classification" else None
-    model = compose.load(base, quantize=given["quantize"], task=task, labels=labels)
-    for name, artifact in members.items():
-        compose.attach(model, name, artifact, allow_base_drift=given["allow_base_drift"]).freeze()
-    return model, compose.tokenizer(base)
+    files: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, file = pair.partition("=")
+        if not (name and equals and file):
+            raise UsageError(f"{pair!r} does not say whose texts these are", hint="write --data NAME=FILE")
+        if name in files:
+            raise UsageError(f"--data gives {name!r} twice")
+        files[name] = Path(file)
+    return files
 
 
 @contextmanager
-def bar() -> Iterator[Told | None]:
+def bar() -> Iterator[Progress | None]:
     """Show a bar of (what, done, total) on stderr where that is a terminal; None otherwise."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
+    from rich.progress import MofNCompleteColumn
+    from rich.progress import Progress as Bar
 
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as shown:
+    with Bar(*Bar.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as shown:
         tasks: dict[str, Any] = {}
 
-        def told(what: str, done: int, total: int) -> None:
+        def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = shown.add_task(what, total=total)
             shown.update(tasks[what], completed=done, total=total)
 
-        yield told
+        yield report

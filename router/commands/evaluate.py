@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hub.console.output import columns, json_file_option, say, write_json
-from router.commands._options import Told, bar, base_options, load_with_members, text_options
+from router.commands._options import bar, base_options, named_files, text_options
 
 if TYPE_CHECKING:
     from router.evaluation.measure import Report
@@ -41,74 +41,35 @@ def evaluate(
     perplexity also their probabilities: uniform), and the oracle: the adapter of the set's name, or for another name
     the one that does best on it.
     """  # noqa: D301
+    from router.api import evaluate as evaluate_router
     from router.evaluation.pictures import heatmap
-    from router.evaluation.texts import named_files, read_texts
 
-    sets, more = (
-        {name: read_texts(file, most=given["max_rows"]) for name, file in named_files(pairs).items()}
-        for pairs in (data, dev)
-    )
-    with bar() as told:
-        found = _measure(router, sets, more, given, told)
+    with bar() as progress:
+        report = evaluate_router(router, named_files(data), dev=named_files(dev), progress=progress, **given)
     if plot:
-        experts = list(next(iter(found.confusion.values())))
-        values = [[row[e] for e in experts] for row in found.confusion.values()]
-        picture = heatmap(f"{router}: mean weight of each adapter", list(found.confusion), experts, values)
+        experts = list(next(iter(report.confusion.values())))
+        values = [[row[e] for e in experts] for row in report.confusion.values()]
+        picture = heatmap(f"{router}: mean weight of each adapter", list(report.confusion), experts, values)
         Path(plot).write_text(picture, encoding="utf-8")
         say(f"wrote {plot}")
-    write_json(_finite({"router": router, **found.as_dict()}), json_path)
+    write_json(_finite({"router": router, **report.as_dict()}), json_path)
     if json_path != "-":
-        _print(found)
+        _print(report)
 
 
-def _measure(router: str, sets: Any, dev: Any, given: dict[str, Any], told: Told | None) -> Report:
-    from hub.errors import UsageError, suggest
-    from router.artifact import load
-    from router.evaluation.measure import Labelled, accuracies, perplexities
-    from router.evaluation.texts import encode
-
-    stored = load(router)
-    if dev and stored.router.scorer.name != "likelihood":
-        raise UsageError(f"{router} is a {stored.router.scorer.name} router and has no prior", hint="leave --dev out")
-    if wrong := [name for name in dev if name not in sets]:
-        raise UsageError(f"--dev has rows for {wrong[0]!r}, and --data none", hint=suggest(wrong[0], sets))
-    tasks = {artifact.manifest.task or "causal_lm" for artifact in stored.artifacts.values()}
-    if tasks not in ({"causal_lm"}, {"classification"}):
-        raise UsageError(
-            f"the members are for {' and '.join(sorted(tasks))}: neither perplexity nor accuracy is theirs"
-        )
-    model, tokenizer = load_with_members(stored.artifacts, given)
-    most, pad = given["max_length"], tokenizer.pad_token_id or 0
-    if tasks == {"causal_lm"}:
-        rows, held = (
-            {name: encode(tokenizer, [row.text for row in found], most=most) for name, found in files.items()}
-            for files in (sets, dev)
-        )
-        return perplexities(stored.router, model, rows, dev=held, pad=pad, told=told)
-    labelled = {}
-    for name, found in sets.items():
-        if bare := [i for i, row in enumerate(found, 1) if row.label is None]:
-            raise UsageError(f"row {bare[0]} of {name!r} has no label", hint='rows are {"text": "...", "label": "..."}')
-        encoded = [encode(tokenizer, [row.text], most=most) for row in found]
-        kept = [(ids[0], row.label) for ids, row in zip(encoded, found, strict=True) if ids]
-        labelled[name] = Labelled([r for r, _ in kept], [str(label) for _, label in kept])
-    classes = {name: artifact.manifest.labels for name, artifact in stored.artifacts.items()}
-    return accuracies(stored.router, model, labelled, classes, pad=pad, told=told)
-
-
-def _print(found: Report) -> None:
+def _print(report: Report) -> None:
     def text(value: float) -> str:
         if math.isnan(value):
             return "-"
-        return f"{value:.2f}" if found.metric == "perplexity" else f"{100 * value:.1f}%"
+        return f"{value:.2f}" if report.metric == "perplexity" else f"{100 * value:.1f}%"
 
-    rows = [(row["set"], *(text(row[way]) for way in found.ways), row["expert"]) for row in found.rows]
-    click.echo(columns((found.metric.upper(), *found.ways, "oracle is"), rows))
-    experts = list(next(iter(found.confusion.values())))
+    rows = [(row["set"], *(text(row[way]) for way in report.ways), row["expert"]) for row in report.rows]
+    click.echo(columns((report.metric.upper(), *report.ways, "oracle is"), rows))
+    experts = list(next(iter(report.confusion.values())))
     click.echo()
-    weights = [(name, *(f"{w[e]:.2f}" for e in experts)) for name, w in found.confusion.items()]
+    weights = [(name, *(f"{w[e]:.2f}" for e in experts)) for name, w in report.confusion.items()]
     click.echo(columns(("MEAN WEIGHT", *experts), weights))
-    say(f"best single over all sets: {found.best_single}")
+    say(f"best single over all sets: {report.best_single}")
 
 
 def _finite(value: Any) -> Any:

@@ -17,17 +17,16 @@ def like(file: str, limit: int, as_json: bool) -> None:
     The score is in nats a word above what all of them together say of the text: above 0 fits, below does not.
     """
     from hub.errors import NotFound
-    from hub.store import Store
     from router.evaluation.similar import rank
     from router.evaluation.texts import read_texts
 
-    found = rank(Store(), "\n".join(row.text for row in read_texts(file, most=1000)))
-    if not found:
+    ranked = rank("\n".join(row.text for row in read_texts(file, most=1000)))
+    if not ranked:
         raise NotFound(
             "no adapter of the store carries word statistics",
             hint="a router that was fitted on texts carries those of its members: hub route fit --data NAME=FILE",
         )
     if as_json:
-        print_json([{"ref": ref, "score": score} for ref, score in found[:limit]])
+        print_json([{"ref": ref, "score": score} for ref, score in ranked[:limit]])
     else:
-        click.echo(columns(("ADAPTER", "SCORE"), [(ref, f"{score:+.3f}") for ref, score in found[:limit]]))
+        click.echo(columns(("ADAPTER", "SCORE"), [(ref, f"{score:+.3f}") for ref, score in ranked[:limit]]))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hub.relations.word_counts import Counts
 
 
-def rank(store: Store, text: str) -> list[tuple[str, float]]:
+def rank(text: str, store: Store | None = None) -> list[tuple[str, float]]:
     """Refs of the store's adapters with how well each fits a text, best first; see `hub.relations.word_counts.fit_of`.
 
     An adapter is known by the counts it carries, else by those of a router it is a member of. Withdrawn ones and those
@@ -23,8 +23,8 @@ def rank(store: Store, text: str) -> list[tuple[str, float]]:
         A text without words.
     """
     profiles: dict[str, Counts] = {}
-    here = {artifact.digest: artifact for artifact in store.list()}
-    for artifact in sorted(here.values(), key=lambda found: found.facts.type == "router"):
+    here = {artifact.digest: artifact for artifact in (store or Store()).list()}
+    for artifact in sorted(here.values(), key=lambda artifact: artifact.facts.type == "router"):
         for key, counts in read_words(artifact).items():
             digest = artifact.digest if key == SELF else key
             if digest in here:

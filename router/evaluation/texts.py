@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hub.errors import HubError, NotFound, UsageError
+from hub.errors import HubError, NotFound
 
 MAX_LINE = 4 * 2**20  # characters of one row
 
@@ -77,16 +77,3 @@ def encode(tokenizer: Any, texts: Sequence[str], *, most: int) -> list[Tensor]:
     """Token ids (T,) of each text, cut to `most` tokens; texts of fewer than two tokens are left out."""
     rows = [torch.tensor(tokenizer(text, truncation=True, max_length=most).input_ids) for text in texts]
     return [row.long() for row in rows if len(row) > 1]
-
-
-def named_files(pairs: Sequence[str]) -> dict[str, Path]:
-    """``NAME=FILE`` of a command line as a mapping."""
-    files: dict[str, Path] = {}
-    for pair in pairs:
-        name, equals, file = pair.partition("=")
-        if not (name and equals and file):
-            raise UsageError(f"{pair!r} does not say whose texts these are", hint="write --data NAME=FILE")
-        if name in files:
-            raise UsageError(f"--data gives {name!r} twice")
-        files[name] = Path(file)
-    return files

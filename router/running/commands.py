@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hub.console.options import quantize_option
 
 if TYPE_CHECKING:
-    from router.engine.engine import Engine
     from router.running.job import Outcome
-    from router.running.lines import Lines
-    from router.running.rows import Options
 
 _DTYPES = ("auto", "fp32", "bf16", "fp16")
 
@@ -46,7 +40,7 @@ _DTYPES = ("auto", "fp32", "bf16", "fp16")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Rows computed together.")
 @click.option("--resident", metavar="SIZE", default="4GiB", show_default=True, help="Adapters kept in memory.")
 @click.option("--allow-base-drift", is_flag=True, help="Take adapters of other weights of the same architecture.")
-def run(source: str, out: Path | None, overwrite: bool, **given: Any) -> None:
+def run(source: str, out: Path | None, **given: Any) -> None:
     """Run JSONL rows through a base and its adapters: one process, any mixture of tasks.
 
     Each row comes out as it went in with the answer added: a continuation, or the label of an adapter with a head. The
@@ -57,14 +51,23 @@ def run(source: str, out: Path | None, overwrite: bool, **given: Any) -> None:
     hub run mails.jsonl --expr local/triage --out answers.jsonl
     hub run mixed.jsonl --base builtin:tiny-lm --adapter-column adapter --scores 3 > answers.jsonl
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    from hub.console.progress import bars
+    from router.running.run import run as run_rows
+
     _check_choice(given)
-    _check_places(source, out)
-    options = _options(given)
-    base = given["base"] or _base_of(given["expr"] or given["router"])
-    if given["router"] is not None:
-        _check_router(given["router"])
-    with _input(source) as stream:
-        _run(stream, source, base, options, out, overwrite, given)
+    expr, router = given.pop("expr"), given.pop("router")
+    if router is not None:
+        _check_router(router)
+    _report(
+        run_rows(
+            sys.stdin.buffer if source == "-" else source,
+            sys.stdout.buffer if out is None else out,
+            adapter=expr or router,
+            progress=bars,
+            on_resume=lambda rows: click.echo(f"going on after row {rows:,}", err=True),
+            **given,
+        )
+    )
 
 
 def _check_choice(given: dict[str, Any]) -> None:
@@ -81,38 +84,6 @@ def _check_choice(given: dict[str, Any]) -> None:
         raise UsageError("rows that name their adapters need a base", hint="--base BASE")
 
 
-def _check_places(source: str, out: Path | None) -> None:
-    from hub.errors import UsageError
-
-    if out is not None and source != "-" and out.exists() and out.samefile(source):
-        raise UsageError(f"{out} is the input", path=out, hint="give another --out: the input is read while it runs")
-
-
-def _options(given: dict[str, Any]) -> Options:
-    from dataclasses import fields
-
-    from router.running.rows import Options
-
-    names = {field.name for field in fields(Options)}
-    return Options(adapter=given["expr"] or given["router"], **{k: v for k, v in given.items() if k in names})
-
-
-def _base_of(text: str) -> str:
-    """The base that the first adapter of an expression was made for."""
-    from compose.algebra import parse
-    from compose.base.at_hand import at_hand
-    from compose.planning.unfold import unfold
-    from hub.errors import UsageError
-    from hub.store import Store
-
-    store = Store()
-    _, leaves = unfold(parse(text), lambda ref: store.get(ref).manifest)
-    found = next((at_hand(leaf.base) for leaf in leaves.values() if leaf.base is not None), None)
-    if found is None:
-        raise UsageError(f"{text} does not say which base it was made for", hint="--base BASE")
-    return found
-
-
 def _check_router(ref: str) -> None:
     from hub.errors import UsageError
     from hub.store import Store
@@ -122,107 +93,8 @@ def _check_router(ref: str) -> None:
         raise UsageError(f"{ref} is no router but of type {artifact.manifest.type}", ref=ref, hint=f"--expr {ref}")
 
 
-@contextmanager
-def _input(source: str) -> Iterator[BinaryIO]:
-    if source == "-":
-        yield sys.stdin.buffer
-        return
-    with Path(source).open("rb") as stream:
-        yield stream
-
-
-def _run(
-    stream: BinaryIO,
-    source: str,
-    base: str,
-    options: Options,
-    out: Path | None,
-    overwrite: bool,
-    given: dict[str, Any],
-) -> None:
-    from time import perf_counter
-
-    from hub.console.progress import bars
-    from router.running.job import Stream, check, check_adapters, go
-    from router.running.journal import refuse_finished
-    from router.running.lines import Lines
-
-    lines = Lines(stream, "stdin" if source == "-" else source)
-    named: dict[str, int] = {}
-    if options.on_error == "stop" and source != "-":
-        named = check(Lines(stream, lines.name), options)  # before the base is loaded, and hours of computing
-        stream.seek(0)
-    if out is not None and not overwrite:
-        refuse_finished(out)  # before the base is loaded as well
-    engine = _engine(base, given)
-    sink: Any = Stream(sys.stdout.buffer) if out is None else _journal(out, engine, options, overwrite)
-    try:
-        if out is not None:
-            _go_on(lines, sink, engine)
-        check_adapters(engine, named, lines.name)
-        started, before = perf_counter(), sink.mark.rows
-        with bars() as progress:
-            total = 0 if source == "-" else Path(source).stat().st_size - lines.offset
-            outcome = go(engine, lines, options, sink, advance=progress("rows", total))
-        if out is not None:
-            sink.finish()
-        _tell(outcome, before, perf_counter() - started)
-    finally:
-        engine.close()
-        if out is not None:
-            sink.close()
-
-
-def _engine(base: str, given: dict[str, Any]) -> Engine:
-    import torch
-
-    from hub.console.sizes import parse_size
-    from router.engine.engine import Engine
-
-    on_cpu = not torch.cuda.is_available()
-    dtype = ("fp32" if on_cpu else None) if given["dtype"] == "auto" else given["dtype"]
-    return Engine(
-        base,
-        quantize=given["quantize"],
-        dtype=dtype,
-        rows=given["batch_size"],
-        resident=parse_size(given["resident"]),
-        allow_base_drift=given["allow_base_drift"],
-    )
-
-
-def _journal(out: Path, engine: Engine, options: Options, overwrite: bool) -> Any:
-    from router.running.journal import Journal
-
-    host = engine.host
-    settings = {
-        "base": [host.name, host.identity.weights_fingerprint, host.held],
-        "batch_size": engine.rows,
-        "resident": engine.residency.budget,
-        **asdict(options),
-    }
-    return Journal(out, settings, overwrite=overwrite)
-
-
-def _go_on(lines: Lines, sink: Any, engine: Engine) -> None:
-    """Move the input to where an interrupted run was, and let refs mean what they meant then."""
-    from hub.errors import UsageError
-
-    mark = sink.mark
-    if not sink.resumed:
-        return
-    if not lines.skip(mark.offset, lines=mark.rows) or (mark.offset and lines.sha256 != mark.sha256):
-        raise UsageError(
-            f"{lines.name} is not the input that {sink.out} was begun with",
-            path=sink.path,
-            hint="give the same input to go on, or --overwrite to begin anew",
-        )
-    engine.sources.pins.update(sink.pins)
-    click.echo(f"going on after row {mark.rows:,}", err=True)
-
-
-def _tell(outcome: Outcome, before: int, seconds: float) -> None:
-    count = outcome.rows - before
+def _report(outcome: Outcome) -> None:
+    count, seconds = outcome.computed, outcome.seconds
     rows = "row" if count == 1 else "rows"
     click.echo(f"{count:,} {rows} in {seconds:.1f} s ({count / max(seconds, 1e-9):.1f} rows/s)", err=True)
     if outcome.failed:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from time import perf_counter
 from typing import Any, BinaryIO, Protocol
 
 from hub.errors import HubError
 from router.engine.engine import Answer, Engine
-from router.engine.prepare import Prepared
+from router.engine.prepare import PreparedRow
 from router.running.journal import Mark
 from router.running.lines import Line, Lines, RowError
 from router.running.rows import Options, encode
@@ -30,6 +31,12 @@ class Sink(Protocol):
 
     def commit(self, lines: bytes, mark: Mark) -> None:
         """Write a window."""
+
+    def finish(self) -> None:
+        """All is written."""
+
+    def close(self) -> None:
+        """Let go of it, finished or not."""
 
 
 class Stream:
@@ -52,14 +59,22 @@ class Stream:
         self._stream.flush()
         self.mark = mark
 
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def close(self) -> None:
+        """The stream is the caller's."""
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """Rows in all, rows that failed, and the first failure of this process."""
+    """Rows in all, rows that failed, the first failure of this process, its rows, and the seconds they took."""
 
     rows: int
     failed: int
     first: HubError | None
+    computed: int
+    seconds: float
 
 
 def check(lines: Lines, options: Options) -> dict[str, int]:
@@ -70,7 +85,7 @@ def check(lines: Lines, options: Options) -> dict[str, int]:
     RowError
         The first bad line.
     """
-    found: dict[str, int] = {}
+    adapters: dict[str, int] = {}
     for line in lines:
         if line.row is None:
             raise line.error or RowError(f"line {line.number}")
@@ -78,8 +93,8 @@ def check(lines: Lines, options: Options) -> dict[str, int]:
             request = options.request(line.row, line.number)
         except HubError as error:
             raise _at(line, lines.name, error) from error
-        found.setdefault(request.adapter or "", line.number)
-    return found
+        adapters.setdefault(request.adapter or "", line.number)
+    return adapters
 
 
 def check_adapters(engine: Engine, named: Mapping[str, int], source: str) -> None:
@@ -101,7 +116,7 @@ def go(
     RowError
         With ``on_error="stop"``: the first line that cannot be computed. All windows before it are written.
     """
-    mark, first = sink.mark, None
+    mark, first, started, before = sink.mark, None, perf_counter(), sink.mark.rows
     while window := list(islice(lines, WINDOW * engine.rows)):
         answers = _window(engine, window, options, sink, lines.name)
         errors = [answer for answer in answers if isinstance(answer, HubError)]
@@ -117,7 +132,7 @@ def go(
         )
         advance(lines.offset - sink.mark.offset)
         sink.commit(text, mark)
-    return Outcome(mark.rows, mark.failed, first)
+    return Outcome(mark.rows, mark.failed, first, mark.rows - before, perf_counter() - started)
 
 
 def _window(
@@ -131,7 +146,7 @@ def _window(
             raise named
         answers[line.number] = named
 
-    ready: list[Prepared] = []
+    ready: list[PreparedRow] = []
     readable: list[Line] = []
     for line in window:
         try:
@@ -141,7 +156,7 @@ def _window(
             readable.append(line)
         except HubError as error:
             fail(line, error)
-    rows: list[Prepared] = []
+    rows: list[PreparedRow] = []
     owners: list[Line] = []
     for line, found in zip(readable, engine.route(ready), strict=True):
         if isinstance(found, HubError):
@@ -159,7 +174,7 @@ def _window(
 
 
 def _computed(
-    engine: Engine, rows: list[Prepared], options: Options, sink: Sink
+    engine: Engine, rows: list[PreparedRow], options: Options, sink: Sink
 ) -> Iterator[tuple[list[int], list[dict[str, Any] | HubError]]]:
     """Batches with their answers: from the journal those that it has, computed the others."""
     cut = engine.batches(rows)
@@ -169,10 +184,10 @@ def _computed(
             yield batch, kept
             continue
         following = [rows[i] for i in cut[number + 1]] if number + 1 < len(cut) else []
-        found = [_columns(answer, options) for answer in engine.compute([rows[i] for i in batch], following)]
-        if not any(isinstance(answer, HubError) for answer in found):
-            sink.keep(str(number), found, engine.sources.pins)
-        yield batch, found
+        answers = [_columns(answer, options) for answer in engine.compute([rows[i] for i in batch], following)]
+        if not any(isinstance(answer, HubError) for answer in answers):
+            sink.keep(str(number), answers, engine.sources.pins)
+        yield batch, answers
 
 
 def _columns(answer: Answer, options: Options) -> dict[str, Any] | HubError:

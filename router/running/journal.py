@@ -107,9 +107,9 @@ class Journal:
 
     def _open(self) -> bool:
         if self.path.exists():
-            found = self._read()
-            if found is not None:
-                return found
+            resumed = self._read()
+            if resumed is not None:
+                return resumed
         else:
             try:
                 refuse_finished(self.out)

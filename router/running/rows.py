@@ -77,13 +77,13 @@ class Options:
     def columns(self, result: Result) -> dict[str, Any]:
         """Columns of a result."""
         main = result.text if result.text is not None else result.label
-        found: dict[str, Any] = {self.into: result.value if main is None else main}
+        columns: dict[str, Any] = {self.into: result.value if main is None else main}
         if result.finish is not None:
-            found[f"{self.into}_finish"] = result.finish
+            columns[f"{self.into}_finish"] = result.finish
         if self.scores and result.label is not None:
-            found[f"{self.into}_scores"] = {name: round(p, _DIGITS) for name, p in result.scores}
+            columns[f"{self.into}_scores"] = {name: round(p, _DIGITS) for name, p in result.scores}
         elif self.scores and result.text is not None:
-            found[f"{self.into}_scores"] = [
+            columns[f"{self.into}_scores"] = [
                 {
                     "token": t.text,
                     "logprob": round(t.log_prob, _DIGITS),
@@ -92,8 +92,8 @@ class Options:
                 for t in result.tokens
             ]
         if self.route_weights:
-            found[f"{self.into}_weights"] = {name: round(w, _DIGITS) for name, w in result.weights.items()}
-        return found
+            columns[f"{self.into}_weights"] = {name: round(w, _DIGITS) for name, w in result.weights.items()}
+        return columns
 
     def failed(self, error: HubError) -> dict[str, Any]:
         """Columns of a row that could not be computed."""

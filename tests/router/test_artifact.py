@@ -257,11 +257,11 @@ def test_explain_colours_every_token(place):
 def test_like_ranks_by_words_alone(place):
     assert "no adapter of the store carries" in hub("route", "like", "law.jsonl", code=1).stderr
     fit("centroid", *DATA)
-    assert rank(Store(), "breach of this agreement and its licence")[0][0] == "ns/law@1.0.0"
+    assert rank("breach of this agreement and its licence")[0][0] == "ns/law@1.0.0"
     best, worst = json.loads(hub("route", "like", "code.jsonl", "--json").stdout)
     assert best["ref"] == "ns/code@1.0.0" and best["score"] > 0 > worst["score"]
     with pytest.raises(UsageError, match="no words"):
-        rank(Store(), "  ")
+        rank("  ")
 
 
 @pytest.mark.parametrize(
