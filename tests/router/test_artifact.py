@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from safetensors.torch import save
 
 import compose
+import router
 from hub.errors import BaseMismatch, IntegrityError, NotFound, UsageError
 from hub.manifest import Draft
 from hub.pack import pack
@@ -324,3 +325,29 @@ def test_eval_of_classifiers_counts_the_names_of_classes(place, tmp_path):
     assert found["confusion"]["second"] == {"first": 0.0, "second": 1.0}
     (tmp_path / "bare.jsonl").write_text('{"text": "no label"}', encoding="utf-8")
     assert "has no label" in hub("route", "eval", "ns/router", "--data", "first=bare.jsonl", code=2).stderr
+
+
+def test_python_does_what_the_commands_do(place):
+    files = {"law": "law.jsonl", "code": "code.jsonl"}
+    made = router.fit(["ns/law", "ns/code"], "centroid", "ns/router@1.0.0", data={**files, "law": TEXTS["law"]})
+    told = json.loads(fit("centroid", *DATA, "--json", ref="ns/same@1.0.0").stdout)
+    assert (made.manifest.hyperparameters, made.manifest.method) == (
+        {k: told[k] for k in ("options", "gating")},
+        "centroid",
+    )
+    for name, known in load("ns/same").router.statistics.items():
+        assert torch.equal(known["mean"], router.load("ns/router").router.statistics[name]["mean"])
+    report = router.evaluate("ns/router", {"law": "law.jsonl"}, max_rows=2)
+    said = hub("route", "eval", "ns/router", "--data", "law=law.jsonl", "--max-rows", "2", "--json", "-").stdout
+    assert json.loads(said) == json.loads(json.dumps({"router": "ns/router", **report.as_dict()}))
+    explained = router.explain("ns/router", "def answer(): return 42")
+    said = hub("route", "explain", "ns/router", "--text", "def answer(): return 42", "--json").stdout
+    rows = torch.tensor([list(token["weights"].values()) for token in json.loads(said)["tokens"]])
+    assert torch.allclose(rows, explained.weights)
+    assert set(explained.best) <= set(explained.experts) and "".join(explained.tokens) == "def answer(): return 42"
+    assert router.rank("breach of this agreement")[0][0] == "ns/law@1.0.0"
+    outcome = router.run("code.jsonl", "out.jsonl", base=TINY, adapter="ns/router", max_new_tokens=2)
+    asked = ("run", "code.jsonl", "--base", TINY, "--router", "ns/router", "--max-new-tokens", "2")
+    assert (outcome.rows, outcome.failed) == (6, 0) and (place / "out.jsonl").read_text() == hub(*asked).stdout
+    grown = router.add("ns/router", "ns/mail", "ns/router@1.1.0", data={"mail": ["Dear Ann, thank you for it."]})
+    assert list(router.load(grown.ref).router.experts) == ["law", "code", "mail"]
