@@ -91,7 +91,7 @@ class Bench:
             held.prefetch([known])
             held._coming[name][1].result()
             start = clock()
-            with held.held([known]):
+            with held.in_use([known]):
                 puts.append(clock() - start)
         gc.collect()
         grown = psutil.Process().memory_info().rss - self.before
@@ -148,7 +148,7 @@ class Bench:
         for name in names[-self.options.rounds :]:
             held.drop(name)
         for name in names[:count]:
-            with held.held([self.engine.sources.known(name)]):
+            with held.in_use([self.engine.sources.known(name)]):
                 pass
         return (median(absent) - median(there)) * 1e3
 

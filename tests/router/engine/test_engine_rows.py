@@ -181,7 +181,7 @@ def test_two_hundred_adapters_through_a_residency_of_eight(published, tmp_path):
 def test_what_is_dropped_while_it_is_used_goes_afterwards(engine):
     known = engine.sources.known("local/tone")
     held = engine.residency
-    with held.held([known]):
+    with held.in_use([known]):
         held.drop(known.name)
         assert known.name in held.resident
     assert known.name not in held.resident
