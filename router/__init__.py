@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from router.ensemble.demix import Ensemble as Ensemble
     from router.evaluation.measure import Report as Report
     from router.evaluation.similar import rank as rank
+    from router.evaluation.texts import Text as Text
     from router.gating import Gating as Gating
     from router.gating import gate as gate
     from router.router import Router as Router
@@ -39,6 +40,7 @@ _HOMES = {
     "router.ensemble.demix": ("Ensemble",),
     "router.evaluation.measure": ("Report",),
     "router.evaluation.similar": ("rank",),
+    "router.evaluation.texts": ("Text",),
     "router.gating": ("Gating", "gate"),
     "router.router": ("Router",),
     "router.running.run": ("run",),

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 
 import compose
 from compose.base.at_hand import at_hand
-from compose.expr.tree import Ref
+from compose.expr.tokens import IDENTITY_WORD
+from compose.expr.tree import IDENTITY, Ref
 from compose.planning.members import Held, Shelf
 from hub.errors import Conflict, NotFound, UsageError, suggest
 from hub.relations.word_counts import count_words, read_words
 from hub.store import Artifact, Store
-from router.artifact import load, members_of, publish
+from router.artifact import adapters_of, load, members_of, publish
 from router.bench import Batch, Bench, Progress, refuse_missing
 from router.ensemble.demix import Ensemble
 from router.evaluation.measure import LabelledRows, Report, accuracies, perplexities
@@ -69,7 +70,8 @@ def fit(
     Parameters
     ----------
     members
-        Refs, or ``name=ref``; a member is called by the last part of its ref where no name is given.
+        Refs, or ``name=ref``; a member is called by the last part of its ref where no name is given. ``identity`` is
+        the bare base.
     data
         Texts that a member was made for, by its name: at most `max_rows` of `max_length` tokens are read.
     options, top_k, threshold, temperature
@@ -85,17 +87,17 @@ def fit(
     """
     shelf = Shelf(store)
     scorer = make_scorer(method, options)  # what is wrong here is told before any work
-    adapters = members_of(members, shelf)
+    pool = members_of(members, shelf)
     asked = {"top_k": top_k, "threshold": threshold, "temperature": temperature}
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
-    gating = replace(within(scorer.gating, len(adapters)), **given).check(len(adapters))
-    texts = _texts(data or {}, adapters, max_rows)
+    gating = replace(within(scorer.gating, len(pool)), **given).check(len(pool))
+    texts = _texts(data or {}, pool, max_rows)
     if scorer.needs_data:
-        refuse_missing(adapters, texts)
-    bench = _bench(adapters, texts, max_length, seed, progress, base)
+        refuse_missing(pool, texts)
+    bench = _bench(pool, texts, max_length, seed, progress, base)
     router = Router(scorer, bench.experts, scorer.fit(bench), gating)
     words = {name: count_words(rows) for name, rows in texts.items()}
-    return publish(router, adapters, ref, shelf, words=words, license=license, summary=summary)
+    return publish(router, pool, ref, shelf, words=words, license=license, summary=summary)
 
 
 def add(
@@ -117,18 +119,19 @@ def add(
     """
     shelf = Shelf(store)
     stored = load(router, shelf.store)
-    old = [f"{name}={a.ref.id}@{a.digest}" for name, a in stored.artifacts.items()]
-    (name, new) = next(iter(members_of([adapter], shelf).items()))
-    if name in stored.artifacts:
+    known = {name: f"{artifact.ref.id}@{artifact.digest}" for name, artifact in stored.artifacts.items()}
+    old = [f"{name}={known.get(name, IDENTITY_WORD)}" for name in stored.router.experts]
+    name, new = next(iter(members_of([adapter], shelf).items()))
+    if name in stored.router.experts:
         raise Conflict(f"{router} has a member {name!r} already", hint=f"give it another name: other={adapter}")
-    adapters = members_of([*old, f"{name}={new.text}"], shelf)
+    pool = members_of([*old, f"{name}={new.text if new else IDENTITY_WORD}"], shelf)
     texts = _texts(data or {}, {name: new}, max_rows)
     grown = stored.router.add(name, _bench({name: new}, texts, max_length, seed, progress, base))
-    known = read_words(shelf.store.get(router))
-    words = {n: known[str(held.digest)] for n, held in adapters.items() if str(held.digest) in known}
+    counts = read_words(shelf.store.get(router))
+    words = {n: counts[str(held.digest)] for n, held in adapters_of(pool).items() if str(held.digest) in counts}
     words |= {n: count_words(rows) for n, rows in texts.items()}
     kept = stored.manifest.requires if stored.manifest is not None else ()
-    return publish(grown, adapters, ref, shelf, words=words, kept=kept)
+    return publish(grown, pool, ref, shelf, words=words, kept=kept)
 
 
 def evaluate(
@@ -257,16 +260,17 @@ def on_base(
 
 
 def _bench(
-    adapters: Mapping[str, Held],
+    members: Mapping[str, Held | None],
     texts: Mapping[str, Sequence[str]],
     max_length: int,
     seed: int,
     progress: Progress | None,
     base: OnBase,
 ) -> Bench:
-    model, tokenizer = on_base({name: cast(Artifact, held.where) for name, held in adapters.items()}, **base)
+    artifacts = {name: cast(Artifact, held.where) for name, held in adapters_of(members).items()}
+    model, tokenizer = on_base(artifacts, **base)
     rows = {name: encode(tokenizer, found, most=max_length) for name, found in texts.items()}
-    experts = {name: Ref(name) for name in adapters}
+    experts = {name: Ref(name) if held else IDENTITY for name, held in members.items()}
     return Bench(model, experts, rows, pad=tokenizer.pad_token_id or 0, seed=seed, progress=progress)
 
 

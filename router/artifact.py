@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import compose
-from compose.expr.tree import Ref, add
+from compose.expr.tokens import IDENTITY_WORD
+from compose.expr.tree import IDENTITY, Ref, seq
 from compose.planning.members import Held, Shelf
 from compose.planning.plan import plan
 from compose.planning.requirements import requirements
@@ -43,13 +44,16 @@ STATISTICS: Final = "router.safetensors"
 
 
 class MemberFile(BaseModel):
-    """One member in router.json: its name in the router, its ref and the digest it was fitted with."""
+    """One member in router.json: its name in the router, its ref and the digest it was fitted with.
+
+    The bare base has neither: its ref is ``identity``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(min_length=1, max_length=256)
     ref: str
-    digest: Digest
+    digest: Digest | None = None
 
 
 class RouterFile(BaseModel):
@@ -72,7 +76,7 @@ class StoredRouter:
     Attributes
     ----------
     router : over the members' names.
-    artifacts : name of a member -> its artifact.
+    artifacts : name of a member -> its artifact; the bare base has none.
     base : the base they were made for, where known.
     manifest : of the router; None before it is published.
     """
@@ -88,8 +92,10 @@ class StoredRouter:
             compose.attach(model, name, artifact, allow_base_drift=allow_base_drift).freeze()
 
 
-def members_of(texts: Sequence[str], shelf: Shelf) -> dict[str, Held]:
+def members_of(texts: Sequence[str], shelf: Shelf) -> dict[str, Held | None]:
     """Members by name, from ``ns/name@1.0.0`` or ``name=ns/name``; a name is the ref's last part where none is given.
+
+    The bare base is a member by the word ``identity`` (``none=identity``), and None here.
 
     Raises
     ------
@@ -98,21 +104,30 @@ def members_of(texts: Sequence[str], shelf: Shelf) -> dict[str, Held]:
     NotFound, BaseMismatch
         A member that is not here or was yanked, or members of different bases or tokenizers.
     """
-    members: dict[str, Held] = {}
+    members: dict[str, Held | None] = {}
     for text in texts:
         name, equals, ref = text.partition("=") if _is_named(text) else ("", "", text)
-        held = shelf.find(ref)
-        if held.manifest is None or held.manifest.type not in ("adapter", "merge"):
+        held = None if ref == IDENTITY_WORD else shelf.find(ref)
+        if held is not None and (held.manifest is None or held.manifest.type not in ("adapter", "merge")):
             what = "a directory" if held.manifest is None else f"a {held.manifest.type}"
             raise UsageError(f"{ref} is {what}, and a router chooses among published adapters", hint="hub push DIR")
-        name = name if equals else AdapterRef.parse(held.ref).name
+        name = name if equals or held is None else AdapterRef.parse(held.ref).name
+        name = name or ref
         if name in members:
             raise UsageError(f"two members are called {name!r}", hint=f"name one of them: other={ref}")
         members[name] = held
-    if not members:
-        raise UsageError("a router needs at least one member", hint="hub route fit MEMBERS... --method METHOD")
-    _check_alike(members, shelf)
+    adapters = adapters_of(members)
+    if not adapters:
+        raise UsageError("a router needs at least one adapter", hint="hub route fit MEMBERS... --method METHOD")
+    _check_alike(adapters, shelf)
+    if len(adapters) < len(members) and any(held.facts.labels for held in adapters.values()):
+        raise UsageError("the members classify, and the bare base has no head to do so", hint="leave identity out")
     return members
+
+
+def adapters_of(members: Mapping[str, Held | None]) -> dict[str, Held]:
+    """All members but the bare base."""
+    return {name: held for name, held in members.items() if held is not None}
 
 
 def _is_named(text: str) -> bool:
@@ -121,8 +136,8 @@ def _is_named(text: str) -> bool:
 
 
 def _check_alike(members: Mapping[str, Held], shelf: Shelf) -> None:
-    """One base and one tokenizer for all."""
-    plan(add(*(Ref(held.text) for held in members.values())), shelf.resolve)
+    """One base and one tokenizer for all; heads may be for different labels, since each row gets its own."""
+    plan(seq(*(Ref(held.text) for held in members.values())), shelf.resolve)
     first = next(iter(members.values()))
     for held in members.values():
         assert held.manifest is not None and first.manifest is not None  # noqa: S101 - narrows the type
@@ -147,7 +162,7 @@ def _refuse_yanked(artifact: Artifact | Path) -> None:
 
 def publish(
     router: Router,
-    members: Mapping[str, Held],
+    members: Mapping[str, Held | None],
     ref: str | AdapterRef,
     shelf: Shelf,
     *,
@@ -163,7 +178,8 @@ def publish(
     name = AdapterRef.parse(ref)
     if name.version is None:
         raise UsageError(f"{ref} names no version, and a published one never changes", hint=f"write {name.id}@1.0.0")
-    manifests = [held.manifest for held in members.values() if held.manifest is not None]
+    adapters = adapters_of(members)
+    manifests = [held.manifest for held in adapters.values() if held.manifest is not None]
     tasks = {m.task for m in manifests}
     draft = Draft(
         name=name.id,
@@ -172,10 +188,10 @@ def publish(
         method=router.scorer.name,
         hyperparameters={"options": router.scorer.shown_options, "gating": _gating(router.gating)},
         base=manifests[0].base,
-        requires=_requires(members, shelf, kept),
+        requires=_requires(adapters, shelf, kept),
         task=tasks.pop() if len(tasks) == 1 else None,
         domains=tuple(dict.fromkeys(domain for m in manifests for domain in m.domains)),
-        lineage=Lineage(parents=tuple(dict.fromkeys(held.ref for held in members.values()))),
+        lineage=Lineage(parents=tuple(dict.fromkeys(held.ref for held in adapters.values()))),
         license=license,
         summary=summary,
     )
@@ -188,9 +204,12 @@ def publish(
         return shelf.store.put(out)
 
 
-def _write(out: Path, router: Router, members: Mapping[str, Held], words: Mapping[str, Counts]) -> None:
-    names = list(router.experts)
-    listed = tuple(MemberFile(name=n, ref=members[n].ref, digest=str(members[n].digest)) for n in names)
+def _write(out: Path, router: Router, members: Mapping[str, Held | None], words: Mapping[str, Counts]) -> None:
+    names, adapters = list(router.experts), adapters_of(members)
+    listed = tuple(
+        MemberFile(name=n, ref=held.ref, digest=held.digest) if held else MemberFile(name=n, ref=IDENTITY_WORD)
+        for n, held in ((n, members[n]) for n in names)
+    )
     gating = _gating(router.gating)
     config = RouterFile(method=router.scorer.name, options=router.scorer.shown_options, members=listed, **gating)
     (out / CONFIG).write_text(config.model_dump_json(indent=2, exclude_defaults=True) + "\n", encoding="utf-8")
@@ -204,7 +223,7 @@ def _write(out: Path, router: Router, members: Mapping[str, Held], words: Mappin
         with tensor_file(out / STATISTICS):
             save_file(tensors, out / STATISTICS)
     if words:
-        write_words(out, {str(members[name].digest): counts for name, counts in words.items() if name in members})
+        write_words(out, {str(adapters[name].digest): counts for name, counts in words.items() if name in adapters})
 
 
 def _requires(members: Mapping[str, Held], shelf: Shelf, kept: Sequence[Requirement]) -> tuple[Requirement, ...]:
@@ -217,8 +236,11 @@ def _gating(gating: Gating) -> dict[str, Any]:
     return {"top_k": gating.top_k, "threshold": gating.threshold, "temperature": gating.temperature}
 
 
-def _card(draft: Draft, members: Mapping[str, Held]) -> str:
-    lines = [f"- `{name}`: {held.ref} ({(held.digest or '')[:19]}...)" for name, held in members.items()]
+def _card(draft: Draft, members: Mapping[str, Held | None]) -> str:
+    lines = [
+        f"- `{name}`: " + (f"{held.ref} ({(held.digest or '')[:19]}...)" if held else "the bare base")
+        for name, held in members.items()
+    ]
     return "\n".join(
         [
             f"# {draft.ref}",
@@ -256,12 +278,13 @@ def load(ref: str | AdapterRef, store: Store | None = None) -> StoredRouter:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise IntegrityError(f"{artifact.ref}: {CONFIG}, {place}: {first['msg']}", ref=artifact.ref) from None
-    artifacts = {member.name: _member(member, artifact, store) for member in config.members}
-    if len(artifacts) < len(config.members):
+    experts = {m.name: IDENTITY if m.ref == IDENTITY_WORD else Ref(m.name) for m in config.members}
+    artifacts = {m.name: _member(m, artifact, store) for m in config.members if experts[m.name] != IDENTITY}
+    if len(experts) < len(config.members):
         raise IntegrityError(f"{artifact.ref}: two members have one name", ref=artifact.ref)
     scorer = make_scorer(config.method, config.options)
     gating = Gating(config.top_k, config.threshold, config.temperature)
-    statistics = _statistics(artifact, list(artifacts))
+    statistics = _statistics(artifact, list(experts))
     for name, known in statistics.items():
         if missing := [key for key in scorer.wanted(name) if key not in known]:
             raise IntegrityError(
@@ -270,10 +293,10 @@ def load(ref: str | AdapterRef, store: Store | None = None) -> StoredRouter:
                 hint="fit it again: hub route fit",
             )
     _check_widths(artifact, statistics)
-    if config.top_k is not None and config.top_k > len(artifacts):
-        told = f"{CONFIG} keeps {config.top_k} of {len(artifacts)} members"
+    if config.top_k is not None and config.top_k > len(experts):
+        told = f"{CONFIG} keeps {config.top_k} of {len(experts)} members"
         raise IntegrityError(f"{artifact.ref}: {told}", ref=artifact.ref, hint="fit it again: hub route fit")
-    router = Router(scorer, {name: Ref(name) for name in artifacts}, statistics, gating)
+    router = Router(scorer, experts, statistics, gating)
     return StoredRouter(router, artifacts, artifact.manifest.base, artifact.manifest)
 
 
@@ -291,6 +314,8 @@ def _check_widths(artifact: Artifact, statistics: Mapping[str, Statistics]) -> N
 
 
 def _member(member: MemberFile, router: Artifact, store: Store) -> Artifact:
+    if member.digest is None:
+        raise IntegrityError(f"{router.ref}: {CONFIG}: {member.ref} has no digest", ref=router.ref)
     pinned = AdapterRef.parse(AdapterRef.parse(member.ref).id).at(digest=member.digest)
     try:
         artifact = store.get(pinned)

@@ -19,6 +19,7 @@ from hub.errors import UsageError
 Experts: TypeAlias = Mapping[str, Expr | str]  # name of an expert -> what it is in the model
 Progress: TypeAlias = Callable[[str, int, int], None]  # what is being done, parts done, parts in all
 IGNORE = -100
+_BY_ROW = "choose by row: discriminant, likelihood"
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def refuse_missing(experts: Iterable[str], rows: Mapping[str, Sequence[Any]]) ->
 def sites_of(model: PreTrainedModel, experts: Experts) -> dict[str, int]:
     """Module paths at which some expert acts -> width of what enters there."""
     model_runtime = runtime(model)
+    if bare := [name for name, expert in experts.items() if not tree(expert).refs]:
+        raise UsageError(f"{bare[0]!r} is the bare base, which does nothing at a site", hint=_BY_ROW)
     names = dict.fromkeys(name for expert in experts.values() for name in tree(expert).refs)
     paths = dict.fromkeys(path for name in names for path in model_runtime.adapter(name).module_paths)
     known = {**model_runtime.sites.sites, **model_runtime.sites.outside}
@@ -142,7 +145,7 @@ def _width(model: PreTrainedModel, path: str) -> int:
     """Width of what enters a norm. Raises UsageError for a module that reads no vectors, such as an embedding."""
     vector = next((p for p in model.get_submodule(path).parameters() if p.dim() == 1), None)
     if vector is None:
-        raise UsageError(f"{path} reads no vectors that a gate could weigh", hint="choose by row: centroid, likelihood")
+        raise UsageError(f"{path} reads no vectors that a gate could weigh", hint=_BY_ROW)
     return len(vector)
 
 

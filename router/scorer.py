@@ -48,6 +48,7 @@ class Scorer(ABC):
     level: ClassVar[str]  # "row" or "site"
     joint: ClassVar[bool] = False  # the experts are learned against each other: one more means fitting all again
     needs_data: ClassVar[bool] = True  # of each expert
+    reads_tasks: ClassVar[bool] = False  # rows have to say which expert they ask for
 
     def __init__(self, options: ScorerOptions | None = None) -> None:
         self.options: Any = options or self.Options()

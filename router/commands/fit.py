@@ -45,7 +45,7 @@ def fit(
     hub route fit acme/law acme/code --method discriminant --data law=l.jsonl --data code=c.jsonl -o acme/near@1.0.0
     hub route fit a=acme/law 'b=acme/code>=1,<2' --method phatgoose --option steps=200 --data a=... -o acme/p@1.0.0
 
-    A member is called by the last part of its ref, or by NAME=REF.
+    A member is called by the last part of its ref, or by NAME=REF; `identity` is the bare base: none=identity.
     """  # noqa: D301
     from router.api import fit as fit_router
 

@@ -138,7 +138,7 @@ class Engine:
     def _route(self, routing: Routing, rows: list[PreparedRow]) -> list[PreparedRow | HubError]:
         try:
             with self.residency.in_use(list(routing.members.values()) if routing.asks_members else []):
-                weights = routing.weigh(self.host, [row.ids for row in rows])
+                weights = routing.weigh(self.host, [row.ids for row in rows], [row.request.task for row in rows])
             if routing.by_token:
                 return [replace(row, weights=w) for row, w in zip(rows, weights, strict=True)]
             return [with_members(self.host, row, w) for row, w in zip(rows, weights, strict=True)]

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from compose.expr.tree import Expr, Ref
+from compose.expr.tree import IDENTITY, Expr, Ref
 from hub.errors import HubError, UsageError
 from router.dispatch import row_expressions
 from router.engine.host import Host
 from router.engine.request import Request
+from router.engine.routing import NO_TASK
 from router.engine.targets import Target
 
 MOST = 1024  # tokens written where nothing else bounds them
@@ -60,6 +61,14 @@ def prepare(host: Host, request: Request, target: Target) -> PreparedRow:
     HubError
         An empty text, one that leaves no room for a continuation, or a base that can neither generate nor classify it.
     """
+    if target.routing is not None:
+        target.routing.check_task(request.task)
+    elif request.task is not None:
+        raise UsageError(NO_TASK, hint="leave the task out, or name a router of the method `task`")
+    return _prepared(host, request, target)
+
+
+def _prepared(host: Host, request: Request, target: Target) -> PreparedRow:
     generates = target.task == "generate"
     if generates and not host.decodes:
         raise UsageError(
@@ -80,13 +89,16 @@ def prepare(host: Host, request: Request, target: Target) -> PreparedRow:
 def with_members(host: Host, row: PreparedRow, weights: dict[str, float]) -> PreparedRow:
     """The row with the members that its router chose; it answers as the one with the largest weight does."""
     assert row.target.routing is not None  # noqa: S101 - a router has chosen
-    members = row.target.routing.members
-    first = members[max(weights, key=weights.__getitem__)]
-    (expr,) = row_expressions([Ref(name) for name in weights], torch.tensor([list(weights.values())]).double())
-    assert expr is not None  # noqa: S101 - some weight is not zero
-    front = sum(members[name].front for name in weights)
-    target = Target(row.target.text, expr, tuple(weights), first.labels, first.task, first.max_length, front)
-    return replace(prepare(host, row.request, target), weights=weights)
+    members = {n: known for n, known in row.target.routing.members.items() if n in weights}  # the base is none of them
+    shares = torch.tensor([[weights[name] for name in members]]).double()
+    (expr,) = row_expressions([Ref(name) for name in members], shares)
+    target = Target(
+        row.target.text, expr or IDENTITY, tuple(members), front=sum(known.front for known in members.values())
+    )
+    first = members.get(max(weights, key=weights.__getitem__))
+    if first is not None:
+        target = replace(target, labels=first.labels, task=first.task, max_length=first.max_length)
+    return replace(_prepared(host, row.request, target), weights=weights)
 
 
 def _room(host: Host, request: Request, read: int) -> int:

@@ -21,6 +21,8 @@ class Request:
         The prompt, or the text to classify; `pair` is the second text of a pair.
     adapter
         A ref, an expression, a router or a name given to the engine; None is the bare base.
+    task
+        The member that answers, by its name in a router of the method ``task``.
     special
         Whether the tokenizer adds the tokens that begin a text; not to one that a chat template has made.
     max_new_tokens, stop
@@ -37,6 +39,7 @@ class Request:
     text: str
     pair: str | None = None
     adapter: str | None = None
+    task: str | None = None
     special: bool = True
     max_new_tokens: int | None = 64
     stop: tuple[str, ...] = ()

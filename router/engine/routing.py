@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from compose.expr.tree import Ref
+from compose.expr.tree import IDENTITY, Ref
+from hub.errors import NotFound, UsageError, suggest
 from hub.store import Artifact, Store
 from router.artifact import load
-from router.bench import Batch
+from router.bench import Batch, tree
 from router.engine.host import Host
 from router.engine.sources import Known
 from router.router import Router
+
+NO_TASK = "this is no router that is asked for a task"
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +26,9 @@ class Routing:
     Attributes
     ----------
     router
-        Its experts are the names of residents.
+        Its experts are the names of residents, or the bare base.
     members
-        Name of a resident -> what it is, in the router's order.
+        Name of a resident -> what it is; two experts may be one resident.
     """
 
     router: Router
@@ -41,17 +44,44 @@ class Routing:
         """Whether the members have to be resident before it can choose: it knows nothing of them by itself."""
         return self.by_token or not all(self.router.statistics.get(name) for name in self.router.experts)
 
-    def weigh(self, host: Host, rows: Sequence[Sequence[int]]) -> list[dict[str, float]]:
-        """Weights of the members for each row of token ids, zeros left out; one batch."""
-        batch = Batch.of([torch.tensor(ids) for ids in rows], pad=host.pad).to(host.model.device)
+    def check_task(self, task: str | None) -> None:
+        """Refuse a row that names no task where the router reads one, or that names a task where it does not."""
+        if not self.router.scorer.reads_tasks:
+            if task is not None:
+                raise UsageError(f"{NO_TASK}: {self.router.scorer.name} chooses by itself", hint="leave the task out")
+            return
+        experts = ", ".join(self.router.experts)
+        if task is None:
+            raise UsageError("a row of this router says its task, and this one names none", hint=f"one of {experts}")
+        if task not in self.router.experts:
+            near = suggest(task, self.router.experts)
+            raise NotFound(f"the task is {task!r}, which is no member of the router", hint=near or f"one of {experts}")
+
+    def weigh(self, host: Host, rows: Sequence[Sequence[int]], tasks: Sequence[str | None]) -> list[dict[str, float]]:
+        """Weights of the residents, and of the base by its name, for each row of token ids; zeros are left out.
+
+        The rows are one batch; `tasks` are what they ask for, where the router reads that.
+        """
+        named = [task for task in tasks if task is not None]
+        batch = Batch.of([torch.tensor(ids) for ids in rows], pad=host.pad, tasks=named).to(host.model.device)
         weights = self.router.weights(host.model, batch).tolist()
         host.forget()
-        return [{n: w for n, w in zip(self.members, row, strict=True) if w != 0} for row in weights]
+        names = [next(iter(tree(expert).refs), host.name) for expert in self.router.experts.values()]
+        return [_sums(names, row) for row in weights]
 
 
 def routing(artifact: Artifact, store: Store, known: Mapping[str, Known]) -> Routing:
     """A stored router, its members known by their refs."""
     stored = load(artifact.ref.at(digest=artifact.digest, version=None), store)
-    names = {name: known[str(member.ref)] for name, member in stored.artifacts.items()}
-    experts = {name: Ref(member.name) for name, member in names.items()}
-    return Routing(replace(stored.router, experts=experts), {member.name: member for member in names.values()})
+    members = {name: known[str(member.ref)] for name, member in stored.artifacts.items()}
+    experts = {n: Ref(members[n].name) if n in members else IDENTITY for n in stored.router.experts}
+    return Routing(replace(stored.router, experts=experts), {member.name: member for member in members.values()})
+
+
+def _sums(names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+    """The weight of each name that has any: experts of one name are one adapter, and their weights add up."""
+    totals: dict[str, float] = {}
+    for name, weight in zip(names, weights, strict=True):
+        if weight != 0:
+            totals[name] = totals.get(name, 0.0) + weight
+    return totals

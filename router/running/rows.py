@@ -20,8 +20,9 @@ class Options:
 
     Attributes
     ----------
-    text, pair, adapter_column, into
-        Columns: of the text, of a second text, of the adapter's name, and of the answer.
+    text, pair, adapter_column, task_column, into
+        Columns: of the text, of a second text, of the adapter's name, of the task that a router is asked for, and of
+        the answer.
     adapter
         Ref, expression or router for all rows, where no column names one.
     route_weights
@@ -33,6 +34,7 @@ class Options:
     text: str = "text"
     pair: str | None = None
     adapter_column: str | None = None
+    task_column: str | None = None
     adapter: str | None = None
     into: str = "output"
     max_new_tokens: int = 64
@@ -44,17 +46,6 @@ class Options:
     route_weights: bool = False
     on_error: str = "stop"
 
-    def adapter_of(self, row: Mapping[str, Any]) -> str | None:
-        """What is applied to a row. Raises UsageError without the column, or if it holds no text."""
-        if self.adapter_column is None:
-            return self.adapter
-        named = row.get(self.adapter_column)
-        if self.adapter_column not in row:
-            raise UsageError(f"has no column {self.adapter_column!r}; it has: {_columns(row)}")
-        if named is not None and not isinstance(named, str):
-            raise UsageError(f"{self.adapter_column!r} is {json.dumps(named)[:40]}, not the name of an adapter")
-        return named
-
     def request(self, row: Mapping[str, Any], number: int) -> Request:
         """The request of the row at a line. Raises UsageError for a column that is missing or holds no text."""
         if clash := [name for name in row if name == self.into or name.startswith(self.into + "_")]:
@@ -64,7 +55,8 @@ class Options:
         return Request(
             text=_text(row, self.text, "--text"),
             pair=None if self.pair is None else _text(row, self.pair, "--pair"),
-            adapter=self.adapter_of(row),
+            adapter=self.adapter if self.adapter_column is None else _name(row, self.adapter_column, "an adapter"),
+            task=None if self.task_column is None else _name(row, self.task_column, "a task"),
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
             temperature=self.temperature,
@@ -121,6 +113,16 @@ def _text(row: Mapping[str, Any], column: str, option: str) -> str:
     except UnicodeEncodeError as error:
         raise UsageError(f"{column!r} holds half a character (a lone surrogate) at place {error.start + 1}") from None
     return text
+
+
+def _name(row: Mapping[str, Any], column: str, what: str) -> str | None:
+    """What a column names, if anything. Raises UsageError without the column, or if it holds no text."""
+    if column not in row:
+        raise UsageError(f"has no column {column!r}; it has: {_columns(row)}")
+    name = row[column]
+    if name is not None and not isinstance(name, str):
+        raise UsageError(f"{column!r} is {json.dumps(name)[:40]}, not the name of {what}")
+    return name
 
 
 def _columns(row: Mapping[str, Any]) -> str:

@@ -45,6 +45,7 @@ class Task(RowScorer):
     """`score_e = 0` for the expert that the row names, -inf for the others: the oracle, and multi-tenant serving."""
 
     needs_data = False
+    reads_tasks = True
 
     def score(
         self, model: PreTrainedModel, batch: Batch, experts: Experts, statistics: Mapping[str, Statistics]

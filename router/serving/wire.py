@@ -63,6 +63,7 @@ class Sampled(Body):
     seed: int | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
+    task: str | None = None
 
     def request(self, text: str, room: int | None, scores: int, copy: int, *, special: bool = True) -> Request:
         """One row; the n copies of a prompt draw from streams of their own."""
@@ -71,6 +72,7 @@ class Sampled(Body):
         return Request(
             text=text,
             adapter=self.model,
+            task=self.task,
             max_new_tokens=room,
             stop=stop,
             temperature=self.temperature,
@@ -142,12 +144,13 @@ class Classify(Body):
 
     model: str = ""
     input: str | list[str]
+    task: str | None = None
 
     def requests(self) -> list[Request]:
         """One row a text."""
         texts = [self.input] if isinstance(self.input, str) else self.input
         _bounded(len(texts))
-        return [Request(text=text, adapter=self.model, scores=1000) for text in texts]
+        return [Request(text=text, adapter=self.model, task=self.task, scores=1000) for text in texts]
 
 
 class Load(Body):

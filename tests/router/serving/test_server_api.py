@@ -11,6 +11,7 @@ pytest.importorskip("fastapi", reason="the extra `server` is not installed")
 
 from starlette.testclient import TestClient
 
+import router
 from router.engine.engine import Engine
 from router.engine.request import Request
 from router.serving.app import create_app
@@ -127,6 +128,20 @@ def test_routers_and_ensembles_are_models_like_others(client):
         assert "".join(p["choices"][0].get("text", "") for p in stream(client, model=model))
     told = client.post("/v1/classify", json={"model": "tasks", "input": ["To be", "import os"]}).json()["data"]
     assert all(sum(one["scores"].values()) == pytest.approx(1, abs=1e-4) for one in told)
+
+
+def test_a_request_names_its_task(client, published):
+    router.fit(["law", "code"], "task", "local/tenants@1.0.0", store=published.store)
+    router.fit(["mood", "topic"], "task", "local/desks@1.0.0", store=published.store)
+    for task in ("law", "code"):
+        said, alone = ask(client, model="tenants", task=task), ask(client, model=task)
+        assert said.json()["choices"][0]["text"] == alone.json()["choices"][0]["text"]
+    body = {"model": "desks", "input": "To be", "task": "topic"}
+    assert set(client.post("/v1/classify", json=body).json()["data"][0]["scores"]) == {"art", "sport", "war"}
+    refused = ask(client, model="tenants", task="lwa")
+    assert refused.status_code == 404 and "did you mean law" in refused.json()["error"]["message"]
+    for fields in ({"model": "tenants"}, {"model": "law", "task": "law"}):
+        assert ask(client, **fields).status_code == 400
 
 
 def test_a_place_that_was_given_up_is_free_at_once(published):
