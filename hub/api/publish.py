@@ -159,4 +159,4 @@ def _identity(base: Any) -> Any:
     if str(base).endswith(".json"):
         path = Path(base).expanduser()
         return validate(BaseIdentity, loads(read_capped(path, MAX_JSON), what=str(base)), what=str(base))
-    return load("compose.base.model:identity")(base)
+    return load("compose.base.model:identity_of")(base)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hub.store import Store
 
 _CONVERT = "compose.artifacts.importing:convert"
-_IDENTITY = "compose.base.model:identity"
+_IDENTITY = "compose.base.model:identity_of"
 _RECORD = "compose.artifacts.probes:record_directory"
 _OF_THE_BASE = ("base_model_name_or_path", "revision")  # a path of somebody's machine, often; the manifest knows better
 

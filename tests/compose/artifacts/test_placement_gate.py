@@ -100,5 +100,5 @@ def test_a_directory_that_holds_another_base_now_is_not_taken_for_it(
     assert "is not on this machine" in result.stderr
     shutil.rmtree(place)
     assert cli("push", str(directory)).exit_code == 1
-    compose.base.model.identity(bases / "llama")  # measured by whatever needs it, it is known
+    compose.base.model.identity_of(bases / "llama")  # measured by whatever needs it, it is known
     assert cli("push", str(directory)).exit_code == 0
