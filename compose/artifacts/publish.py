@@ -19,6 +19,7 @@ from compose.errors import PlanError
 from compose.expr.tree import Call, Expr, Ref, substitute
 from compose.function import get_function
 from compose.inspection.explain import check
+from compose.parameter_space.method import refuse_without_data
 from compose.planning.members import Held, Shelf
 from compose.planning.plan import Plan, plan
 from compose.planning.requirements import requirements, unpublished
@@ -72,6 +73,7 @@ def publish_composition(
     """
     name = _versioned(ref)
     expr = parse(text)
+    refuse_without_data(expr)
     if base is not None:
         made = check(text, shelf, base=base, allow_base_drift=allow_base_drift).plan
     else:
