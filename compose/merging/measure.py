@@ -8,8 +8,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
+from compose.base.model import tokenizer_of
 from compose.base.sites import linear_shape
+from compose.base.texts import encode
 from compose.errors import KindError
 from compose.parameter_space.job import Member, Progress
 from compose.parameter_space.statistic import Statistic
@@ -17,6 +21,7 @@ from compose.runtime.model_runtime import Runtime
 
 Batches: TypeAlias = Sequence[Mapping[str, Any]]
 Data: TypeAlias = Batches | Mapping[str, Batches]
+_MOST_TOKENS = 512  # of a text
 _ROOM = 2**28  # numbers kept at a time, over all members: 1 GiB of float32
 
 
@@ -130,6 +135,21 @@ class Measurements:
         for statistic, x, probe in probes:
             if probe.grad is not None:
                 statistic.add(x, probe.grad.flatten(0, -2).float())
+
+
+def batches_of(texts: Sequence[str], model: PreTrainedModel, *, size: int = 8) -> list[dict[str, Tensor]]:
+    """Texts as batches for ``model``, padded on the right; a causal model's labels are the texts."""
+    most = min(getattr(model.config, "max_position_embeddings", None) or _MOST_TOKENS, _MOST_TOKENS)
+    rows = encode(tokenizer_of(model), texts, most=most)
+    batches = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        mask = pad_sequence([torch.ones_like(row) for row in part], batch_first=True)
+        batch = {"input_ids": pad_sequence(part, batch_first=True), "attention_mask": mask}
+        if model.can_generate() and not model.config.is_encoder_decoder:
+            batch["labels"] = batch["input_ids"].masked_fill(mask == 0, -100)
+        batches.append(batch)
+    return batches
 
 
 def _of_member(text: str, data: Data) -> Batches:

@@ -49,12 +49,7 @@ def merge(
     KindError
         Names the merge and the adapter or site it is not defined for; nothing is changed then.
     """
-    home = runtime(model)
-
-    def measure(job: Job, statistic: type[Statistic]) -> Statistics:
-        return Measurements(home, statistic, job.members, job.paths, data or [], progress).at
-
-    workspace = Workspace(home, None if data is None else measure)
+    workspace = _workspace(model, progress, data)
     tree = parse(expr) if isinstance(expr, str) else expr
     if isinstance(tree, Call):
         return carry_out(workspace, tree, name, progress)
@@ -69,6 +64,7 @@ def lower_to_lora(
     rank: int | None = None,
     name: str = "lowered",
     progress: Progress | None = None,
+    data: Data | None = None,
 ) -> Merged:
     """One plain LoRA that does what a static expression of mixed kinds does, for engines that take nothing else.
 
@@ -81,7 +77,7 @@ def lower_to_lora(
     KindError
         An adapter that is no change of weights (bottleneck, prefix, prompt), a bias that moves, or no rank.
     """
-    workspace = Workspace(runtime(model))
+    workspace = _workspace(model, progress, data)
     tree = parse(expr) if isinstance(expr, str) else expr
     call = Call("svd", [without_merges(workspace, tree)], {} if rank is None else {"rank": rank})
     job = make_job(workspace, call, name, f"lower_to_lora({tree})", progress)
@@ -91,3 +87,12 @@ def lower_to_lora(
     merged = Merged(*deltas.merge_to_lora(job))
     merged.adapter.labels = labels_of(job)
     return merged
+
+
+def _workspace(model: PreTrainedModel, progress: Progress | None, data: Data | None) -> Workspace:
+    home = runtime(model)
+
+    def measure(job: Job, statistic: type[Statistic]) -> Statistics:
+        return Measurements(home, statistic, job.members, job.paths, data or [], progress).at
+
+    return Workspace(home, None if data is None else measure)

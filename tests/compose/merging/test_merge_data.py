@@ -109,7 +109,9 @@ def few_inputs(lab: Any, data: Any, name: str) -> list[Tensor]:
 
 
 def test_fisher_is_its_formula(bench: Any) -> None:
-    made = merge(bench.model, "fisher(a, b, weights=[1, 2], rank=16)", name="m", data=bench.data)  # 16 is all that V has
+    made = merge(
+        bench.model, "fisher(a, b, weights=[1, 2], rank=16)", name="m", data=bench.data
+    )  # 16 is all that V has
     weight = runtime(bench.model).slot(V).base_layer.weight
     information = []
     for name in "ab":
