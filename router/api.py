@@ -170,12 +170,12 @@ def evaluate(
     model, tokenizer = on_base(stored.artifacts, **base)
     pad = tokenizer.pad_token_id or 0
     if tasks == {"causal_lm"}:
-        encoded, held = (
-            {name: encode(tokenizer, [row.text for row in found], most=max_length) for name, found in files.items()}
+        encoded, held_out = (
+            {name: encode(tokenizer, [row.text for row in texts], most=max_length) for name, texts in files.items()}
             for files in (rows, more)
         )
-        return perplexities(stored.router, model, encoded, dev=held, pad=pad, progress=progress)
-    labelled = {name: _labelled(name, found, tokenizer, max_length) for name, found in rows.items()}
+        return perplexities(stored.router, model, encoded, dev=held_out, pad=pad, progress=progress)
+    labelled = {name: _labelled(name, texts, tokenizer, max_length) for name, texts in rows.items()}
     classes = {name: artifact.manifest.labels for name, artifact in stored.artifacts.items()}
     return accuracies(stored.router, model, labelled, classes, pad=pad, progress=progress)
 
@@ -269,7 +269,7 @@ def _bench(
 ) -> Bench:
     artifacts = {name: cast(Artifact, held.where) for name, held in adapters_of(members).items()}
     model, tokenizer = on_base(artifacts, **base)
-    rows = {name: encode(tokenizer, found, most=max_length) for name, found in texts.items()}
+    rows = {name: encode(tokenizer, own, most=max_length) for name, own in texts.items()}
     experts = {name: Ref(name) if held else IDENTITY for name, held in members.items()}
     return Bench(model, experts, rows, pad=tokenizer.pad_token_id or 0, seed=seed, progress=progress)
 

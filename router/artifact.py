@@ -294,8 +294,8 @@ def load(ref: str | AdapterRef, store: Store | None = None) -> StoredRouter:
             )
     _check_widths(artifact, statistics)
     if config.top_k is not None and config.top_k > len(experts):
-        told = f"{CONFIG} keeps {config.top_k} of {len(experts)} members"
-        raise IntegrityError(f"{artifact.ref}: {told}", ref=artifact.ref, hint="fit it again: hub route fit")
+        problem = f"{CONFIG} keeps {config.top_k} of {len(experts)} members"
+        raise IntegrityError(f"{artifact.ref}: {problem}", ref=artifact.ref, hint="fit it again: hub route fit")
     router = Router(scorer, experts, statistics, gating)
     return StoredRouter(router, artifacts, artifact.manifest.base, artifact.manifest)
 
@@ -307,9 +307,9 @@ def _check_widths(artifact: Artifact, statistics: Mapping[str, Statistics]) -> N
         for key, value in known.items():
             other, like = first.setdefault(key, (name, value))
             if value.dim() != like.dim() or value.shape[-1:] != like.shape[-1:]:
-                told = f"{key} of {name!r} is {tuple(value.shape)}, that of {other!r} {tuple(like.shape)}"
+                problem = f"{key} of {name!r} is {tuple(value.shape)}, that of {other!r} {tuple(like.shape)}"
                 raise IntegrityError(
-                    f"{artifact.ref}: {STATISTICS}: {told}", ref=artifact.ref, hint="fit it again: hub route fit"
+                    f"{artifact.ref}: {STATISTICS}: {problem}", ref=artifact.ref, hint="fit it again: hub route fit"
                 )
 
 

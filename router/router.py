@@ -157,14 +157,14 @@ class Router:
             An expert that acts on whole rows: a prompt, a prefix or a head.
         """
         trees = [tree(expert) for expert in self.experts.values()]
-        if not isinstance(self.scorer, RowScorer) or not all(isinstance(found, Ref) for found in trees):
+        if not isinstance(self.scorer, RowScorer) or not all(isinstance(expert, Ref) for expert in trees):
             raise UsageError(
                 f"spans are for methods that weigh rows and for plain adapters, not {self.scorer.name} over "
                 + ", ".join(map(str, trees)),
                 hint="Router.activate",
             )
         weights = self.span_weights(model, batch, span).float()
-        names = [name for found in trees for name in found.refs]
+        names = [name for expert in trees for name in expert.refs]
         compose.activate(model, add(*trees), weights={name: weights[..., e] for e, name in enumerate(names)})
 
     def activate(self, model: PreTrainedModel, batch: Batch, *, record: Recorder | None = None) -> None:

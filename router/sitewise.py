@@ -18,7 +18,7 @@ Recorder = Callable[[str, Tensor], None]
 NONE = float("-inf")
 
 
-class Table:
+class SiteVectors:
     """Statistics by site: the vectors (P, d) of the P experts that have one there, side by side.
 
     ``suffix`` tells the tensors of one site apart: a statistic is called ``path`` or ``path/suffix``.

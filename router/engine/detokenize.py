@@ -45,9 +45,9 @@ class Detokenizer:
         self._from, self._read = self._read, len(self._ids)
         start = max(0, len(self.text) - max(map(len, self._stop), default=0) + 1)
         self.text += now[len(before) :]
-        found = [place for stop in self._stop if (place := self.text.find(stop, start)) >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
+        stops = [place for stop in self._stop if (place := self.text.find(stop, start)) >= 0]
+        if stops:
+            self.text, self.stopped = self.text[: min(stops)], True
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -24,7 +24,7 @@ from router.engine.residency import Residency
 from router.engine.routing import Routing
 from router.engine.running_batch import RunningBatch, RunningRow
 from router.engine.schedule import batches
-from router.engine.sources import Known, Sources
+from router.engine.sources import KnownAdapter, Sources
 from router.engine.targets import Targets
 
 Answer = Result | HubError
@@ -105,12 +105,12 @@ class Engine:
                 tell(index, error)
         order = list(ready)
         rows: list[PreparedRow] = []
-        for index, found in zip(ready, self.route(list(ready.values())), strict=True):
-            if isinstance(found, HubError):
-                tell(index, found)
+        for index, routed in zip(ready, self.route(list(ready.values())), strict=True):
+            if isinstance(routed, HubError):
+                tell(index, routed)
                 order.remove(index)
             else:
-                rows.append(found)
+                rows.append(routed)
         cut = self.batches(rows)
         for number, batch in enumerate(cut):
             following = [rows[i] for i in cut[number + 1]] if number + 1 < len(cut) else []
@@ -175,7 +175,7 @@ class Engine:
                 running.step()
         return [row.answer for row in rows]
 
-    def needed(self, rows: Sequence[PreparedRow]) -> list[Known]:
+    def needed(self, rows: Sequence[PreparedRow]) -> list[KnownAdapter]:
         """Adapters that rows use, each once."""
         return [self.sources.named(name) for name in dict.fromkeys(n for row in rows for n in row.target.names)]
 

@@ -64,10 +64,10 @@ class Mixture:
         """Tokens after the prompts (B, T), padded on the left, and each expert's weight when the row had been read."""
         host.forget()
         ensemble = Ensemble(host.model, self.experts, **self.options)
-        made = ensemble.generate(ids, mask, max_new_tokens=room, do_sample=False)
-        first = made.posterior[:, 0].tolist()
+        generated = ensemble.generate(ids, mask, max_new_tokens=room, do_sample=False)
+        first = generated.posterior[:, 0].tolist()
         weights = [{str(e): w for e, w in zip(self.experts, row, strict=True)} for row in first]
-        return made.sequences[:, ids.shape[1] :].tolist(), weights
+        return generated.sequences[:, ids.shape[1] :].tolist(), weights
 
 
 def refuse_mixture(host: Host, text: str, task: str) -> None:

@@ -15,7 +15,7 @@ from threading import Lock
 
 from compose.kind.adapter import Adapter
 from router.engine.host import Host
-from router.engine.sources import Known, size_of
+from router.engine.sources import KnownAdapter, size_of
 
 _AHEAD = 64  # adapters that are read before they are waited for, and as many bytes as may be resident
 
@@ -59,11 +59,11 @@ class Residency:
         """Names of the resident adapters, least recently used first."""
         return tuple(self._bytes)
 
-    def fits(self, found: Iterable[Known]) -> bool:
+    def fits(self, found: Iterable[KnownAdapter]) -> bool:
         """Whether these can be resident at one time within the budget."""
         return self.budget is None or sum(known.bytes for known in found) <= self.budget
 
-    def prefetch(self, wanted: Iterable[Known], *, due: bool = False) -> None:
+    def prefetch(self, wanted: Iterable[KnownAdapter], *, due: bool = False) -> None:
         """Begin to read those that are not here. From any thread; errors come with :meth:`acquire`.
 
         Where too many are read ahead nothing happens, unless they are ``due``: the newest then makes room.
@@ -79,7 +79,7 @@ class Residency:
                 if not self._is_full(known.bytes):
                     self._coming[known.name] = known.bytes, self._reader.submit(known.read, self._host)
 
-    def ready(self, wanted: Iterable[Known]) -> bool:
+    def ready(self, wanted: Iterable[KnownAdapter]) -> bool:
         """Whether :meth:`acquire` would not wait for a disk."""
         there = self._host.runtime.adapters
         with self._lock:
@@ -94,7 +94,7 @@ class Residency:
         too_large = self.budget is not None and ahead + more > self.budget
         return bool(self._coming) and (len(self._coming) >= _AHEAD or too_large)
 
-    def acquire(self, wanted: Collection[Known]) -> None:
+    def acquire(self, wanted: Collection[KnownAdapter]) -> None:
         """Make these resident and keep them so until :meth:`release`. The base must be at rest.
 
         Raises
@@ -112,7 +112,7 @@ class Residency:
             raise
         self._evict()
 
-    def release(self, used: Collection[Known]) -> None:
+    def release(self, used: Collection[KnownAdapter]) -> None:
         """Let go of what :meth:`acquire` held."""
         self._uses.subtract(known.name for known in used)
         self._uses += Counter()  # without the zeros
@@ -120,7 +120,7 @@ class Residency:
             self.drop(name)
 
     @contextmanager
-    def in_use(self, wanted: Collection[Known]) -> Iterator[None]:
+    def in_use(self, wanted: Collection[KnownAdapter]) -> Iterator[None]:
         """Keep these resident for a while."""
         self.acquire(wanted)
         try:
@@ -143,7 +143,7 @@ class Residency:
         """Stop reading."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
-    def _put(self, known: Known) -> None:
+    def _put(self, known: KnownAdapter) -> None:
         with self._lock:
             _, coming = self._coming.pop(known.name, (0, None))
         if known.name in self._host.runtime.adapters:

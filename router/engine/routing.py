@@ -13,7 +13,7 @@ from hub.store import Artifact, Store
 from router.artifact import load
 from router.bench import Batch, tree
 from router.engine.host import Host
-from router.engine.sources import Known
+from router.engine.sources import KnownAdapter
 from router.router import Router
 
 NO_TASK = "this is no router that is asked for a task"
@@ -32,7 +32,7 @@ class Routing:
     """
 
     router: Router
-    members: Mapping[str, Known]
+    members: Mapping[str, KnownAdapter]
 
     @property
     def by_token(self) -> bool:
@@ -70,7 +70,7 @@ class Routing:
         return [_sums(names, row) for row in weights]
 
 
-def routing(artifact: Artifact, store: Store, known: Mapping[str, Known]) -> Routing:
+def routing(artifact: Artifact, store: Store, known: Mapping[str, KnownAdapter]) -> Routing:
     """A stored router, its members known by their refs."""
     stored = load(artifact.ref.at(digest=artifact.digest, version=None), store)
     members = {name: known[str(member.ref)] for name, member in stored.artifacts.items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification, PreTrainedModel
 
 from compose.base.sites import SiteMap
 from compose.expr.tree import Call, Expr, Ref, Scale, Seq
@@ -25,7 +25,7 @@ from hub.errors import GateError, HubError
 Weighted = list[tuple[float, str]]
 
 
-class _Answer(nn.Module):
+class _GivenStates(nn.Module):
     """Stands where a backbone stood and gives what it was told."""
 
     output: Any = None
@@ -57,7 +57,7 @@ class Heads:
         None for an encoder-decoder, whose classes are words that it writes.
         """
         config = self.model.config
-        if config.is_encoder_decoder or type(config) not in AutoModelForSequenceClassification._model_mapping:
+        if config.is_encoder_decoder or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             return ()
         return tuple(name for name, _ in _outside(self._shell(2), self.backbone))
 
@@ -124,7 +124,7 @@ class Heads:
                 f"{type(shell).__name__} keeps its backbone elsewhere than {type(self.model).__name__}",
                 hint="classification is not served on this family",
             )
-        shell._modules[self.backbone] = _Answer()
+        shell._modules[self.backbone] = _GivenStates()
         return shell
 
 

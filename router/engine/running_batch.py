@@ -222,10 +222,10 @@ class RunningBatch:
             if not row.prepared.generates:
                 expr = active[i if len(active) > 1 else 0]
                 known = host.runtime.adapters
-                found = heads_of(expr, known, host.heads.names())
-                if len(found) > 1:  # a router's members may have heads for other labels than the one it answers with
-                    found = [(w, n) for w, n in found if known[n].labels == row.prepared.target.labels]
-                groups.setdefault(tuple(found), []).append(i)
+                shares = heads_of(expr, known, host.heads.names())
+                if len(shares) > 1:  # a router's members may have heads for other labels than the one it answers with
+                    shares = [(w, n) for w, n in shares if known[n].labels == row.prepared.target.labels]
+                groups.setdefault(tuple(shares), []).append(i)
         # A causal model answers at the end of a text, so only its last place is kept.
         for heads, members in groups.items():
             if not heads:

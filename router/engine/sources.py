@@ -25,7 +25,7 @@ _HEADED = {"classification", "regression"}
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownAdapter:
     """An adapter that can be made resident.
 
     Attributes
@@ -75,8 +75,8 @@ class Sources:
         self._host, self.store = host, store
         self._finder = Shelf(store, given, fetch=self._pinned, paths=False)  # a request must not read our directories
         self._offers = Counter(list(self._finder.given))  # the second directory of a name is another resident
-        self._known: dict[str, Known] = {}
-        self._named: dict[str, Known] = {}
+        self._known: dict[str, KnownAdapter] = {}
+        self._named: dict[str, KnownAdapter] = {}
         self.pins: dict[str, str] = {}
 
     def offer(self, name: str, source: Source) -> None:
@@ -104,14 +104,14 @@ class Sources:
         """Names that were offered."""
         return tuple(self._finder.given)
 
-    def known(self, text: str) -> Known:
+    def known(self, text: str) -> KnownAdapter:
         """The adapter that a name or ref stands for. Raises NotFound with the nearest names."""
         if text not in self._known:
             known = self._look(text, self._source(text))
             self._known[text] = self._named[known.name] = known
         return self._known[text]
 
-    def named(self, name: str) -> Known:
+    def named(self, name: str) -> KnownAdapter:
         """The adapter of a resident's name, which :meth:`known` has given before."""
         return self._named[name]
 
@@ -145,15 +145,15 @@ class Sources:
         self.pins[text] = artifact.digest
         return artifact
 
-    def _look(self, text: str, source: Adapter | Artifact | Path) -> Known:
+    def _look(self, text: str, source: Adapter | Artifact | Path) -> KnownAdapter:
         if not isinstance(source, Artifact | Path):
             front, task = _front(vars(source.config)), "classify" if source.labels else "generate"
-            return Known(text, source, Leaf.of(source), source.labels, task, None, front, size_of(source))
+            return KnownAdapter(text, source, Leaf.of(source), source.labels, task, None, front, size_of(source))
         stored = Held.of(text, source)
         manifest = stored.manifest
         labels = self._classes(source, ()) if manifest is None else self._labels(stored.ref, source, manifest)
         task = "regress" if manifest is not None and manifest.task == "regression" else _task_of(labels)
-        return Known(
+        return KnownAdapter(
             name=stored.ref if isinstance(source, Artifact) else self._resident_name(text),
             source=source,
             facts=manifest or Leaf(stored.facts.kind, labels=labels, hyperparameters=stored.facts.hyperparameters),

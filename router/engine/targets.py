@@ -17,7 +17,7 @@ from hub.store import Artifact
 from router.engine.host import Host
 from router.engine.mixture import Mixture, refuse_mixture
 from router.engine.routing import Routing, routing
-from router.engine.sources import Known, Sources
+from router.engine.sources import KnownAdapter, Sources
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Target:
     names
         Adapters that have to be resident.
     labels, task, max_length, front
-        See `Known`; of all its adapters together.
+        See `KnownAdapter`; of all its adapters together.
     routing
         Where a router has yet to choose: `expr` is then of no meaning.
     mixture
@@ -94,7 +94,7 @@ class Targets:
             artifact = self.sources.artifact(tree.text)
             if artifact is not None and artifact.manifest.type == "router":
                 return self._router(text, artifact)
-        known: dict[str, Known] = {}
+        known: dict[str, KnownAdapter] = {}
 
         def resolve(ref: str) -> Resolved:
             artifact = self.sources.artifact(ref)
@@ -103,10 +103,10 @@ class Targets:
             known[ref] = self.sources.known(ref)
             return known[ref].facts
 
-        made = plan(tree, resolve, check_base=self._check, allow_base_drift=self._allow_drift)
-        expr = substitute(made.expression, lambda ref: Ref(known[ref.text].name))
+        planned = plan(tree, resolve, check_base=self._check, allow_base_drift=self._allow_drift)
+        expr = substitute(planned.expression, lambda ref: Ref(known[ref.text].name))
         mixture = _mixture(expr)
-        leaves = [known[ref] for ref in made.leaves]
+        leaves = [known[ref] for ref in planned.leaves]
         labels, task = _answers(expr, {leaf.name: leaf for leaf in leaves}.__getitem__)
         lengths = [leaf.max_length for leaf in leaves if leaf.max_length is not None]
         names = tuple(dict.fromkeys(leaf.name for leaf in leaves))
@@ -122,8 +122,8 @@ class Targets:
         for member in members:
             if member.facts.base is not None:
                 self._check(member.name, member.facts.base)
-        found = routing(artifact, self.sources.store, {member.name: member for member in members})
-        return Target(text, IDENTITY, tuple(found.members) if found.by_token else (), routing=found)
+        chooser = routing(artifact, self.sources.store, {member.name: member for member in members})
+        return Target(text, IDENTITY, tuple(chooser.members) if chooser.by_token else (), routing=chooser)
 
     def _check(self, text: str, made_for: BaseIdentity) -> None:
         compare(made_for, self._host.identity, ref=text, allow_drift=self._allow_drift)
@@ -149,11 +149,11 @@ def _refuse_calls(expr: Expr) -> None:
         _refuse_calls(child)
 
 
-def _answers(expr: Expr, known: Callable[[str], Known]) -> tuple[tuple[str, ...], str]:
+def _answers(expr: Expr, known: Callable[[str], KnownAdapter]) -> tuple[tuple[str, ...], str]:
     """Labels and task of an expression: those of its head; heads side by side must agree, in ``>>`` the last stays."""
     if isinstance(expr, Ref):
-        found = known(expr.text)
-        return found.labels, found.task
+        adapter = known(expr.text)
+        return adapter.labels, adapter.task
     parts = [answer for child in expr.children if (answer := _answers(child, known))[1] != "generate"]
     if not parts:
         return (), "generate"

@@ -55,8 +55,8 @@ class Report:
             "metric": self.metric,
             "best_single": self.best_single,
             "rows": list(self.rows),
-            "confusion": {name: dict(found) for name, found in self.confusion.items()},
-            "single": {name: dict(found) for name, found in self.single.items()},
+            "confusion": {name: dict(figures) for name, figures in self.confusion.items()},
+            "single": {name: dict(figures) for name, figures in self.single.items()},
         }
 
 
@@ -191,22 +191,22 @@ def accuracies(
     names = list(router.experts)
     right: dict[str, dict[str, float]] = {}
     confusion: dict[str, dict[str, float]] = {}
-    for done, (name, found) in enumerate(sets.items(), 1):
+    for done, (name, labelled) in enumerate(sets.items(), 1):
         said: dict[str, list[dict[str, float]]] = {expert: [] for expert in names}
         chosen: list[int] = []
         weights = torch.zeros(len(names), dtype=torch.float64)
-        for batch in _batches(found.rows, pad, model):
+        for batch in _batches(labelled.rows, pad, model):
             asked = Batch(batch.input_ids, batch.attention_mask, (name,) * len(batch) if name in names else ())
             w = router.weights(model, asked).double().cpu()
             weights += w.sum(0)
             chosen += w.argmax(1).tolist()
             for expert in names:
                 said[expert] += _answers(model, router.experts[expert], asked, classes[expert])
-        confusion[name] = dict(zip(names, (weights / len(found.rows)).tolist(), strict=True))
-        right[name] = _right(found.labels, said, [names[i] for i in chosen])
+        confusion[name] = dict(zip(names, (weights / len(labelled.rows)).tolist(), strict=True))
+        right[name] = _right(labelled.labels, said, [names[i] for i in chosen])
         if progress is not None:
             progress("measure", done, len(sets))
-    best = max(names, key=lambda expert: sum(found[expert] for found in right.values()))
+    best = max(names, key=lambda expert: sum(figures[expert] for figures in right.values()))
     table = []
     for name, figures in right.items():
         oracle = name if name in names else max(names, key=lambda expert: figures[expert])

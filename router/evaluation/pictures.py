@@ -69,9 +69,9 @@ def page(title: str, pieces: Sequence[str], experts: Sequence[str], weights: Seq
     for piece, row in zip(pieces, weights, strict=True):
         best = max(range(len(row)), key=row.__getitem__)
         red, green, blue = colour(best)
-        told = ", ".join(f"{name} {w:.2f}" for name, w in zip(experts, row, strict=True) if w >= 0.005)
+        label = ", ".join(f"{name} {w:.2f}" for name, w in zip(experts, row, strict=True) if w >= 0.005)
         style = f"background: rgba({red}, {green}, {blue}, {0.15 + 0.75 * row[best]:.2f})"
-        tokens.append(f'<span style="{style}" title="{escape(told)}">{escape(piece)}</span>')
+        tokens.append(f'<span style="{style}" title="{escape(label)}">{escape(piece)}</span>')
     names = " ".join(
         '<span style="background: rgb({}, {}, {})">{}</span>'.format(*colour(e), escape(name))
         for e, name in enumerate(experts)

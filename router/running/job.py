@@ -158,14 +158,14 @@ def _window(
             fail(line, error)
     rows: list[PreparedRow] = []
     owners: list[Line] = []
-    for line, found in zip(readable, engine.route(ready), strict=True):
-        if isinstance(found, HubError):
-            fail(line, found)
+    for line, routed in zip(readable, engine.route(ready), strict=True):
+        if isinstance(routed, HubError):
+            fail(line, routed)
         else:
-            rows.append(found)
+            rows.append(routed)
             owners.append(line)
-    for batch, told in _computed(engine, rows, options, sink):
-        for i, answer in zip(batch, told, strict=True):
+    for batch, results in _computed(engine, rows, options, sink):
+        for i, answer in zip(batch, results, strict=True):
             if isinstance(answer, HubError):
                 fail(owners[i], answer)
             else:

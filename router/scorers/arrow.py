@@ -23,7 +23,7 @@ from hub.errors import UsageError
 from router.bench import Bench, tree
 from router.gating import Gating
 from router.scorer import ScorerOptions, SiteScorer, SiteScores, Statistics, register
-from router.sitewise import Table
+from router.sitewise import SiteVectors
 
 
 class ArrowOptions(ScorerOptions):
@@ -66,7 +66,7 @@ class Arrow(SiteScorer):
 
     def scores(self, statistics: Mapping[str, Statistics]) -> SiteScores:
         """`|P x|` with the prototypes P (E, d_in) of the site."""
-        table = Table(statistics)
+        table = SiteVectors(statistics)
 
         def score(path: str, x: Tensor) -> Tensor | None:
             vectors = table.at(path, "", x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from router.bench import Bench, sites_of
 from router.scorer import ScorerOptions, SiteScorer, SiteScores, Statistics, register
-from router.sitewise import Table, learn
+from router.sitewise import SiteVectors, learn
 
 
 class GateOptions(ScorerOptions):
@@ -78,7 +78,7 @@ class LearnedGate(SiteScorer):
 
     def scores(self, statistics: Mapping[str, Statistics]) -> SiteScores:
         """Logits of the gates."""
-        table = Table(statistics)
+        table = SiteVectors(statistics)
 
         def score(path: str, x: Tensor) -> Tensor | None:
             bias = table.at(path, "bias", x)

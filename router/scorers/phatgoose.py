@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from router.bench import Bench, sites_of
 from router.gating import Gating
 from router.scorer import ScorerOptions, SiteScorer, SiteScores, Statistics, register
-from router.sitewise import Table, learn
+from router.sitewise import SiteVectors, learn
 
 
 class PhatgooseOptions(ScorerOptions):
@@ -60,7 +60,7 @@ class Phatgoose(SiteScorer):
 
     def scores(self, statistics: Mapping[str, Statistics]) -> SiteScores:
         """Cosine-like products of standardized gates and inputs."""
-        table = Table(statistics)
+        table = SiteVectors(statistics)
 
         def score(path: str, x: Tensor) -> Tensor | None:
             vectors = table.at(path, "", x)

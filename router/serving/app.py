@@ -86,8 +86,8 @@ class Server:
         asked = await self.body(request, wire.Classify)
         results = await (await self.rows(asked.requests(), "classify")).results(request)
         data = [wire.classified(i, result) for i, result in enumerate(results)]
-        found = {"id": wire.identifier("classify"), "object": "list", "model": asked.model, "data": data}
-        return self.answer({**found, "usage": self.count(results, 1)})
+        answer = {"id": wire.identifier("classify"), "object": "list", "model": asked.model, "data": data}
+        return self.answer({**answer, "usage": self.count(results, 1)})
 
     async def rows(self, requests: list[RowRequest], task: str) -> Rows:
         """Rows of one request, looked up and queued. Raises HubError where one cannot run, before any is queued."""
@@ -135,20 +135,20 @@ class Server:
         """GET /health: 200 while requests are computed."""
         return Response(status_code=200) if self.batcher.alive else Response(status_code=503, headers=_LATER)
 
-    async def told(self, _request: Request) -> Response:
+    async def prometheus(self, _request: Request) -> Response:
         """GET /metrics."""
         running, waiting = self.batcher.counts
-        held = self.engine.residency
+        residency = self.engine.residency
         gauges = [
             ("running_rows", "Rows that are computed.", running),
             ("waiting_rows", "Rows that wait.", waiting),
-            ("resident_adapters", "Adapters in memory.", len(held.resident)),
-            ("resident_bytes", "Bytes of their tensors.", held.bytes),
+            ("resident_adapters", "Adapters in memory.", len(residency.resident)),
+            ("resident_bytes", "Bytes of their tensors.", residency.bytes),
         ]
         counters = [
-            ("adapter_hits_total", "Adapters asked for that were in memory.", held.counts.hits),
-            ("adapter_reads_total", "Adapters read from disk.", held.counts.read),
-            ("adapter_evictions_total", "Adapters that made room.", held.counts.evicted),
+            ("adapter_hits_total", "Adapters asked for that were in memory.", residency.counts.hits),
+            ("adapter_reads_total", "Adapters read from disk.", residency.counts.read),
+            ("adapter_evictions_total", "Adapters that made room.", residency.counts.evicted),
         ]
         return PlainTextResponse(self.metrics.text(gauges, counters), media_type="text/plain; version=0.0.4")
 
@@ -184,7 +184,7 @@ def create_app(engine: Engine, *, token: str | None = None, directories: bool = 
         ("POST", "/v1/load_lora_adapter", server.load),
         ("POST", "/v1/unload_lora_adapter", server.unload),
         ("GET", "/health", server.health),
-        ("GET", "/metrics", server.told),
+        ("GET", "/metrics", server.prometheus),
     ):
         app.add_route(path, _guarded(server, path, endpoint), methods=[method])
 

@@ -172,11 +172,11 @@ class Batcher:
     def _routed(self, jobs: list[Job]) -> list[Job]:
         """The jobs with what routers have chosen for them."""
         chosen: list[Job] = []
-        for job, found in zip(jobs, self.engine.route([job.row.prepared for job in jobs]), strict=True):
-            if isinstance(found, HubError):
-                job.on_done(found)
+        for job, routed in zip(jobs, self.engine.route([job.row.prepared for job in jobs]), strict=True):
+            if isinstance(routed, HubError):
+                job.on_done(routed)
             else:
-                job.row.prepared = found
+                job.row.prepared = routed
                 chosen.append(job)
         return chosen
 

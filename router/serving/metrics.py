@@ -49,8 +49,8 @@ class Metrics:
         """All of it, with gauges and counters (name, help, value) that others keep."""
         lines = [*self._requests()]
         for kind, rows in (("gauge", gauges), ("counter", [*counters, *self._tokens()])):
-            for name, told, value in rows:
-                lines += _head(name, told, kind)
+            for name, meaning, value in rows:
+                lines += _head(name, meaning, kind)
                 lines.append(f"{PREFIX}{name} {value:g}" if kind == "gauge" else f"{PREFIX}{name} {int(value)}")
         lines += _histogram("row_seconds", "Seconds from a request to its last token.", self.seconds)
         lines += _histogram("first_text_seconds", "Seconds from a request to its first text.", self.first)
@@ -69,12 +69,12 @@ class Metrics:
             yield f'{PREFIX}requests_total{{path="{path}",status="{status}"}} {count}'
 
 
-def _head(name: str, told: str, kind: str) -> list[str]:
-    return [f"# HELP {PREFIX}{name} {told}", f"# TYPE {PREFIX}{name} {kind}"]
+def _head(name: str, meaning: str, kind: str) -> list[str]:
+    return [f"# HELP {PREFIX}{name} {meaning}", f"# TYPE {PREFIX}{name} {kind}"]
 
 
-def _histogram(name: str, told: str, histogram: Histogram) -> Iterator[str]:
-    yield from _head(name, told, "histogram")
+def _histogram(name: str, meaning: str, histogram: Histogram) -> Iterator[str]:
+    yield from _head(name, meaning, "histogram")
     running = 0
     for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
         running += count

@@ -13,7 +13,7 @@ import compose
 from hub.errors import HubError
 from router.engine.engine import Engine
 from router.engine.request import Request
-from router.engine.sources import Known
+from router.engine.sources import KnownAdapter
 from router.serving.batcher import Batcher
 from router.serving.metrics import Metrics
 
@@ -49,14 +49,14 @@ def reading(monkeypatch):
     allowed = {name: threading.Event() for name in "abcdef"}
     for event in allowed.values():
         event.set()
-    read = Known.read
+    read = KnownAdapter.read
 
     def slowly(known, host):
         begun[known.name].set()
         assert allowed[known.name].wait(LONG), f"{known.name} was waited for"
         return read(known, host)
 
-    monkeypatch.setattr(Known, "read", slowly)
+    monkeypatch.setattr(KnownAdapter, "read", slowly)
     return begun, allowed
 
 
