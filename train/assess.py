@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import compose
 from compose.base.at_hand import at_hand
+from compose.base.text_config import fill_pad_id
 from compose.planning.members import Shelf
 from hub.errors import UsageError
 from hub.manifest import Manifest
 from hub.store import Store
 from train.config import make_config
 from train.data.datasets import encode, read_rows
+from train.data.files import file_digests
 from train.steps.evaluate import evaluate
 from train.steps.guards import heads_come_later, refuse_looking_ahead, refuse_misfit
 
 __all__ = ["assess"]
+
+log = logging.getLogger(__name__)
 
 
 def assess(
@@ -51,7 +56,7 @@ def assess(
     options: dict[str, Any] = {"quantize": quantize, "precision": precision, "max_length": max_length}
     config = make_config({"base": base, "task": task, "columns": dict(columns or {}), **options})
     tokenizer = compose.tokenizer(base)
-    rows = encode(read_rows(data), config, tokenizer, labels=labels, source=data)
+    rows = encode(read_rows(data, part="test"), config, tokenizer, labels=labels, source=data)
     with heads_come_later(any(m.task == task for m in held)):
         model = compose.load(
             base,
@@ -66,13 +71,16 @@ def assess(
     refuse_misfit(model, tokenizer, rows, resident, hint="--max-length {}")
     if task == "causal_lm":
         refuse_looking_ahead(model)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = rows.pad_id
+    fill_pad_id(model.config, rows.pad_id)
+    learned = {digest for m in held if m.lineage for name, digest in m.lineage.data.items() if name[:5] != "eval/"}
+    known = [name for name, digest in file_digests(data, part="test").items() if digest in learned]
+    if known:
+        log.warning("%s: the adapters were trained on %s", data, ", ".join(known))
     started = time.perf_counter()
     measures = evaluate(model, rows, batch_size=batch_size, precision=precision)
     seconds = round(time.perf_counter() - started, 3)
     facts = {"expression": expression, "base": base, "task": task, "data": data, "data_digest": rows.digest}
-    return {**facts, "rows": len(rows), "seconds": seconds, "measures": measures}
+    return {**facts, "rows": len(rows), "trained_on": known, "seconds": seconds, "measures": measures}
 
 
 def _manifests(expression: str | None, store: Store | None) -> list[Manifest]:

@@ -20,7 +20,17 @@ from compose.base.request import Quantization
 from hub import errors
 from train.errors import ConfigError
 
-__all__ = ["ROLES", "Task", "TrainConfig", "load_config", "make_config", "parse_pairs", "read_words", "span_in_steps"]
+__all__ = [
+    "ROLES",
+    "Task",
+    "TrainConfig",
+    "load_config",
+    "make_config",
+    "parse_pairs",
+    "read_words",
+    "refuse_unmeasured",
+    "span_in_steps",
+]
 
 Task = Literal["causal_lm", "seq2seq", "classification", "token_classification", "regression"]
 ROLES = ("text", "text_pair", "label", "prompt", "completion", "messages", "tokens", "tags")
@@ -31,6 +41,13 @@ _METRICS = {
     "token_classification": ("accuracy", "f1", "loss"),
     "regression": ("loss", "pearson", "spearman"),
 }  # the first is the default
+_READ = {
+    "causal_lm": ("text", "prompt", "completion", "messages"),
+    "seq2seq": ("prompt", "completion"),
+    "classification": ("text", "text_pair", "label"),
+    "token_classification": ("tokens", "tags"),
+    "regression": ("text", "text_pair", "label"),
+}
 _SPAN = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(epochs?|steps?)\s*$")
 
 
@@ -138,6 +155,11 @@ class TrainConfig(BaseModel):
     def _metric_fits_task(self) -> TrainConfig:
         if self.metric is not None and self.metric not in _METRICS[self.task]:
             raise ValueError(f"metric {self.metric!r} is not one of task {self.task}: {', '.join(_METRICS[self.task])}")
+        if self.data.get("packing") and self.task != "causal_lm":
+            raise ValueError(f"data.packing puts rows of language modelling together; task {self.task} has none")
+        unread = sorted(self.columns.keys() - _READ[self.task])
+        if unread:
+            raise ValueError(f"columns.{unread[0]}: task {self.task} reads {', '.join(_READ[self.task])}")
         if span_in_steps(self.duration, 1_000_000) == 0:
             raise ValueError("duration is zero: nothing would be trained")
         return self
@@ -175,6 +197,14 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
     """`", did you mean 'x'?"` for the nearest known word, or nothing."""
     near = errors.did_you_mean(key, known, count=1)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def refuse_unmeasured(config: TrainConfig) -> None:
+    """Raise ConfigError for what a run says of its evaluations, where it has no rows to measure on."""
+    said = [name for name in ("patience", "metric") if getattr(config, name)]
+    if said:
+        hint = "set data.eval=FILE, or a fraction such as data.eval=0.1"
+        raise ConfigError(f"{said[0]} without held-out rows: nothing is measured", hint=hint)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -234,9 +264,24 @@ def parse_pairs(words: Iterable[str]) -> dict[str, str]:
     return found
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key is given once: the first of two would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that stands there twice; what is merged in (`<<`) may be overridden."""
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a safe loader
     except FileNotFoundError as error:
         raise ConfigError(f"no such run file: {path}", path=path, hint="hub train RUN.yaml [key=value ...]") from error
     except (OSError, UnicodeDecodeError) as error:

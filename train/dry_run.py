@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
 
+from compose.base.text_config import fact
 from compose.runtime.model_runtime import runtime
 from hub.console.output import bytes_text
 from train.config import TrainConfig, span_in_steps
@@ -62,7 +63,7 @@ def preview(ready: Prepared) -> Preview:
     kept, _ = _measure(ready, longest, config)
     if config.gradient_checkpointing:  # what the backward pass makes anew is one block's at a time
         whole, _ = _measure(ready, longest, config.model_copy(update={"gradient_checkpointing": False}))
-        kept += (whole - kept) // int(ready.model.config.get_text_config().num_hidden_layers)
+        kept += (whole - kept) // int(fact(ready.model.config, "num_hidden_layers", 1))
     typical = torch.argsort(data.lengths)[len(data) // 2 - size // 2 :][:size]
     _, seconds = _measure(ready, typical, config)
     steps = span_in_steps(config.duration, math.ceil(len(data) / config.batch_size))

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 import compose
+from compose.base.text_config import fill_pad_id
 from hub.errors import Conflict
 from hub.ref import AdapterRef
 from hub.relations.word_counts import count_words
@@ -70,11 +71,13 @@ class Outcome:
     result: FitResult
     folder: Path
     artifact: Artifact | None
+    shared: int = 0  # held-out rows that say what a training row says
 
     def as_dict(self) -> dict[str, Any]:
         """Values for scripts."""
         r = self.result
         facts = {"steps": r.steps, "items": r.items, "seconds": round(r.seconds, 3), "stopped": r.stopped}
+        facts |= {"held_out_rows_also_in_training": self.shared} if self.shared else {}
         losses = [record["loss"] for record in r.history if "loss" in record]
         found = {"best": r.best, "last_loss": losses[-1] if losses else None, "folder": str(self.folder)}
         named = {"ref": str(self.artifact.ref), "digest": self.artifact.digest} if self.artifact else {}
@@ -130,7 +133,7 @@ def run(
                 artifact = _leave(folder, ready, config, result, ref=ref, store=into, license=license)
             (folder / CHECKPOINT).unlink(missing_ok=True)
         accelerator.wait_for_everyone()
-    return Outcome(result, folder, artifact)
+    return Outcome(result, folder, artifact, ready.splits.shared)
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -155,8 +158,7 @@ def prepare(config: TrainConfig) -> Prepared:
             task=config.task,
             labels=splits.train.labels or None,
         )
-    if model.config.pad_token_id is None:  # a classifier finds the last token of a row by it
-        model.config.pad_token_id = splits.train.pad_id
+    fill_pad_id(model.config, splits.train.pad_id)
     if config.task == "causal_lm":
         refuse_looking_ahead(model)
     heads = modules_to_save(model, config.task)

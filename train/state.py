@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from train.config import TrainConfig, span_in_steps
+from train.config import TrainConfig, refuse_unmeasured, span_in_steps
 from train.data.batches import Dataset, epoch_order
 from train.data.datasets import check
 from train.errors import NonFiniteLoss, TrainError
@@ -46,6 +46,8 @@ class TrainingState:
         An empty split, or rows whose labels are all masked.
     TrainError
         Nothing to train.
+    ConfigError
+        Patience without held-out rows.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class TrainingState:
         *,
         name: str = "",
     ) -> None:
+        if eval_data is None:
+            refuse_unmeasured(config)
         for data in (train_data, eval_data):
             if data is not None:
                 check(data)

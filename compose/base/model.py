@@ -22,6 +22,7 @@ from compose.base.loading import load_files
 from compose.base.location import BUILTIN, Location, locate
 from compose.base.quantization import held_as, keep_differentiable
 from compose.base.request import Request
+from compose.base.text_config import fact, fill_pad_id
 from hub.errors import GateError, HubError, UsageError
 from hub.manifest import BaseIdentity, TrainedOn
 
@@ -105,8 +106,8 @@ def load_base(
     model.requires_grad_(False).eval()
     keep_differentiable(model)
     _remember(model, Source(where.name, where))
-    if model.config.pad_token_id is None and type(model).__name__.endswith("ForSequenceClassification"):
-        model.config.pad_token_id = _padding(model)
+    if fact(model.config, "pad_token_id") is None and type(model).__name__.endswith("ForSequenceClassification"):
+        fill_pad_id(model.config, _padding(model))
     return model
 
 
@@ -115,7 +116,7 @@ def _padding(model: PreTrainedModel) -> int | None:
     try:
         found = tokenizer_of(model).pad_token_id
     except GateError:  # the files hold no tokenizer
-        found = model.config.eos_token_id
+        found = fact(model.config, "eos_token_id")
     return found[0] if isinstance(found, list) else cast("int | None", found)
 
 

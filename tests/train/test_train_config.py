@@ -3,8 +3,11 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+import compose
 from train.config import TrainConfig, load_config, span_in_steps
+from train.data.datasets import load_splits
 from train.errors import ConfigError
+from train.loop import fit
 
 
 def test_stays_flat_and_small_with_help_for_every_field():
@@ -57,6 +60,10 @@ def test_yaml_and_overrides(tmp_path):
         ("columns: {txt: body}\n", "did you mean 'text'"),
         ("metric: accuracy\n", "not one of task causal_lm"),
         ("base: \xff\n", "unacceptable"),
+        ("lr: 1e-3\nseed: 1\nlr: 1e-4\n", "line 3, column 1: the key 'lr' is given twice"),
+        ("options:\n  r: 4\n  r: 8\n", "line 3, column 3: the key 'r' is given twice"),
+        ("task: classification\ndata: {train: x, packing: true}\n", "task classification has none"),
+        ("columns: {label: stars}\n", "columns.label: task causal_lm reads text, prompt"),
     ],
 )
 def test_each_bad_file_says_what_and_where(tmp_path, text, said):
@@ -67,6 +74,25 @@ def test_each_bad_file_says_what_and_where(tmp_path, text, said):
     if "\xff" not in text:
         assert said in str(caught.value)
     assert caught.value.path == str(path)
+
+
+@pytest.mark.parametrize("idle", [{"patience": 2}, {"metric": "loss"}])
+def test_what_is_said_of_evaluations_needs_rows_to_measure_on(tmp_path, toy, ragged_lm, idle):
+    (tmp_path / "a.txt").write_text("Some text.")
+    config = TrainConfig(data={"train": str(tmp_path / "a.txt")}, **idle)
+    with pytest.raises(ConfigError, match=f"{next(iter(idle))} without held-out rows") as caught:
+        load_splits(config, compose.tokenizer("builtin:tiny-lm"))
+    assert "data.eval" in caught.value.hint
+    model, adapter = toy()
+    with pytest.raises(ConfigError, match="without held-out rows"):
+        fit(model, adapter, ragged_lm(8), None, config)
+
+
+def test_packing_of_texts_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("Some text.")
+    config = TrainConfig(data={"train": str(tmp_path / "a.txt"), "packing": True})
+    with pytest.raises(ConfigError, match="not texts"):
+        load_splits(config, compose.tokenizer("builtin:tiny-lm"))
 
 
 @pytest.mark.parametrize("override", ["lr", "=3", "lr.deep=1", "lr=[1"])

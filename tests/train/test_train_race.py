@@ -101,8 +101,11 @@ def test_eval_measures_an_adapter_as_its_run_did(notes, tmp_path):
     assert f"{out.result.best['loss']:.4g}" in page
     found = json.loads(hub("eval", "me/notes@1.0.0", notes, "--max-length", "32", "--json", "-").stdout)
     assert found["measures"]["loss"] == pytest.approx(out.result.best["loss"], rel=1e-5)
+    assert out.as_dict()["held_out_rows_also_in_training"] == 1
+    assert found["trained_on"] == ["notes.txt"]
     facts = ("--base", "builtin:tiny-lm", "--task", "causal_lm", "--max-length", "32", "--json", "-")
     bare = json.loads(hub("eval", "none", notes, *facts).stdout)
+    assert bare["trained_on"] == []
     assert bare["measures"]["loss"] > found["measures"]["loss"]
     half = json.loads(hub("eval", "0.5 * me/notes@1.0.0", notes, "--max-length", "32", "--json", "-").stdout)
     assert found["measures"]["loss"] < half["measures"]["loss"] < bare["measures"]["loss"]

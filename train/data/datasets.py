@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.config import TrainConfig
+from train.config import TrainConfig, refuse_unmeasured
 from train.data import encoders
 from train.data.batches import IGNORE, Dataset, Ragged
+from train.data.cells import CellError, class_name, in_order, read_cell, shape_hint
 from train.data.encoders import pad_id
 from train.data.files import file_digests, read_rows
 from train.errors import ConfigError, DataError
@@ -33,6 +35,7 @@ class Splits:
     train: Dataset
     eval: Dataset | None
     digests: Mapping[str, str]  # file -> sha256:... of its bytes
+    shared: int = 0  # held-out rows that say what a training row says: they flatter what is measured
 
 
 def text_blocks(tokenizer: Any, texts: Iterable[str], block_size: int, *, source: str = "texts") -> Dataset:
@@ -102,9 +105,9 @@ def labelled(
     DataError
         Fewer than two classes, or an answer that is not among `labels`.
     """
-    names = [str(answer) for answer in answers]
+    names = [class_name(answer) for answer in answers]
     if labels is None:
-        labels = sorted(set(names), key=lambda name: (0, int(name), "") if name.lstrip("-").isdigit() else (1, 0, name))
+        labels = in_order(names)
         if len(labels) < 2:
             raise DataError(f"{source}: every row has the label {labels[0]!r}; a classifier needs at least two")
     unseen = sorted(set(names) - set(labels))
@@ -136,7 +139,7 @@ def load_splits(config: TrainConfig, tokenizer: Any) -> Splits:
     Raises
     ------
     ConfigError
-        No training data is named.
+        No training data is named, or what the run says of its data would do nothing.
     DataError
         A missing column (with those present), an empty split, or labels that do not fit.
     """
@@ -144,15 +147,50 @@ def load_splits(config: TrainConfig, tokenizer: Any) -> Splits:
     if not isinstance(source, str):
         hint = "set data.train=FILE (jsonl, csv, parquet, text) or a folder of texts"
         raise ConfigError("no training data", hint=hint)
-    rows: Rows = read_rows(source)
-    digests = file_digests(source)
+    if held is None:
+        refuse_unmeasured(config)
+    measured = held if isinstance(held, str) else None
+    rows: Rows = read_rows(source, part="train", without=measured if measured != source else None)
+    digests = file_digests(source, part="train", without=measured if measured != source else None)
     if isinstance(held, float):
         return Splits(*_hold_out(rows, config, tokenizer, fraction=held, source=source), digests)
     train = encode(rows, config, tokenizer, source=source)
-    if not isinstance(held, str):
+    if measured is None:
         return Splits(train, None, digests)
-    test = encode(read_rows(held), config, tokenizer, labels=train.labels, source=held)
-    return Splits(train, test, {**digests, **{f"eval/{n}": d for n, d in file_digests(held).items()}})
+    others: Rows = read_rows(measured, part="eval")
+    test = encode(others, config, tokenizer, labels=train.labels, source=measured)
+    digests |= {f"eval/{name}": digest for name, digest in file_digests(measured, part="eval").items()}
+    shared = _shared(rows, others, config, measured)
+    return Splits(train, test, digests, shared)
+
+
+def _shared(rows: Rows, others: Rows, config: TrainConfig, source: str) -> int:
+    """How many of the other rows say what one of the rows says; told where there are any."""
+    roles = _read_of(rows, config)
+    known = {_said(row, roles, config) for row in rows}
+    twice = sum(_said(row, roles, config) in known for row in others)
+    if twice:
+        log.warning("%s: %d of %d held-out rows are also training rows", source, twice, len(others))
+    return twice
+
+
+def _read_of(rows: Rows, config: TrainConfig) -> tuple[str, ...]:
+    """The roles that the task reads of these rows, its labels left out: what two equal rows have in common."""
+    there = {*config.columns, *rows[0]}
+    if config.task in ("classification", "regression"):
+        return ("text", "text_pair") if "text_pair" in there else ("text",)
+    if config.task == "token_classification":
+        return ("tokens",)
+    if config.task == "causal_lm" and "messages" in there:
+        return ("messages",)
+    answers = config.task == "seq2seq" or {"prompt", "completion"} & set(config.columns)
+    return ("prompt", "completion") if answers or {"prompt", "completion"} <= set(rows[0]) else ("text",)
+
+
+def _said(row: Mapping[str, Any], roles: Sequence[str], config: TrainConfig) -> str:
+    """What a row says, without case and spacing."""
+    values = [row.get(config.columns.get(role, role)) for role in roles]
+    return " ".join(json.dumps(values, default=str, sort_keys=True, ensure_ascii=False).casefold().split())
 
 
 def encode(
@@ -162,11 +200,10 @@ def encode(
     take = partial(_named, rows, config, source)
     for role in config.columns:  # also one that the task does not look at: a typo must not go unseen
         take(role)
-    length, told = config.max_length, {"source": source}
+    length, told, read = config.max_length, {"source": source}, _read_of(rows, config)
     if config.task in ("classification", "regression"):
-        texts, answers = _texts(take("text")), take("label")
-        paired = "text_pair" in config.columns or "text_pair" in rows[0]
-        pairs = _texts(take("text_pair")) if paired else None
+        texts, answers = take("text"), take("label")
+        pairs = take("text_pair") if "text_pair" in read else None
         if config.task == "regression":
             columns = _texts_or_pairs(tokenizer, texts, pairs, length, source)
             return encoders.numbers(columns, answers, pad_id(tokenizer), source=source)
@@ -174,13 +211,17 @@ def encode(
     if config.task == "token_classification":
         data, cut = encoders.tagged(tokenizer, take("tokens"), take("tags"), length, labels=labels or None, **told)
     elif config.task == "seq2seq":
-        data, cut = encoders.sequences(tokenizer, _texts(take("prompt")), _texts(take("completion")), length, **told)
-    elif "messages" in config.columns or "messages" in rows[0]:
-        data, cut = encoders.chats(tokenizer, take("messages"), length, **told)
-    elif {"prompt", "completion"} & set(config.columns) or {"prompt", "completion"} <= set(rows[0]):
-        data, cut = completions(tokenizer, _texts(take("prompt")), _texts(take("completion")), length, **told), 0
+        data, cut = encoders.sequences(tokenizer, take("prompt"), take("completion"), length, **told)
+    elif "messages" in read:
+        tools = [row.get("tools") for row in rows]
+        data, cut = encoders.chats(tokenizer, take("messages"), length, tools=tools, **told)
+    elif "prompt" in read:
+        data, cut = completions(tokenizer, take("prompt"), take("completion"), length, **told), 0
     else:
-        return text_blocks(tokenizer, _texts(take("text")), length, source=source)
+        if config.data.get("packing"):
+            hint = "leave data.packing out: texts are cut into blocks, which are full as they are"
+            raise ConfigError("data.packing lays rows of completions or messages together, not texts", hint=hint)
+        return text_blocks(tokenizer, take("text"), length, source=source)
     _say_cut(cut, len(data), length, source)
     if config.data.get("packing") and config.task == "causal_lm":
         check(data)  # while rows are those of the file
@@ -189,17 +230,21 @@ def encode(
 
 
 def _named(rows: Rows, config: TrainConfig, source: str, role: str) -> list[Any]:
-    """The values of a role, none of them empty."""
+    """The values of a role, each of them what the role is for."""
     name, values = config.columns.get(role, role), []
+    role = "number" if role == "label" and config.task == "regression" else role
     for number, row in enumerate(rows, 1):
-        value = row.get(name)
+        where, value = f"{source}, row {number}", row.get(name)
         if value is None:
             if name in row:
-                raise DataError(f"{source}, row {number}: {name!r} is empty")
+                raise DataError(f"{where}: {name!r} is empty")
             present = ", ".join(sorted(str(key) for key in row)) or "none"
-            hint = f"name the column: columns.{role}=..."
-            raise DataError(f"{source}, row {number}: no column {name!r}; it has: {present}", hint=hint)
-        values.append(value)
+            hint = shape_hint(map(str, row)) or f"name the column: columns.{role}=..."
+            raise DataError(f"{where}: no column {name!r}; it has: {present}", hint=hint)
+        try:
+            values.append(read_cell(role, value))
+        except CellError as error:
+            raise DataError(f"{where}: {name!r} {error}", hint=error.hint) from error
     return values
 
 
@@ -225,21 +270,22 @@ def check(data: Dataset, *, hint: str | None = None) -> None:
 def _hold_out(
     rows: Rows, config: TrainConfig, tokenizer: Any, *, fraction: float, source: str
 ) -> tuple[Dataset, Dataset]:
-    """Part of the training rows, by the seed; equal rows never straddle, and a class keeps a row to learn from.
+    """Part of the training rows, by the seed; rows that say the same never straddle, a class keeps a row to learn from.
 
     Of few documents, part of the blocks.
     """
     groups: dict[str, list[int]] = {}
+    roles = _read_of(rows, config)
     for index, row in enumerate(rows):
-        groups.setdefault(repr(row), []).append(index)
+        groups.setdefault(_said(row, roles, config), []).append(index)
     order = torch.randperm(len(groups), generator=generator(config.seed, "data", "held-out")).tolist()
     alike, held = list(groups.values()), set[int]()
     left = Counter(name for row in rows for name in _classes(row, config))
     for group in (alike[i] for i in order):
-        classes = _classes(rows[group[0]], config)
-        if len(held) + len(group) <= round(len(rows) * fraction) and all(left[c] > len(group) for c in classes):
+        classes = Counter(name for i in group for name in _classes(rows[i], config))
+        if len(held) + len(group) <= round(len(rows) * fraction) and all(left[c] > n for c, n in classes.items()):
             held.update(group)
-            left.subtract(dict.fromkeys(classes, len(group)))
+            left.subtract(classes)
     if len(held) == len(rows):
         raise DataError(f"{source}: all {len(rows)} rows would be held out", hint="a smaller data.eval, or a file")
     if held:
@@ -268,10 +314,6 @@ def _classes(row: Mapping[str, Any], config: TrainConfig) -> set[str]:
 def _numbered(data: Dataset, numbers: Sequence[int]) -> Dataset:
     """Remember row numbers of the file; blocks of text and packed rows are no rows of a file."""
     return replace(data, origin=torch.tensor(numbers)) if len(data) == len(numbers) else data
-
-
-def _texts(values: Iterable[Any]) -> list[str]:
-    return [value if isinstance(value, str) else str(value) for value in values]
 
 
 def _say_cut(cut: int, rows: int, max_length: int, source: str) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from train.data.batches import IGNORE, Dataset, Ragged
+from train.data.cells import CellError, conversation
 from train.errors import DataError
 
 __all__ = ["chats", "numbers", "packed", "pad_id", "sequences", "tagged"]
 
+log = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 
 
@@ -42,9 +47,9 @@ def numbers(encoded: Mapping[str, Ragged | Tensor], values: Sequence[Any], pad_i
     found = []
     for row, value in enumerate(values, 1):
         try:
-            number = float(value)
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
-            number = float("nan")
+            number = math.nan
         if not math.isfinite(number):
             told = f"the label {value!r} is not a finite number"
             raise DataError(f"{source}, row {row}: {told}", hint="task=classification")
@@ -99,23 +104,36 @@ def _first_pieces(words: Sequence[int | None], tags: Sequence[int]) -> list[int]
 
 
 def chats(
-    tokenizer: Any, conversations: Sequence[Sequence[Message]], max_length: int, *, source: str = "rows"
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Message]],
+    max_length: int,
+    *,
+    tools: Sequence[Any] = (),
+    source: str = "rows",
 ) -> tuple[Dataset, int]:
     """Conversations in the tokenizer's chat template, in which what the assistant says is learned, and its end.
 
     What is learned is found by rendering the conversation up to each answer, so that any template will do whose
-    beginning does not change with what follows. Also how many rows were cut.
+    beginning does not change with what follows; a message with `"weight": 0` is not learned. `tools` are those that
+    each conversation may call. Also how many rows were cut.
 
     Raises
     ------
     DataError
-        A tokenizer without a template, messages that are no role and content, or a template that rewrites history.
+        A tokenizer without a template, messages that are no role and content, tools that the template leaves out, or
+        a template that refuses a conversation or rewrites history.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{source}: this tokenizer has no chat template", hint="give columns prompt and completion")
-    ids, labels, cut = [], [], 0
     for row, messages in enumerate(conversations, 1):
-        text, spans = _rendered(tokenizer, messages, f"{source}, row {row}")
+        try:
+            conversation(messages)
+        except CellError as error:
+            raise DataError(f"{source}, row {row}: {error}", hint=error.hint) from error
+    _tell_unread(tokenizer, conversations, tools, source)
+    ids, labels, cut = [], [], 0
+    for row, (messages, usable) in enumerate(zip_longest(conversations, tools), 1):
+        text, spans = _rendered(tokenizer, messages, usable, f"{source}, row {row}")
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         told = [
             token if any(start <= a and b <= end and a < b for start, end in spans) else IGNORE
@@ -128,19 +146,32 @@ def chats(
     return Dataset(columns, "causal_lm", pad_id(tokenizer), source=source), cut
 
 
-def _rendered(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation as text, and the places in it that the assistant wrote."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise DataError(f"{where}: messages are not a list", hint='[{"role": "user", "content": "..."}, ...]')
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f"{where}: a message is not a role and a content: {str(message)[:60]}")
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+def _tell_unread(tokenizer: Any, conversations: Sequence[Sequence[Message]], tools: Sequence[Any], source: str) -> None:
+    """Refuse tools that the template leaves out; what else it leaves out of messages is told."""
+    template = str(tokenizer.chat_template)
+    if any(tools) and "tools" not in template:
+        raise DataError(f"{source}: the chat template of this tokenizer says nothing of tools", hint="drop the column")
+    known = {"role", "content", "weight"}
+    keys = {key for messages in conversations for message in messages for key in message}
+    if unread := sorted(key for key in keys - known if str(key) not in template):
+        log.warning("%s: the chat template leaves out of messages: %s", source, ", ".join(map(str, unread)))
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], tools: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation as text, and the places in it that the assistant wrote and that are to be learned."""
+
+    def said(part: Sequence[Message], **options: Any) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(part, tools=tools, tokenize=False, **options))
+        except TemplateError as error:
+            raise DataError(f"{where}: the chat template refuses the conversation: {error}") from error
+
+    whole = said(messages)
     spans = []
     for at, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = tokenizer.apply_chat_template(messages[:at], tokenize=False, add_generation_prompt=True)
-            after = tokenizer.apply_chat_template(messages[: at + 1], tokenize=False)
+        if message["role"] == "assistant" and message.get("weight", 1):
+            before = said(messages[:at], add_generation_prompt=True)
+            after = said(messages[: at + 1])
             if not whole.startswith(after) or not after.startswith(before):
                 raise DataError(f"{where}: the chat template writes message {at + 1} in another way when more follows")
             spans.append((len(before), len(after)))

@@ -6,43 +6,61 @@ import csv
 import hashlib
 import io
 import json
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from train.errors import DataError
 
-__all__ = ["file_digests", "read_rows"]
+__all__ = ["Part", "file_digests", "read_rows"]
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
+Part = Literal["all", "train", "eval", "test"]
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("eval", "evaluation", "dev", "valid", "validation", "val", "heldout"), "eval"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 _CHUNK = 1 << 20
 _HUB = "hf:"
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Rows of a file, or of every file of a folder in the order of their paths.
+def read_rows(path: str | Path, *, part: Part = "all", without: str | Path | None = None) -> list[Row]:
+    """Rows of a file, or of the files of a folder in the order of their paths.
 
     `.jsonl`/`.json` (objects), `.csv`/`.tsv` (a header line), `.parquet`; any other file must be UTF-8 text and
     is one row `{"text": ...}`, so a folder of documents needs no preparation. `hf:NAME[@CONFIG][:SPLIT]` is a data set
     of the Hugging Face Hub, or of a folder, as the `datasets` library reads it (split train unless named).
 
+    Parameters
+    ----------
+    part
+        Of a folder that holds files for training and others to measure on, as their names say (`test.jsonl`,
+        `valid/part-1.parquet`): which of them. Without names that tell them apart a folder is read whole.
+    without
+        A file or folder that is left out: what is measured on is not trained on.
+
     Raises
     ------
     DataError
-        The path does not exist, is empty or binary, or a line cannot be read (file and line number).
+        The path does not exist, is empty or binary, or a line cannot be read (file and line number); or all of a
+        folder is left out.
     """
     if str(path).startswith(_HUB):
         return _hub_rows(str(path))
     path = Path(path)
     rows: list[Row] = []
-    for file in _files(path):
+    for file in _files(path, part, without, tell=True):
         rows += _READERS.get(file.suffix.lower(), _text)(file)
     if not rows:
         raise DataError(f"{path} holds no rows", path=path)
     return rows
 
 
-def file_digests(path: str | Path) -> dict[str, str]:
+def file_digests(path: str | Path, *, part: Part = "all", without: str | Path | None = None) -> dict[str, str]:
     """File name (below the folder) -> `sha256:...` of its bytes, for every file that `read_rows` reads.
 
     Of a data set of the Hub: its name -> the digest of its rows as JSON lines.
@@ -53,7 +71,8 @@ def file_digests(path: str | Path) -> dict[str, str]:
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
         return {str(path).rsplit("/", 1)[-1]: "sha256:" + digest.hexdigest()}
     path = Path(path)
-    return {(file.relative_to(path).as_posix() if file != path else file.name): _sha256(file) for file in _files(path)}
+    files = _files(path, part, without)
+    return {(file.relative_to(path).as_posix() if file != path else file.name): _sha256(file) for file in files}
 
 
 def _hub_rows(text: str) -> list[Row]:
@@ -77,15 +96,46 @@ def _hub_rows(text: str) -> list[Row]:
     return rows
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, part: Part, without: str | Path | None, *, tell: bool = False) -> list[Path]:
     if path.is_dir():
         files = sorted(f for f in path.rglob("*") if f.is_file() and not _hidden(f.relative_to(path)))
         if not files:
             raise DataError(f"{path} is a folder without files", path=path)
-        return files
+        return _of_part(path, files, part, Path(without) if without is not None else None, tell)
     if not path.is_file():
         raise DataError(f"no such file: {path}", path=path, hint=f"paths are looked up from {Path.cwd()}")
     return [path]
+
+
+def _of_part(path: Path, files: list[Path], part: Part, without: Path | None, tell: bool) -> list[Path]:
+    """Those of a folder's files that are for `part`, without what is left out; in a log, which are left out."""
+    rest = [f for f in files if without is None or not f.resolve().is_relative_to(without.resolve())]
+    splits = {file: _split(file.relative_to(path)) for file in rest}
+    # Documents are called anything; what holds rows, or stands beside a file to train on, is called what it is for.
+    named = "train" in splits.values() or any(s and f.suffix.lower() in _READERS for f, s in splits.items())
+    chosen = rest
+    if part != "all" and named:
+        order = {"train": ("train", ""), "eval": ("eval", "test"), "test": ("test", "eval")}[part]
+        found = [[f for f in rest if splits[f] == split] for split in order]
+        measured = next((files for files in found if files), rest)
+        chosen = sorted(found[0] + found[1]) if part == "train" else measured
+    if not chosen:
+        hint = "name the file itself, or another folder"
+        raise DataError(f"{path}: every file is held out, by its name or by data.eval", path=path, hint=hint)
+    out = [f for f in files if f not in set(chosen)]
+    if out and tell:
+        shown = ", ".join(f.relative_to(path).as_posix() for f in out[:5]) + (", ..." if len(out) > 5 else "")
+        log.warning("%s: %s left out of the rows %s", path, shown, "to train on" if part == "train" else "measured on")
+    return chosen
+
+
+def _split(relative: Path) -> str:
+    """Which split a file is of, by the words of its name or of its folders'; "" where none says."""
+    for name in (relative.stem, *reversed(relative.parts[:-1])):
+        for word in re.split(r"[^a-z]+", name.lower()):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return ""
 
 
 def _hidden(relative: Path) -> bool:

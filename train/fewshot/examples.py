@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hub.errors import did_you_mean
+from train.data.cells import CellError, class_name, in_order, text
 from train.errors import DataError
 
 __all__ = ["Columns", "Example", "check_texts", "label_names", "to_examples", "warn_of_duplicates"]
@@ -48,17 +49,22 @@ def to_examples(
     Raises
     ------
     DataError
-        A column is missing (with the nearest one that is there), a text is empty, a label is null.
+        A column is missing (with the nearest one that is there), a text is empty or none, a label is none.
     """
-    wanted = [columns.text, *([columns.text2] if columns.text2 else []), *([columns.label] if labelled else [])]
+    wanted = [(name, text) for name in (columns.text, columns.text2) if name]
+    wanted += [(columns.label, class_name)] if labelled else []
     examples = []
     for number, row in enumerate(rows, 1):
-        for name in wanted:
+        cells = []
+        for name, read in wanted:
             if row.get(name) is None:
                 raise _no_column(name, row, f"{source}, row {number}")
-        text2 = str(row[columns.text2]) if columns.text2 else None
-        label = str(row[columns.label]) if labelled else None
-        examples.append(Example(str(row[columns.text]), text2, label))
+            try:
+                cells.append(read(row[name]))
+            except CellError as error:
+                raise DataError(f"{source}, row {number}: {name!r} {error}", hint=error.hint) from error
+        label = cells.pop() if labelled else None
+        examples.append(Example(cells[0], cells[1] if columns.text2 else None, label))
     _refuse_empty(examples, source)
     return examples
 
@@ -108,9 +114,7 @@ def label_names(examples: Sequence[Example], *, source: str) -> tuple[str, ...]:
     DataError
         One label only, or so many that the column is not one of labels.
     """
-    found = sorted(
-        {str(e.label) for e in examples}, key=lambda n: (0, int(n), "") if n.lstrip("-").isdigit() else (1, 0, n)
-    )
+    found = in_order(str(e.label) for e in examples)
     if len(found) < 2:
         raise DataError(f"{source}: every row has the label {found[0]!r}", hint="a classifier needs two labels or more")
     if len(found) > _MOST_LABELS:

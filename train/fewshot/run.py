@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import compose
+from compose.base.text_config import fact
 from hub.errors import Conflict, UsageError
 from hub.manifest import Draft, Metric
 from hub.pack import pack
@@ -77,18 +78,19 @@ def run(
         Template.parse(template)
     store = store or Store()
     ref = _free(store, AdapterRef.parse(request.publish)) if request.publish else None
-    examples = to_examples(read_rows(request.data), request.columns, source=request.data)
+    rows = read_rows(request.data, part="train", without=request.test)
+    examples = to_examples(rows, request.columns, source=request.data)
     split = _split(request, examples)
     test = _test_rows(request, split)
     unlabeled = _unlabeled(request)
     _refuse_unknown_words(request, split.labels)
     tokenizer = compose.tokenizer(request.base)
-    for rows, source in (
+    for part, source in (
         (split.train, request.data),
         (test, request.test or request.data),
         (unlabeled, request.unlabeled),
     ):
-        check_texts(rows, tokenizer, source=str(source))
+        check_texts(part, tokenizer, source=str(source))
     twice = warn_of_duplicates(split.train, test, source=request.test or request.data)
     model = load_base(request.base)
     job = Job(
@@ -151,7 +153,7 @@ def publish(learned: Learned, request: Request, ref: AdapterRef, measured: Mappi
     spec, model = learned.classifier.spec, learned.classifier.model
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "adapter"
-        digests = file_digests(request.data)
+        digests = file_digests(request.data, part="train", without=request.test)
         draft = write_artifact(
             directory, learned.adapter, model, learned.config, learned.result, ref=ref, data=digests, labels=spec.labels
         )
@@ -162,7 +164,7 @@ def publish(learned: Learned, request: Request, ref: AdapterRef, measured: Mappi
                 "method": f"few-shot/{learned.method}",
                 "task": None,  # the base is loaded as it was saved
                 "hyperparameters": {**draft.hyperparameters, "few_shot": {"k": request.k, **learned.facts}},
-                "metrics": _metrics(request, measured, file_digests(request.test or request.data)),
+                "metrics": _metrics(request, measured, _tested(request)),
                 "summary": f"A classifier of {len(spec.labels)} labels: `hub few-shot predict {ref} --text ...`",
             }
         )
@@ -225,10 +227,15 @@ def _split(request: Request, examples: Sequence[Example]) -> KShot:
     return KShot(tuple({e.key: e for e in examples}.values()), (), (), labels)
 
 
+def _tested(request: Request) -> dict[str, str]:
+    """Digests of what is measured on."""
+    return file_digests(request.test, part="test") if request.test else file_digests(request.data, part="train")
+
+
 def _test_rows(request: Request, split: KShot) -> tuple[Example, ...]:
     if request.test is None:
         return split.rest[:_MOST_TEST]
-    rows = to_examples(read_rows(request.test), request.columns, source=request.test)
+    rows = to_examples(read_rows(request.test, part="test"), request.columns, source=request.test)
     unseen = sorted({str(e.label) for e in rows} - set(split.labels))
     if unseen:
         raise DataError(
@@ -250,5 +257,5 @@ def _refuse_unknown_words(request: Request, labels: Sequence[str]) -> None:
 
 
 def _positions(model: Any, wanted: int) -> int:
-    limit = getattr(model.config, "max_position_embeddings", None) or wanted
+    limit = fact(model.config, "max_position_embeddings") or wanted
     return min(wanted, limit)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from compose.base.compatibility import BaseWarning
+from compose.base.text_config import fact
 from compose.errors import KindError
 from compose.runtime.model_runtime import runtime
 from train.data.batches import Dataset, Ragged
@@ -62,7 +63,7 @@ def refuse_misfit(
     virtual = max((_places(adapter) for adapter in adapters), default=0) if runtime(model).sites.positions else 0
     longest = max(int(c.lengths.max()) for c in data.columns.values() if isinstance(c, Ragged))
     highest = int(data.tokens.values.max())
-    limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    limits = (fact(model.config, "max_position_embeddings"), tokenizer.model_max_length)
     positions = min((limit for limit in limits if limit), default=longest)
     if longest + virtual > positions:
         more = f" and the adapter {virtual} more" if virtual else ""

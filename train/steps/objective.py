@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compose.base.text_config import fact
 from train.data.batches import IGNORE
 from train.errors import TrainError
 
@@ -20,7 +21,7 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor], task: str) -> Tensor:
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     if task == "seq2seq":
         inputs["decoder_input_ids"] = _shifted(batch["labels"], model.config)
-    if getattr(getattr(model, "config", None), "use_cache", False):
+    if fact(getattr(model, "config", None), "use_cache"):
         inputs["use_cache"] = False  # training has no use for keys and values
     logits: Tensor = model(**inputs).logits
     return logits
@@ -28,7 +29,7 @@ def forward(model: nn.Module, batch: Mapping[str, Tensor], task: str) -> Tensor:
 
 def _shifted(labels: Tensor, config: Any) -> Tensor:
     """What the decoder reads when it is to say `labels` (B, T): the start token, then all but the last."""
-    start, pad = config.decoder_start_token_id, config.pad_token_id or 0
+    start, pad = fact(config, "decoder_start_token_id"), fact(config, "pad_token_id") or 0
     return F.pad(labels[:, :-1], (1, 0), value=start).masked_fill(F.pad(labels[:, :-1], (1, 0)) == IGNORE, pad)
 
 

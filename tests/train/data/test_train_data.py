@@ -8,6 +8,7 @@ import torch
 from train.config import TrainConfig
 from train.data.batches import IGNORE, Dataset, Ragged, epoch_order
 from train.data.datasets import check, completions, labelled, load_splits, read_rows, text_blocks
+from train.data.encoders import chats
 from train.data.files import file_digests
 from train.errors import DataError
 
@@ -201,6 +202,127 @@ def test_one_long_document_is_held_out_by_blocks(tmp_path, tokenizer):
     path.write_text("\n".join(f"Sentence number {i} of the book." for i in range(200)))
     splits = load_splits(TrainConfig(data={"train": str(path), "eval": 0.1}, max_length=32), tokenizer)
     assert len(splits.eval) == round(0.1 * (len(splits.train) + len(splits.eval)))
+
+
+# -- what is measured on is not trained on -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "trained", "measured"),
+    [
+        (("train.jsonl", "test.jsonl"), ["train.jsonl"], ["test.jsonl"]),
+        (("train.jsonl", "dev.jsonl", "test.jsonl"), ["train.jsonl"], ["dev.jsonl"]),
+        (("a/data-train-0.csv", "a/data-valid-0.csv", "extra.csv"), ["a/data-train-0.csv", "extra.csv"], None),
+        (("train/0.jsonl", "validation/0.jsonl", "test/0.jsonl"), ["train/0.jsonl"], ["validation/0.jsonl"]),
+        (("wiki.train.txt", "wiki.valid.txt"), ["wiki.train.txt"], ["wiki.valid.txt"]),
+        (("rows.jsonl", "rows_test.jsonl"), ["rows.jsonl"], ["rows_test.jsonl"]),
+        (("an essay.md", "how to test.md"), ["an essay.md", "how to test.md"], ["an essay.md", "how to test.md"]),
+    ],
+)
+def test_files_to_measure_on_are_left_out_of_a_folder_to_train_on(tmp_path, caplog, files, trained, measured):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        kind = name.rpartition(".")[2]
+        (tmp_path / name).write_text({"jsonl": json.dumps({"text": name}), "csv": f"text\n{name}"}.get(kind, name))
+    assert [row["text"] for row in read_rows(tmp_path, part="train")] == trained
+    assert sorted(file_digests(tmp_path, part="train")) == trained
+    assert all(name in caplog.text for name in files if name not in trained)
+    if measured:
+        assert [row["text"] for row in read_rows(tmp_path, part="eval")] == measured
+    assert [row["text"] for row in read_rows(tmp_path)] == sorted(files)
+
+
+def test_a_file_that_data_eval_names_is_left_out_of_the_folder_around_it(tmp_path, tokenizer, caplog):
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.txt").write_text(f"What stands in {name}. " * 9)
+    held = {"train": str(tmp_path), "eval": str(tmp_path / "two.txt")}
+    splits = load_splits(TrainConfig(data=held, max_length=16), tokenizer)
+    assert set(splits.digests) == {"one.txt", "three.txt", "eval/two.txt"}
+    assert "two.txt left out" in caplog.text
+    with pytest.raises(DataError, match="every file is held out"):
+        load_splits(TrainConfig(data={"train": str(tmp_path), "eval": str(tmp_path.parent)}), tokenizer)
+
+
+def test_rows_in_both_splits_are_counted_and_told(tmp_path, tokenizer, caplog):
+    train = write_jsonl(tmp_path / "a.jsonl")
+    other = [{"text": "Text  Number 3", "label": 0}, {"text": "text number 4", "label": 1}, {"text": "new", "label": 1}]
+    held = write_jsonl(tmp_path / "b.jsonl", other)
+    config = TrainConfig(task="classification", data={"train": str(train), "eval": str(held)})
+    assert load_splits(config, tokenizer).shared == 2
+    assert "2 of 3 held-out rows are also training rows" in caplog.text
+    same = TrainConfig(data={"train": str(train), "eval": str(train)})
+    assert load_splits(same, tokenizer).shared == len(ROWS)
+
+
+def test_rows_that_say_the_same_never_straddle_a_held_out_fraction(tmp_path, tokenizer):
+    rows = [{"id": i, "text": f"text {i % 10}", "label": i % 2} for i in range(40)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    splits = load_splits(TrainConfig(task="classification", data={"train": str(path), "eval": 0.3}), tokenizer)
+    train, held = ({tuple(d.tokens.row(i).tolist()) for i in range(len(d))} for d in (splits.train, splits.eval))
+    assert held and not train & held
+
+
+# -- what a cell is -------------------------------------------------------------------------------------------------
+
+TURNS = [{"role": "user", "content": "Hi"}]
+LM, SEQ, CLS = "causal_lm", "seq2seq", "classification"
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "said", "hint"),
+    [
+        (LM, {"text": ["a", "b"]}, "'text' is a list, not text", "one text"),
+        (LM, {"text": {"a": 1}}, "'text' is an object, not text", "one text"),
+        (LM, {"text": True}, "'text' is true or false, not text", "one text"),
+        (LM, {"text": float("nan")}, "'text' is NaN, not text", "one text"),
+        (LM, {"prompt": TURNS, "completion": TURNS}, "'prompt' is a list, not text", "columns.messages"),
+        (SEQ, {"prompt": "a", "completion": ["b"]}, "'completion' is a list, not text", "one text"),
+        (CLS, {"text": "a", "label": ["x", "y"]}, "'label' is a list, not one label", "one label a row"),
+        (CLS, {"text": "a", "label": float("nan")}, "'label' is NaN, not one label", "one label a row"),
+        (CLS, {"text": "a", "label": 0.5}, "'label' is a fraction, not one label", "task=regression"),
+        ("regression", {"text": "a", "label": True}, "the label True is not a finite number", "task=classification"),
+        ("token_classification", {"tokens": "a b", "tags": ["X", "Y"]}, "'tokens' is a str, not a list", "a word"),
+        ("token_classification", {"tokens": ["a"], "tags": [["X"]]}, "'tags' is a list, not one label", "one label"),
+        (LM, {"conversations": TURNS}, "no column 'text'", "ShareGPT"),
+        (LM, {"instruction": "a", "output": "b"}, "no column 'text'", "columns.prompt=instruction"),
+    ],
+)
+def test_a_cell_that_is_not_what_its_column_is_for_is_refused(tmp_path, tokenizer, task, row, said, hint):
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(DataError) as caught:
+        load_splits(TrainConfig(task=task, data={"train": str(path)}), tokenizer)
+    assert f"row 1: {said}" in str(caught.value)
+    assert hint in caught.value.hint
+
+
+def test_one_and_one_point_nought_are_one_class(tmp_path, tokenizer):
+    labels = [1, 1.0, 0, 0.0, "0", True, "²", "--1"]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": label} for label in labels])
+    data = load_splits(TrainConfig(task="classification", data={"train": str(path)}), tokenizer).train
+    assert data.labels == ("0", "1", "--1", "true", "²")
+
+
+def test_weights_of_turns_and_tools_are_heeded_or_refused(tokenizer, caplog):
+    said = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    said += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    turns = [("user", "Hi", 1), ("assistant", "Hello", 0), ("user", "Name?", 0), ("assistant", "Ada", 1)]
+    talk = [{"role": role, "content": text, "weight": weight, "id": 3} for role, text, weight in turns]
+    tokenizer.chat_template = said
+    try:
+        data, _ = chats(tokenizer, [talk], 128)
+        labels = data.batch(torch.tensor([0]))["labels"][0]
+        assert tokenizer.decode(labels[labels != IGNORE]) == "Ada\n"
+        assert "leaves out of messages: id" in caplog.text
+        with pytest.raises(DataError, match="says nothing of tools"):
+            chats(tokenizer, [talk], 128, tools=[[{"name": "clock"}]])
+        for wrong in ({"weight": 0.5}, {"content": None}, {"content": [{"type": "text", "text": "Hi"}]}):
+            with pytest.raises(DataError, match="row 1: "):
+                chats(tokenizer, [[{**talk[0], **wrong}]], 128)
+        tokenizer.chat_template = said + "{{ tools | length if tools else '' }}{{ raise_exception('no more') }}"
+        with pytest.raises(DataError, match="row 1: the chat template refuses the conversation: no more"):
+            chats(tokenizer, [talk], 128, tools=[[{"name": "clock"}]])
+    finally:
+        tokenizer.chat_template = None
 
 
 # -- batches and order ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import compose
+from compose.base.text_config import fact
 from train.fewshot.classifier.classifier import head_member
 from train.fewshot.classifier.members import Demonstrations
 from train.fewshot.job import Job, Learned
@@ -122,7 +123,7 @@ def fine_tune(job: Job) -> Learned:
     compose.activate(job.model, "fewshot")
     torch_state = torch.random.get_rng_state()
     torch.manual_seed(derive(job.seed, "init", "head"))
-    linear = nn.Linear(int(job.model.config.hidden_size), len(job.labels))
+    linear = nn.Linear(int(fact(job.model.config, "hidden_size")), len(job.labels))
     torch.random.set_rng_state(torch_state)
     learner = nn.ModuleDict({"adapter": adapter, "head": linear})
     reader = MaskReader(job.model)

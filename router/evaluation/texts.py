@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from hub.errors import HubError, NotFound
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MAX_LINE = 4 * 2**20  # characters of one row
 
@@ -75,7 +75,5 @@ def _row(path: Path, number: int, line: str) -> Text:
 
 def encode(tokenizer: Any, texts: Sequence[str], *, most: int) -> list[Tensor]:
     """Token ids (T,) of each text, cut to `most` tokens; texts of fewer than two tokens are left out."""
-    import torch
-
     rows = [torch.tensor(tokenizer(text, truncation=True, max_length=most).input_ids) for text in texts]
     return [row.long() for row in rows if len(row) > 1]
