@@ -223,19 +223,23 @@ class Draft(Record):
 
 
 class Manifest(Draft):
-    """A draft plus what was measured when it was packed: files, tensors, digests, warnings of the gates."""
+    """A draft plus what was measured when it was packed: files, tensors, digests, warnings of the gates.
+
+    When it was published is no part of it: each store's log says that, and `created` is only read. So the same bytes
+    are the same artifact whenever they are packed.
+    """
 
     schema_version: Literal[1] = 1
     files: tuple[FileEntry, ...] = ()
     tensors: Annotated[tuple[TensorEntry, ...], Field(max_length=MAX_TENSORS)] = ()
     tensors_digest: Digest
     warnings: tuple[str, ...] = ()
-    created: AwareDatetime
+    created: AwareDatetime | None = None
 
     @field_validator("created")
     @classmethod
-    def _whole_utc_seconds(cls, value: datetime) -> datetime:
-        return value.astimezone(timezone.utc).replace(microsecond=0)
+    def _whole_utc_seconds(cls, value: datetime | None) -> datetime | None:
+        return None if value is None else value.astimezone(timezone.utc).replace(microsecond=0)
 
     @model_validator(mode="after")
     def _entries_are_unique(self) -> Manifest:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 from hub.contents import checks
 from hub.contents.tensor_files import FileScan, tensors_digest
-from hub.errors import GateError, HubError, NotFound
+from hub.errors import GateError, NotFound
 from hub.gate import Check, run_gates
 from hub.io.files import atomic_write, walk
 from hub.manifest import MANIFEST_NAME, Draft, Manifest, read_manifest
@@ -18,8 +16,8 @@ from hub.manifest import MANIFEST_NAME, Draft, Manifest, read_manifest
 def pack(directory: Path, draft: Draft, *, on_base: bool = False, gates: Sequence[Check] = ()) -> Manifest:
     """Check an artifact directory and write its manifest.
 
-    Packing unchanged files with an unchanged draft again gives the same manifest (``created`` is kept), so it
-    can be repeated without making another artifact. ``SOURCE_DATE_EPOCH`` fixes ``created`` where it is set.
+    The manifest is a function of the files and the draft alone: the same bytes packed again, at another time or on
+    another machine, are the same artifact.
 
     Parameters
     ----------
@@ -47,7 +45,7 @@ def pack(directory: Path, draft: Draft, *, on_base: bool = False, gates: Sequenc
         raise NotFound(f"{directory} is not a directory", path=directory)
     manifest = measure(directory, draft)
     warnings = (*manifest.warnings, *run_gates(directory, manifest, on_base=on_base, more=gates))
-    manifest = _keep_created(directory, manifest.replace(warnings=tuple(dict.fromkeys(warnings))))
+    manifest = manifest.replace(warnings=tuple(dict.fromkeys(warnings)))
     atomic_write(directory / MANIFEST_NAME, manifest.canonical)
     return manifest
 
@@ -71,7 +69,6 @@ def measure(directory: Path, draft: Draft) -> Manifest:
         tensors=tensors,
         tensors_digest=tensors_digest(tensors),
         warnings=checks.zero_warnings(scans),
-        created=_now(),
     )
 
 
@@ -120,17 +117,3 @@ def check_directory(directory: Path) -> Manifest:
             scans[entry.path] = scanned
     checks.check_agreement(manifest, scans)
     return manifest
-
-
-def _now() -> datetime:
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    return datetime.fromtimestamp(int(epoch), timezone.utc) if epoch.isdigit() else datetime.now(timezone.utc)
-
-
-def _keep_created(directory: Path, manifest: Manifest) -> Manifest:
-    """Take `created` of the manifest that is there when nothing else differs."""
-    try:
-        before = read_manifest(directory)
-    except HubError:  # none there, or a broken one: it is replaced in any case
-        return manifest
-    return before if manifest.replace(created=before.created) == before else manifest

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from hub.lazy import face
 
 if TYPE_CHECKING:
+    from compose.base.texts import Text as Text
     from router.api import Explanation as Explanation
     from router.api import add as add
     from router.api import evaluate as evaluate
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from router.ensemble.demix import Ensemble as Ensemble
     from router.evaluation.measure import Report as Report
     from router.evaluation.similar import rank as rank
-    from router.evaluation.texts import Text as Text
     from router.gating import Gating as Gating
     from router.gating import gate as gate
     from router.router import Router as Router
@@ -40,7 +40,7 @@ _HOMES = {
     "router.ensemble.demix": ("Ensemble",),
     "router.evaluation.measure": ("Report",),
     "router.evaluation.similar": ("rank",),
-    "router.evaluation.texts": ("Text",),
+    "compose.base.texts": ("Text",),
     "router.gating": ("Gating", "gate"),
     "router.router": ("Router",),
     "router.running.run": ("run",),

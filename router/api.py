@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 import compose
 from compose.base.at_hand import at_hand
+from compose.base.texts import Text, encode, read_texts
 from compose.expr.tokens import IDENTITY_WORD
 from compose.expr.tree import IDENTITY, Ref
 from compose.planning.members import Held, Shelf
@@ -28,7 +29,6 @@ from router.artifact import adapters_of, load, members_of, publish
 from router.bench import Batch, Bench, Progress, refuse_missing
 from router.ensemble.demix import Ensemble
 from router.evaluation.measure import LabelledRows, Report, accuracies, perplexities
-from router.evaluation.texts import Text, encode, read_texts
 from router.router import Router, within
 from router.scorer import make_scorer
 

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compose.algebra import parse
 from compose.algebra.carets import point
 from compose.artifacts.cards import composition_card, merge_card
+from compose.base.texts import read_texts
 from compose.errors import PlanError
 from compose.expr.tree import Call, Expr, Ref, substitute
 from compose.function import get_function
 from compose.inspection.explain import check
+from compose.parameter_space.method import refuse_without_data
 from compose.planning.members import Held, Shelf
 from compose.planning.plan import Plan, plan
 from compose.planning.requirements import requirements, unpublished
 from hub.errors import HubError, UsageError
+from hub.io.files import sha256_file
 from hub.manifest import BaseIdentity, Draft, Lineage, Manifest, Metric
 from hub.pack import pack
 from hub.ref import AdapterRef
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
     from compose.parameter_space.execute import Merged
     from compose.parameter_space.job import Progress
+
+_ALL = "data"  # the name of what is measured for all members, where it is one file
 
 __all__ = ["publish_composition", "publish_merge", "requirements"]
 
@@ -72,6 +77,7 @@ def publish_composition(
     """
     name = _versioned(ref)
     expr = parse(text)
+    refuse_without_data(expr)
     if base is not None:
         made = check(text, shelf, base=base, allow_base_drift=allow_base_drift).plan
     else:
@@ -135,6 +141,7 @@ def publish_merge(
     license: str | None = None,
     summary: str = "",
     progress: Progress | None = None,
+    data: str | Path | Mapping[str, str | Path] | None = None,
 ) -> tuple[Artifact, Merged]:
     """Carry an expression out in parameter space and publish the one adapter it makes.
 
@@ -149,6 +156,9 @@ def publish_merge(
         Write the whole as one plain LoRA of this rank, whatever the kinds; the certificate says what that loses.
     progress
         Called with what is done, how many sites are done, and how many there are.
+    data
+        For a merge that measures something: a file of texts, or one for each of its arguments, by the argument's text.
+        The artifact's lineage keeps their digests.
 
     Returns
     -------
@@ -162,10 +172,15 @@ def publish_merge(
     name = _versioned(ref)
     found = check(text, shelf, base=base, allow_base_drift=allow_base_drift)
     _refuse_outputs(text, found.expr)
+    if data is None:
+        refuse_without_data(found.expr)
+    files = data if isinstance(data, Mapping) else {} if data is None else {_ALL: data}
+    texts = {name: [row.text for row in read_texts(file)] for name, file in files.items()}
+    digests = {name: f"sha256:{sha256_file(Path(file))[0]}" for name, file in files.items()}
     members = [shelf.find(leaf) for leaf in found.plan.leaves]
     facts = _shared_facts(members)
     model = _load(found.base, members, facts, allow_base_drift)
-    merged = _merge(model, found.plan.expression, rank, name, progress)
+    merged = _merge(model, found.plan.expression, rank, name, progress, texts)
     parents = [held.ref for held in members if held.digest is not None]
     adapter, loss = merged.adapter, merged.certificate
     draft = Draft(
@@ -181,7 +196,7 @@ def publish_merge(
         },
         base=_identity(model),
         placement=tuple(adapter.paths),
-        lineage=Lineage(parents=tuple(parents)),
+        lineage=Lineage(parents=tuple(parents), data=digests),
         expression=text,
         summary=summary,
         **{**facts, **({"license": license} if license else {})},
@@ -212,12 +227,22 @@ def _load(base: str | Path, members: Sequence[Held], facts: dict[str, Any], drif
     return model
 
 
-def _merge(model: PreTrainedModel, expr: Expr, rank: int | None, name: AdapterRef, progress: Progress | None) -> Merged:
+def _merge(
+    model: PreTrainedModel,
+    expr: Expr,
+    rank: int | None,
+    name: AdapterRef,
+    progress: Progress | None,
+    texts: Mapping[str, Sequence[str]],
+) -> Merged:
+    from compose.merging.measure import batches_of
     from compose.merging.merge import lower_to_lora, merge
 
+    batches = {member: batches_of(rows, model) for member, rows in texts.items()}
+    data = batches.get(_ALL, batches or None)
     if rank is not None:
-        return lower_to_lora(model, expr, rank=rank, name=name.name, progress=progress)
-    return merge(model, expr, name=name.name, progress=progress)
+        return lower_to_lora(model, expr, rank=rank, name=name.name, progress=progress, data=data)
+    return merge(model, expr, name=name.name, progress=progress, data=data)
 
 
 def _refuse_outputs(text: str, expr: Expr) -> None:

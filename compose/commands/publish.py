@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 @click.option("-o", "--out", "ref", metavar="NS/NAME@VERSION", help="Publish under this name.")
 @click.option("--merge", "merging", is_flag=True, help="Carry it out in parameter space: one new adapter.")
 @click.option("--rank", type=click.IntRange(min=1), help="With --merge: one plain LoRA of this rank, of any kinds.")
+@click.option(
+    "--data", "texts", multiple=True, metavar="[NAME=]FILE", help="With --merge: what regmean, fisher, ... measure on."
+)
 @base_option
 @adapter_option
 @click.option("--allow-base-drift", is_flag=True, help="Accept adapters of other weights of one architecture.")
@@ -29,6 +33,7 @@ def publish(
     ref: str | None,
     merging: bool,
     rank: int | None,
+    texts: tuple[str, ...],
     base: str | None,
     adapters: tuple[str, ...],
     license_: str | None,
@@ -41,9 +46,11 @@ def publish(
     hub compose '0.5 * acme/tone + acme/law' -o acme/both@1.0.0
     hub compose 'average(acme/tone, acme/law)' --merge -o acme/mean@1.0.0
     hub compose 'acme/dora >> acme/ia3' --merge --rank 16 -o acme/plain@1.0.0
+    hub compose 'regmean(acme/tone, acme/law)' --merge --data texts.jsonl -o acme/near@1.0.0
 
     A composition requires its members, each by range and digest: it goes on meaning what it means now, whatever is
-    published later. With --base it is tried on the shapes of that base first; --merge always does that.
+    published later. With --base it is tried on the shapes of that base first; --merge always does that. Some merges
+    measure their adapters on texts: --data FILE, or for each argument of the merge its own, --data acme/tone=FILE.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     from compose import verbs
     from compose.planning.members import assignments
@@ -52,12 +59,16 @@ def publish(
     text = expression(_one(words, ref))
     if rank is not None and not merging:
         raise UsageError("--rank is the rank of a merged adapter", hint="add --merge")
+    if texts and not merging:
+        raise UsageError("--data is what a merge measures its adapters on", hint="add --merge")
     options = {"adapters": assignments(adapters), "base": base, "license": license_, **facts}
     if not merging:
         _tell(verbs.publish(text, str(ref), **options), as_json)
         return
+    one = len(texts) == 1 and Path(texts[0]).is_file()
+    data = Path(texts[0]) if one else assignments(texts, "--data", "FILE") or None
     with steps_bar() as progress:
-        artifact, merged = verbs.publish_merge(text, str(ref), rank=rank, progress=progress, **options)
+        artifact, merged = verbs.publish_merge(text, str(ref), rank=rank, data=data, progress=progress, **options)
     certificate = merged.certificate
     _tell(artifact, as_json, certificate=certificate.as_dict())
     if not as_json:

@@ -36,6 +36,7 @@ from compose.function import bind, get_function
 from compose.kind.adapter import Adapter
 from compose.kind.registry import get_kind, make_config
 from compose.parameter_space.execute import Merged, resolve
+from compose.parameter_space.method import need_data
 from compose.planning.members import Held
 from compose.runtime.model_runtime import activate, runtime
 from hub.errors import GateError
@@ -214,7 +215,7 @@ class Outline:
             return
         try:
             with self._building():
-                made = make().adapter
+                made = self._shaped_like(call) if need_data(call) else make().adapter
         except RuntimeError:  # torch's: a fake tensor has no values. What is wrong with the merge is a HubError
             made = self._shaped_like(call)
         self.merged[str(call)] = self._keep(str(call), made)

@@ -126,7 +126,7 @@ def search(
     bench = _Bench(model, names, score, penalty, variant)
     options = {"bounds": [-bound, bound], "seed": seed + 1, "verbose": -9}  # 0 would mean the clock
     strategy = cma.CMAEvolutionStrategy([0.0] * len(names), bound / 3, options)
-    with bench:
+    with bench.home.as_it_was():
         bench.evaluate([0.0] * len(names))
         while len(bench.seen) < budget and not strategy.stop():
             candidates = strategy.ask()[: budget - len(bench.seen)]
@@ -139,7 +139,7 @@ def search(
 
 
 class _Bench:
-    """Tries weights one after the other on a model, and leaves it as it was."""
+    """Tries weights one after the other on a model."""
 
     def __init__(
         self,
@@ -154,14 +154,6 @@ class _Bench:
         self.model, self.names, self.score, self.penalty, self.variant = model, names, score, penalty, variant
         self.home = runtime(model)
         self.seen: list[tuple[float, tuple[float, ...]]] = []
-
-    def __enter__(self) -> None:
-        self._before = self.home.rows, self.home.weights
-
-    def __exit__(self, *exc: object) -> None:
-        self.home.activate(*self._before)
-        if _CANDIDATE in self.home.adapters:
-            self.home.remove(_CANDIDATE)
 
     def evaluate(self, w: Sequence[float]) -> float:
         """Score of one candidate, with the penalty; KindError if it is not finite."""

@@ -14,14 +14,21 @@ from transformers import PreTrainedModel
 
 from compose.algebra import parse
 from compose.expr.tree import Call, Expr
+from compose.merging.measure import Data, Measurements
 from compose.parameter_space import deltas
 from compose.parameter_space.execute import Merged, Workspace, carry_out, execute, labels_of, make_job, without_merges
-from compose.parameter_space.job import Progress
+from compose.parameter_space.job import Job, Progress, Statistics
+from compose.parameter_space.statistic import Statistic
 from compose.runtime.model_runtime import runtime
 
 
 def merge(
-    model: PreTrainedModel, expr: Expr | str, *, name: str = "merged", progress: Progress | None = None
+    model: PreTrainedModel,
+    expr: Expr | str,
+    *,
+    name: str = "merged",
+    progress: Progress | None = None,
+    data: Data | None = None,
 ) -> Merged:
     """Fold an expression over resident adapters into one new adapter.
 
@@ -33,13 +40,16 @@ def merge(
         Of the new adapter.
     progress
         Called with what is done, how many places are done, and how many there are.
+    data
+        For a merge that measures something (regmean, fisher): batches, each the arguments of a forward call, or the
+        batches of each argument of the merge by its text. Batches hold labels where a loss is differentiated.
 
     Raises
     ------
     KindError
         Names the merge and the adapter or site it is not defined for; nothing is changed then.
     """
-    workspace = Workspace(runtime(model))
+    workspace = _workspace(model, progress, data)
     tree = parse(expr) if isinstance(expr, str) else expr
     if isinstance(tree, Call):
         return carry_out(workspace, tree, name, progress)
@@ -54,6 +64,7 @@ def lower_to_lora(
     rank: int | None = None,
     name: str = "lowered",
     progress: Progress | None = None,
+    data: Data | None = None,
 ) -> Merged:
     """One plain LoRA that does what a static expression of mixed kinds does, for engines that take nothing else.
 
@@ -66,7 +77,7 @@ def lower_to_lora(
     KindError
         An adapter that is no change of weights (bottleneck, prefix, prompt), a bias that moves, or no rank.
     """
-    workspace = Workspace(runtime(model))
+    workspace = _workspace(model, progress, data)
     tree = parse(expr) if isinstance(expr, str) else expr
     call = Call("svd", [without_merges(workspace, tree)], {} if rank is None else {"rank": rank})
     job = make_job(workspace, call, name, f"lower_to_lora({tree})", progress)
@@ -76,3 +87,12 @@ def lower_to_lora(
     merged = Merged(*deltas.merge_to_lora(job))
     merged.adapter.labels = labels_of(job)
     return merged
+
+
+def _workspace(model: PreTrainedModel, progress: Progress | None, data: Data | None) -> Workspace:
+    home = runtime(model)
+
+    def measure(job: Job, statistic: type[Statistic]) -> Statistics:
+        return Measurements(home, statistic, job.members, job.paths, data or [], progress).at
+
+    return Workspace(home, None if data is None else measure)

@@ -26,14 +26,21 @@ def trimmed(method: Elementwise, o: Any, scope: Sequence[Sequence[Source]]) -> l
 
 
 @torch.no_grad()
-def at_place(method: Elementwise, o: Any, sources: Sequence[Source], trims: Sequence[OnBlocks]) -> Tensor:
+def at_place(
+    method: Elementwise,
+    o: Any,
+    sources: Sequence[Source],
+    trims: Sequence[OnBlocks],
+    measured: Sequence[Tensor] | None = None,
+) -> Tensor:
     """The merged (rows, width) of one place, block by block: peak memory is the result and what the readers hold."""
     readers = [source.reader() for source in sources]
     rows, width = sources[0].rows, sources[0].width
     out: Tensor | None = None
     for lo, hi in spans(rows, width, len(sources)):
         stack = torch.stack([trim(read(lo, hi)) for trim, read in zip(trims, readers, strict=True)])
-        block = method.combine(stack, o)
+        about = [] if measured is None or method.needs is None else [[method.needs.block(m, lo, hi) for m in measured]]
+        block = method.combine(stack, o, *about)
         out = block.new_empty(rows, width) if out is None else out
         out[lo:hi] = block
     return torch.zeros(rows, width) if out is None else out

@@ -44,14 +44,14 @@ def merge(job: Job) -> tuple[Adapter, Certificate]:
         Names the merge, the adapter and the site: an effect that is no change of a weight, a bias that moves (no LoRA
         holds one), or a full-rank result without a rank to write it in.
     """
-    return _finish(job, dict(zip(_paths(job), _made(job, _paths(job)), strict=True)))
+    return _finish(job, dict(zip(job.paths, _made(job, job.paths), strict=True)))
 
 
 @torch.no_grad()
 def merge_to_lora(job: Job) -> tuple[Adapter, Certificate]:
     """As :func:`merge` of one member, and always a plain LoRA: a gain on W is written in the factors too."""
     made = {}
-    for path in job.steps(_paths(job), "lower"):
+    for path in job.steps(job.paths, "lower"):
         effects = effects_at(job, path)
         if effects[0].factored:
             made[path] = shrink(effects[0], effects[0].pair_or_zero(), None, job.rank)
@@ -62,10 +62,6 @@ def merge_to_lora(job: Job) -> tuple[Adapter, Certificate]:
         else:
             made[path] = from_dense(effects[0].dense(), None, job.rank)
     return _finish(job, made)
-
-
-def _paths(job: Job) -> list[str]:
-    return list(dict.fromkeys(p for a in job.adapters for p in a.module_paths))
 
 
 def _finish(job: Job, made: dict[str, Made]) -> tuple[Adapter, Certificate]:
@@ -90,7 +86,7 @@ def _at_site(job: Job, path: str) -> Made:
 def exact(job: Job) -> Iterator[tuple[str, Tensor]]:
     """The change D of each weight, (path, (d_out, d_in) float32), one at a time and before a rank limits it."""
     assert isinstance(job.method, Elementwise)  # noqa: S101 - the other forms are exact in factors
-    for path, _, dense in _elementwise(job, job.method, _paths(job)):
+    for path, _, dense in _elementwise(job, job.method, job.paths):
         yield path, dense
 
 
@@ -145,12 +141,25 @@ def _elementwise(job: Job, method: Elementwise, paths: Sequence[str]) -> Iterato
         everywhere = [effects_at(job, path) for path in paths]
         trims = trimmed(method, o, [[effects[i] for effects in everywhere] for i in range(len(job.members))])
         for j, path in job.steps(list(enumerate(paths)), "merge"):
-            yield path, everywhere[j], at_place(method, o, everywhere[j], [places[j] for places in trims])
+            trim = [places[j] for places in trims]
+            yield path, everywhere[j], at_place(method, o, everywhere[j], trim, _measured(job, path, everywhere[j]))
         return
     for path in job.steps(paths, "merge"):
         effects = effects_at(job, path)
         trims = trimmed(method, o, [[e] for e in effects])
-        yield path, effects, at_place(method, o, effects, [places[0] for places in trims])
+        yield path, effects, at_place(method, o, effects, [t[0] for t in trims], _measured(job, path, effects))
+
+
+def _measured(job: Job, path: str, effects: Sequence[Effect]) -> Sequence[Tensor] | None:
+    if job.statistics is None:
+        return None
+    for member, effect in zip(job.members, effects, strict=True):
+        if effect.gain is not None and effect.node is None:
+            raise job.refuse(
+                f"{job.method.name} measures entries of a weight, and {member.expr} scales rows of {path} beside them",
+                f"lower it first: svd({member.expr}, rank=...)",
+            )
+    return job.statistics(path)
 
 
 def _in_factors(job: Job, effects: Sequence[Effect], dense: Tensor) -> Made:
@@ -186,7 +195,9 @@ def _factored(job: Job, method: Factored, path: str, effects: Sequence[Effect]) 
                 f"{method.name} merges low-rank deltas, and {member.expr} changes {path} by more than a pair (A, B)",
                 f"lower it first: svd({member.expr}, rank=...)",
             )
-    return shrink(effects[0], method.on_pairs([e.pair_or_zero() for e in effects], job.options), None, job.rank)
+    measured = () if job.statistics is None else (job.statistics(path),)
+    pair = method.on_pairs([e.pair_or_zero() for e in effects], job.options, *measured)
+    return shrink(effects[0], pair, None, job.rank)
 
 
 # -- the new adapter ---------------------------------------------------------------------------------------------

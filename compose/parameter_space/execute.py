@@ -7,8 +7,8 @@ Inside an expression a merge is carried out when it is activated (:func:`resolve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias, cast
 
 from transformers import PreTrainedModel
 
@@ -22,8 +22,9 @@ from compose.kind.parameter_shift import Shift
 from compose.parameter_space import deltas, tensors
 from compose.parameter_space.certificate import Certificate
 from compose.parameter_space.effect import entries
-from compose.parameter_space.job import AdaptedModel, Job, Member, Progress
-from compose.parameter_space.method import Elementwise, Factored, Linear, Method, get_method
+from compose.parameter_space.job import AdaptedModel, Job, Member, Progress, Statistics
+from compose.parameter_space.method import Elementwise, Factored, Linear, Method, get_method, refuse_without_data
+from compose.parameter_space.statistic import Statistic
 from compose.slots.limits import limits
 from compose.slots.lowering import site_program, unsupported
 from compose.slots.slot import Slot
@@ -37,10 +38,14 @@ class Merged:
     certificate: Certificate = field(default_factory=Certificate)
 
 
-class Workspace:
-    """A home with more adapters in it: what inner merges make on the way."""
+Measure: TypeAlias = Callable[[Job, type[Statistic]], Statistics]  # what is measured of a job's members on data
 
-    def __init__(self, home: AdaptedModel) -> None:
+
+class Workspace:
+    """A home with more adapters in it: what inner merges make on the way. ``measure`` has the data that some need."""
+
+    def __init__(self, home: AdaptedModel, measure: Measure | None = None) -> None:
+        self.measure = measure
         self.model: PreTrainedModel = home.model
         self.sites: SiteMap = home.sites
         self.adapters: dict[str, Adapter] = dict(home.adapters)
@@ -109,6 +114,8 @@ def _as_sum(home: AdaptedModel, call: Call) -> Expr | None:
 
 def without_merges(workspace: Workspace, expr: Expr) -> Expr:
     """The expression without merges: those that are no sums are carried out and their results kept in the workspace."""
+    if workspace.measure is None:
+        refuse_without_data(expr)
 
     def keep(call: Call, make: Callable[[], Merged]) -> None:
         workspace.adapters[str(call)] = make().adapter
@@ -118,6 +125,8 @@ def without_merges(workspace: Workspace, expr: Expr) -> Expr:
 
 def carry_out(workspace: Workspace, call: Call, name: str, progress: Progress | None) -> Merged:
     """The adapter that a call makes, the merges inside it first; KindError names the call if it is no merge."""
+    if workspace.measure is None:
+        refuse_without_data(call)
     if get_function(call.function).family != "merge":
         raise unsupported(call)
     inner = Call(call.function, [without_merges(workspace, arg) for arg in call.args], call.options)
@@ -130,7 +139,8 @@ def execute(workspace: Workspace, call: Call, name: str, text: str, progress: Pr
     if not job.adapters:
         raise job.refuse("there is no adapter in it")
     labels = labels_of(job)
-    if all(isinstance(a, Shift) for a in job.adapters) and job.rank is None and not isinstance(job.method, Factored):
+    shifts = all(isinstance(a, Shift) for a in job.adapters) and job.rank is None
+    if shifts and job.method.needs is None and not isinstance(job.method, Factored):
         workspace.adapters.update(
             {a.name: cast("Shift", a).as_dense(workspace.sites, workspace.model) for a in job.adapters}
         )
@@ -169,8 +179,12 @@ def make_job(workspace: Workspace, call: Call, name: str, text: str, progress: P
     """The job of a call without merges in its arguments."""
     members = tuple(Member.of(arg, workspace) for arg in call.args)
     method: Method = get_method(call.function)
-    options: Any = bind(call)
-    return Job(workspace, members, method, options, name, text, progress)
+    if workspace.measure is None:
+        refuse_without_data(call)
+    job = Job(workspace, members, method, bind(call), name, text, progress)
+    if method.needs is None or workspace.measure is None:
+        return job
+    return replace(job, statistics=workspace.measure(job, method.needs))
 
 
 def _moves_weights(workspace: Workspace, adapter: Adapter) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compose.base.sites import SiteMap
@@ -16,6 +17,7 @@ from compose.parameter_space.method import Method
 from compose.slots.lowering import LoweringContext, flatten
 
 Progress: TypeAlias = Callable[[str, int, int], None]  # what, done, total
+Statistics: TypeAlias = Callable[[str], Sequence[Tensor]]  # path -> what was measured there of each member
 _T = TypeVar("_T")
 
 
@@ -57,7 +59,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Job:
-    """A merge: ``text`` for messages, ``name`` for the result."""
+    """A merge: ``text`` for messages, ``name`` for the result, ``statistics`` for a method that needs some."""
 
     home: AdaptedModel
     members: tuple[Member, ...]
@@ -66,11 +68,17 @@ class Job:
     name: str
     text: str
     progress: Progress | None = None
+    statistics: Statistics | None = None
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
         """All adapters of all members, each once."""
         return tuple({id(a): a for m in self.members for a in m.adapters}.values())
+
+    @property
+    def paths(self) -> list[str]:
+        """Where any member acts on a module, each once."""
+        return list(dict.fromkeys(path for adapter in self.adapters for path in adapter.module_paths))
 
     @property
     def rank(self) -> int | None:

@@ -152,6 +152,21 @@ def get_method(name: str) -> Method:
     return cast("Method", MERGES.get(name))
 
 
+def need_data(expr: Expr) -> list[Call]:
+    """The merges in an expression that measure something on data."""
+    calls = [node for node in expr.walk() if isinstance(node, Call) and node.function in MERGES]
+    return [call for call in calls if get_method(call.function).needs is not None]
+
+
+def refuse_without_data(expr: Expr) -> None:
+    """KindError, before any tensor is read, for a merge that measures something on data where there is none."""
+    for call in need_data(expr):
+        raise KindError(
+            f"{call}: {call.function} measures its adapters on data, and none is given",
+            hint="compose.merge(model, expr, data=batches), or hub compose EXPR --merge --data FILE -o NS/NAME@VERSION",
+        )
+
+
 # -- what their functions are written with -------------------------------------------------------------------------
 
 

@@ -36,8 +36,9 @@ def merge(job: Job) -> Adapter:
             f"{job.kinds} have no parameters in common",
             "merge adapters of one kind; a + b applies both, ensemble.mean(a, b) mixes their outputs",
         )
-    if isinstance(job.method, Factored) or job.rank is not None:
-        what = f"{job.method.name} works on" if isinstance(job.method, Factored) else "a rank is for"
+    on_layers = isinstance(job.method, Factored) or job.method.needs is not None
+    if on_layers or job.rank is not None:
+        what = f"{job.method.name} works on" if on_layers else "a rank is for"
         raise job.refuse(f"{what} low-rank deltas, and {job.kinds} has none", "lora and dora have them")
     if not first.averages_in_weight:
         return _same_tensors(job, first)

@@ -194,14 +194,14 @@ def looks_like_path(text: str) -> bool:
     return text.startswith(("./", "../", "/", "~")) or text in (".", "..") or Path(text, CONFIG).is_file()
 
 
-def assignments(pairs: tuple[str, ...]) -> dict[str, str | Path]:
-    """``NAME=DIR|REF`` of the command line as a mapping; UsageError for anything else."""
+def assignments(pairs: tuple[str, ...], option: str = "--adapter", value: str = "DIR|REF") -> dict[str, str | Path]:
+    """``NAME=DIR|REF`` of an option of the command line as a mapping; UsageError for anything else."""
     given: dict[str, str | Path] = {}
     for pair in pairs:
         name, equals, source = pair.partition("=")
         if not (name and equals and source):
-            raise UsageError(f"{pair!r} does not say which name stands for what", hint="write --adapter name=DIR|REF")
+            raise UsageError(f"{pair!r} does not say which name stands for what", hint=f"write {option} name={value}")
         if name in given:
-            raise UsageError(f"--adapter gives the name {name!r} twice")
+            raise UsageError(f"{option} gives the name {name!r} twice")
         given[name] = source
     return given

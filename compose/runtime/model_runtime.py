@@ -7,7 +7,8 @@ layers where some adapter acts and stay until :func:`eject` puts every module, p
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from compose.expr.tree import IDENTITY, Call, Expr, add
 from compose.kernels.coefficients import Coefficient, check_weights
 from compose.kind.adapter import Adapter
 from compose.parameter_space.execute import Merged, resolve
+from compose.parameter_space.method import refuse_without_data
 from compose.planning.plan import Leaf, plan
 from compose.runtime.hooks import CallHooks
 from compose.runtime.inputs import Inputs, Row, is_zero, replace_module
@@ -139,6 +141,8 @@ class Runtime:
         self._set((add(*lowered),), {}, Routing(lowered, gate))
 
     def _lower(self, rows: Sequence[Expr], weights: Mapping[str, Coefficient]) -> tuple[Expr, ...]:
+        for row in rows:
+            refuse_without_data(row)
         lowered = tuple(normalize(resolve(self, normalize(row), weights, self._keep_merged)) for row in rows)
         for row in lowered:
             for name in row.refs:
@@ -157,6 +161,17 @@ class Runtime:
             self.rows, self.weights, self.routing = before
             self.refresh()
             raise
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """Afterwards what is active, and who is resident, is as before: for trying one composition after another."""
+        active, residents = (self.rows, self.weights, self.routing), set(self.adapters)
+        try:
+            yield
+        finally:
+            self._set(*active)
+            for name in self.adapters.keys() - residents:
+                self.remove(name)
 
     def refresh(self) -> None:
         """Lower the active composition anew: after activation, and each forward while an adapter trains."""

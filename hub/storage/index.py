@@ -18,7 +18,7 @@ from hub.ref import version_key
 from hub.storage.ledger import Event, Position
 from hub.storage.releases import Catalogue, Release, Tombstone
 
-SCHEMA = 4  # raise it with any change below: an index of another schema is made anew
+SCHEMA = 5  # raise it with any change below: an index of another schema is made anew
 BUSY = 30.0  # seconds to wait for another process
 
 _TABLES = """
@@ -75,7 +75,7 @@ _INSERTS = {
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What the index knows of an artifact, without its manifest being read."""
+    """What the index knows of an artifact, without its manifest being read; `created` is when this store got it."""
 
     digest: str
     name: str
@@ -264,7 +264,7 @@ class _Writer:
                 except NotFound as error:
                     lost[digest] = error
                 else:
-                    self._publish(behind.seq, digest, document)
+                    self._publish(behind.seq, digest, event.time or "1970-01-01T00:00:00Z", document)
                 continue
             self._flush()  # what this line changes may be among the rows that wait
             if event.op in _GONE:
@@ -275,7 +275,7 @@ class _Writer:
         self._flush()
         return at
 
-    def _publish(self, row: int, digest: str, doc: Mapping[str, Any]) -> None:
+    def _publish(self, row: int, digest: str, time: str, doc: Mapping[str, Any]) -> None:
         rows, base = self._rows, doc.get("base") or {}
         name, version, summary = doc["name"], doc["version"], doc.get("summary", "")
         kind, method, task = doc.get("kind", ""), doc.get("method", ""), doc.get("task")
@@ -283,7 +283,7 @@ class _Writer:
         size = sum(entry["size"] for entry in doc.get("files", ()))
         key = version_key(version)
         facts = (row, digest, name, version, key, doc["type"], kind, method, task, base.get("repo"), weights, arch)
-        more = (doc.get("license"), summary, doc["tensors_digest"], size, doc["created"])
+        more = (doc.get("license"), summary, doc["tensors_digest"], size, time)
         rows["artifacts"].append((*facts, *more))
         facets = [(facet[:-1], value) for facet in ("labels", "languages", "domains") for value in doc.get(facet, ())]
         rows["facets"] += [(row, *facet) for facet in facets]

@@ -41,6 +41,7 @@ def image_of(document: Mapping[str, Any], digest: str, size: int) -> bytes:
     """`image_manifest` of a manifest already read (`hub.contents.manifest_outline`), with its digest and size."""
     config = {"mediaType": MODULE, "digest": digest, "size": size}
     layers = [_layer(entry) for entry in document.get("files", ())]
+    created = {"org.opencontainers.image.created": document["created"]} if "created" in document else {}
     image = {
         "schemaVersion": 2,
         "mediaType": IMAGE_MANIFEST,
@@ -50,7 +51,7 @@ def image_of(document: Mapping[str, Any], digest: str, size: int) -> bytes:
         "annotations": {
             "org.opencontainers.image.title": document["name"],
             "org.opencontainers.image.version": document["version"],
-            "org.opencontainers.image.created": document["created"],
+            **created,
         },
     }
     return _dumps(image)

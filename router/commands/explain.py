@@ -54,6 +54,6 @@ def explain(router: str, text: str, html: str | None, svg: str | None, as_json: 
 def _text(text: str) -> str:
     if not text.startswith("@"):
         return text
-    from router.evaluation.texts import read_texts
+    from compose.base.texts import read_texts
 
     return "\n\n".join(row.text for row in read_texts(text[1:]))

@@ -16,9 +16,9 @@ def like(file: str, limit: int, as_json: bool) -> None:
 
     The score is in nats a word above what all of them together say of the text: above 0 fits, below does not.
     """
+    from compose.base.texts import read_texts
     from hub.errors import NotFound
     from router.evaluation.similar import rank
-    from router.evaluation.texts import read_texts
 
     ranked = rank("\n".join(row.text for row in read_texts(file, most=1000)))
     if not ranked:

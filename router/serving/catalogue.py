@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class Catalogue:
         entries += [_entry(name, sources.root(name), host.name) for name in sources.given]
         for artifact in sources.store.list(newest=True):
             if artifact.facts.type in _SERVED and artifact.facts.base in (None, host.identity.repo):
-                created = int(artifact.manifest.created.timestamp())
+                created = int(datetime.fromisoformat(artifact.facts.created.replace("Z", "+00:00")).timestamp())
                 entries.append(_entry(artifact.ref.id, str(artifact.ref), host.name, created))
         return entries
 

@@ -79,7 +79,8 @@ def test_a_field_at_its_default_is_not_in_the_canonical_form(packed) -> None:
     document = json.loads(manifest.canonical)
     assert "labels" not in document
     assert "lineage" not in document
-    assert {"schema_version", "type", "created"} <= document.keys()
+    assert {"schema_version", "type"} <= document.keys()
+    assert "created" not in document
 
 
 def test_frozen(packed) -> None:
@@ -197,5 +198,5 @@ def test_outline_is_not_fooled(packed, hyperparameters: dict, tensors: bool) -> 
     manifest = manifest if tensors else manifest.replace(tensors=())
     found = outline(manifest.canonical)
     assert "tensors" not in found
-    for field in ("name", "version", "files", "created", "tensors_digest", "kind", "type"):
+    for field in ("name", "version", "files", "tensors_digest", "kind", "type"):
         assert found[field] == json.loads(manifest.canonical)[field]

@@ -25,6 +25,7 @@ from hub.store import Store
 MAIN = "main"
 SYSTEM = "moduloom"  # author of the commits that releases are
 _HEX = re.compile(r"[0-9a-f]{7,40}\Z")
+EPOCH = datetime.fromtimestamp(0, timezone.utc)
 _CACHED = 2048  # releases whose trees are kept in memory
 
 
@@ -225,9 +226,10 @@ class Repos:
         manifest = self.store.manifest(release.digest)
         tree = release_tree(manifest)
         title, root = f"{name} {manifest.version}", gitids.trees(self.entry_oids(tree))[""]
-        oid = gitids.commit_oid(root, (), SYSTEM, manifest.created, f"{title}\n\n{manifest.digest}")
-        time = manifest.created.timestamp()
-        return Revision(name, oid, tree, time=time, title=title, message=manifest.digest)
+        # The id is that of the manifest everywhere, so it knows no time of this registry; what is shown does.
+        oid = gitids.commit_oid(root, (), SYSTEM, manifest.created or EPOCH, f"{title}\n\n{manifest.digest}")
+        published = datetime.fromisoformat(self.facts(name, release).created.replace("Z", "+00:00"))
+        return Revision(name, oid, tree, time=published.timestamp(), title=title, message=manifest.digest)
 
 
 def release_tree(manifest: Manifest) -> dict[str, File]:
@@ -246,5 +248,4 @@ def draft_revision(name: str, commit: Commit) -> Revision:
 
 def empty(name: str) -> Revision:
     """Return the revision that a repository without files starts with."""
-    origin = datetime.fromtimestamp(0, timezone.utc)
-    return Revision(name, gitids.commit_oid(gitids.trees({})[""], (), SYSTEM, origin, name), title="a new repository")
+    return Revision(name, gitids.commit_oid(gitids.trees({})[""], (), SYSTEM, EPOCH, name), title="a new repository")

@@ -1,6 +1,8 @@
 """`hub import`: directories that PEFT itself has saved, and what is refused by name; then probes of what came in."""
 
 import json
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import compose
+import hub
 from hub.foreign.sources import find
 from hub.store import Store
 
@@ -88,6 +91,32 @@ def test_what_the_adapters_library_saved_does_the_same_here(name: str, cli, tmp_
         found = model(**batch, output_hidden_states=True).hidden_states[-1]
     mask = wanted["mask"].bool()
     torch.testing.assert_close(found[mask], wanted[name][mask], atol=1e-4, rtol=1e-4)
+
+
+def test_the_same_adapter_imported_or_pushed_again_is_the_same_artifact(
+    saved, cli, tmp_path: Path, monkeypatch
+) -> None:
+    """Later, of a copy, or by somebody else: no clock and no path of a machine is in what an artifact is."""
+    directory, _ = saved("lora")
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    assert cli("import", str(directory), *FACTS).exit_code == 0
+    digest = Store().get("acme/tone").digest
+    time.sleep(1.1)
+    assert cli("import", str(copy), *FACTS).exit_code == 0
+    assert [artifact.digest for artifact in Store().list()] == [digest]
+    other = Store(tmp_path / "other")
+    hub.import_(copy, name="acme/tone", version="1.0.0", base=TINY, store=other)
+    assert other.get("acme/tone").digest == digest
+    pushed = [
+        hub.push(path, name="acme/pushed", version="1.0.0", base=TINY).digest for path in _twice(directory, tmp_path)
+    ]
+    assert pushed[0] == pushed[1]
+
+
+def _twice(directory: Path, tmp_path: Path):
+    for number in range(2):
+        time.sleep(1.1 * number)
+        yield shutil.copytree(directory, tmp_path / f"{number}")
 
 
 def test_missing_facts_are_asked_for(saved, cli) -> None:

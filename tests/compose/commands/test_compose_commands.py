@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -306,6 +307,24 @@ def test_publishing_from_the_command_line(cli: Run, store: Any, logits: Any) -> 
     assert "of the energy left out" in small.stderr
     again = cli("compose", "ns/b", "-o", "ns/both@1.0.0")
     assert (again.exit_code, "immutable" in again.stderr) == (1, True)
+
+
+def test_a_merge_is_measured_on_texts(cli: Run, store: Any, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"the {word} of the law"}) + "\n" for word in ("text", "word", "end")))
+    expr, digest = "regmean(ns/a, ns/b)", "sha256:" + hashlib.sha256(texts.read_bytes()).hexdigest()
+    for words in (["--merge", "-o", "ns/near@1.0.0"], ["-o", "ns/both@1.0.0"]):  # a composition could never run
+        refused = cli("compose", expr, *words)
+        assert refused.exit_code == 1
+        assert "regmean measures its adapters on data" in refused.stderr
+    assert "merge" in cli("compose", "explain", expr).stdout
+    each = [word for name in "ab" for word in ("--data", f"ns/{name}={texts}")]
+    for name, given in {"near": ["--data", str(texts)], "each": each}.items():
+        made = cli("compose", expr, "--merge", *given, "-o", f"ns/{name}@1.0.0")
+        assert (made.exit_code, made.stdout) == (0, f"ns/{name}@1.0.0\n"), made.stderr
+    assert store.get("ns/near").manifest.lineage.data == {"data": digest}
+    assert store.get("ns/each").manifest.lineage.data == {"ns/a": digest, "ns/b": digest}
+    assert cli("compose", "ns/a", "-o", "ns/c@1.0.0", "--data", str(texts)).exit_code == 2
 
 
 # -- map -----------------------------------------------------------------------------------------------------------
