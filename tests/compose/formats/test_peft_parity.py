@@ -32,7 +32,8 @@ KINDS: dict[str, Callable[..., Any]] = {  # PEFT's defaults decide where each on
     "prompt": lambda **o: peft.PromptTuningConfig(num_virtual_tokens=5, **o),
     "p-tuning": lambda **o: peft.PromptEncoderConfig(num_virtual_tokens=5, encoder_hidden_size=8, **o),
 }
-TOLERANCE = 1e-5  # absolute and relative: how float32 rounds differs between processors
+TOLERANCE = 1e-5
+CLOSE = {"atol": TOLERANCE, "rtol": TOLERANCE}  # how float32 rounds differs between processors
 
 
 def base(tiny: Any, family: str) -> Any:
@@ -105,12 +106,12 @@ def test_same_outputs_both_ways(tiny, family, kind, tmp_path):
     model, adapter = attach(tiny, family, tmp_path / "theirs")
 
     expected, got = logits(tiny, theirs, family), logits(tiny, model, family)
-    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(got, expected, **CLOSE)
     effect = (expected - logits(tiny, base(tiny, family), family)).abs().max()
     assert effect > 1e-3, "an adapter without effect would agree whatever we do"
 
     back = export(tiny, family, model, adapter, tmp_path / "ours")
-    torch.testing.assert_close(logits(tiny, back, family), got, atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(logits(tiny, back, family), got, **CLOSE)
     if task != "SEQ_CLS":
         assert torch.equal(generated(tiny, model, family), generated(tiny, theirs, family))
         assert torch.equal(generated(tiny, back, family), generated(tiny, model, family))
@@ -147,10 +148,10 @@ def test_same_placement(tiny, name, kind, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model, adapter = attach(tiny, family, tmp_path / "theirs")
     assert set(adapter.paths) == set(theirs.base_model.targeted_module_names)
-    torch.testing.assert_close(logits(tiny, model, family), logits(tiny, theirs, family), atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(logits(tiny, model, family), logits(tiny, theirs, family), **CLOSE)
     back = export(tiny, family, model, adapter, tmp_path / "ours")
     assert set(back.base_model.targeted_module_names) == set(adapter.paths)
-    torch.testing.assert_close(logits(tiny, back, family), logits(tiny, theirs, family), atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(logits(tiny, back, family), logits(tiny, theirs, family), **CLOSE)
 
 
 FIELDS: dict[str, tuple[str, Any]] = {
@@ -191,9 +192,9 @@ def test_same_fields(tiny, name, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     model, adapter = attach(tiny, family, tmp_path / "theirs")
     assert set(adapter.paths) == set(theirs.base_model.targeted_module_names)
-    torch.testing.assert_close(logits(tiny, model, family), logits(tiny, theirs, family), atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(logits(tiny, model, family), logits(tiny, theirs, family), **CLOSE)
     back = export(tiny, family, model, adapter, tmp_path / "ours")
-    torch.testing.assert_close(logits(tiny, back, family), logits(tiny, theirs, family), atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(logits(tiny, back, family), logits(tiny, theirs, family), **CLOSE)
 
 
 def _for_ia3(options: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +225,7 @@ def test_without_a_head_peft_gets_the_base_s(tiny, kind, tmp_path):
     randomize(adapter)
     activate(model, "a")
     back = export(tiny, "roberta", model, adapter, tmp_path)
-    torch.testing.assert_close(logits(tiny, back, "roberta"), logits(tiny, model, "roberta"), atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(logits(tiny, back, "roberta"), logits(tiny, model, "roberta"), **CLOSE)
 
 
 def test_a_projected_prefix_reads_as_its_output(tiny, tmp_path):
@@ -234,4 +235,4 @@ def test_a_projected_prefix_reads_as_its_output(tiny, tmp_path):
     theirs = peft_model(tiny, "gpt2", config)
     theirs.save_pretrained(tmp_path)
     model, _ = attach(tiny, "gpt2", tmp_path)
-    torch.testing.assert_close(logits(tiny, model, "gpt2"), logits(tiny, theirs, "gpt2"), atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(logits(tiny, model, "gpt2"), logits(tiny, theirs, "gpt2"), **CLOSE)
