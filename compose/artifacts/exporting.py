@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import compose
+from compose.api import attach, eject, load, tokenizer
 from compose.artifacts import probes
 from compose.base.at_hand import at_hand
 from compose.base.loading import quiet
@@ -57,7 +57,7 @@ class Request:
 
     def load(self, quantize: str = "none") -> PreTrainedModel:
         """The base with the artifact active on it."""
-        return compose.load(
+        return load(
             self.where,
             str(self.artifact.ref),
             quantize=quantize,
@@ -174,7 +174,7 @@ def _peft(request: Request, out: Path) -> Told:
         _copy(request, fields, out)
         return (), {}
     model = request.load()
-    adapter, told = compose.attach(model, str(artifact.ref), artifact, allow_base_drift=True), list[str]()
+    adapter, told = attach(model, str(artifact.ref), artifact, allow_base_drift=True), list[str]()
     if on_parts:
         wide = widen(model, adapter)
         adapter = wide.adapter
@@ -271,7 +271,7 @@ def _merged(request: Request, out: Path) -> Told:
     ids = probes.tokens(model)
     active = probes.logits(model, ids)
     folded = list(fold(model, expr))
-    compose.eject(model)
+    eject(model)
     bare = probes.logits(model, ids)
     whole, measured = _dense(request, model)
     _put(whole, folded)
@@ -332,14 +332,14 @@ def _put(model: PreTrainedModel, folded: Sequence[Folded]) -> None:
 def _against_training(request: Request, ids: Tensor, merged: Tensor, quantization: str) -> float:
     model = request.load(quantization)
     active = probes.logits(model, ids)
-    compose.eject(model)
+    eject(model)
     bare = probes.logits(model, ids)
     return probes.relative_error(merged - bare, active - bare, active)
 
 
 def _save_tokenizer(base: str | Path, out: Path) -> None:
     try:
-        found = compose.tokenizer(base)
+        found = tokenizer(base)
     except GateError:  # a base without one
         return
     found.save_pretrained(out)

@@ -149,7 +149,7 @@ def check(
     BaseMismatch, GateError
         Another base; probes that do not fit it.
     """
-    import compose
+    from compose.api import load
 
     artifact = (store or Store()).get(ref)
     probes = _read(artifact)
@@ -158,7 +158,7 @@ def check(
     if where is None:
         raise NotFound(f"{artifact.ref} names no base to run on", ref=artifact.ref, hint="give --base BASE")
     made = facts.trained_on
-    model = compose.load(
+    model = load(
         where,
         str(artifact.ref),
         quantize=quantize or (made.quantization if made else "none"),

@@ -203,9 +203,9 @@ def publish_merge(
     )
 
     def fill(out: Path) -> None:
-        import compose
+        from compose.api import save
 
-        compose.save(adapter, out, model=model, task=draft.task)
+        save(adapter, out, model=model, task=draft.task)
         _write(out / CERTIFICATE, json.dumps(loss.as_dict(), indent=2, sort_keys=True) + "\n")
         _write(out / "README.md", merge_card(draft, [held.ref for held in members], loss))
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -309,3 +310,18 @@ def test_our_warnings_are_sentences_and_a_library_s_keep_their_place(capsys: pyt
     assert capsys.readouterr().err == "warning: the base is held as none\n"
     _warn("old", DeprecationWarning, "theirs.py", 7)
     assert "theirs.py:7: DeprecationWarning: old" in capsys.readouterr().err
+
+
+HOME = Path(__file__).parents[2]
+TARGETS = {
+    target[1]: str(file.relative_to(HOME))
+    for package in ("hub", "compose", "router", "train")
+    for file in sorted((HOME / package).rglob("*.py"))
+    for target in re.finditer(r'"((?:hub|compose|router|train)(?:\.\w+)+:\w+)"', file.read_text("utf-8"))
+}
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_what_a_text_names_is_there(target: str) -> None:
+    """What is imported by its name when it is needed: no import checks those."""
+    assert load(target) is not None, TARGETS[target]
