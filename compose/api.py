@@ -22,7 +22,7 @@ from compose.expr.tree import Expr
 from compose.formats.directory import read_adapter, save_adapter
 from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.registry import get_kind, make_config
-from compose.planning.members import Shelf, Source, manifest_of, task_of
+from compose.planning.members import AdapterFinder, AdapterSource, manifest_of, task_of
 from compose.planning.plan import plan
 from compose.runtime import model_runtime
 from compose.runtime.model_runtime import runtime
@@ -42,7 +42,7 @@ def load(
     task: str | None = None,
     labels: Sequence[str] | None = None,
     store: Store | None = None,
-    adapters: Mapping[str, Source] | None = None,
+    adapters: Mapping[str, AdapterSource] | None = None,
     allow_base_drift: bool = False,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
@@ -76,7 +76,7 @@ def load(
     """
     one = expr is None or isinstance(expr, str | Expr)
     rows = as_rows(expr)
-    finder = Shelf(store, adapters)
+    finder = AdapterFinder(store, adapters)
     known = identity_of(base)
     plans = {
         row: plan(
@@ -108,7 +108,12 @@ def load(
 
 
 def attach(
-    model: PreTrainedModel, name: str, source: Source, *, store: Store | None = None, allow_base_drift: bool = False
+    model: PreTrainedModel,
+    name: str,
+    source: AdapterSource,
+    *,
+    store: Store | None = None,
+    allow_base_drift: bool = False,
 ) -> Adapter:
     """Make an adapter resident on ``model`` under ``name``, frozen and not yet active.
 
@@ -123,7 +128,7 @@ def attach(
         The files do not make an adapter of this base; the model is as before.
     """
     home = runtime(model)
-    where = Shelf(store, {name: source}).source(name)
+    where = AdapterFinder(store, {name: source}).source(name)
     if isinstance(where, Adapter):
         return home.add(name, where)
     manifest = manifest_of(where)

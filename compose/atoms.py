@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compose.kernels.fused_rows import Rows
+from compose.kernels.fused_rows import FusedRows
 from compose.kernels.maps import Dense, Lifted, LinearMap
 
 
@@ -118,7 +118,7 @@ class Atoms:
         """True if the contribution does not read or scale y0: such atoms commute with everything before them."""
         return self.gain is None and self.input_gain is None and self.function is None
 
-    def lifted(self, rows: Rows, *, part: bool) -> Atoms:
+    def lifted(self, rows: FusedRows, *, part: bool) -> Atoms:
         """What these atoms do to ``rows`` of a fused output, and nothing to its other rows.
 
         They are those of the ``part`` that the rows are, or of the whole. An input gain has no such form: the rows

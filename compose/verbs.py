@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from compose.planning.members import Shelf
+from compose.planning.members import AdapterFinder
 from hub.errors import HubWarning
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ def check(expr: str, *, adapters: Given | None = None, store: Store | None = Non
     """Say whether a composition works on a base; options and errors as for `compose.inspection.explain.check`."""
     from compose.inspection.explain import check as examine
 
-    return examine(expr, Shelf(store, adapters), **options)
+    return examine(expr, AdapterFinder(store, adapters), **options)
 
 
 def explain(expr: str, *, adapters: Given | None = None, store: Store | None = None, **options: Any) -> Explanation:
     """Plan, requirements, memory and cost of a composition; options and errors as for `check`."""
     from compose.inspection.explain import explain as examine
 
-    return examine(expr, Shelf(store, adapters), **options)
+    return examine(expr, AdapterFinder(store, adapters), **options)
 
 
 def publish(
@@ -48,7 +48,7 @@ def publish(
     """Publish an expression, with what it requires pinned; see `compose.artifacts.publish.publish_composition`."""
     from compose.artifacts.publish import publish_composition
 
-    return publish_composition(expr, ref, Shelf(store, adapters), **options)
+    return publish_composition(expr, ref, AdapterFinder(store, adapters), **options)
 
 
 def publish_merge(
@@ -60,9 +60,9 @@ def publish_merge(
     """
     from compose.artifacts.publish import publish_merge as put
 
-    shelf = Shelf(store, adapters)
-    artifact, merged = put(expr, ref, shelf, **options)
-    for held in shelf:
+    finder = AdapterFinder(store, adapters)
+    artifact, merged = put(expr, ref, finder, **options)
+    for held in finder:
         if held.digest is None:
             told = f"{held.text} is a directory that was never published, so the lineage of {artifact.ref} lacks it"
             warnings.warn(told, HubWarning, stacklevel=2)
@@ -73,11 +73,11 @@ def interference(texts: Sequence[str], *, store: Store | None = None, **options:
     """Cosines of what adapters change, pair by pair; see `compose.inspection.adapter_map.interference_of`."""
     from compose.inspection.adapter_map import interference_of
 
-    return interference_of(texts, Shelf(store), **options)
+    return interference_of(texts, AdapterFinder(store), **options)
 
 
 def diagnose(result: str, members: Sequence[str], *, store: Store | None = None, **options: Any) -> Diagnosis:
     """Recompute a merge exactly and say what is wrong in the one at hand; see `compose.inspection.merge_doctor`."""
     from compose.inspection.merge_doctor import examine
 
-    return examine(result, members, Shelf(store), **options)
+    return examine(result, members, AdapterFinder(store), **options)

@@ -21,7 +21,7 @@ from compose.base.at_hand import at_hand
 from compose.base.texts import Text, encode, read_texts
 from compose.expr.tokens import IDENTITY_WORD
 from compose.expr.tree import IDENTITY, Ref
-from compose.planning.members import Held, Shelf
+from compose.planning.members import AdapterFinder, StoredAdapter
 from hub.errors import Conflict, NotFound, UsageError, suggest
 from hub.relations.word_counts import count_words, read_words
 from hub.store import Artifact, Store
@@ -85,9 +85,9 @@ def fit(
         An unknown method, option or member, members of different bases, a member without text where the method needs
         some; nothing is published then.
     """
-    shelf = Shelf(store)
+    finder = AdapterFinder(store)
     scorer = make_scorer(method, options)  # what is wrong here is told before any work
-    pool = members_of(members, shelf)
+    pool = members_of(members, finder)
     asked = {"top_k": top_k, "threshold": threshold, "temperature": temperature}
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     gating = replace(within(scorer.gating, len(pool)), **given).check(len(pool))
@@ -97,7 +97,7 @@ def fit(
     bench = _bench(pool, texts, max_length, seed, progress, base)
     router = Router(scorer, bench.experts, scorer.fit(bench), gating)
     words = {name: count_words(rows) for name, rows in texts.items()}
-    return publish(router, pool, ref, shelf, words=words, license=license, summary=summary)
+    return publish(router, pool, ref, finder, words=words, license=license, summary=summary)
 
 
 def add(
@@ -117,21 +117,21 @@ def add(
 
     See `fit`; raises Conflict for a name that is taken, UsageError for a method that learns its experts together.
     """
-    shelf = Shelf(store)
-    stored = load(router, shelf.store)
+    finder = AdapterFinder(store)
+    stored = load(router, finder.store)
     known = {name: f"{artifact.ref.id}@{artifact.digest}" for name, artifact in stored.artifacts.items()}
     old = [f"{name}={known.get(name, IDENTITY_WORD)}" for name in stored.router.experts]
-    name, new = next(iter(members_of([adapter], shelf).items()))
+    name, new = next(iter(members_of([adapter], finder).items()))
     if name in stored.router.experts:
         raise Conflict(f"{router} has a member {name!r} already", hint=f"give it another name: other={adapter}")
-    pool = members_of([*old, f"{name}={new.text if new else IDENTITY_WORD}"], shelf)
+    pool = members_of([*old, f"{name}={new.text if new else IDENTITY_WORD}"], finder)
     texts = _texts(data or {}, {name: new}, max_rows)
     grown = stored.router.add(name, _bench({name: new}, texts, max_length, seed, progress, base))
-    counts = read_words(shelf.store.get(router))
-    words = {n: counts[str(held.digest)] for n, held in adapters_of(pool).items() if str(held.digest) in counts}
+    counts = read_words(finder.store.get(router))
+    words = {n: counts[str(stored.digest)] for n, stored in adapters_of(pool).items() if str(stored.digest) in counts}
     words |= {n: count_words(rows) for n, rows in texts.items()}
     kept = stored.manifest.requires if stored.manifest is not None else ()
-    return publish(grown, pool, ref, shelf, words=words, kept=kept)
+    return publish(grown, pool, ref, finder, words=words, kept=kept)
 
 
 def evaluate(
@@ -260,17 +260,17 @@ def on_base(
 
 
 def _bench(
-    members: Mapping[str, Held | None],
+    members: Mapping[str, StoredAdapter | None],
     texts: Mapping[str, Sequence[str]],
     max_length: int,
     seed: int,
     progress: Progress | None,
     base: OnBase,
 ) -> Bench:
-    artifacts = {name: cast(Artifact, held.where) for name, held in adapters_of(members).items()}
+    artifacts = {name: cast(Artifact, stored.where) for name, stored in adapters_of(members).items()}
     model, tokenizer = on_base(artifacts, **base)
     rows = {name: encode(tokenizer, own, most=max_length) for name, own in texts.items()}
-    experts = {name: Ref(name) if held else IDENTITY for name, held in members.items()}
+    experts = {name: Ref(name) if stored else IDENTITY for name, stored in members.items()}
     return Bench(model, experts, rows, pad=tokenizer.pad_token_id or 0, seed=seed, progress=progress)
 
 

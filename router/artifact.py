@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 import compose
 from compose.expr.tokens import IDENTITY_WORD
 from compose.expr.tree import IDENTITY, Ref, seq
-from compose.planning.members import Held, Shelf
+from compose.planning.members import AdapterFinder, StoredAdapter
 from compose.planning.plan import plan
 from compose.planning.requirements import requirements
 from hub.errors import BaseMismatch, IntegrityError, NotFound, UsageError
@@ -92,7 +92,7 @@ class StoredRouter:
             compose.attach(model, name, artifact, allow_base_drift=allow_base_drift).freeze()
 
 
-def members_of(texts: Sequence[str], shelf: Shelf) -> dict[str, Held | None]:
+def members_of(texts: Sequence[str], finder: AdapterFinder) -> dict[str, StoredAdapter | None]:
     """Members by name, from ``ns/name@1.0.0`` or ``name=ns/name``; a name is the ref's last part where none is given.
 
     The bare base is a member by the word ``identity`` (``none=identity``), and None here.
@@ -104,30 +104,30 @@ def members_of(texts: Sequence[str], shelf: Shelf) -> dict[str, Held | None]:
     NotFound, BaseMismatch
         A member that is not here or was yanked, or members of different bases or tokenizers.
     """
-    members: dict[str, Held | None] = {}
+    members: dict[str, StoredAdapter | None] = {}
     for text in texts:
         name, equals, ref = text.partition("=") if _is_named(text) else ("", "", text)
-        held = None if ref == IDENTITY_WORD else shelf.find(ref)
-        if held is not None and (held.manifest is None or held.manifest.type not in ("adapter", "merge")):
-            what = "a directory" if held.manifest is None else f"a {held.manifest.type}"
+        stored = None if ref == IDENTITY_WORD else finder.find(ref)
+        if stored is not None and (stored.manifest is None or stored.manifest.type not in ("adapter", "merge")):
+            what = "a directory" if stored.manifest is None else f"a {stored.manifest.type}"
             raise UsageError(f"{ref} is {what}, and a router chooses among published adapters", hint="hub push DIR")
-        name = name if equals or held is None else AdapterRef.parse(held.ref).name
+        name = name if equals or stored is None else AdapterRef.parse(stored.ref).name
         name = name or ref
         if name in members:
             raise UsageError(f"two members are called {name!r}", hint=f"name one of them: other={ref}")
-        members[name] = held
+        members[name] = stored
     adapters = adapters_of(members)
     if not adapters:
         raise UsageError("a router needs at least one adapter", hint="hub route fit MEMBERS... --method METHOD")
-    _check_alike(adapters, shelf)
-    if len(adapters) < len(members) and any(held.facts.labels for held in adapters.values()):
+    _check_alike(adapters, finder)
+    if len(adapters) < len(members) and any(stored.facts.labels for stored in adapters.values()):
         raise UsageError("the members classify, and the bare base has no head to do so", hint="leave identity out")
     return members
 
 
-def adapters_of(members: Mapping[str, Held | None]) -> dict[str, Held]:
+def adapters_of(members: Mapping[str, StoredAdapter | None]) -> dict[str, StoredAdapter]:
     """All members but the bare base."""
-    return {name: held for name, held in members.items() if held is not None}
+    return {name: stored for name, stored in members.items() if stored is not None}
 
 
 def _is_named(text: str) -> bool:
@@ -135,18 +135,18 @@ def _is_named(text: str) -> bool:
     return bool(equals and name and ref) and not any(sign in name for sign in "<>!~=@/") and not ref.startswith("=")
 
 
-def _check_alike(members: Mapping[str, Held], shelf: Shelf) -> None:
+def _check_alike(members: Mapping[str, StoredAdapter], finder: AdapterFinder) -> None:
     """One base and one tokenizer for all; heads may be for different labels, since each row gets its own."""
-    plan(seq(*(Ref(held.text) for held in members.values())), shelf.resolve)
+    plan(seq(*(Ref(stored.text) for stored in members.values())), finder.resolve)
     first = next(iter(members.values()))
-    for held in members.values():
-        assert held.manifest is not None and first.manifest is not None  # noqa: S101 - narrows the type
-        _refuse_yanked(held.where)
-        one, other = first.manifest.base, held.manifest.base
+    for stored in members.values():
+        assert stored.manifest is not None and first.manifest is not None  # noqa: S101 - narrows the type
+        _refuse_yanked(stored.where)
+        one, other = first.manifest.base, stored.manifest.base
         if one and other and one.tokenizer_digest != other.tokenizer_digest:
             raise BaseMismatch(
-                f"{first.text} and {held.text} were made with different tokenizers of {one.repo}",
-                ref=held.text,
+                f"{first.text} and {stored.text} were made with different tokenizers of {one.repo}",
+                ref=stored.text,
                 hint="their token ids mean different texts; train one of them again",
             )
 
@@ -162,16 +162,16 @@ def _refuse_yanked(artifact: Artifact | Path) -> None:
 
 def publish(
     router: Router,
-    members: Mapping[str, Held | None],
+    members: Mapping[str, StoredAdapter | None],
     ref: str | AdapterRef,
-    shelf: Shelf,
+    finder: AdapterFinder,
     *,
     words: Mapping[str, Counts] | None = None,
     kept: Sequence[Requirement] = (),
     license: str | None = None,
     summary: str = "",
 ) -> Artifact:
-    """Put a router into the shelf's store under ``ns/name@version``, whole or not at all.
+    """Put a router into the finder's store under ``ns/name@version``, whole or not at all.
 
     `words` are the counts of the members' texts by name; `kept` are requirements whose ranges stay as they were.
     """
@@ -179,7 +179,7 @@ def publish(
     if name.version is None:
         raise UsageError(f"{ref} names no version, and a published one never changes", hint=f"write {name.id}@1.0.0")
     adapters = adapters_of(members)
-    manifests = [held.manifest for held in adapters.values() if held.manifest is not None]
+    manifests = [stored.manifest for stored in adapters.values() if stored.manifest is not None]
     tasks = {m.task for m in manifests}
     draft = Draft(
         name=name.id,
@@ -188,10 +188,10 @@ def publish(
         method=router.scorer.name,
         hyperparameters={"options": router.scorer.shown_options, "gating": _gating(router.gating)},
         base=manifests[0].base,
-        requires=_requires(adapters, shelf, kept),
+        requires=_requires(adapters, finder, kept),
         task=tasks.pop() if len(tasks) == 1 else None,
         domains=tuple(dict.fromkeys(domain for m in manifests for domain in m.domains)),
-        lineage=Lineage(parents=tuple(dict.fromkeys(held.ref for held in adapters.values()))),
+        lineage=Lineage(parents=tuple(dict.fromkeys(stored.ref for stored in adapters.values()))),
         license=license,
         summary=summary,
     )
@@ -201,14 +201,14 @@ def publish(
         _write(out, router, members, words or {})
         (out / "README.md").write_text(_card(draft, members), encoding="utf-8")
         pack(out, draft)
-        return shelf.store.put(out)
+        return finder.store.put(out)
 
 
-def _write(out: Path, router: Router, members: Mapping[str, Held | None], words: Mapping[str, Counts]) -> None:
+def _write(out: Path, router: Router, members: Mapping[str, StoredAdapter | None], words: Mapping[str, Counts]) -> None:
     names, adapters = list(router.experts), adapters_of(members)
     listed = tuple(
-        MemberFile(name=n, ref=held.ref, digest=held.digest) if held else MemberFile(name=n, ref=IDENTITY_WORD)
-        for n, held in ((n, members[n]) for n in names)
+        MemberFile(name=n, ref=stored.ref, digest=stored.digest) if stored else MemberFile(name=n, ref=IDENTITY_WORD)
+        for n, stored in ((n, members[n]) for n in names)
     )
     gating = _gating(router.gating)
     config = RouterFile(method=router.scorer.name, options=router.scorer.shown_options, members=listed, **gating)
@@ -226,9 +226,11 @@ def _write(out: Path, router: Router, members: Mapping[str, Held | None], words:
         write_words(out, {str(adapters[name].digest): counts for name, counts in words.items() if name in adapters})
 
 
-def _requires(members: Mapping[str, Held], shelf: Shelf, kept: Sequence[Requirement]) -> tuple[Requirement, ...]:
+def _requires(
+    members: Mapping[str, StoredAdapter], finder: AdapterFinder, kept: Sequence[Requirement]
+) -> tuple[Requirement, ...]:
     before = {need.digest: need for need in kept}
-    needs = requirements([held.text for held in members.values()], shelf)
+    needs = requirements([stored.text for stored in members.values()], finder)
     return tuple(before.get(need.digest, need) for need in needs)
 
 
@@ -236,10 +238,10 @@ def _gating(gating: Gating) -> dict[str, Any]:
     return {"top_k": gating.top_k, "threshold": gating.threshold, "temperature": gating.temperature}
 
 
-def _card(draft: Draft, members: Mapping[str, Held | None]) -> str:
+def _card(draft: Draft, members: Mapping[str, StoredAdapter | None]) -> str:
     lines = [
-        f"- `{name}`: " + (f"{held.ref} ({(held.digest or '')[:19]}...)" if held else "the bare base")
-        for name, held in members.items()
+        f"- `{name}`: " + (f"{stored.ref} ({(stored.digest or '')[:19]}...)" if stored else "the bare base")
+        for name, stored in members.items()
     ]
     return "\n".join(
         [

@@ -10,7 +10,7 @@ from typing import Any
 import compose
 from compose.base.at_hand import at_hand
 from compose.base.text_config import fill_pad_id
-from compose.planning.members import Shelf
+from compose.planning.members import AdapterFinder
 from hub.errors import UsageError
 from hub.manifest import Manifest
 from hub.store import Store
@@ -87,10 +87,10 @@ def _manifests(expression: str | None, store: Store | None) -> list[Manifest]:
     """Of the artifacts that the expression names, compositions with their members'."""
     if expression is None:
         return []
-    shelf, found = Shelf(store), []
+    finder, found = AdapterFinder(store), []
     waiting = list(compose.parse(expression).refs)
     while waiting:
-        manifest = shelf.find(waiting.pop()).manifest
+        manifest = finder.find(waiting.pop()).manifest
         if manifest is not None:
             found.append(manifest)
             waiting += [f"{need.name}@{need.digest}" for need in manifest.requires]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from compose.algebra.grammar import places
+from compose.algebra.grammar import subexpressions
 from compose.errors import ExpressionError
 from compose.expr.tokens import error_at
 from compose.expr.tree import Expr, Ref
@@ -35,7 +35,7 @@ def point(text: str, error: HubError, attempt: Callable[[Expr], object]) -> HubE
     """
     if isinstance(error, ExpressionError) and "\n" in error.message:
         return error  # read from text: it shows the place already
-    found = places(text)
+    found = subexpressions(text)
     culprit = next((place for place in found[:_TRIES] if _fails(attempt, place[0])), found[-1])
     _, start, end = _named(error.ref, found, culprit) or culprit
     error.message = error_at(text, start, end, error.message).message

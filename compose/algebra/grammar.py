@@ -39,7 +39,7 @@ def parse(text: str) -> Expr:
     return found
 
 
-def places(text: str) -> list[tuple[Expr, int, int]]:
+def subexpressions(text: str) -> list[tuple[Expr, int, int]]:
     """Every sub-expression of a text that can be read, inner ones first: (tree, start, end) with text[start:end]."""
     reader = _Reader(text)
     reader.term(reader.tree(), 1)

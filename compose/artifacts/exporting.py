@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from compose.api import attach, eject, load, tokenizer
 from compose.artifacts import probes
 from compose.base.at_hand import at_hand
-from compose.base.loading import quiet
+from compose.base.loading import quiet_transformers
 from compose.base.model import load_base, name_of
-from compose.base.quantization import held_as, quantized_layers
+from compose.base.quantization import quantization_of, quantized_layers
 from compose.base.weights import dense_weight
 from compose.errors import KindError
 from compose.formats import peft as peft_layout
@@ -290,7 +290,7 @@ def _merged(request: Request, out: Path) -> Told:
         notes.append(
             f"the weights are those of {quantize}, {measured['base_shift']:.1%} away from the unquantized ones"
         )
-    with quiet():
+    with quiet_transformers():
         whole.save_pretrained(out)
     _save_tokenizer(request.where, out)
     return notes, measured
@@ -298,7 +298,7 @@ def _merged(request: Request, out: Path) -> Told:
 
 def _dense(request: Request, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, float]]:
     """The model to write into, unquantized: with the weights of the quantized one where there is one."""
-    if held_as(model) == "none":
+    if quantization_of(model) == "none":
         return model, {}
     manifest = request.artifact.manifest
     whole = load_base(request.where, task=manifest.task, labels=manifest.labels or None)

@@ -18,7 +18,7 @@ from compose.formats.directory import config_fields, our_keys, read_adapter, sav
 from compose.formats.files import CONFIG, EXTRA, WEIGHTS, peek, read_config, read_tensors, write_config, write_tensors
 from compose.inspection.fake_base import Outline
 from compose.kind.adapter import Adapter
-from compose.planning.members import Held
+from compose.planning.members import StoredAdapter
 from compose.planning.plan import Leaf
 
 __all__ = ["Read", "convert", "read_onto"]
@@ -47,7 +47,7 @@ def read_onto(
     """
     outline = Outline(base, task=task, labels=labels or None)
     kind, _ = peek(directory)
-    adapter = outline.put("imported", Held(str(directory), Leaf(kind), directory))
+    adapter = outline.put("imported", StoredAdapter(str(directory), Leaf(kind), directory))
     tensors = read_tensors(directory)
     if any(".base_layer." in key for key in tensors):  # copies of the base's weights, to be compared with them
         from compose.base.model import load_base

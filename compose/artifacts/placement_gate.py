@@ -32,14 +32,14 @@ def gate(directory: Path, manifest: Manifest) -> tuple[str, ...]:
     if where is None:
         raise _untried(manifest, f"its base {manifest.base.repo} is not on this machine, as far as is known here")
     from compose.inspection.fake_base import Outline  # torch comes with it
-    from compose.planning.members import Held
+    from compose.planning.members import StoredAdapter
 
     try:
         outline = Outline(where.directory, task=manifest.task, labels=manifest.labels or None)
     except HubError as error:
         raise _untried(manifest, f"its base {manifest.base.repo} cannot be built here ({error.message})") from error
     try:
-        outline.put(manifest.name, Held(str(manifest.ref), manifest, directory, manifest))
+        outline.put(manifest.name, StoredAdapter(str(manifest.ref), manifest, directory, manifest))
     except HubError as error:
         raise GateError(
             f"{manifest.base.repo} has no place for {manifest.ref}: {error.message}",

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compose.base.at_hand import at_hand
-from compose.base.quantization import held_as
+from compose.base.quantization import quantization_of
 from compose.expr.tree import Ref
 from compose.formats.directory import read_adapter
 from compose.formats.files import write_tensors
@@ -103,7 +103,7 @@ def record(model: PreTrainedModel, adapter: Adapter) -> dict[str, Tensor] | None
     again = (torch.cat(alone[: len(ids)]) - torch.cat(alone[len(ids) :])).gather(1, entries)
     held = {"entries": entries, "base": base.gather(1, entries), "adapted": adapted.gather(1, entries)}
     noise = relative_error(again, effect, held["adapted"])
-    least = _LEAST.get(model.dtype, 5e-2) if held_as(model) == "none" else 5e-2
+    least = _LEAST.get(model.dtype, 5e-2) if quantization_of(model) == "none" else 5e-2
     return {"input_ids": ids, **held, "tolerance": torch.tensor([max(least, min(8 * noise, 0.5))])}
 
 
@@ -179,7 +179,7 @@ def check(
     return Outcome(
         ref=str(artifact.ref),
         base=str(where),
-        held=held_as(model),
+        held=quantization_of(model),
         probes=len(ids),
         error=relative_error(here, there, probes["adapted"]),
         base_error=relative_error(base_here, probes["base"], probes["base"]),

@@ -21,7 +21,7 @@ from compose.expr.tree import Call, Expr, Ref, substitute
 from compose.function import get_function
 from compose.inspection.explain import check
 from compose.parameter_space.method import refuse_without_data
-from compose.planning.members import Held, Shelf
+from compose.planning.members import AdapterFinder, StoredAdapter
 from compose.planning.plan import Plan, plan
 from compose.planning.requirements import requirements, unpublished
 from hub.errors import HubError, UsageError
@@ -48,7 +48,7 @@ T = TypeVar("T")
 def publish_composition(
     text: str,
     ref: str | AdapterRef,
-    shelf: Shelf,
+    finder: AdapterFinder,
     *,
     base: str | Path | None = None,
     allow_base_drift: bool = False,
@@ -57,7 +57,7 @@ def publish_composition(
     method: str | None = None,
     metrics: Sequence[Metric] = (),
 ) -> Artifact:
-    """Publish an expression as a composition artifact into the shelf's store.
+    """Publish an expression as a composition artifact into the finder's store.
 
     Parameters
     ----------
@@ -79,14 +79,14 @@ def publish_composition(
     expr = parse(text)
     refuse_without_data(expr)
     if base is not None:
-        made = check(text, shelf, base=base, allow_base_drift=allow_base_drift).plan
+        made = check(text, finder, base=base, allow_base_drift=allow_base_drift).plan
     else:
-        made = _checked(text, expr, shelf, allow_base_drift)
+        made = _checked(text, expr, finder, allow_base_drift)
     for leaf in expr.refs:
-        _refuseunpublished(text, shelf.find(leaf))
-    pinned = _unambiguous(expr, shelf)
-    requires = requirements(expr.refs, shelf)
-    facts = _shared_facts([shelf.find(leaf) for leaf in made.leaves])
+        _refuseunpublished(text, finder.find(leaf))
+    pinned = _unambiguous(expr, finder)
+    requires = requirements(expr.refs, finder)
+    facts = _shared_facts([finder.find(leaf) for leaf in made.leaves])
     facts.pop("trained_on", None)  # a composition was not trained
     draft = Draft(
         name=name.id,
@@ -96,17 +96,17 @@ def publish_composition(
         requires=requires,
         base=_identity(base) if base is not None else made.base,
         placement=tuple(made.sites),
-        lineage=Lineage(parents=tuple(dict.fromkeys(shelf.find(leaf).ref for leaf in expr.refs))),
+        lineage=Lineage(parents=tuple(dict.fromkeys(finder.find(leaf).ref for leaf in expr.refs))),
         summary=summary,
         metrics=tuple(metrics),
         **{**facts, **({"license": license} if license else {}), **({"method": method} if method else {})},
     )
-    held = {(h.manifest.name, h.digest): h.ref for h in map(shelf.find, expr.refs) if h.manifest is not None}
-    members = [held[need.name, need.digest] for need in requires]
-    return _put(shelf, draft, lambda out: _write(out / "README.md", composition_card(draft, members)))
+    stored = {(h.manifest.name, h.digest): h.ref for h in map(finder.find, expr.refs) if h.manifest is not None}
+    members = [stored[need.name, need.digest] for need in requires]
+    return _put(finder, draft, lambda out: _write(out / "README.md", composition_card(draft, members)))
 
 
-def _unambiguous(expr: Expr, shelf: Shelf) -> Expr:
+def _unambiguous(expr: Expr, finder: AdapterFinder) -> Expr:
     """The expression with refs that say what they mean without the command line that named them.
 
     A name that stands for two versions is written by digest, since a requirement pins a name; names given by
@@ -114,26 +114,26 @@ def _unambiguous(expr: Expr, shelf: Shelf) -> Expr:
     """
     digests: dict[str, set[str | None]] = {}
     for text in expr.refs:
-        held = shelf.find(text)
-        digests.setdefault(_id(held), set()).add(held.digest)
+        stored = finder.find(text)
+        digests.setdefault(_id(stored), set()).add(stored.digest)
 
     def leaf(ref: Ref) -> Expr:
-        held = shelf.find(ref.text)
-        if len(digests[_id(held)]) > 1:
-            return Ref(f"{_id(held)}@{held.digest}")
-        return Ref(str(AdapterRef.parse(str(shelf.given.get(ref.text, ref.text)))))
+        stored = finder.find(ref.text)
+        if len(digests[_id(stored)]) > 1:
+            return Ref(f"{_id(stored)}@{stored.digest}")
+        return Ref(str(AdapterRef.parse(str(finder.given.get(ref.text, ref.text)))))
 
     return substitute(expr, leaf)
 
 
-def _id(held: Held) -> str:
-    return held.manifest.name if held.manifest is not None else held.text
+def _id(stored: StoredAdapter) -> str:
+    return stored.manifest.name if stored.manifest is not None else stored.text
 
 
 def publish_merge(
     text: str,
     ref: str | AdapterRef,
-    shelf: Shelf,
+    finder: AdapterFinder,
     *,
     base: str | Path | None = None,
     rank: int | None = None,
@@ -170,18 +170,18 @@ def publish_merge(
         Anything ``hub compose check`` refuses, before a tensor is read; an expression that is no merge.
     """
     name = _versioned(ref)
-    found = check(text, shelf, base=base, allow_base_drift=allow_base_drift)
+    found = check(text, finder, base=base, allow_base_drift=allow_base_drift)
     _refuse_outputs(text, found.expr)
     if data is None:
         refuse_without_data(found.expr)
     files = data if isinstance(data, Mapping) else {} if data is None else {_ALL: data}
     texts = {name: [row.text for row in read_texts(file)] for name, file in files.items()}
     digests = {name: f"sha256:{sha256_file(Path(file))[0]}" for name, file in files.items()}
-    members = [shelf.find(leaf) for leaf in found.plan.leaves]
+    members = [finder.find(leaf) for leaf in found.plan.leaves]
     facts = _shared_facts(members)
     model = _load(found.base, members, facts, allow_base_drift)
     merged = _merge(model, found.plan.expression, rank, name, progress, texts)
-    parents = [held.ref for held in members if held.digest is not None]
+    parents = [stored.ref for stored in members if stored.digest is not None]
     adapter, loss = merged.adapter, merged.certificate
     draft = Draft(
         name=name.id,
@@ -207,12 +207,12 @@ def publish_merge(
 
         save(adapter, out, model=model, task=draft.task)
         _write(out / CERTIFICATE, json.dumps(loss.as_dict(), indent=2, sort_keys=True) + "\n")
-        _write(out / "README.md", merge_card(draft, [held.ref for held in members], loss))
+        _write(out / "README.md", merge_card(draft, [stored.ref for stored in members], loss))
 
-    return _put(shelf, draft, fill), merged
+    return _put(finder, draft, fill), merged
 
 
-def _load(base: str | Path, members: Sequence[Held], facts: dict[str, Any], drift: bool) -> PreTrainedModel:
+def _load(base: str | Path, members: Sequence[StoredAdapter], facts: dict[str, Any], drift: bool) -> PreTrainedModel:
     from compose.api import attach
     from compose.base.model import load_base
     from compose.kind.registry import get_kind
@@ -220,10 +220,10 @@ def _load(base: str | Path, members: Sequence[Held], facts: dict[str, Any], drif
     task = facts.get("task")
     labels = facts.get("labels") if task in ("classification", "token_classification") else None
     # Norms of a bfloat16 weight are exact in float32 only; where no kind asks for them the base stays as it is stored.
-    exact = any(get_kind(held.facts.kind).reads_below for held in members)
+    exact = any(get_kind(stored.facts.kind).reads_below for stored in members)
     model = load_base(base, task=task, labels=labels or None, dtype="fp32" if exact else None)
-    for held in members:
-        attach(model, held.text, held.where, allow_base_drift=drift)
+    for stored in members:
+        attach(model, stored.text, stored.where, allow_base_drift=drift)
     return model
 
 
@@ -272,9 +272,9 @@ def _versioned(ref: str | AdapterRef) -> AdapterRef:
     return name
 
 
-def _checked(text: str, expr: Expr, shelf: Shelf, drift: bool) -> Plan:
+def _checked(text: str, expr: Expr, finder: AdapterFinder, drift: bool) -> Plan:
     def attempt(part: Expr) -> Plan:
-        return plan(part, shelf.resolve, allow_base_drift=drift)
+        return plan(part, finder.resolve, allow_base_drift=drift)
 
     try:
         return attempt(expr)
@@ -282,20 +282,20 @@ def _checked(text: str, expr: Expr, shelf: Shelf, drift: bool) -> Plan:
         raise point(text, error, attempt) from error
 
 
-def _refuseunpublished(text: str, held: Held) -> None:
+def _refuseunpublished(text: str, stored: StoredAdapter) -> None:
     def attempt(part: Expr) -> None:
-        if held.digest is None and held.text in part.refs:
-            raise unpublished(held)
+        if stored.digest is None and stored.text in part.refs:
+            raise unpublished(stored)
 
     try:
-        attempt(Ref(held.text))
+        attempt(Ref(stored.text))
     except UsageError as error:
         raise point(text, error, attempt) from error
 
 
-def _shared_facts(members: Sequence[Held]) -> dict[str, Any]:
+def _shared_facts(members: Sequence[StoredAdapter]) -> dict[str, Any]:
     """Facts that all members state alike; languages and domains of all of them."""
-    manifests = [held.manifest for held in members if held.manifest is not None]
+    manifests = [stored.manifest for stored in members if stored.manifest is not None]
     if not manifests:
         return {}
 
@@ -324,11 +324,11 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _put(shelf: Shelf, draft: Draft, fill: Callable[[Path], None]) -> Artifact:
+def _put(finder: AdapterFinder, draft: Draft, fill: Callable[[Path], None]) -> Artifact:
     """Write a directory, pack it and put it into the store: whole or not at all."""
     with tempfile.TemporaryDirectory(prefix="moduloom-compose-") as place:
         out = Path(place) / "artifact"
         out.mkdir()
         fill(out)
         pack(out, draft)
-        return shelf.store.put(out)
+        return finder.store.put(out)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from compose.base.compatibility import BaseWarning
 from compose.base.location import weight_files
 from compose.base.quantization import bitsandbytes_config, warn_of_dense_layers
-from compose.base.request import TASKS, Request
+from compose.base.request import TASKS, BaseRequest
 from hub.contents.tensor_files import read_header
 from hub.errors import GateError
 
@@ -30,14 +30,14 @@ _SAVED_AS = {  # end of the architecture's name -> task
 }
 
 
-def load_files(directory: Path, request: Request) -> PreTrainedModel:
+def load_files(directory: Path, request: BaseRequest) -> PreTrainedModel:
     """Load the model in ``directory``. Never reads a pickle, never touches the network."""
     files = weight_files(directory)
     for file in files:
         read_header(file.resolve())  # says plainly what is wrong with a broken file
-    with quiet():
-        config = read_config(directory, request)
-        task = request.task or task_of(config)
+    with quiet_transformers():
+        config = model_config(directory, request)
+        task = request.task or saved_task(config)
         auto = getattr(transformers, TASKS[task])
         options: dict[str, Any] = {
             "config": config,
@@ -68,7 +68,7 @@ def load_files(directory: Path, request: Request) -> PreTrainedModel:
     return cast("PreTrainedModel", model if request.quantize != "none" else model.to(request.torch_device))
 
 
-def task_of(config: Any) -> str:
+def saved_task(config: Any) -> str:
     """The task a checkpoint was saved for: by its architecture's name, ``causal_lm`` where that says nothing."""
     if config.is_encoder_decoder:
         return "seq2seq"
@@ -76,7 +76,7 @@ def task_of(config: Any) -> str:
     return next((task for end, task in _SAVED_AS.items() if name.endswith(end)), "causal_lm")
 
 
-def read_config(directory: Path, request: Request) -> Any:
+def model_config(directory: Path, request: BaseRequest) -> Any:
     """Return the transformers config of the model in ``directory``, with the labels and problem type asked for."""
     try:
         config = AutoConfig.from_pretrained(
@@ -134,7 +134,7 @@ def _seeded() -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No report of what we check ourselves; a progress bar only on a terminal."""
     log = transformers.utils.logging
     level, bar = log.get_verbosity(), log.is_progress_bar_enabled()

@@ -20,8 +20,8 @@ from compose.base.compatibility import Rung, compare
 from compose.base.fingerprint import base_tensors, directory_identity, model_identity, tensor_hex16
 from compose.base.loading import load_files
 from compose.base.location import BUILTIN, Location, locate
-from compose.base.quantization import held_as, keep_differentiable
-from compose.base.request import Request
+from compose.base.quantization import keep_differentiable, quantization_of
+from compose.base.request import BaseRequest
 from compose.base.text_config import fact, fill_pad_id
 from hub.errors import GateError, HubError, UsageError
 from hub.manifest import BaseIdentity, TrainedOn
@@ -39,7 +39,7 @@ _VOCABULARIES = (
 
 
 @dataclass(frozen=True)
-class Source:
+class BaseOrigin:
     """Where a loaded base comes from; ``location`` is None for a model made in memory."""
 
     name: str
@@ -89,7 +89,7 @@ def load_base(
     HubError
         No such base, pickled weights, an unknown option (with a suggestion), a checkpoint that lacks tensors.
     """
-    request = Request(
+    request = BaseRequest(
         task=task or ("classification" if labels else None),
         labels=tuple(labels) if labels else None,
         quantize=quantize,
@@ -105,7 +105,7 @@ def load_base(
     model = load_files(where.directory, request)
     model.requires_grad_(False).eval()
     keep_differentiable(model)
-    _remember(model, Source(where.name, where))
+    _remember(model, BaseOrigin(where.name, where))
     if fact(model.config, "pad_token_id") is None and type(model).__name__.endswith("ForSequenceClassification"):
         fill_pad_id(model.config, _padding(model))
     return model
@@ -120,8 +120,8 @@ def _padding(model: PreTrainedModel) -> int | None:
     return found[0] if isinstance(found, list) else cast("int | None", found)
 
 
-def _adopt(model: PreTrainedModel, request: Request) -> PreTrainedModel:
-    held = held_as(model)
+def _adopt(model: PreTrainedModel, request: BaseRequest) -> PreTrainedModel:
+    held = quantization_of(model)
     if request.quantize not in ("none", held):
         raise UsageError(
             f"this {type(model).__name__} is loaded already, as {held}; it cannot be made {request.quantize} any more",
@@ -139,7 +139,7 @@ def _adopt(model: PreTrainedModel, request: Request) -> PreTrainedModel:
         model.to(dtype=request.torch_dtype, device=request.device)
     keep_differentiable(model)
     if _HOME not in model.__dict__:
-        _remember(model, Source(str(getattr(model.config, "_name_or_path", "") or type(model).__name__), None))
+        _remember(model, BaseOrigin(str(getattr(model.config, "_name_or_path", "") or type(model).__name__), None))
     return cast("PreTrainedModel", model.eval())
 
 
@@ -217,36 +217,36 @@ def check_base(
         made_for,
         identity_of(model),
         trained_on=trained_on,
-        quantization=held_as(model),
+        quantization=quantization_of(model),
         ref=ref,
         allow_drift=allow_drift,
     )
 
 
-def _remember(model: PreTrainedModel, source: Source) -> None:
+def _remember(model: PreTrainedModel, source: BaseOrigin) -> None:
     model.__dict__[_HOME] = source
 
 
-def _source(model: PreTrainedModel) -> Source:
+def _source(model: PreTrainedModel) -> BaseOrigin:
     if _HOME not in model.__dict__:
-        _remember(model, Source(str(getattr(model.config, "_name_or_path", "") or type(model).__name__), None))
-    return cast("Source", model.__dict__[_HOME])
+        _remember(model, BaseOrigin(str(getattr(model.config, "_name_or_path", "") or type(model).__name__), None))
+    return cast("BaseOrigin", model.__dict__[_HOME])
 
 
 def _tensors_key(model: PreTrainedModel) -> int:
     return hash(tuple((n, t.data_ptr(), 0 if t.is_inference() else t._version) for n, t in base_tensors(model).items()))
 
 
-def _read_identity(model: PreTrainedModel, source: Source) -> BaseIdentity:
+def _read_identity(model: PreTrainedModel, source: BaseOrigin) -> BaseIdentity:
     if source.location is not None:
         return directory_identity(source.location)
     where = _files_of(source.name)
-    if held_as(model) != "none":
+    if quantization_of(model) != "none":
         if where is None:
             raise GateError(
                 f"this {type(model).__name__} is quantized and its unquantized files are not at hand, "
                 "so its identity is unknown",
-                hint=f'load it with load(directory_or_id, quantize="{held_as(model)}")',
+                hint=f'load it with load(directory_or_id, quantize="{quantization_of(model)}")',
             )
         return directory_identity(where)
     if where is not None:

@@ -13,11 +13,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from compose.base.compatibility import BaseWarning
-from compose.base.request import Request
+from compose.base.request import BaseRequest
 from hub.errors import GateError
 
 
-def bitsandbytes_config(auto: Any, config: Any, request: Request) -> Any:
+def bitsandbytes_config(auto: Any, config: Any, request: BaseRequest) -> Any:
     """What transformers needs to load a model of class ``auto`` as int8 or nf4 (see ``compose.base.request``)."""
     hush_missing_kernel()
     compute = request.torch_dtype or getattr(config, "dtype", None) or torch.float32
@@ -46,7 +46,7 @@ def stays_dense(auto: Any, config: Any, trust_remote_code: bool) -> list[str]:
     return sorted(heads)
 
 
-def held_as(model: nn.Module) -> str:
+def quantization_of(model: nn.Module) -> str:
     """How a model's linear layers are held: ``none``, ``int8`` or ``nf4`` (``fp4`` and others by their name)."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if config is None:
@@ -76,7 +76,7 @@ def keep_differentiable(model: nn.Module) -> None:
     GateError
         A model that was run in eval mode before it came here is repacked already; that rounds scales for good.
     """
-    if held_as(model) == "none":
+    if quantization_of(model) == "none":
         return
     from bitsandbytes.nn import Linear4bit
 

@@ -33,7 +33,7 @@ _DTYPES |= {name: name for name in _DTYPES.values()}
 
 
 @dataclass(frozen=True)
-class Request:
+class BaseRequest:
     """How a base is to be loaded, checked; the fields are those of :func:`compose.base.model.load_base`."""
 
     task: str | None = None

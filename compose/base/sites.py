@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compose.base.families import FAMILIES, FUSED, PARTS, POSITIONS, guess_role
 from compose.errors import SiteError
-from compose.kernels.fused_rows import Rows
+from compose.kernels.fused_rows import FusedRows
 
 FINAL = "@final"  # the pseudo-site of the backbone's final states
 _BLOCK = re.compile(r"^(?P<stem>.*?)(?:^|\.)(?P<layer>\d+)\.(?P<inside>.+)$")
@@ -37,7 +37,7 @@ class Site:
     stack: str
     in_features: int
     out_features: int
-    rows: Rows | None = None  # of a part: those of the fused linear that are its own
+    rows: FusedRows | None = None  # of a part: those of the fused linear that are its own
 
     @property
     def module(self) -> str:
@@ -140,7 +140,7 @@ class SiteMap:
             raise SiteError(f"{whole.path} has {whole.out_features} outputs, which are no {groups} x {shares} heads")
         stops = list(accumulate(unit * share for share in shares))
         for role, start, stop in zip(PARTS[whole.role], [0, *stops], stops, strict=False):
-            rows, path = Rows(groups, run, start, stop), f"{whole.path}.{role.rpartition('.')[2]}"
+            rows, path = FusedRows(groups, run, start, stop), f"{whole.path}.{role.rpartition('.')[2]}"
             yield Site(path, role, whole.layer, whole.stack, whole.in_features, len(rows), rows)
 
     @staticmethod
@@ -166,7 +166,7 @@ class SiteMap:
         """Path of the module that a site lies in: of the whole for a part of it, the same path for anything else."""
         return self._every[path].module if path in self._every else path
 
-    def rows_of(self, path: str) -> Rows | None:
+    def rows_of(self, path: str) -> FusedRows | None:
         """Which rows of its module's output a part of a fused linear is; None for anything else."""
         return self._every[path].rows if path in self._every else None
 

@@ -9,21 +9,21 @@ import click
 from hub.lazy import load
 
 
-class Row(NamedTuple):
+class Verb(NamedTuple):
     """A verb: where its command is, and its line in ``hub compose --help``."""
 
     target: str
     help: str
 
 
-VERBS: dict[str, Row] = {
-    "check": Row("compose.commands.check:check", "Say whether a composition works on a base; exit 0, 1 or 2."),
-    "explain": Row("compose.commands.explain:explain", "Plan, memory and cost of a composition, before it is loaded."),
-    "sites": Row("compose.commands.sites:sites", "List where adapters can act in a base, and how that is known."),
-    "kinds": Row("compose.commands.kinds:kinds", "List the kinds of adapters and their options."),
-    "functions": Row("compose.commands.functions:functions", "List the functions of the algebra and their options."),
-    "map": Row("compose.commands.map:map_", "Show how adapters interfere: cosines, duplicates, nearest."),
-    "doctor": Row("compose.commands.doctor:doctor", "Recompute someone's merge exactly and show what is wrong in it."),
+VERBS: dict[str, Verb] = {
+    "check": Verb("compose.commands.check:check", "Say whether a composition works on a base; exit 0, 1 or 2."),
+    "explain": Verb("compose.commands.explain:explain", "Plan, memory and cost of a composition, before it is loaded."),
+    "sites": Verb("compose.commands.sites:sites", "List where adapters can act in a base, and how that is known."),
+    "kinds": Verb("compose.commands.kinds:kinds", "List the kinds of adapters and their options."),
+    "functions": Verb("compose.commands.functions:functions", "List the functions of the algebra and their options."),
+    "map": Verb("compose.commands.map:map_", "Show how adapters interfere: cosines, duplicates, nearest."),
+    "doctor": Verb("compose.commands.doctor:doctor", "Recompute someone's merge exactly and show what is wrong in it."),
 }
 PUBLISH = "compose.commands.publish:publish"
 

@@ -11,7 +11,7 @@ from compose.errors import KindError
 from compose.kind.registry import kinds
 from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 from hub.errors import IntegrityError, NotFound
-from hub.foreign.peft_config import kind_of as peft_kind
+from hub.foreign.peft_config import peft_kind
 from hub.io.disk import tensor_file
 from hub.store import Artifact
 

@@ -18,13 +18,13 @@ from compose.kernels.low_rank import Pair
 from compose.kind.registry import get_kind
 from compose.merging.interference import Interference, interference
 from compose.parameter_space.job import Progress
-from compose.planning.members import Held, Shelf
+from compose.planning.members import AdapterFinder, StoredAdapter
 from compose.planning.plan import plan
 from hub.errors import UsageError
 
 
 def interference_of(
-    texts: Sequence[str], shelf: Shelf, *, base: str | Path | None = None, progress: Progress | None = None
+    texts: Sequence[str], finder: AdapterFinder, *, base: str | Path | None = None, progress: Progress | None = None
 ) -> Interference:
     """Map adapters, without their base where they are all plain LoRAs, else on it.
 
@@ -42,15 +42,15 @@ def interference_of(
     """
     if len(set(texts)) < max(2, len(texts)):
         raise UsageError("a map needs two or more different adapters", hint="hub compose map A B C")
-    members = {text: shelf.find(text) for text in texts}
-    for text, held in members.items():
-        if held.facts.type not in ("adapter", "merge"):
-            raise UsageError(f"{text} is a {held.facts.type}, and a map is of adapters", hint=f"hub show {text}")
-    if all(held.facts.kind == "lora" for held in members.values()):
-        read = {text: contents(held) for text, held in members.items()}
+    members = {text: finder.find(text) for text in texts}
+    for text, stored in members.items():
+        if stored.facts.type not in ("adapter", "merge"):
+            raise UsageError(f"{text} is a {stored.facts.type}, and a map is of adapters", hint=f"hub show {text}")
+    if all(stored.facts.kind == "lora" for stored in members.values()):
+        read = {text: contents(stored) for text, stored in members.items()}
         if all(found.low_rank for found in read.values()) and not nested(read.values()):
             return _in_factors({text: found.pairs for text, found in read.items()}, progress)
-    return _on_base(members, shelf, base, progress)
+    return _on_base(members, finder, base, progress)
 
 
 def _in_factors(members: Mapping[str, Mapping[str, Pair]], progress: Progress | None) -> Interference:
@@ -70,12 +70,12 @@ def _zero(path: str, members: Mapping[str, Mapping[str, Pair]]) -> Pair:
 
 
 def _on_base(
-    members: Mapping[str, Held], shelf: Shelf, base: str | Path | None, progress: Progress | None
+    members: Mapping[str, StoredAdapter], finder: AdapterFinder, base: str | Path | None, progress: Progress | None
 ) -> Interference:
-    for held in members.values():
-        get_kind(held.facts.kind)
-    made = plan(add(*map(Ref, members)), shelf.resolve)  # refuses adapters of different bases before one is loaded
-    model = load_base(base or base_of(made, shelf))
-    for text, held in members.items():
-        attach(model, text, held.where)
+    for stored in members.values():
+        get_kind(stored.facts.kind)
+    made = plan(add(*map(Ref, members)), finder.resolve)  # refuses adapters of different bases before one is loaded
+    model = load_base(base or base_of(made, finder))
+    for text, stored in members.items():
+        attach(model, text, stored.where)
     return interference(model, [Ref(text) for text in members], progress=progress)

@@ -19,7 +19,7 @@ from compose.base.at_hand import at_hand
 from compose.base.compatibility import BaseWarning, Rung, compare
 from compose.expr.tree import Call, Expr, Ref
 from compose.function import bind
-from compose.planning.members import Held, Shelf, task_of
+from compose.planning.members import AdapterFinder, StoredAdapter, task_of
 from compose.planning.plan import Plan, Step, plan
 from compose.planning.requirements import requirements
 from hub.errors import HubError, UsageError
@@ -139,7 +139,7 @@ class Checked:
 
 def check(
     text: str,
-    shelf: Shelf,
+    finder: AdapterFinder,
     *,
     base: str | Path | None = None,
     allow_base_drift: bool = False,
@@ -151,7 +151,7 @@ def check(
     ----------
     text
         The expression.
-    shelf
+    finder
         Where its leaves are.
     base
         As for :func:`compose.load`; default: the one its adapters were made for.
@@ -164,9 +164,9 @@ def check(
         Whatever is wrong with it; the message ends with the text and the place. No tensor was read.
     """
     expr = parse(text)
-    trial = _Trial(shelf, allow_base_drift)
+    trial = _Trial(finder, allow_base_drift)
     made = _pointed(text, trial, expr)
-    base = base or base_of(made, shelf)
+    base = base or base_of(made, finder)
 
     from compose.base.model import identity_of  # torch comes with these, and most of what is refused is refused above
     from compose.inspection.fake_base import Outline
@@ -183,9 +183,9 @@ def check(
     return Checked(text, expr, made, base, trial.known, trial.outline, trial.rungs, tuple(said))
 
 
-def explain(text: str, shelf: Shelf, **options: Any) -> Explanation:
+def explain(text: str, finder: AdapterFinder, **options: Any) -> Explanation:
     """Check a composition and say what it is and costs; parameters and errors as for :func:`check`."""
-    found = check(text, shelf, **options)
+    found = check(text, finder, **options)
     outline, made = found.outline, found.plan
     base = BaseFacts(
         outline.name,
@@ -195,14 +195,14 @@ def explain(text: str, shelf: Shelf, **options: Any) -> Explanation:
         outline.bytes,
         _each(outline.base_flops, outline),
     )
-    published = [ref for ref in found.expr.refs if shelf.find(ref).digest is not None]
+    published = [ref for ref in found.expr.refs if finder.find(ref).digest is not None]
     return Explanation(
         text,
         made,
         base,
-        tuple(_member(leaf, shelf.find(leaf), found) for leaf in made.leaves),
-        requirements(published, shelf),
-        tuple(_where(step, made, outline, shelf) for step in made.steps),
+        tuple(_member(leaf, finder.find(leaf), found) for leaf in made.leaves),
+        requirements(published, finder),
+        tuple(_where(step, made, outline, finder) for step in made.steps),
         _shared(made, outline),
         _each(outline.added_flops(made.expression), outline),
         sum(p.numel() * p.element_size() for merged in outline.merged.values() for p in merged.parameters()),
@@ -221,7 +221,7 @@ def _pointed(text: str, trial: _Trial, expr: Expr) -> Plan:
 class _Trial:
     """Everything that can refuse an expression, in the order of its cost: manifests, base ladder, shapes."""
 
-    shelf: Shelf
+    finder: AdapterFinder
     allow_drift: bool
     known: BaseIdentity | None = None
     outline: Outline | None = None
@@ -233,17 +233,17 @@ class _Trial:
         if self.outline is not None:
             for text in made.leaves:
                 if text not in self.outline.runtime.adapters:
-                    self.outline.put(text, self.shelf.find(text))
+                    self.outline.put(text, self.finder.find(text))
             self.tried = self.outline.activate(made.expression)
         return made
 
     def plan(self, expr: Expr) -> Plan:
-        return plan(expr, self.shelf.resolve, check_base=self._ladder, allow_base_drift=self.allow_drift)
+        return plan(expr, self.finder.resolve, check_base=self._ladder, allow_base_drift=self.allow_drift)
 
     def _ladder(self, text: str, made_for: BaseIdentity) -> None:
         if self.known is None or self.outline is None:
             return
-        manifest = self.shelf.find(text).manifest
+        manifest = self.finder.find(text).manifest
         self.rungs[text] = compare(
             made_for,
             self.known,
@@ -254,7 +254,7 @@ class _Trial:
         )
 
 
-def base_of(made: Plan, shelf: Shelf) -> str:
+def base_of(made: Plan, finder: AdapterFinder) -> str:
     """The base that the adapters of a plan were made for, as it can be loaded.
 
     Raises
@@ -264,7 +264,7 @@ def base_of(made: Plan, shelf: Shelf) -> str:
     """
     if made.base is not None:
         return at_hand(made.base)
-    named = (shelf.find(text).config.get("base_model_name_or_path") for text in made.leaves)
+    named = (finder.find(text).config.get("base_model_name_or_path") for text in made.leaves)
     found = next((str(name) for name in named if name), None)
     if found is None:
         raise UsageError("no adapter of this expression says which base it was made for", hint="give --base BASE")
@@ -285,17 +285,17 @@ def _each(flops: int | None, outline: Outline) -> float | None:
     return None if flops is None else flops / outline.length
 
 
-def _member(text: str, held: Held, found: Checked) -> Member:
+def _member(text: str, stored: StoredAdapter, found: Checked) -> Member:
     adapter = found.outline.runtime.adapters[text]
     return Member(
         text,
-        held.ref,
-        held.digest,
-        held.facts.type,
+        stored.ref,
+        stored.digest,
+        stored.facts.type,
         adapter.kind,
         len(adapter.paths),
-        held.parameters,
-        held.size,
+        stored.parameters,
+        stored.size,
         found.rungs.get(text),
         _each(found.outline.added_flops(Ref(text)), found.outline),
     )
@@ -307,10 +307,10 @@ def _shared(made: Plan, outline: Outline) -> dict[tuple[str, str], int]:
     return {pair: count for pair, count in pairs.items() if count}
 
 
-def _where(step: Step, made: Plan, outline: Outline, shelf: Shelf) -> str:
+def _where(step: Step, made: Plan, outline: Outline, finder: AdapterFinder) -> str:
     if step.operation == "load":
-        held = shelf.find(step.expr.refs[0])
-        return "from the store" if held.digest else f"from {held.ref}"
+        stored = finder.find(step.expr.refs[0])
+        return "from the store" if stored.digest else f"from {stored.ref}"
     if step.operation == "inject":
         return _slots(made.expression, outline)
     if step.operation == "ensemble":

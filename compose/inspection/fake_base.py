@@ -25,10 +25,10 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from compose.algebra import normalize
-from compose.base.loading import quiet, read_config, task_of
+from compose.base.loading import model_config, quiet_transformers, saved_task
 from compose.base.location import Location, locate
 from compose.base.quantization import stays_dense
-from compose.base.request import TASKS, Request
+from compose.base.request import TASKS, BaseRequest
 from compose.base.sites import SiteMap
 from compose.expr.tree import Call, Expr, Scale, Seq, add, seq
 from compose.formats.directory import our_keys, parse_config
@@ -37,7 +37,7 @@ from compose.kind.adapter import Adapter
 from compose.kind.registry import get_kind, make_config
 from compose.parameter_space.execute import Merged, resolve
 from compose.parameter_space.method import need_data
-from compose.planning.members import Held
+from compose.planning.members import StoredAdapter
 from compose.runtime.model_runtime import activate, runtime
 from hub.errors import GateError
 
@@ -67,11 +67,11 @@ class Outline:
     """
 
     def __init__(self, base: str | Path, **options: Any) -> None:
-        self.request = Request(**{"dtype": None, **options})
+        self.request = BaseRequest(**{"dtype": None, **options})
         self.where: Location = locate(base, files=("config.json",))
-        with quiet():
-            config = read_config(self.where.directory, self.request)
-            self.task = self.request.task or task_of(config)
+        with quiet_transformers():
+            config = model_config(self.where.directory, self.request)
+            self.task = self.request.task or saved_task(config)
             auto = self._class(config)
             self._dense = stays_dense(auto, config, trust_remote_code=False)
             dtype = self.request.torch_dtype or getattr(config, "dtype", None) or torch.float32
@@ -106,7 +106,7 @@ class Outline:
 
     # -- adapters ------------------------------------------------------------------------------------------------------
 
-    def put(self, name: str, held: Held) -> Adapter:
+    def put(self, name: str, stored: StoredAdapter) -> Adapter:
         """Build the adapter that a leaf holds under ``name``, from its config and the headers of its files.
 
         Raises
@@ -114,13 +114,13 @@ class Outline:
         KindError, SiteError
             A kind or an option that this base cannot carry, or tensors that do not fit: by name.
         """
-        kind, config = parse_config(held.config, self.sites)
+        kind, config = parse_config(stored.config, self.sites)
         with self._building():
             adapter = kind(config, self.sites, self.model, name=name)
             # Copies of the base's own weights are compared when they are read; here they have no values.
             shapes = {
                 key: torch.empty(info.shape, dtype=_DTYPES[info.dtype])
-                for key, info in held.tensors.items()
+                for key, info in stored.tensors.items()
                 if ".base_layer." not in key
             }
             adapter.load_state(our_keys(adapter, shapes))
@@ -240,7 +240,11 @@ class Outline:
         log = logging.getLogger(FakeTensorMode.__module__)
         log.disabled, before = True, log.disabled
         try:
-            with quiet(), torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+            with (
+                quiet_transformers(),
+                torch.no_grad(),
+                FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter,
+            ):
                 self.model(**inputs)
         except RuntimeError:  # torch's: some operation needs values. What is wrong with adapters is a HubError
             return None

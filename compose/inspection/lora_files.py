@@ -14,7 +14,7 @@ from compose.formats.peft import check_types
 from compose.kernels.low_rank import Pair
 from compose.kind.patterns import value_at
 from compose.kind.registry import get_kind
-from compose.planning.members import Held
+from compose.planning.members import StoredAdapter
 
 _ENDS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 _STEMS = ("base_model.model.", "base_model.")
@@ -41,7 +41,7 @@ def nested(found: Iterable[Contents]) -> bool:
     return any(path.rpartition(".")[0] in paths for path in paths)
 
 
-def contents(held: Held) -> Contents:
+def contents(stored: StoredAdapter) -> Contents:
     """Read an adapter's files; of a LoRA each pair has the scale that PEFT gives it.
 
     Raises
@@ -49,11 +49,11 @@ def contents(held: Held) -> Contents:
     KindError, NotFound, IntegrityError
         No kind reads the config, or a factor is alone or of the wrong shape: named.
     """
-    kind = held.facts.kind
+    kind = stored.facts.kind
     if get_kind(kind).peft_type == "LORA":
-        check_types(held.config)
-        get_kind(kind).from_peft(held.config)  # refuses, by name, what a plain pair does not express
-    tensors = read_tensors(held.where)
+        check_types(stored.config)
+        get_kind(kind).from_peft(stored.config)  # refuses, by name, what a plain pair does not express
+    tensors = read_tensors(stored.where)
     found: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -62,23 +62,23 @@ def contents(held: Held) -> Contents:
             others[_plain(key)] = value
         else:
             found.setdefault(_plain(key.removesuffix(end)), {})[_ENDS[end]] = value
-    return Contents(kind, held.config, {path: _pair(held, path, ab) for path, ab in found.items()}, others)
+    return Contents(kind, stored.config, {path: _pair(stored, path, ab) for path, ab in found.items()}, others)
 
 
 def _plain(key: str) -> str:
     return next((key.removeprefix(stem) for stem in _STEMS if key.startswith(stem)), key)
 
 
-def _pair(held: Held, path: str, ab: Mapping[str, Tensor]) -> Pair:
+def _pair(stored: StoredAdapter, path: str, ab: Mapping[str, Tensor]) -> Pair:
     if ab.keys() != {"A", "B"}:
         (only,) = ab
         raise KindError(
-            f"{held.text} has lora_{only} at {path} and not the other factor", hint="save the adapter again"
+            f"{stored.text} has lora_{only} at {path} and not the other factor", hint="save the adapter again"
         )
     a, b = ab["A"], ab["B"]
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        raise KindError(f"{held.text}: at {path} lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are no pair")
-    return Pair(a, b, _scale(held.config, path, int(a.shape[0])))
+        raise KindError(f"{stored.text}: at {path} lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} are no pair")
+    return Pair(a, b, _scale(stored.config, path, int(a.shape[0])))
 
 
 def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:

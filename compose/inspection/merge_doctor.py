@@ -23,7 +23,7 @@ from torch import Tensor
 from compose.function import get_function
 from compose.inspection.merge_doctor_places import Case, Place, places, prescription
 from compose.parameter_space.job import Progress
-from compose.planning.members import Held, Shelf
+from compose.planning.members import AdapterFinder, StoredAdapter
 from hub.errors import UsageError
 
 __all__ = ["Diagnosis", "SiteDiscrepancy", "examine"]
@@ -81,7 +81,7 @@ class Diagnosis:
 def examine(
     result: str,
     members: Sequence[str],
-    shelf: Shelf,
+    finder: AdapterFinder,
     *,
     weights: Sequence[float] | None = None,
     method: str = "task_arithmetic",
@@ -111,10 +111,10 @@ def examine(
     UsageError, HubError
         A method that cannot be recomputed, adapters of different kinds, or files that cannot be read.
     """
-    case = _case(result, members, shelf, weights, method, density)
+    case = _case(result, members, finder, weights, method, density)
     sums = _Sums(len(members))
     sites = []
-    for place in places(case, shelf, base, progress):
+    for place in places(case, finder, base, progress):
         sites.append(_discrepancy(place))
         sums.add(place)
     fitted, unexplained = sums.fit()
@@ -142,7 +142,7 @@ def examine(
 def _case(
     result: str,
     members: Sequence[str],
-    shelf: Shelf,
+    finder: AdapterFinder,
     weights: Sequence[float] | None,
     method: str,
     density: float | None,
@@ -154,8 +154,8 @@ def _case(
         raise UsageError(f"there are {len(members)} members and {len(given)} weights", hint="one weight a member")
     if get_function(method).family != "merge":
         raise UsageError(f"{method} merges no parameters", hint="hub compose functions lists the merges")
-    held = [shelf.find(member) for member in members]
-    return Case(shelf.find(result), tuple(held), tuple(given), method, density)
+    stored = [finder.find(member) for member in members]
+    return Case(finder.find(result), tuple(stored), tuple(given), method, density)
 
 
 def _discrepancy(place: Place) -> SiteDiscrepancy:
@@ -274,10 +274,10 @@ def _outside(found: Diagnosis) -> list[str]:
     return []
 
 
-def _of_kind(found: Diagnosis, members: Sequence[Held]) -> list[str]:
-    if any(held.facts.kind == "dora" for held in members):
+def _of_kind(found: Diagnosis, members: Sequence[StoredAdapter]) -> list[str]:
+    if any(stored.facts.kind == "dora" for stored in members):
         return ["its members are DoRAs: PEFT merges their factors and leaves their magnitudes out"]
-    if any(held.config.get("use_rslora") for held in members) and found.recipe is None:
+    if any(stored.config.get("use_rslora") for stored in members) and found.recipe is None:
         return ["its members use rsLoRA: check that the scale of the result is the one its factors were made for"]
     return []
 

@@ -27,7 +27,7 @@ from compose.kind.registry import get_kind
 from compose.parameter_space.combine import merge_tensors
 from compose.parameter_space.job import Progress
 from compose.parameter_space.method import Elementwise, Linear, get_method
-from compose.planning.members import Held, Shelf
+from compose.planning.members import AdapterFinder, StoredAdapter
 from hub.errors import UsageError
 
 Coordinates: TypeAlias = Callable[[Pair], Tensor]
@@ -53,8 +53,8 @@ class Place:
 class Case:
     """A result, its members, and what it was meant to be."""
 
-    result: Held
-    members: tuple[Held, ...]
+    result: StoredAdapter
+    members: tuple[StoredAdapter, ...]
     weights: tuple[float, ...]
     method: str
     density: float | None
@@ -76,7 +76,7 @@ class Case:
             options["density"] = self.density
         if "variant" in known:
             options["variant"] = "peft"
-        call = Call(self.method, [Ref(held.text) for held in self.members], options)
+        call = Call(self.method, [Ref(stored.text) for stored in self.members], options)
         try:
             bind(call)
         except CallError as error:
@@ -105,7 +105,7 @@ class Case:
         return self.density is not None or not isinstance(get_method(self.method), Linear)
 
 
-def places(case: Case, shelf: Shelf, base: str | Path | None, progress: Progress | None) -> Iterator[Place]:
+def places(case: Case, finder: AdapterFinder, base: str | Path | None, progress: Progress | None) -> Iterator[Place]:
     """All places of a case, in the order of their names.
 
     Raises
@@ -116,10 +116,10 @@ def places(case: Case, shelf: Shelf, base: str | Path | None, progress: Progress
         Members and result whose tensors do not correspond, named.
     """
     _refuse_method(case)
-    held = (*case.members, case.result)
-    read = [contents(each) for each in held]
+    stored = (*case.members, case.result)
+    read = [contents(each) for each in stored]
     if nested(read) or any(get_kind(each.kind).reads_below for each in read):
-        found = _on_base(case, shelf, base)
+        found = _on_base(case, finder, base)
     elif all(each.pairs for each in read):
         found = _in_factors(case, read)
     else:
@@ -174,9 +174,9 @@ def _in_factors(case: Case, read: Sequence[Contents]) -> Counted:
 
 def _low_rank(case: Case, path: str, given: Sequence[Pair | None]) -> Place:
     like = next(pair for pair in given if pair is not None)
-    for pair, held in zip(given, (*case.members, case.result), strict=True):
+    for pair, stored in zip(given, (*case.members, case.result), strict=True):
         if pair is not None and (pair.A.shape[1], pair.B.shape[0]) != (like.A.shape[1], like.B.shape[0]):
-            raise KindError(f"{held.text} has another shape at {path}", hint="it was made for another base")
+            raise KindError(f"{stored.text} has another shape at {path}", hint="it was made for another base")
     pairs = [pair or Pair(like.A[:0], like.B[:, :0], 1.0) for pair in given]
     at = _coordinates(pairs, dense=case.entrywise)
     taus = tuple(at(pair) for pair in pairs[:-1])
@@ -275,10 +275,10 @@ def _tensor(case: Case, key: str, given: Sequence[Tensor | None]) -> Place:
     """Tensors merged as they are, relative to what changes nothing: 1 for the gains of (IA)^3, else 0."""
     like = next(value for value in given if value is not None)
     neutral = 1.0 if key.endswith("ia3_l") else 0.0
-    for value, held in zip(given, (*case.members, case.result), strict=True):
+    for value, stored in zip(given, (*case.members, case.result), strict=True):
         if value is not None and value.shape != like.shape:
             got, wanted = tuple(value.shape), tuple(like.shape)
-            raise KindError(f"{key} of {held.text} has shape {got}, others have {wanted}: they do not correspond")
+            raise KindError(f"{key} of {stored.text} has shape {got}, others have {wanted}: they do not correspond")
     taus = [torch.zeros_like(like).double() if v is None else v.double() - neutral for v in given]
     recipes = {}
     if neutral:
@@ -293,7 +293,7 @@ def _tensor(case: Case, key: str, given: Sequence[Tensor | None]) -> Place:
 # -- kinds whose effect depends on the base ------------------------------------------------------------------------
 
 
-def _on_base(case: Case, shelf: Shelf, base: str | Path | None) -> Counted:
+def _on_base(case: Case, finder: AdapterFinder, base: str | Path | None) -> Counted:
     from compose.api import attach
     from compose.base.model import load_base
     from compose.inspection.explain import base_of
@@ -301,13 +301,13 @@ def _on_base(case: Case, shelf: Shelf, base: str | Path | None) -> Counted:
     from compose.planning.plan import plan
     from compose.runtime.model_runtime import runtime
 
-    held = (*case.members, case.result)
-    made = plan(add(*(Ref(each.text) for each in held)), shelf.resolve)
-    model = load_base(base or base_of(made, shelf))
-    adapters = [attach(model, each.text, each.where) for each in held]
+    stored = (*case.members, case.result)
+    made = plan(add(*(Ref(each.text) for each in stored)), finder.resolve)
+    model = load_base(base or base_of(made, finder))
+    adapters = [attach(model, each.text, each.where) for each in stored]
     home = runtime(model)
     paths = sorted({path for adapter in adapters for path in adapter.module_paths})
     with torch.no_grad():
         for path in paths:
-            taus = [effect_of(home, path, Ref(each.text)).dense().double() for each in held]
+            taus = [effect_of(home, path, Ref(each.text)).dense().double() for each in stored]
             yield len(paths), Place(path, tuple(taus[:-1]), taus[-1], case.exact(taus[:-1]))

@@ -78,7 +78,7 @@ def weigh(term: Tensor, c: Coefficient) -> Tensor:
     return (term * c).masked_fill(c == 0, 0)  # 0 * NaN is nothing
 
 
-def check_weights(rows: int, weights: Mapping[str, Coefficient]) -> None:
+def check_coefficients(rows: int, weights: Mapping[str, Coefficient]) -> None:
     """Refuse weights by name whose shapes do not fit together."""
     counts: dict[int, str] = {rows: f"{rows} expressions"} if rows > 1 else {}
     lengths: dict[int, str] = {}

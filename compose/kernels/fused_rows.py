@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Rows:
+class FusedRows:
     """Rows ``start`` to ``stop`` of each of ``groups`` runs that are ``run`` rows long.
 
     [q | k | v] is one run; GPT-NeoX's rows, q, k and v of a head after those of the head before, are a run a head.

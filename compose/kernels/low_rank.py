@@ -32,14 +32,14 @@ class Pair:
         return int(self.A.shape[0])
 
 
-class Prepared(Protocol):
+class LowRankMixture(Protocol):
     """Factors laid out for one set of weights."""
 
     def __call__(self, y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:
         """Return y plus the mixture. With ``fresh`` nobody else holds y: it may be written over."""
 
 
-Backend = Callable[[Sequence[Pair], Tensor], Prepared]
+Backend = Callable[[Sequence[Pair], Tensor], LowRankMixture]
 _CHUNK = 256  # tokens whose products with all A are held at once
 _SPARE = 4  # times the ranks a token uses that may as well be computed: sorting tokens by expert costs as much
 _HUGE = 1e18  # factors above: products with activations may overflow
@@ -154,7 +154,7 @@ def _add_products(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
 
 
 @backend
-def loop(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
+def loop(pairs: Sequence[Pair], weights: Tensor) -> LowRankMixture:
     """Reference: one expert after the other over all rows. 2 E small GEMMs."""
 
     def run(y: Tensor, x: Tensor, *, fresh: bool = False) -> Tensor:  # noqa: ARG001
@@ -168,7 +168,7 @@ def loop(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
 
 
 @backend
-def stacked(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
+def stacked(pairs: Sequence[Pair], weights: Tensor) -> LowRankMixture:
     """Concatenate mixed ranks without padding and apply the weights in rank space: two GEMMs."""
     rows = weights.shape[0]
     if rows == 1 and weights.dim() == 2:
@@ -189,7 +189,7 @@ def stacked(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
     return run
 
 
-def for_all(pairs: Sequence[Pair], weights: Sequence[Tensor] | None = None) -> Prepared:
+def for_all(pairs: Sequence[Pair], weights: Sequence[Tensor] | None = None) -> LowRankMixture:
     """The same mixture for all rows: weights and scales go into the factors, two GEMMs remain."""
     if weights is None:
         scaled = [p.B if p.scale == 1.0 else p.B * p.scale for p in pairs]
@@ -205,7 +205,7 @@ def for_all(pairs: Sequence[Pair], weights: Sequence[Tensor] | None = None) -> P
 
 
 @backend
-def gather(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
+def gather(pairs: Sequence[Pair], weights: Tensor) -> LowRankMixture:
     """Give each row its own concatenated factors, then two batched GEMMs; cost is flat in the number of experts.
 
     Only for weights per row. Ranks are padded with zeros to the largest; rows with no expert are left out.
@@ -251,7 +251,7 @@ def padded(factor: Tensor, rank: int) -> Tensor:
 
 
 @backend
-def grouped(pairs: Sequence[Pair], weights: Tensor) -> Prepared:
+def grouped(pairs: Sequence[Pair], weights: Tensor) -> LowRankMixture:
     """Sort the tokens by expert and run each expert on its own: for many experts and few a token.
 
     Holds each token once for every expert it uses, never (tokens, E, d_out).

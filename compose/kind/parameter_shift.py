@@ -20,14 +20,14 @@ from transformers import PreTrainedModel
 from compose.atoms import Atoms, Below, Moved
 from compose.base.sites import SiteMap, linear_shape
 from compose.errors import SiteError
-from compose.kernels.fused_rows import Rows
+from compose.kernels.fused_rows import FusedRows
 from compose.kernels.maps import LinearMap
 from compose.kind.adapter import Adapter, KindConfig, original_module
 from compose.kind.registry import get_kind, make_config
 
 
 @dataclass(frozen=True)
-class Place:
+class ShiftedParameter:
     """One parameter of the base: ``name`` in the module at ``path``; a linear weight counts as (d_out, d_in)."""
 
     path: str
@@ -64,13 +64,13 @@ class Shift(Adapter, ABC):
     Config = ShiftConfig
     config: ShiftConfig
 
-    def places(self, sites: SiteMap, model: PreTrainedModel) -> Iterator[Place]:
+    def places(self, sites: SiteMap, model: PreTrainedModel) -> Iterator[ShiftedParameter]:
         """Parameters to create, each once; fills ``self.paths`` and the aliases of tied ones."""
         self.paths = tuple(_chosen(self.config, sites, model))
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._tied: dict[tuple[str, str], tuple[str, str]] = {}
         self._modules_of: dict[str, Callable[[], nn.Module]] = {}
-        owners: dict[tuple[int, Rows | None], tuple[str, str]] = {}
+        owners: dict[tuple[int, FusedRows | None], tuple[str, str]] = {}
         for path in self.paths:
             module, rows = original_module(model, sites.module_of(path)), sites.rows_of(path)
             for name, parameter in module.named_parameters(recurse=False):
@@ -80,7 +80,7 @@ class Shift(Adapter, ABC):
                 self._tied[path, name] = first
                 if first == (path, name):
                     shape = _shape(module, name, parameter)
-                    yield Place(path, name, shape if rows is None else (len(rows), *shape[1:]))
+                    yield ShiftedParameter(path, name, shape if rows is None else (len(rows), *shape[1:]))
 
     def as_dense(self, sites: SiteMap, model: PreTrainedModel) -> Shift:
         """The same deltas, spread out: merges work on those."""

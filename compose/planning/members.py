@@ -23,11 +23,11 @@ from hub.store import Artifact, Store
 if TYPE_CHECKING:  # what adapters on disk say of themselves needs no torch
     from compose.kind.adapter import Adapter
 
-Source: TypeAlias = "Adapter | Artifact | str | Path"
+AdapterSource: TypeAlias = "Adapter | Artifact | str | Path"
 
 
 @dataclass(frozen=True)
-class Held:
+class StoredAdapter:
     """A leaf on disk: ``facts`` for the plan, and the files of the adapter."""
 
     text: str
@@ -36,7 +36,7 @@ class Held:
     manifest: Manifest | None = None
 
     @classmethod
-    def of(cls, text: str, where: Artifact | Path) -> Held:
+    def of(cls, text: str, where: Artifact | Path) -> StoredAdapter:
         """The adapter of an artifact or a directory; a manifest says what it is, else its config.
 
         Raises
@@ -114,7 +114,7 @@ def task_of(leaves: Iterable[Resolved], labels: Sequence[str] | None) -> tuple[s
     return tasks.pop(), labels or (known.pop() if len(known) == 1 else None)
 
 
-class Shelf:
+class AdapterFinder:
     """Finds leaves by their text: names given by the caller, directories, refs of the store.
 
     Parameters
@@ -132,14 +132,14 @@ class Shelf:
     def __init__(
         self,
         store: Store | None = None,
-        given: Mapping[str, Source] | None = None,
+        given: Mapping[str, AdapterSource] | None = None,
         *,
         fetch: Callable[[str], Artifact] | None = None,
         paths: bool = True,
     ) -> None:
         self._store, self._fetch, self._paths = store, fetch, paths
-        self.given: dict[str, Source] = dict(given or {})
-        self.held: dict[str, Held] = {}
+        self.given: dict[str, AdapterSource] = dict(given or {})
+        self._stored: dict[str, StoredAdapter] = {}
 
     @cached_property
     def store(self) -> Store:
@@ -154,8 +154,8 @@ class Shelf:
         NotFound, RefError
             No such directory or ref; nobody gave that name.
         """
-        if text in self.held:
-            return self.held[text].where
+        if text in self._stored:
+            return self._stored[text].where
         source = self.given.get(text, text)
         if not isinstance(source, str | Path):
             return source
@@ -172,21 +172,21 @@ class Shelf:
         source = self.given.get(text)
         return self.find(text).facts if source is None or isinstance(source, Artifact | str | Path) else Leaf.of(source)
 
-    def find(self, text: str) -> Held:
+    def find(self, text: str) -> StoredAdapter:
         """The leaf, of which there are files; NotFound, RefError or IntegrityError, which name it, otherwise."""
-        if text not in self.held:
+        if text not in self._stored:
             source = self.source(text)
             if not isinstance(source, Artifact | Path):
                 raise UsageError(f"adapter {text!r} is in memory and has no files", hint="compose.save writes them")
-            self.held[text] = Held.of(text, source)
-        return self.held[text]
+            self._stored[text] = StoredAdapter.of(text, source)
+        return self._stored[text]
 
-    def __iter__(self) -> Iterator[Held]:
-        return iter(self.held.values())
+    def __iter__(self) -> Iterator[StoredAdapter]:
+        return iter(self._stored.values())
 
     def sources(self) -> dict[str, str | Path | Artifact]:
         """All that was found, as ``compose.load(..., adapters=)`` and ``compose.attach`` take it."""
-        return {text: held.where for text, held in self.held.items()}
+        return {text: stored.where for text, stored in self._stored.items()}
 
 
 def looks_like_path(text: str) -> bool:

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 
 from packaging.version import Version
 
-from compose.planning.members import Held, Shelf
+from compose.planning.members import AdapterFinder, StoredAdapter
 from hub.errors import UsageError
 from hub.manifest import Requirement
 from hub.ref import AdapterRef
 
 
-def requirements(refs: Iterable[str], shelf: Shelf) -> tuple[Requirement, ...]:
+def requirements(refs: Iterable[str], finder: AdapterFinder) -> tuple[Requirement, ...]:
     """What an expression over ``refs`` requires, sorted: each artifact once, by name, range and digest.
 
     A range in the ref is kept; an exact version or digest allows that version; a bare name or an alias allows what
@@ -20,17 +20,17 @@ def requirements(refs: Iterable[str], shelf: Shelf) -> tuple[Requirement, ...]:
     """
     found = {}
     for text in refs:
-        held = shelf.find(text)
-        if held.manifest is None or held.digest is None:
-            raise unpublished(held)
-        need = Requirement(name=held.manifest.name, range=_range(shelf, held), digest=held.digest)
+        stored = finder.find(text)
+        if stored.manifest is None or stored.digest is None:
+            raise unpublished(stored)
+        need = Requirement(name=stored.manifest.name, range=_range(finder, stored), digest=stored.digest)
         found[need.name, need.digest] = need
     return tuple(found[key] for key in sorted(found))
 
 
-def _range(shelf: Shelf, held: Held) -> str:
-    asked = AdapterRef.parse(str(shelf.given.get(held.text, held.text)))
-    version = Version(held.manifest.version if held.manifest else "0")
+def _range(finder: AdapterFinder, stored: StoredAdapter) -> str:
+    asked = AdapterRef.parse(str(finder.given.get(stored.text, stored.text)))
+    version = Version(stored.manifest.version if stored.manifest else "0")
     if asked.range is not None:
         return asked.range
     if asked.version is not None or asked.digest is not None:
@@ -38,11 +38,11 @@ def _range(shelf: Shelf, held: Held) -> str:
     return f">={version},<{version.major + 1}"
 
 
-def unpublished(held: Held) -> UsageError:
+def unpublished(stored: StoredAdapter) -> UsageError:
     """The error for a member that is a directory."""
     return UsageError(
-        f"{held.text} is a directory, and a composition requires published adapters",
-        ref=held.text,
-        path=held.ref,
-        hint=f"hub push {held.ref} --name NS/NAME --version 1.0.0, then write that name; or add --merge",
+        f"{stored.text} is a directory, and a composition requires published adapters",
+        ref=stored.text,
+        path=stored.ref,
+        hint=f"hub push {stored.ref} --name NS/NAME --version 1.0.0, then write that name; or add --merge",
     )

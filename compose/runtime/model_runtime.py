@@ -20,7 +20,7 @@ from compose.base.quantization import keep_differentiable
 from compose.base.sites import FINAL, SiteMap
 from compose.errors import KindError
 from compose.expr.tree import IDENTITY, Call, Expr, add
-from compose.kernels.coefficients import Coefficient, check_weights
+from compose.kernels.coefficients import Coefficient, check_coefficients
 from compose.kind.adapter import Adapter
 from compose.parameter_space.execute import Merged, resolve
 from compose.parameter_space.method import refuse_without_data
@@ -130,7 +130,7 @@ class Runtime:
         """Make these rows active (one: for all rows of any batch). On an error what was active stays active."""
         for name in weights:
             self.adapter(name)
-        check_weights(len(rows), weights)
+        check_coefficients(len(rows), weights)
         self._set(self._lower(rows, weights), weights, routing)
 
     def route(self, experts: Sequence[Expr], gate: Gate | Mixer) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from compose.atoms import Block, Function, Moved
 from compose.base.weights import bias_of
 from compose.kernels.coefficients import Coefficient, weight_matrix
-from compose.kernels.low_rank import Prepared, add_rows, expand, fold
+from compose.kernels.low_rank import LowRankMixture, add_rows, expand, fold
 from compose.slots.block_functions import Blocks
 from compose.slots.stage import Entry, Node, Stage
 
@@ -66,7 +66,7 @@ class FrozenLayout:
         self._input = _vectors(mixed("inputs", stage.inputs, plus_one=True), 1.0)
         self._gain = _vectors(mixed("gains", stage.gains, plus_one=True), 1.0)
         self._shift = _vectors(shift, 0.0)
-        self._pairs: Prepared | None = stage.layout_for(like) if stage.low_rank else None
+        self._pairs: LowRankMixture | None = stage.layout_for(like) if stage.low_rank else None
         maps = stage.maps_for(like.dtype)
         self._terms = [Term(delta, e.coefficient, like) for e, delta in zip(stage.deltas, maps, strict=True)]
         self._terms += _of_functions(stage.functions, like)

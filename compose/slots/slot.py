@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compose.base.weights import bias_of, row_norm_squared
 from compose.errors import KindError
-from compose.kernels.fused_rows import Rows
+from compose.kernels.fused_rows import FusedRows
 from compose.slots import low_rank_autograd as learning
 from compose.slots.branches import Chain, stages
 from compose.slots.frozen_stage import FrozenStage, frozen_stage
@@ -160,7 +160,7 @@ class BelowView:
     Of an adapter on a part of a fused linear, that is the map into its ``rows``.
     """
 
-    def __init__(self, slot: Slot, before: Sequence[Node], rows: Rows | None = None) -> None:
+    def __init__(self, slot: Slot, before: Sequence[Node], rows: FusedRows | None = None) -> None:
         self._slot, self._before, self._rows = slot, tuple(before), rows
 
     def apply(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from compose.atoms import Atoms, Function, Moved, Replace, Side
 from compose.kernels.coefficients import Coefficient, multiply, on_rows, shield, used_rows, weigh, weight_matrix
-from compose.kernels.low_rank import BACKENDS, Pair, Prepared, choose, expand, for_all, isolating, mix
+from compose.kernels.low_rank import BACKENDS, LowRankMixture, Pair, choose, expand, for_all, isolating, mix
 from compose.kernels.maps import LinearMap
 from compose.kind.heads import level
 
@@ -83,7 +83,7 @@ class Stage:
         self.learns = self._learns()
         # What does not depend on x, laid out at the first call of a dtype and read by all the others.
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._prepared: dict[torch.dtype, Prepared] = {}
+        self._prepared: dict[torch.dtype, LowRankMixture] = {}
         self._maps: dict[torch.dtype, list[LinearMap]] = {}
 
     def _moves(self) -> tuple[Mapping[str, Tensor], float] | None:
@@ -211,7 +211,7 @@ class Stage:
         """`y` plus the low-rank mixture of frozen factors, laid out once; ``fresh``: y may be written over."""
         return self.layout_for(x)(y, x, fresh=fresh)
 
-    def layout_for(self, x: Tensor) -> Prepared:
+    def layout_for(self, x: Tensor) -> LowRankMixture:
         """The low-rank mixture of frozen factors for activations such as ``x``."""
         prepared = self._prepared.get(x.dtype)
         if prepared is None:
@@ -223,7 +223,7 @@ class Stage:
         """Tensors that are kept must not be of inference mode: autograd may meet them in a later call."""
         return torch.inference_mode(False) if self.keeps else nullcontext()
 
-    def _prepare(self, dtype: torch.dtype, like: Tensor) -> Prepared:
+    def _prepare(self, dtype: torch.dtype, like: Tensor) -> LowRankMixture:
         numbers = [e.coefficient for e in self.low_rank if not isinstance(e.coefficient, Tensor)]
         if len(numbers) == len(self.low_rank):
             return for_all([pair_of(e, c, dtype, fold=self.keeps) for e, c in zip(self.low_rank, numbers, strict=True)])

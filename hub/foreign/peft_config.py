@@ -31,7 +31,7 @@ _BASE = "base_model_name_or_path"
 _REPOSITORY = re.compile(r"(?:builtin:)?[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?\Z")
 
 
-def kind_of(config: Mapping[str, Any]) -> str | None:
+def peft_kind(config: Mapping[str, Any]) -> str | None:
     """Kind that reads a PEFT config, or None."""
     kind = PEFT_KINDS.get(str(config.get("peft_type")))
     return "dora" if kind == "lora" and config.get("use_dora") else kind
@@ -51,7 +51,7 @@ def facts_of(directory: Path) -> dict[str, Any]:
     config = canonical.loads(read_capped(path, canonical.MAX_JSON), what=str(path))
     if not isinstance(config, dict):
         raise GateError(f"{path} is not a JSON object", path=path)
-    kind = kind_of(config)
+    kind = peft_kind(config)
     task = TASK_TYPES.get(str(config.get("task_type")))
     plain = {key: value for key, value in config.items() if value not in (None, [], {})}
     return {"hyperparameters": plain} | ({"kind": kind} if kind else {}) | ({"task": task} if task else {})

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from compose.planning.members import Source
+from compose.planning.members import AdapterSource
 from hub.errors import HubError
 from hub.store import Store
 from router.engine.host import Host
@@ -56,7 +56,7 @@ class Engine:
         base: str | Path | PreTrainedModel,
         *,
         store: Store | None = None,
-        adapters: Mapping[str, Source] | None = None,
+        adapters: Mapping[str, AdapterSource] | None = None,
         quantize: str = "none",
         dtype: Any = None,
         device: Any = None,

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 import compose
 from compose.base.location import locate
 from compose.base.model import identity_of, load_base, name_of, tokenizer_of
-from compose.base.quantization import held_as
+from compose.base.quantization import quantization_of
 from compose.expr.tree import Expr
 from compose.runtime.model_runtime import runtime
 from router.engine.row_heads import Heads
@@ -59,7 +59,7 @@ class Host:
         )  # other threads encode while this one decodes
         self.identity = identity_of(self.model)
         self.name = name_of(self.model)
-        self.held = f"{held_as(self.model)} {self.model.dtype}"
+        self.held = f"{quantization_of(self.model)} {self.model.dtype}"
         self.decodes = self.model.can_generate()
         self.translates = self.decodes and bool(self.model.config.is_encoder_decoder)
         self.heads = Heads(self.model)

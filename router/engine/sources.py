@@ -11,7 +11,7 @@ from typing import Any
 from compose.formats.directory import read_adapter
 from compose.formats.files import CONFIG, EXTRA, WEIGHTS, file_of, has, read_config
 from compose.kind.adapter import Adapter
-from compose.planning.members import Held, Shelf, Source
+from compose.planning.members import AdapterFinder, AdapterSource, StoredAdapter
 from compose.planning.plan import Leaf
 from compose.planning.unfold import Resolved
 from hub.contents.tensor_files import read_header
@@ -71,15 +71,17 @@ class Sources:
         Text of a ref -> digest: what each ref has stood for; refs found in it are read so (see `hub run`'s journal).
     """
 
-    def __init__(self, host: Host, store: Store, given: Mapping[str, Source] | None = None) -> None:
+    def __init__(self, host: Host, store: Store, given: Mapping[str, AdapterSource] | None = None) -> None:
         self._host, self.store = host, store
-        self._finder = Shelf(store, given, fetch=self._pinned, paths=False)  # a request must not read our directories
+        self._finder = AdapterFinder(
+            store, given, fetch=self._pinned, paths=False
+        )  # a request must not read our directories
         self._offers = Counter(list(self._finder.given))  # the second directory of a name is another resident
         self._known: dict[str, KnownAdapter] = {}
         self._named: dict[str, KnownAdapter] = {}
         self.pins: dict[str, str] = {}
 
-    def offer(self, name: str, source: Source) -> None:
+    def offer(self, name: str, source: AdapterSource) -> None:
         """Make a source known under a name of its own."""
         self._finder.given[name] = source
         self._offers[name] += 1
@@ -90,7 +92,7 @@ class Sources:
         self._known.pop(name, None)
         return self._finder.given.pop(name, None) is not None
 
-    def given_source(self, name: str) -> Source | None:
+    def given_source(self, name: str) -> AdapterSource | None:
         """What a name was offered for."""
         return self._finder.given.get(name)
 
@@ -149,7 +151,7 @@ class Sources:
         if not isinstance(source, Artifact | Path):
             front, task = _front(vars(source.config)), "classify" if source.labels else "generate"
             return KnownAdapter(text, source, Leaf.of(source), source.labels, task, None, front, size_of(source))
-        stored = Held.of(text, source)
+        stored = StoredAdapter.of(text, source)
         manifest = stored.manifest
         labels = self._classes(source, ()) if manifest is None else self._labels(stored.ref, source, manifest)
         task = "regress" if manifest is not None and manifest.task == "regression" else _task_of(labels)

@@ -123,7 +123,7 @@ class RandomAdapters:
 
         import compose
         from compose.expr.tree import Ref
-        from compose.planning.members import Shelf as Leaves
+        from compose.planning.members import AdapterFinder as Leaves
         from router.artifact import members_of, publish
         from router.bench import Bench
         from router.router import Router

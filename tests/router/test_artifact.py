@@ -165,10 +165,10 @@ def test_members_that_are_gone_or_yanked_are_named(place, tmp_path, monkeypatch)
     with pytest.raises(UsageError, match="is of type adapter, no router"):
         load("ns/law")
     with pytest.raises(BaseMismatch):
-        from compose.planning.members import Shelf
+        from compose.planning.members import AdapterFinder
         from router.artifact import members_of
 
-        members_of(["ns/law", "ns/other"], Shelf())
+        members_of(["ns/law", "ns/other"], AdapterFinder())
 
 
 def test_files_that_make_no_router_are_refused(place, tmp_path):

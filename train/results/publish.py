@@ -12,9 +12,9 @@ import compose
 from compose.algebra import parse
 from compose.artifacts import probes
 from compose.artifacts.publish import publish_composition
-from compose.base.quantization import held_as
+from compose.base.quantization import quantization_of
 from compose.expr.tree import Ref, substitute
-from compose.planning.members import Shelf
+from compose.planning.members import AdapterFinder
 from hub.manifest import Draft, Lineage, Metric, TrainedOn
 from hub.pack import pack
 from hub.ref import AdapterRef
@@ -88,7 +88,7 @@ def publish_learned(
     return publish_composition(
         expression,
         ref,
-        Shelf(store),
+        AdapterFinder(store),
         license=facts.get("license"),
         method=config.method,
         metrics=_metrics(config, result, facts.get("evaluated_on")),
@@ -175,7 +175,7 @@ def _hyperparameters(adapter: Adapter, config: TrainConfig, result: FitResult) -
 
 
 def _trained_on(model: PreTrainedModel, config: TrainConfig) -> TrainedOn:
-    quantization = held_as(model)
+    quantization = quantization_of(model)
     nf4 = quantization == "nf4"
     quantized = getattr(model.config, "quantization_config", None)
     return TrainedOn(

@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 from compose.base.compatibility import BaseWarning, compare
 from compose.base.fingerprint import _cache_file
-from compose.base.loading import task_of
+from compose.base.loading import saved_task
 from compose.base.location import builtins, locate
 from compose.base.model import check_base, identity_of, load_base, name_of, tokenizer_of
-from compose.base.quantization import bits_per_parameter, held_as, quantized_layers
+from compose.base.quantization import bits_per_parameter, quantization_of, quantized_layers
 from hub.errors import BaseMismatch, GateError, HubError, IntegrityError, NotFound, UsageError
 from hub.manifest import TrainedOn
 
@@ -115,7 +115,7 @@ def test_the_task_is_what_the_checkpoint_was_saved_as(family: str, task: str, tm
     directory = make(family, tmp_path / family)
     model = load_base(directory)
     assert type(model) is type(FAMILIES[family]())
-    assert task_of(model.config) == task
+    assert saved_task(model.config) == task
 
 
 def test_a_classifier_gets_its_labels_and_the_same_new_head_each_time() -> None:
@@ -190,7 +190,7 @@ def test_quantized_builtin_base(quantize: str, double_quant: bool, bits: float) 
     layers = quantized_layers(model)
     assert len(layers) == 42  # 6 blocks of q, k, v, o, gate, up, down; not the tied head
     assert bits_per_parameter(model) == pytest.approx(bits, abs=0.01)
-    assert held_as(model) == quantize
+    assert quantization_of(model) == quantize
     assert not any(p.requires_grad for p in model.parameters())
     assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
     ids = tokenizer_of(TINY)("The history of the city is long. import numpy as np", return_tensors="pt")["input_ids"]

@@ -7,7 +7,7 @@ from typing import get_args
 import click
 import pytest
 
-from compose.base.request import QUANTIZATIONS, TASKS, Quantization, Request
+from compose.base.request import QUANTIZATIONS, TASKS, BaseRequest, Quantization
 from hub.cli import main
 from hub.errors import UsageError
 
@@ -41,7 +41,7 @@ def test_every_command_takes_the_quantizations_of_the_table() -> None:
 )
 def test_what_is_not_known_is_refused_with_what_is_near(asked: dict[str, str], told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        Request(**asked)  # type: ignore[arg-type]
+        BaseRequest(**asked)  # type: ignore[arg-type]
 
 
 def test_a_request_is_checked_without_torch() -> None:

@@ -16,7 +16,7 @@ from compose.expr.tree import Ref
 from compose.formats.directory import save_adapter
 from compose.inspection.fake_base import Outline
 from compose.kind.registry import kinds
-from compose.planning.members import Shelf
+from compose.planning.members import AdapterFinder
 from hub.errors import GateError, HubError
 
 TINY = "builtin:tiny-lm"
@@ -77,7 +77,7 @@ def test_every_kind_is_tried(tiny: Any, home: Any, tmp_path: Path) -> None:
         outline = Outline(home(family))
         for kind in kinds():
             directory = saved(tiny, family, kind, tmp_path / f"{family}-{kind}")
-            held = Shelf().find(str(directory))
+            held = AdapterFinder().find(str(directory))
             adapter = outline.put(kind, held)
             shapes = {key: tuple(value.shape) for key, value in adapter.state().items()}
             assert shapes == {key: info.shape for key, info in held.tensors.items()}, (family, kind)
@@ -89,7 +89,7 @@ def test_every_kind_is_tried(tiny: Any, home: Any, tmp_path: Path) -> None:
 def test_costs_are_the_operations_of_the_factors(tiny: Any, home: Any, tmp_path: Path) -> None:
     outline = Outline(home("llama"))
     for name in ("a", "b"):
-        outline.put(name, Shelf().find(str(saved(tiny, "llama", "lora", tmp_path / name, seed=ord(name)))))
+        outline.put(name, AdapterFinder().find(str(saved(tiny, "llama", "lora", tmp_path / name, seed=ord(name)))))
     one = 2 * RANKED * outline.length  # two layers
     assert outline.added_flops(parse("a")) == one
     assert outline.added_flops(parse("0.5 * a + b")) == 2 * one
@@ -105,7 +105,7 @@ def test_costs_are_the_operations_of_the_factors(tiny: Any, home: Any, tmp_path:
 def test_merges_that_look_at_values_get_a_stand_in(tiny: Any, home: Any, tmp_path: Path) -> None:
     outline = Outline(home("llama"))
     for name in ("a", "b"):
-        outline.put(name, Shelf().find(str(saved(tiny, "llama", "lora", tmp_path / name, seed=ord(name)))))
+        outline.put(name, AdapterFinder().find(str(saved(tiny, "llama", "lora", tmp_path / name, seed=ord(name)))))
     assert not outline.makes_adapter(parse("average(a, b)"))  # type: ignore[arg-type]
     assert outline.makes_adapter(parse("ties(a, b)"))  # type: ignore[arg-type]
     assert outline.added_flops(parse("ties(a, b, rank=4)")) == outline.added_flops(parse("a"))
@@ -114,9 +114,9 @@ def test_merges_that_look_at_values_get_a_stand_in(tiny: Any, home: Any, tmp_pat
 def test_what_does_not_fit_is_named(tiny: Any, home: Any, tmp_path: Path) -> None:
     directory = saved(tiny, "llama", "lora", tmp_path / "a")
     with pytest.raises(KindError, match="q_proj"):
-        Outline(home("llama", hidden_size=64)).put("a", Shelf().find(str(directory)))
+        Outline(home("llama", hidden_size=64)).put("a", AdapterFinder().find(str(directory)))
     with pytest.raises(HubError, match="target_modules"):
-        Outline(home("bert")).put("a", Shelf().find(str(directory)))
+        Outline(home("bert")).put("a", AdapterFinder().find(str(directory)))
 
 
 def test_a_base_of_seven_billion_is_outlined_from_its_config_alone(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_what_looks_at_values_is_not_counted_and_not_called_wrong(
     config.save_pretrained(tmp_path)
     assert Outline(tmp_path).base_flops is None
     outline = Outline(home("llama"))
-    adapter = outline.put("a", Shelf().find(str(saved(tiny, "llama", "lora", tmp_path / "a"))))
+    adapter = outline.put("a", AdapterFinder().find(str(saved(tiny, "llama", "lora", tmp_path / "a"))))
     assert outline.activate(Ref("a"))
     lower = type(adapter).lower
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from compose.errors import KindError
 from compose.inspection.merge_doctor import Diagnosis, examine
-from compose.planning.members import Shelf
+from compose.planning.members import AdapterFinder
 from hub.errors import HubError, NotFound, UsageError
 
 Made = Callable[..., Path]
@@ -73,7 +73,7 @@ MERGES = {
 
 def look(root: Path, result: str, weights: list[float] | None = None, **options: Any) -> Diagnosis:
     members = [str(root / "one"), str(root / "two")]
-    return examine(str(root / result), members, Shelf(), weights=weights or [0.7, 0.3], **options)
+    return examine(str(root / result), members, AdapterFinder(), weights=weights or [0.7, 0.3], **options)
 
 
 def delta(directory: Path, path: str) -> torch.Tensor:
@@ -166,7 +166,7 @@ def test_dora_needs_its_base_and_loses_its_magnitudes_in_peft(made: Made) -> Non
     found = look(root, "svd", [0.5, 0.5])
     assert 0.1 < found.error < 2
     assert any("magnitudes" in finding for finding in found.findings)
-    same = examine(str(root / "one"), [str(root / "one")], Shelf(), weights=[1.0])
+    same = examine(str(root / "one"), [str(root / "one")], AdapterFinder(), weights=[1.0])
     assert same.error < 1e-6
 
 
@@ -207,7 +207,7 @@ def test_sites_that_are_missing_or_too_many_are_named(made: Made, tmp_path: Path
     found = look(root, lost)
     assert found.findings[0] == f"it does nothing at {first}, where its members act"
     members = [lost, lost]
-    extra = examine(str(root / "cat"), members, Shelf(), weights=[0.5, 0.5])
+    extra = examine(str(root / "cat"), members, AdapterFinder(), weights=[0.5, 0.5])
     assert extra.findings[0] == f"it acts at {first}, where no member does"
 
 
@@ -248,4 +248,4 @@ def test_what_cannot_be_examined_is_said(made: Made, tmp_path: Path) -> None:
         ([one, narrow], {}, KindError, "pair|shape"),
     ):
         with pytest.raises(error, match=says):
-            examine(cat, members, Shelf(), **options)  # type: ignore[arg-type]
+            examine(cat, members, AdapterFinder(), **options)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from compose.merging.fold import fold
 from compose.merging.merge import merge
 from compose.merging.whole_layers import widen
 from compose.parameter_space.effect import effect_of
-from compose.planning.members import Shelf
+from compose.planning.members import AdapterFinder
 from compose.runtime.model_runtime import runtime
 from compose.slots.lowering import site_program
 
@@ -375,7 +375,7 @@ def test_a_map_knows_that_a_part_lies_in_the_whole(base, tmp_path):
     runtime(model).add("whole", widen(model, make(model, "lora", "part", target_modules=("q", "v")).freeze()).adapter)
     for name in ("part", "whole"):
         compose.save(runtime(model).adapter(name), tmp_path / name, model=model)
-    found = interference_of([str(tmp_path / "part"), str(tmp_path / "whole")], Shelf(), base=tmp_path / "base")
+    found = interference_of([str(tmp_path / "part"), str(tmp_path / "whole")], AdapterFinder(), base=tmp_path / "base")
     assert found.cosine.min() > 1 - 1e-6
 
 
