@@ -9,11 +9,14 @@ import click
 
 from hub.commands._output import json_option, print_json, say
 from hub.console.options import quantize_option
+from hub.lazy import load
+
+_FORMATS = click.Choice(load("compose.artifacts.export_format:FORMATS").names())
 
 
 @click.command()
 @click.argument("ref")
-@click.option("--format", "format_", type=click.Choice(["peft", "vllm", "merged"]), required=True, help="For whom.")
+@click.option("--format", "format_", type=_FORMATS, required=True, help="For whom.")
 @click.option("--to", "out", type=click.Path(path_type=Path), help="The directory [./NAME-FORMAT].")
 @click.option("--base", metavar="BASE", help="The base [the one it was made for].")
 @click.option("--rank", type=click.IntRange(min=1), help="vllm: rank of the LoRA that stands for another kind.")
@@ -31,12 +34,8 @@ def export(ref: str, format_: str, out: Path | None, as_json: bool, **options: A
     hub export acme/tone --format merged --to ./model    the base with it folded in, and what rounding has lost
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     import hub
-    from hub.errors import UsageError
     from hub.ref import AdapterRef
 
-    for name, of in (("rank", "vllm"), ("quantize", "merged")):
-        if options[name] is not None and format_ != of:
-            raise UsageError(f"--{name} belongs to --format {of}")
     place = out or Path(f"{AdapterRef.parse(ref).name}-{format_}")
     done = hub.export(ref, format_, place, **options)
     if as_json:

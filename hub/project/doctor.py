@@ -32,6 +32,7 @@ _LEAST_PYTHON = (3, 10)
 _GONE = ("delete", "evict")
 _TORCH = "compose.inspection.torch_check:findings"
 _PLUGINS = {  # group of entry points -> our folder of the same sort
+    "hub.formats": "compose.export_formats",
     "hub.functions": "compose.functions",
     "hub.gates": "hub.gates",
     "hub.kinds": "compose.kinds",

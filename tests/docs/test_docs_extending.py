@@ -53,6 +53,21 @@ assert from_url("share://team").path.name == "team"
 
 from click.testing import CliRunner
 from hub.cli import main
+from hub.manifest import Draft
+from hub.pack import pack
+from hub.store import Store
+import numpy
+import os
+from pathlib import Path
+
+place = Path(os.environ["ACME_SHARE"])
+compose.save(adapter, place / "plus", model=model)
+pack(place / "plus", Draft(name="me/plus", version="1.0.0", kind="lora", base=compose.identity(model)))
+Store().put(place / "plus")
+done = CliRunner().invoke(main, ["export", "me/plus", "--format", "npz", "--to", str(place / "out")])
+assert (done.exit_code, "arrays" in done.stderr) == (0, True), done.output
+assert len(numpy.load(place / "out" / "adapter.npz")) == len(list(adapter.parameters()))
+assert CliRunner().invoke(main, ["export", "me/plus", "--format", "npz", "--rank", "2"]).exit_code == 2
 
 told = {
     "compose kinds": ["vera"],
@@ -79,7 +94,7 @@ def installed(tmp_path):
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text("".join(f"[{group}]\n{name} = {where}\n" for group, name, where in points))
-    assert len(points) == 5
+    assert len(points) == 6
     return {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(tmp_path),

@@ -1,6 +1,8 @@
 """`hub export`: PEFT reads it, vLLM's rules hold, a merged model says what the adapted one does; losses are told."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -117,3 +119,20 @@ def test_nothing_is_overwritten_and_nothing_half_written(store, cli, tmp_path: P
     assert cli("export", "ns/p", "--format", "merged", "--to", str(tmp_path / "no")).exit_code == 1
     assert sorted(tmp_path.iterdir()) == before
     assert Store().verify() == []
+
+
+def test_options_of_another_format_are_refused(store, export) -> None:
+    assert "--rank belongs to --format vllm, not to merged" in export("ns/a", "merged", "--rank", "3", code=2)
+    assert "--base-name belongs to --format peft or vllm" in export("ns/a", "merged", "--base-name", "x", code=2)
+    assert "--quantize belongs to --format merged" in export("ns/a", "peft", "--quantize", "nf4", code=2)
+
+
+def test_formats_are_named_without_torch() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from hub.cli import main\n"
+        "told = CliRunner().invoke(main, ['export', '--help']).output\n"
+        "assert '[merged|peft|vllm]' in told, told\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,92 @@
+"""Artifacts for other engines, each in one of the formats under ``compose/export_formats/``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compose.artifacts.export_format import FORMATS, ExportFormat, Request
+from hub.errors import Conflict, UsageError
+from hub.io.files import fsync_directory
+from hub.store import Store
+
+__all__ = ["Exported", "export"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, what to know of it in sentences, and what was measured."""
+
+    ref: str
+    format: str
+    directory: str
+    notes: tuple[str, ...] = ()
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "notes": list(self.notes), "measured": dict(self.measured)}
+
+
+def export(
+    ref: str,
+    format: str,
+    out: Path,
+    *,
+    store: Store | None = None,
+    base: str | Path | None = None,
+    rank: int | None = None,
+    quantize: str | None = None,
+    base_name: str | None = None,
+    allow_base_drift: bool = False,
+) -> Exported:
+    """Write an artifact for another engine: whole, or not at all.
+
+    Parameters
+    ----------
+    ref
+        An adapter, a merge, or a composition of the store.
+    format
+        ``peft``, ``vllm``, ``merged``, or one that another package adds.
+    out
+        A directory that does not exist yet, or is empty.
+    base
+        As for :func:`compose.load`; default: the one it was made for.
+    rank
+        vllm: of the LoRA that stands for what is none; exact sums of LoRAs need no rank.
+    quantize
+        merged: fold into the weights as this quantization rounds them; default: into the unquantized ones.
+    base_name
+        peft, vllm: ``base_model_name_or_path``; vLLM's resolver compares it with the name the model is served under.
+
+    Raises
+    ------
+    UsageError, Conflict
+        An unknown format, or an option of another one; a directory that holds something.
+    HubError
+        What the format cannot express, by name; nothing is written then.
+    """
+    written_by = FORMATS.get(format)
+    _refuse_others_options(format, written_by, rank=rank, quantize=quantize, base_name=base_name)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Conflict(f"{out} exists already", path=out, hint="give another directory with --to")
+    home = store or Store()
+    request = Request(home.get(ref), home, base, rank, quantize, base_name, allow_base_drift)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as room:
+        young = Path(room) / "young"
+        young.mkdir()
+        notes, measured = written_by(request).write(young)
+        young.replace(out)
+    fsync_directory(out.parent)
+    return Exported(str(request.artifact.ref), format, str(out), tuple(notes), measured)
+
+
+def _refuse_others_options(format: str, written_by: type[ExportFormat], **options: Any) -> None:
+    for name, value in options.items():
+        if value is not None and name not in written_by.options:
+            of = " or ".join(other for other, each in FORMATS.all().items() if name in each.options)
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --format {of}, not to {format}")

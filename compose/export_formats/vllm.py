@@ -1,0 +1,75 @@
+"""One plain LoRA by vLLM's rules: factors A and B alone, no DoRA, no biases, no whole modules, r <= 512."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compose.artifacts.export_format import FORMATS, ExportFormat, Written
+from compose.base.model import name_of
+from compose.errors import KindError
+from compose.formats.directory import export_peft
+from compose.formats.files import CONFIG, EXTRA, WEIGHTS, read_config
+from compose.merging.merge import lower_to_lora
+from compose.runtime.model_runtime import runtime
+from hub.contents.tensor_files import read_header
+from hub.errors import GateError
+
+# Ranks that vLLM reserves room for (--max-lora-rank).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@FORMATS.register("vllm")
+class VLLM(ExportFormat):
+    """A LoRA as it is; anything else that changes weights as the LoRA of ``rank`` that is nearest to it."""
+
+    options = frozenset({"rank", "base_name"})
+
+    def write(self, out: Path) -> Written:
+        """Copy or approximate it, and compare what was written with what vLLM reads."""
+        artifact, notes, measured = self.artifact, list[str](), dict[str, float]()
+        manifest = artifact.manifest
+        if manifest.task not in (None, "causal_lm"):
+            raise KindError(
+                f"{artifact.ref} is for {manifest.task}, and vLLM serves adapters of causal language models"
+            )
+        fields = read_config(artifact.file(CONFIG)) if manifest.type in ("adapter", "merge") else {}
+        if manifest.kind == "lora" and "peft_type" in fields:
+            if EXTRA in artifact.files:
+                raise KindError(
+                    f"{artifact.ref} carries whole modules (modules_to_save), which vLLM refuses",
+                    hint="--format merged makes a model of it that vLLM serves",
+                )
+            self.copy_adapter(fields, out)
+        else:
+            model = self.request.load()
+            lowered = lower_to_lora(model, runtime(model).rows[0], rank=self.request.rank)
+            if lowered.adapter.saved:
+                raise KindError(f"{artifact.ref} carries whole modules, which vLLM refuses", hint="use --format merged")
+            sites, named = runtime(model).sites, self.request.base_name or name_of(model)
+            export_peft(lowered.adapter, out, sites=sites, model=model, base=named, task="causal_lm")
+            measured["discarded"] = lowered.certificate.share
+            notes.append(f"written as one LoRA: {lowered.certificate}")
+        rank = _check_vllm(out)
+        room = next(most for most in VLLM_RANKS if rank <= most)
+        notes.append(f"serve it with: vllm serve BASE --enable-lora --max-lora-rank {room} --lora-modules NAME=DIR")
+        return notes, measured
+
+
+def _check_vllm(directory: Path) -> int:
+    """Compare a directory with what vLLM reads; returns the rank."""
+    fields = read_config(directory / CONFIG)
+    names = [info.name for info in read_header(directory / WEIGHTS).tensors]
+    odd = [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if odd or not all(name.startswith("base_model.model.") for name in names):
+        raise GateError(f"vLLM has no place for {(odd or names)[0]}", path=directory)
+    if fields.get("use_dora") or fields.get("bias") not in (None, "none") or fields.get("modules_to_save"):
+        raise GateError("vLLM takes neither DoRA, nor biases, nor modules_to_save", path=directory)
+    if not isinstance(fields.get("target_modules"), list):
+        raise GateError("vLLM wants target_modules as a list", path=directory)
+    rank = int(fields["r"])
+    if rank > VLLM_RANKS[-1]:
+        raise KindError(
+            f"the rank is {rank}, and vLLM takes at most {VLLM_RANKS[-1]}",
+            hint=f"hub compose REF --merge --rank {VLLM_RANKS[-1]} -o NS/NAME@VERSION, then export that",
+        )
+    return rank
