@@ -223,6 +223,14 @@ def names_version(tag: str) -> bool:
         return False
 
 
+def spells_version(tag: str) -> bool:
+    """Whether a remote's tag is a version in any form: ``v1.0`` is 1.0."""
+    try:
+        return bool(check_version(tag))
+    except RefError:
+        return False
+
+
 def names_alias(tag: str) -> bool:
     """Whether a remote's tag is an alias."""
     try:

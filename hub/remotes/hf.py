@@ -27,7 +27,7 @@ from hub.ref import (
     check_version,
     names_adapter,
     names_alias,
-    names_version,
+    spells_version,
 )
 from hub.remotes.base import REMOTES
 from hub.storage.releases import Catalogue, Release, in_order, refuse_conflict
@@ -98,7 +98,7 @@ class HuggingFaceRemote:
         tags = [Tag(ref.name, ref.target_commit) for ref in refs.tags]
         hidden = [ref for ref in refs.converts if ref.name.startswith(_YANKED)]
         tags += [Tag(ref.name.removeprefix(_YANKED), ref.target_commit, True) for ref in hidden]
-        versions = [tag for tag in tags if names_version(tag.name)]
+        versions = [tag for tag in tags if spells_version(tag.name)]
         with ThreadPoolExecutor(_WORKERS) as pool:
             digests = list(pool.map(lambda tag: self._digest(repo, tag), versions))
         return self._folded(name, tags, dict(zip(versions, digests, strict=True)))
@@ -120,7 +120,7 @@ class HuggingFaceRemote:
         digests: dict[Tag, str | None] = {}
         for here, data in cached_manifests(self._repo(name)):
             tags += here
-            digests |= {tag: canonical.digest(data) for tag in here if names_version(tag.name)}
+            digests |= {tag: canonical.digest(data) for tag in here if spells_version(tag.name)}
         if not digests:
             raise reason
         return self._folded(name, tags, digests)

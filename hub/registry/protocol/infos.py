@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from typing import Any
 
+from hub.io.files import read_capped
 from hub.registry.context import Access
 from hub.registry.state import git_ids as gitids
 from hub.registry.state.drafts import Repo
+from hub.registry.state.front_matter import MAX_CARD, front_matter
 from hub.registry.state.git_ids import File
 from hub.registry.state.repositories import Repos, Revision
 from hub.storage.index import Facts
@@ -51,7 +54,7 @@ def listed(facts: Facts, repo: Repo | None) -> dict[str, Any]:
         "modelId": facts.name,
         "author": facts.name.split("/")[0],
         "private": repo.private if repo else False,
-        "gated": "manual" if repo and repo.gated else False,
+        "gated": (repo and repo.gated) or False,
         "createdAt": _canonical(facts.created),
         "lastModified": _canonical(facts.created),
         "pipeline_tag": pipeline(facts.task),
@@ -68,7 +71,7 @@ def listed_draft(repo: Repo) -> dict[str, Any]:
         "modelId": repo.name,
         "author": repo.name.split("/")[0],
         "private": repo.private,
-        "gated": "manual" if repo.gated else False,
+        "gated": repo.gated or False,
         "createdAt": time_text(repo.created),
         "lastModified": time_text(repo.created),
         "tags": ["draft"],
@@ -82,15 +85,29 @@ def described(access: Access, revision: Revision, *, blobs: bool) -> dict[str, A
         about = listed(repos.facts(access.name, revision.release), repo)
     else:
         about = {**listed_draft(repo), "library_name": "peft" if "adapter_config.json" in revision.tree else None}
+    card = _card_data(repos, revision)
+    written = card.get("tags") if isinstance(card.get("tags"), list) else []
+    about["tags"] = list(dict.fromkeys([*about["tags"], *(tag for tag in written if isinstance(tag, str))]))
     siblings = [_sibling(repos, path, file) if blobs else {"rfilename": path} for path, file in revision.tree.items()]
     return {
         **about,
         "sha": revision.oid,
+        "cardData": card or None,
         "lastModified": time_text(revision.time),
         "disabled": False,
         "usedStorage": sum(file.size for file in revision.tree.values()),
         "siblings": siblings,
     }
+
+
+def _card_data(repos: Repos, revision: Revision) -> dict[str, Any]:
+    """YAML in front of the card, as JSON: dates become texts."""
+    file = revision.tree.get("README.md")
+    if file is None or file.size > MAX_CARD:
+        return {}
+    text = read_capped(repos.path(file), MAX_CARD).decode("utf-8", "replace")
+    card: dict[str, Any] = json.loads(json.dumps(front_matter(text), default=str))
+    return card
 
 
 def _sibling(repos: Repos, path: str, file: File) -> dict[str, Any]:
@@ -103,7 +120,6 @@ def _sibling(repos: Repos, path: str, file: File) -> dict[str, Any]:
 def entries(repos: Repos, revision: Revision, *, expand: bool) -> dict[str, dict[str, Any]]:
     """All files and folders of a revision, by path."""
     oids = repos.entry_oids(revision.tree)
-    last = {"id": revision.oid, "title": revision.title, "date": time_text(revision.time)}
     listed: dict[str, dict[str, Any]] = {}
     for path, file in revision.tree.items():
         entry: dict[str, Any] = {"type": "file", "path": path, "size": file.size, "oid": oids[path]}
@@ -114,8 +130,8 @@ def entries(repos: Repos, revision: Revision, *, expand: bool) -> dict[str, dict
         if path:
             listed[path] = {"type": "directory", "path": path, "size": 0, "oid": oid}
     if expand:
-        for entry in listed.values():
-            entry["lastCommit"] = last
+        for path, last in repos.last_changes(revision).items():
+            listed[path]["lastCommit"] = {"id": last.oid, "title": last.title, "date": time_text(last.time)}
     return dict(sorted(listed.items()))
 
 

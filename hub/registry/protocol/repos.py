@@ -153,9 +153,9 @@ def settings(request: Request, ns: str, name: str, body: JsonBody) -> JSONRespon
     if gated not in (None, False, "auto", "manual"):
         raise ApiError(400, "gated is false, auto or manual")
     repo = changes.change_settings(
-        access.repos, access.name, visibility=_visibility(body), gated=None if gated is None else bool(gated)
+        access.repos, access.name, visibility=_visibility(body), gated=None if gated is None else gated or ""
     )
-    return JSONResponse({"private": repo.private, "gated": "manual" if repo.gated else False})
+    return JSONResponse({"private": repo.private, "gated": repo.gated or False})
 
 
 @router.post("/api/repos/move")

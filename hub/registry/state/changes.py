@@ -21,6 +21,7 @@ from hub.registry.state.repositories import MAIN, Repos, Revision
 from hub.registry.tokens import Caller
 
 # Paths alone are checked here: a router is the type that needs no particular file.
+MAX_TITLE = 1000  # characters
 _ANY = Draft(name="any/draft", version="0", type="router")
 
 
@@ -32,7 +33,7 @@ class Committed:
     new: bool
 
 
-def create_repo(repos: Repos, name: str, *, visibility: str, gated: bool = False) -> Repo:
+def create_repo(repos: Repos, name: str, *, visibility: str, gated: str = "") -> Repo:
     """Make a repository. ApiError: 409 when it exists, 410 when it was deleted and had versions."""
     repo = Repo(name, visibility, gated, time.time())
     released = bool(repos.catalogue(name).releases)
@@ -46,8 +47,8 @@ def create_repo(repos: Repos, name: str, *, visibility: str, gated: bool = False
     return repo
 
 
-def change_settings(repos: Repos, name: str, *, visibility: str | None, gated: bool | None) -> Repo:
-    """Change who may see a repository."""
+def change_settings(repos: Repos, name: str, *, visibility: str | None, gated: str | None) -> Repo:
+    """Change who may see a repository; what is None stays as it is."""
     with repos.drafts.change() as db:
         repo = find_repo(db, name) or Repo(name, created=time.time())
         repo = replace(
@@ -241,8 +242,12 @@ def _check_tree(tree: dict[str, File]) -> None:
 def _make(repos: Repos, head: Revision, tree: dict[str, File], request: CommitRequest, caller: Caller) -> Commit:
     now = datetime.now(timezone.utc)
     author = caller.name or "anonymous"
-    title = request.title.splitlines()[0][:200] if request.title.strip() else "Update"
+    title, _, rest = request.title.strip().partition("\n")
+    title, message = (
+        title.strip()[:MAX_TITLE] or "Update",
+        "\n\n".join(filter(None, (rest.strip(), request.description))),
+    )
     root = gitids.trees(repos.entry_oids(tree))[""]
     parent = head.oid if head.tree or head.release else None
-    oid = gitids.commit_oid(root, [parent] if parent else [], author, now, f"{title}\n\n{request.description}")
-    return Commit(oid, parent, dict(sorted(tree.items())), author, now.timestamp(), title, request.description)
+    oid = gitids.commit_oid(root, [parent] if parent else [], author, now, f"{title}\n\n{message}")
+    return Commit(oid, parent, dict(sorted(tree.items())), author, now.timestamp(), title, message)

@@ -21,14 +21,14 @@ from hub.registry.state.git_ids import File
 from hub.storage.blobs import Blobs
 from hub.storage.staging import Staging
 
-SCHEMA = 1
+SCHEMA = 2
 BUSY = 30.0  # seconds to wait for another writer
 GRACE = 3600.0  # seconds that a blob may wait for the transaction that names it
 KEEP = 30 * 86400.0  # seconds that a superseded draft, or an upload that no commit took, is kept
 
 _TABLES = """
 CREATE TABLE repos (
-    name TEXT PRIMARY KEY, visibility TEXT NOT NULL, gated INTEGER NOT NULL, created REAL NOT NULL,
+    name TEXT PRIMARY KEY, visibility TEXT NOT NULL, gated TEXT NOT NULL, created REAL NOT NULL,
     deleted INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 CREATE TABLE commits (
@@ -42,17 +42,35 @@ CREATE TABLE origins (repo TEXT NOT NULL, digest TEXT NOT NULL, oid TEXT NOT NUL
     PRIMARY KEY (repo, digest)) WITHOUT ROWID;
 CREATE TABLE uploads (repo TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL, time REAL NOT NULL,
     PRIMARY KEY (repo, sha256)) WITHOUT ROWID;
+CREATE TABLE version_tags (repo TEXT NOT NULL, version TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (repo, version))
+    WITHOUT ROWID;
 """
-_OF_REPO = ("commits", "branches", "tags", "uploads")
+# From the schema before, whose `gated` was a number and which knew versions by their canonical form alone.
+_MIGRATE = """
+ALTER TABLE repos RENAME TO repos_1;
+CREATE TABLE repos (
+    name TEXT PRIMARY KEY, visibility TEXT NOT NULL, gated TEXT NOT NULL, created REAL NOT NULL,
+    deleted INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+INSERT INTO repos SELECT name, visibility, CASE gated WHEN 0 THEN '' ELSE 'manual' END, created, deleted FROM repos_1;
+DROP TABLE repos_1;
+CREATE TABLE version_tags (repo TEXT NOT NULL, version TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (repo, version))
+    WITHOUT ROWID;
+"""
+_OF_REPO = ("commits", "branches", "tags", "uploads", "version_tags")
 
 
 @dataclass(frozen=True, slots=True)
 class Repo:
-    """One repository: ``public`` or ``private``; gated means its files need read access even when it is public."""
+    """One repository: ``public`` or ``private``.
+
+    `gated` is ``auto``, ``manual`` or empty: where it is gated, its files need read access even when it is public.
+    Nobody asks for access here, so the two words mean the same; a client reads the one that it wrote.
+    """
 
     name: str
     visibility: str = "public"
-    gated: bool = False
+    gated: str = ""
     created: float = 0.0
     deleted: bool = False
 
@@ -93,8 +111,8 @@ class Drafts:
     def _create(self) -> None:
         with self.change() as db:
             schema = db.execute("PRAGMA user_version").fetchone()[0]
-            if schema == 0:
-                for statement in _TABLES.split(";\n"):
+            if schema in (0, 1):
+                for statement in (_TABLES if schema == 0 else _MIGRATE).split(";\n"):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {SCHEMA}")
             elif schema != SCHEMA:
@@ -178,12 +196,12 @@ def load_tree(text: str) -> dict[str, File]:
 def find_repo(db: sqlite3.Connection, name: str) -> Repo | None:
     """Row of a repository, deleted ones too."""
     row = db.execute("SELECT name, visibility, gated, created, deleted FROM repos WHERE name = ?", (name,)).fetchone()
-    return Repo(row[0], row[1], bool(row[2]), row[3], bool(row[4])) if row else None
+    return Repo(*row[:4], bool(row[4])) if row else None
 
 
 def save_repo(db: sqlite3.Connection, repo: Repo) -> None:
     """Write the row of a repository."""
-    row = (repo.name, repo.visibility, int(repo.gated), repo.created, int(repo.deleted))
+    row = (repo.name, repo.visibility, repo.gated, repo.created, int(repo.deleted))
     db.execute("INSERT OR REPLACE INTO repos VALUES (?, ?, ?, ?, ?)", row)
 
 
@@ -212,6 +230,11 @@ def find_name(db: sqlite3.Connection, table: str, repo: str, name: str) -> str |
     """Commit id of one of the ``branches`` or ``tags`` of a repository."""
     row = db.execute(f"SELECT oid FROM {table} WHERE repo = ? AND name = ?", (repo, name)).fetchone()  # noqa: S608
     return row[0] if row else None
+
+
+def version_tags(db: sqlite3.Connection, repo: str) -> dict[str, str]:
+    """Version -> the tag by which a client published it, as it was written (``v1.0`` for 1.0)."""
+    return dict(db.execute("SELECT version, tag FROM version_tags WHERE repo = ?", (repo,)))
 
 
 def pairs(db: sqlite3.Connection, table: str, repo: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(?P<yaml>(?:.*?\n)??)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+MAX_CARD = 2**20  # bytes of a card that are looked at
 MAX_YAML = 64 * 1024  # characters; the YAML reader is slow, and no card needs more
 MAX_DEPTH = 32  # levels of nesting
 

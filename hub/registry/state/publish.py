@@ -19,14 +19,13 @@ from hub.ref import AdapterRef, check_version
 from hub.registry.errors import ApiError, from_hub, revision_not_found
 from hub.registry.state.changes import check_free
 from hub.registry.state.drafts import pairs
-from hub.registry.state.front_matter import front_matter
+from hub.registry.state.front_matter import MAX_CARD, front_matter
 from hub.registry.state.git_ids import File
 from hub.registry.state.repositories import MAIN, Repos, Revision
 from hub.registry.tokens import Caller
 from hub.storage.releases import Release
 
 _BOUND = ("config", "weights", "extra")  # files that the facts of a manifest are about
-MAX_CARD = 2**20  # bytes of a card that are searched for facts
 
 
 def create_tag(repos: Repos, name: str, tag: str, revision: str, caller: Caller) -> Revision:
@@ -45,7 +44,11 @@ def create_tag(repos: Repos, name: str, tag: str, revision: str, caller: Caller)
     target = repos.resolve(name, revision)
     version = _version(name, tag)
     if version is not None:
-        return _publish(repos, target, version, caller)
+        published = _publish(repos, target, version, caller)
+        canonical = published.release.version if published.release else version
+        with repos.drafts.change() as db:
+            db.execute("INSERT OR REPLACE INTO version_tags VALUES (?, ?, ?)", (name, canonical, tag))
+        return published
     check_free(repos, name, tag)
     if target.release is not None:
         repos.store.tag(AdapterRef.parse(name).at(digest=target.release.digest), tag, expect="absent")

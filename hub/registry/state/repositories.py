@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 
 from hub.errors import IntegrityError, NotFound, RefError
@@ -15,7 +16,7 @@ from hub.manifest import MANIFEST_NAME, Manifest
 from hub.ref import AdapterRef
 from hub.registry.errors import ApiError, entry_not_found, revision_not_found
 from hub.registry.state import git_ids as gitids
-from hub.registry.state.drafts import Commit, Drafts, Repo, find_commit, find_name, find_repo, pairs
+from hub.registry.state.drafts import Commit, Drafts, Repo, find_commit, find_name, find_repo, pairs, version_tags
 from hub.registry.state.git_ids import File
 from hub.registry.state.recent import Catalogues, Recent
 from hub.storage.index import Facts
@@ -26,6 +27,7 @@ MAIN = "main"
 SYSTEM = "moduloom"  # author of the commits that releases are
 _HEX = re.compile(r"[0-9a-f]{7,40}\Z")
 EPOCH = datetime.fromtimestamp(0, timezone.utc)
+MAX_WALK = 500  # revisions that are looked at for who changed a file last
 _CACHED = 2048  # releases whose trees are kept in memory
 
 
@@ -87,7 +89,7 @@ class Repos:
         """All repositories with a row of their own, deleted ones too, by name."""
         with self.drafts.read() as db:
             rows = db.execute("SELECT name, visibility, gated, created, deleted FROM repos").fetchall()
-        return {row[0]: Repo(row[0], row[1], bool(row[2]), row[3], bool(row[4])) for row in rows}
+        return {row[0]: Repo(*row[:4], bool(row[4])) for row in rows}
 
     def hidden(self) -> dict[str, Repo]:
         """Repositories that not everybody may see, deleted ones too."""
@@ -120,9 +122,14 @@ class Repos:
         catalogue = self.catalogue(name)
         with self.drafts.read() as db:
             branches, tags = pairs(db, "branches", name), pairs(db, "tags", name)
+            written = version_tags(db, name)
         branches.setdefault(MAIN, self._newest(catalogue).oid)
         oids = {release.digest: self.of_release(name, release).oid for release in catalogue.releases}
-        live = {release.version: oids[release.digest] for release in catalogue.releases if release.yanked is None}
+        live = {
+            written.get(release.version, release.version): oids[release.digest]
+            for release in catalogue.releases
+            if release.yanked is None
+        }
         dead = {release.version: oids[release.digest] for release in catalogue.releases if release.yanked is not None}
         aliases = {alias: oids[digest] for alias, digest in sorted(catalogue.aliases.items())}
         return Refs(branches, {**live, **aliases, **tags}, dead)
@@ -141,6 +148,21 @@ class Repos:
         older = [self.of_release(name, release) for release in reversed(self.catalogue(name).releases)]
         start = next((place for place, other in enumerate(older) if other.oid == at.oid), None)
         yield from older[start:]
+
+    def last_changes(self, revision: Revision) -> dict[str, Revision]:
+        """Path of each file and folder of a revision -> the newest revision that made it what it is.
+
+        At most `MAX_WALK` revisions are looked at; what did not change in them is ascribed to the last of these.
+        """
+        at, last = revision, dict[str, Revision]()
+        wanted, here = set(contents(at.tree)), contents(at.tree)
+        for older in islice(self.history(revision), 1, MAX_WALK):
+            before = contents(older.tree)
+            changed = {path for path in wanted if before.get(path) != here[path]}
+            last |= dict.fromkeys(changed, at)
+            wanted -= changed
+            at, here = older, before
+        return last | dict.fromkeys(wanted, at)
 
     def of_release(self, name: str, release: Release) -> Revision:
         """Return the revision that a published version is."""
@@ -237,6 +259,16 @@ def release_tree(manifest: Manifest) -> dict[str, File]:
     tree = {entry.path: File(entry.sha256, entry.size) for entry in manifest.files}
     tree[MANIFEST_NAME] = File(manifest.digest.removeprefix("sha256:"), len(manifest.canonical))
     return dict(sorted(tree.items()))
+
+
+def contents(tree: Mapping[str, File]) -> dict[str, object]:
+    """What each file and each folder of a tree holds, to be compared with another tree's."""
+    folders: dict[str, list[tuple[str, File]]] = {}
+    for path, file in tree.items():
+        for place, mark in enumerate(path):
+            if mark == "/":
+                folders.setdefault(path[:place], []).append((path, file))
+    return {**tree, **folders}
 
 
 def draft_revision(name: str, commit: Commit) -> Revision:

@@ -13,6 +13,7 @@ from hub.io.files import read_capped
 from hub.manifest import Manifest, Metric, TensorEntry
 from hub.ref import AdapterRef
 from hub.registry.context import Access
+from hub.registry.state.front_matter import MAX_CARD
 from hub.registry.state.git_ids import File
 from hub.registry.state.lineage import Node
 from hub.registry.state.repositories import Revision
@@ -21,7 +22,6 @@ from hub.registry.web.lineage_svg import svg
 from hub.registry.web.markdown import render
 from hub.storage.releases import Catalogue, Release
 
-MAX_CARD = 2**20  # bytes
 MAX_ROWS = 400  # tensors shown; the manifest has them all
 MAX_VERSIONS = 200
 

@@ -220,9 +220,10 @@ def test_tags_without_a_manifest_are_no_versions(site, remote, second, send_comm
         pull(second, remote, "acme/tone")
 
 
-def test_a_stock_push_can_be_pulled(site, remote, second, files, send_directory, tag) -> None:
+@pytest.mark.parametrize("written", ["1.0.0", "v1.0.0"])
+def test_a_stock_push_can_be_pulled(site, remote, second, files, send_directory, tag, written: str) -> None:
     send_directory(site, "acme/tone", files())
-    tag(site, "acme/tone", "1.0.0")
+    tag(site, "acme/tone", written)
     assert pull(second, remote, "acme/tone").manifest.kind == "lora"
     assert second.verify() == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import stat
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hub.errors import NotFound, StoreError, UsageError
 from hub.registry import tokens
 from hub.registry.commands import registry
 from hub.registry.errors import ApiError
+from hub.registry.state.drafts import Drafts, Repo, find_repo, version_tags
 
 PROBE = """
 import huggingface_hub.errors as errors
@@ -260,3 +262,22 @@ def test_a_malformed_tokens_file_starts_nothing(tmp_path: Path, text: str) -> No
     path.write_text(text)
     with pytest.raises(StoreError):
         tokens.Tokens(path)
+
+
+def test_a_registry_of_the_schema_before_goes_on(tmp_path: Path) -> None:
+    root = tmp_path / "registry"
+    root.mkdir()
+    with sqlite3.connect(root / "registry.sqlite") as db:
+        db.execute(
+            "CREATE TABLE repos (name TEXT PRIMARY KEY, visibility TEXT NOT NULL, gated INTEGER NOT NULL, "
+            "created REAL NOT NULL, deleted INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID"
+        )
+        rows = [("acme/a", "private", 1, 5.0, 0), ("acme/b", "public", 0, 6.0, 1)]
+        db.executemany("INSERT INTO repos VALUES (?, ?, ?, ?, ?)", rows)
+        db.execute("PRAGMA user_version = 1")
+    for _ in range(2):  # moved once, and then read
+        drafts = Drafts(root)
+        with drafts.read() as db:
+            assert find_repo(db, "acme/a") == Repo("acme/a", "private", "manual", 5.0)
+            assert find_repo(db, "acme/b") == Repo("acme/b", "public", "", 6.0, deleted=True)
+            assert version_tags(db, "acme/a") == {}

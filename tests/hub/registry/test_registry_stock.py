@@ -104,6 +104,73 @@ print(json.dumps(dict(
     assert found["default"] == "# one\n"
 
 
+def test_what_a_client_wrote_is_what_it_reads(site, files) -> None:
+    """Tags, gates, messages, cards and the commit of each file: as they were written, not as they are kept."""
+    directory = files("tone")
+    (directory / "README.md").write_text("---\nlicense: mit\ntags: [legal, own]\ndate: 2026-01-02\n---\n# tone\n")
+    found = site.stock(
+        f"""
+api.create_repo("acme/tone")
+first = api.upload_folder(repo_id="acme/tone", folder_path={str(directory)!r}, commit_message="first")
+api.upload_file(path_or_fileobj=b"a\\n", path_in_repo="aux/a.txt", repo_id="acme/tone", commit_message="add a")
+second = api.upload_file(path_or_fileobj=b"b\\n", path_in_repo="aux/b.txt", repo_id="acme/tone",
+    commit_message="add b\\n\\nbecause", commit_description="of c")
+tree = {{e.path: e.last_commit.title for e in api.list_repo_tree("acme/tone", recursive=True, expand=True)}}
+some = {{e.path: e.last_commit.oid for e in api.get_paths_info("acme/tone", ["README.md", "aux"], expand=True)}}
+log = [(c.title, c.message) for c in api.list_repo_commits("acme/tone")][:1]
+api.create_tag("acme/tone", tag="v1.0")
+tags = lambda: [t.name for t in api.list_repo_refs("acme/tone").tags]
+written = tags()
+again = api.create_tag("acme/tone", tag="v1.0", exist_ok=True)
+api.create_tag("acme/tone", tag="1.0", exist_ok=True)
+both = tags()
+read = [len(api.list_repo_files("acme/tone", revision=r)) for r in ("v1.0", "1.0", "1.0.0")]
+gates = []
+for gate in ("auto", "manual", False):
+    api.update_repo_settings("acme/tone", gated=gate)
+    gates.append(api.model_info("acme/tone").gated)
+info = api.model_info("acme/tone")
+api.delete_tag("acme/tone", tag="v1.0")
+print(json.dumps(dict(tree=tree, some=[some["README.md"] == first.oid, some["aux"] == second.oid], log=log,
+    written=written, both=both, read=read, none=tags(), gates=gates, card=info.card_data.to_dict(),
+    tags=info.tags)))
+"""
+    )
+    assert found["tree"] == {
+        **dict.fromkeys(("README.md", "adapter_config.json", "adapter_model.safetensors"), "first"),
+        "aux": "add b",
+        "aux/a.txt": "add a",
+        "aux/b.txt": "add b",
+    }
+    assert found["some"] == [True, True]
+    assert found["log"] == [["add b", "because\n\nof c"]]
+    assert (found["written"], found["both"], found["none"]) == (["v1.0"], ["v1.0"], [])
+    assert found["read"] == [6, 6, 6]  # with module.json
+    assert found["gates"] == ["auto", "manual", False]
+    assert found["card"] == {"license": "mit", "tags": ["legal", "own"], "date": "2026-01-02"}
+    assert {"legal", "own", "lora"} <= set(found["tags"])
+    assert site.store.catalogue("acme/tone").releases[0].yanked  # its tag is gone
+
+
+def test_who_changed_a_file_is_known_across_versions(site, files) -> None:
+    one, two = files("one", seed=1), files("two", seed=2)
+    found = site.stock(
+        f"""
+api.create_repo("acme/tone")
+for number, folder in enumerate(({str(one)!r}, {str(two)!r}), start=1):
+    api.upload_folder(repo_id="acme/tone", folder_path=folder)
+    api.create_tag("acme/tone", tag=f"v{{number}}")
+print(json.dumps({{e.path: e.last_commit.title for e in api.list_repo_tree("acme/tone", expand=True)}}))
+"""
+    )
+    assert found == {
+        "README.md": "acme/tone 2",
+        "adapter_config.json": "acme/tone 1",
+        "adapter_model.safetensors": "acme/tone 2",
+        "module.json": "acme/tone 2",
+    }
+
+
 def test_errors_are_those_of_the_real_hub(site, files) -> None:
     directory = files("tone")
     found = site.stock(
