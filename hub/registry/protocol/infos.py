@@ -86,8 +86,9 @@ def described(access: Access, revision: Revision, *, blobs: bool) -> dict[str, A
     else:
         about = {**listed_draft(repo), "library_name": "peft" if "adapter_config.json" in revision.tree else None}
     card = _card_data(repos, revision)
-    written = card.get("tags") if isinstance(card.get("tags"), list) else []
-    about["tags"] = list(dict.fromkeys([*about["tags"], *(tag for tag in written if isinstance(tag, str))]))
+    written = card.get("tags")
+    own = [tag for tag in written if isinstance(tag, str)] if isinstance(written, list) else []
+    about["tags"] = list(dict.fromkeys([*about["tags"], *own]))
     siblings = [_sibling(repos, path, file) if blobs else {"rfilename": path} for path, file in revision.tree.items()]
     return {
         **about,

@@ -196,7 +196,7 @@ def load_tree(text: str) -> dict[str, File]:
 def find_repo(db: sqlite3.Connection, name: str) -> Repo | None:
     """Row of a repository, deleted ones too."""
     row = db.execute("SELECT name, visibility, gated, created, deleted FROM repos WHERE name = ?", (name,)).fetchone()
-    return Repo(*row[:4], bool(row[4])) if row else None
+    return Repo(row[0], row[1], row[2], row[3], bool(row[4])) if row else None
 
 
 def save_repo(db: sqlite3.Connection, repo: Repo) -> None:

@@ -89,7 +89,7 @@ class Repos:
         """All repositories with a row of their own, deleted ones too, by name."""
         with self.drafts.read() as db:
             rows = db.execute("SELECT name, visibility, gated, created, deleted FROM repos").fetchall()
-        return {row[0]: Repo(*row[:4], bool(row[4])) for row in rows}
+        return {row[0]: Repo(row[0], row[1], row[2], row[3], bool(row[4])) for row in rows}
 
     def hidden(self) -> dict[str, Repo]:
         """Repositories that not everybody may see, deleted ones too."""
