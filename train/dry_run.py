@@ -22,7 +22,7 @@ from hub.console.output import bytes_text
 from train.config import TrainConfig, span_in_steps
 from train.data.batches import IGNORE, Dataset, epoch_order
 from train.loop import training
-from train.run import Prepared
+from train.pipeline import Prepared
 from train.steps.evaluate import amp
 
 __all__ = ["Preview", "preview", "show"]

@@ -23,7 +23,7 @@ os.environ["SOURCE_DATE_EPOCH"] = "1700000000"  # else a manifest says when it w
 
 from hub.store import Store
 from train.config import TrainConfig
-from train.run import run
+from train.pipeline import run
 from train.steps.checkpoint import CHECKPOINT
 
 

@@ -11,7 +11,7 @@ from hub.errors import StoreError
 from hub.store import Store
 from train.config import TrainConfig
 from train.errors import TrainError
-from train.run import run
+from train.pipeline import run
 from train.steps.checkpoint import CHECKPOINT, read_checkpoint
 
 resource = pytest.importorskip("resource", reason="limits on files are a thing of POSIX")

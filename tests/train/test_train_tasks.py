@@ -17,7 +17,7 @@ from train.data.datasets import completions, encode, load_splits, read_rows
 from train.data.encoders import chats, packed
 from train.errors import DataError
 from train.loop import fit
-from train.run import run
+from train.pipeline import run
 from train.steps.evaluate import evaluate
 from train.steps.objective import forward, loss_sum
 

@@ -42,8 +42,8 @@ def race(words: tuple[str, ...], names: str, budget: float, out: Path, json_path
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported: see `hub train`
     from hub.errors import UsageError
     from train.config import read_words
-    from train.race import plot_race
-    from train.race import race as run
+    from train.successive_halving import plot_race
+    from train.successive_halving import race as run
 
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} holds an earlier race", path=out, hint=f"--out another folder, or remove {out}")

@@ -81,7 +81,7 @@ def train(
         _dry_run(config, json_path)
         return
     from hub.ref import AdapterRef
-    from train.run import run
+    from train.pipeline import run
 
     folder = out or Path("runs") / AdapterRef.parse(name).name
     outcome = run(
@@ -107,7 +107,7 @@ def _dry_run(config: TrainConfig, json_path: str | None) -> None:
     from rich.console import Console
 
     from train.dry_run import preview, show
-    from train.run import prepare
+    from train.pipeline import prepare
 
     ready = prepare(config)
     found = preview(ready)

@@ -21,7 +21,7 @@ from hub.cli import main
 from hub.store import Store
 from train.config import TrainConfig
 from train.dry_run import preview, show
-from train.run import prepare
+from train.pipeline import prepare
 from train.steps.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[3]

@@ -11,7 +11,7 @@ from train.learner.heads import head_parameters
 from train.loop import fit
 from train.many import Job, fit_many
 from train.method import Composite
-from train.run import prepare
+from train.pipeline import prepare
 
 RATE, HEAD_RATE = 1e-3, 8e-3
 OPTIONS = {"mam": {"prefix_length": 2, "bottleneck_size": 4, "hidden": 8}}

@@ -15,8 +15,8 @@ from train.data.datasets import Splits
 from train.dry_run import preview
 from train.loop import fit
 from train.method import Composite, make_method, methods, trained
+from train.pipeline import Prepared
 from train.results.publish import publish_learned
-from train.run import Prepared
 from train.steps.checkpoint import CHECKPOINT, read_checkpoint
 from train.steps.evaluate import evaluate
 

@@ -7,7 +7,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from hub.errors import UsageError
 from train.config import TrainConfig
-from train.run import run
+from train.pipeline import run
 
 
 class Notebook(GeneralTracker):

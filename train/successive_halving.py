@@ -19,7 +19,7 @@ from train.config import TrainConfig, did_you_mean
 from train.errors import NonFiniteLoss
 from train.loop import fit
 from train.method import make_method, trained
-from train.run import Prepared, prepare
+from train.pipeline import Prepared, prepare
 from train.steps.checkpoint import CHECKPOINT
 from train.steps.evaluate import rank
 from train.steps.guards import options_of_the_run

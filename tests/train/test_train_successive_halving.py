@@ -12,7 +12,7 @@ from hub.errors import UsageError
 from train import race
 from train.config import TrainConfig
 from train.loop import fit
-from train.run import run
+from train.pipeline import run
 
 LM = {"max_length": 32, "batch_size": 8, "duration": 60, "eval_every": 30, "lr": 5e-3}
 

@@ -20,7 +20,7 @@ from train.config import TrainConfig, load_config
 from train.data.datasets import load_splits
 from train.errors import DataError, NonFiniteLoss, TrainError
 from train.learner.heads import modules_to_save
-from train.run import prepare, run
+from train.pipeline import prepare, run
 from train.steps.evaluate import evaluate
 
 LM = {"max_length": 32, "batch_size": 8, "duration": 6, "eval_every": 2, "lr": 5e-3, "options": {"r": 4}}
