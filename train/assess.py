@@ -17,15 +17,15 @@ from hub.store import Store
 from train.config import make_config
 from train.data.datasets import encode, read_rows
 from train.data.files import file_digests
-from train.steps.evaluate import evaluate
+from train.steps import evaluate as measuring
 from train.steps.guards import heads_come_later, refuse_looking_ahead, refuse_misfit
 
-__all__ = ["assess"]
+__all__ = ["evaluate"]
 
 log = logging.getLogger(__name__)
 
 
-def assess(
+def evaluate(
     expression: str | None,
     data: str,
     *,
@@ -77,7 +77,7 @@ def assess(
     if known:
         log.warning("%s: the adapters were trained on %s", data, ", ".join(known))
     started = time.perf_counter()
-    measures = evaluate(model, rows, batch_size=batch_size, precision=precision)
+    measures = measuring.evaluate(model, rows, batch_size=batch_size, precision=precision)
     seconds = round(time.perf_counter() - started, 3)
     facts = {"expression": expression, "base": base, "task": task, "data": data, "data_digest": rows.digest}
     return {**facts, "rows": len(rows), "trained_on": known, "seconds": seconds, "measures": measures}

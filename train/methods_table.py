@@ -9,10 +9,10 @@ from pydantic_core import PydanticUndefined
 
 from train.method import Method, get_method, methods
 
-__all__ = ["markdown", "rows"]
+__all__ = ["describe_methods", "markdown"]
 
 
-def rows(name: str | None = None) -> list[dict[str, Any]]:
+def describe_methods(name: str | None = None) -> list[dict[str, Any]]:
     """Facts of all methods, or of the one called `name`.
 
     Raises

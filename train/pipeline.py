@@ -10,7 +10,7 @@ adapter/             the artifact: weights, config, README.md (the card), module
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from hub.errors import Conflict
 from hub.ref import AdapterRef
 from hub.relations.word_counts import count_words
 from hub.store import Artifact, Store
-from train.config import TrainConfig
+from train.config import TrainConfig, make_config
 from train.data.batches import Dataset
 from train.data.datasets import Splits, load_splits
 from train.errors import DataError, NonFiniteLoss
@@ -85,10 +85,10 @@ class Outcome:
 
 
 def run(
-    config: TrainConfig,
+    config: TrainConfig | Mapping[str, Any],
     *,
-    folder: Path,
-    ref: str | AdapterRef,
+    ref: str | AdapterRef | None = None,
+    folder: Path | None = None,
     store: Store | None = None,
     publishing: bool = True,
     resume: bool = False,
@@ -99,6 +99,17 @@ def run(
 ) -> Outcome:
     """Train what the configuration says, leave a folder, and publish the best adapter.
 
+    Parameters
+    ----------
+    config
+        The run, or its values (`hub train --fields` lists them).
+    ref
+        The adapter's name, with a version or the next one; by default `local/` and the method's.
+    folder
+        The run's folder; by default `runs/` and the adapter's name.
+    store
+        Where it is published, if it is (`publishing`); by default the user's own.
+
     Raises
     ------
     UsageError
@@ -108,8 +119,10 @@ def run(
     HubError
         Bad data, an unknown method or option, a base that cannot be loaded.
     """
-    accelerator, store, ref = Accelerator(), store or Store(), AdapterRef.parse(ref)
-    _, config = make_method(config)
+    accelerator, store = Accelerator(), store or Store()
+    _, config = make_method(config if isinstance(config, TrainConfig) else make_config(config))
+    ref = AdapterRef.parse(ref or f"local/{config.method.replace('_', '-')}")
+    folder = folder or Path("runs") / ref.name
     ref = _version(store, ref) if publishing else ref.at(version=ref.version or "0.1.0")
     console = console or Console(stderr=True)
     progress = new_progress(console, accelerator)

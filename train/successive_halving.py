@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compose.kind.registry import get_kind, kinds, make_config
+from hub.console.output import write_json
 from hub.errors import UsageError
 from train.config import TrainConfig, did_you_mean
 from train.errors import NonFiniteLoss
@@ -47,10 +48,10 @@ class Runner:
 def race(
     config: TrainConfig,
     names: Sequence[str],
-    budget: float,
-    folder: Path,
+    budget: float = 600.0,
+    folder: Path = Path("race"),
     *,
-    say: Callable[[str], None],
+    say: Callable[[str], None] = lambda _text: None,
 ) -> list[Runner]:
     """Race methods on the run's data and base; the winner first.
 
@@ -61,18 +62,24 @@ def race(
     budget
         Seconds of training and evaluation for all methods together, loading left out.
     folder
-        Checkpoints of the methods, one folder each.
+        What the race leaves: a folder with the checkpoint of each method, race.json (the places) and race.svg (the
+        metric against trained parameters and seconds).
 
     Raises
     ------
     UsageError
-        Fewer than two methods, no evaluation data, options of a method that does not race or has no such option.
+        Fewer than two methods, no evaluation data, options of a method that does not race or has no such option; the
+        folder holds something.
     """
+    if folder.exists() and any(folder.iterdir()):
+        hint = f"--out another folder, or remove {folder}"
+        raise UsageError(f"{folder} holds an earlier race", path=folder, hint=hint)
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise UsageError("a race needs two or more different methods", hint="--methods lora,bitfit,prefix")
     if "eval" not in config.data:
         raise UsageError("a race needs rows to measure on", hint="data.eval=FILE, or a fraction such as data.eval=0.2")
     runs = _entered(config, names)
+    folder.mkdir(parents=True, exist_ok=True)
     runners = {name: Runner(name, 0) for name in names}
     rounds, left = math.ceil(math.log2(len(names))), list(names)
     for number in range(1, rounds + 1):
@@ -81,7 +88,10 @@ def race(
             runners[name] = _train(runners[name], runs[name], runners[name].seconds + share, folder / name)
             say(f"round {number}/{rounds}: {_told(runners[name])}")
         left = sorted(left, key=lambda name: _place(runners[name], config.best_metric))[: math.ceil(len(left) / 2)]
-    return sorted(runners.values(), key=lambda runner: (-runner.rounds, _place(runner, config.best_metric)))
+    places = sorted(runners.values(), key=lambda runner: (-runner.rounds, _place(runner, config.best_metric)))
+    plot_race(places, config.best_metric, folder / "race.svg")
+    write_json([runner.as_dict() for runner in places], str(folder / "race.json"))
+    return places
 
 
 def _entered(config: TrainConfig, names: Sequence[str]) -> dict[str, TrainConfig]:

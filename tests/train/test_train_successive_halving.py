@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from hub.cli import main
 from hub.errors import UsageError
-from train import race
+from train import successive_halving as race
 from train.config import TrainConfig
 from train.loop import fit
 from train.pipeline import run
@@ -51,7 +51,8 @@ def test_a_race_halves_the_field_at_equal_times(notes, tmp_path, monkeypatch):
 
     monkeypatch.setattr(race, "_train", train)
     config = TrainConfig(data={"train": notes, "eval": 0.2}, options={"lora": {"r": 2}}, **LM)
-    places = race.race(config, list(losses), 80.0, tmp_path, say=lambda text: None)
+    places = race.race(config, list(losses), 80.0, tmp_path / "race")
+    assert sorted(p.name for p in (tmp_path / "race").iterdir()) == ["race.json", "race.svg"]
     assert asked == [(name, 10.0) for name in losses] + [("bitfit", 30.0), ("lora", 30.0)]
     assert [r.method for r in places] == ["bitfit", "lora", "ia3", "prompt"]
     assert race._of(config, "lora", list(losses)).options == {"r": 2}

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional as F
 
 import compose
+import train
 from compose.artifacts import probes
-from train.assess import assess
 from train.config import TrainConfig
 from train.data.batches import IGNORE
 from train.data.datasets import completions, encode, load_splits, read_rows
@@ -113,7 +113,7 @@ def test_an_encoder_decoder_from_its_files_to_a_published_adapter(t5_base, tmp_p
     out = run(TrainConfig(**{**dict(config), "data": {"train": file, "eval": file}}), folder=tmp_path / "r", ref="me/t")
     losses = [r["loss"] for r in out.result.history if "loss" in r]
     assert losses[-1] < 0.5 * losses[0]
-    found = assess("me/t", file, base=t5_base, max_length=16)
+    found = train.evaluate("me/t", file, base=t5_base, max_length=16)
     assert found["measures"]["loss"] == pytest.approx(out.result.best["loss"], rel=1e-4)
     assert not [w for w in recwarn if "drawn with seed 0" in str(w.message)]  # the head is the adapter's
     assert probes.check("me/t", base=t5_base).same

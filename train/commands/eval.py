@@ -43,10 +43,10 @@ def eval_(
     hub eval none notes.txt --base builtin:tiny-lm --task causal_lm      (the bare base)
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported: see `hub train`
-    from train.assess import assess
+    from train import evaluate
     from train.config import parse_pairs
 
-    found = assess(
+    found = evaluate(
         None if expression == "none" else expression,
         data,
         base=base,

@@ -20,13 +20,14 @@ def methods(name: str | None, markdown: bool, as_json: bool) -> None:
 
     A method is how an adapter is learned; its kind is what the adapter is when it is applied.
     """
-    from train import methods_table as listing
+    from train.methods_table import describe_methods
+    from train.methods_table import markdown as table
 
-    found = listing.rows(name)
+    found = describe_methods(name)
     if as_json:
         print_json(found)
     elif markdown:
-        click.echo(listing.markdown(found), nl=False)
+        click.echo(table(found), nl=False)
     elif name is not None:
         _one(found[0])
     else:

@@ -40,20 +40,13 @@ def race(words: tuple[str, ...], names: str, budget: float, out: Path, json_path
     folder keeps race.svg (the metric against trained parameters and seconds), race.json and each method's checkpoint.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported: see `hub train`
-    from hub.errors import UsageError
+    import train
     from train.config import read_words
-    from train.successive_halving import plot_race
-    from train.successive_halving import race as run
 
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} holds an earlier race", path=out, hint=f"--out another folder, or remove {out}")
     _, config = read_words(words)
-    runners = run(config, [n for n in names.split(",") if n], budget, out, say=partial(click.echo, err=True))
+    runners = train.race(config, [n for n in names.split(",") if n], budget, out, say=partial(click.echo, err=True))
     metric = config.best_metric
-    plot_race(runners, metric, out / "race.svg")
-    places = [runner.as_dict() for runner in runners]
-    write_json(places, str(out / "race.json"))
-    write_json(places, json_path)
+    write_json([runner.as_dict() for runner in runners], json_path)
     if json_path == "-":
         return
     rows = []

@@ -76,18 +76,15 @@ def train(
     from train.config import read_words
 
     path, config = read_words(words)
-    name = name or f"local/{_slug(path.stem if path else config.method)}"
     if dry_run:
         _dry_run(config, json_path)
         return
-    from hub.ref import AdapterRef
-    from train.pipeline import run
+    from train import run
 
-    folder = out or Path("runs") / AdapterRef.parse(name).name
     outcome = run(
         config,
-        folder=folder,
-        ref=name,
+        folder=out,
+        ref=name or (f"local/{_slug(path.stem)}" if path else None),
         publishing=publish,
         resume=resume,
         save_every=save_every,
@@ -106,8 +103,8 @@ def _slug(text: str) -> str:
 def _dry_run(config: TrainConfig, json_path: str | None) -> None:
     from rich.console import Console
 
-    from train.dry_run import preview, show
-    from train.pipeline import prepare
+    from train import prepare, preview
+    from train.dry_run import show
 
     ready = prepare(config)
     found = preview(ready)

@@ -103,12 +103,11 @@ def learn(
 
     Templates: {text} {text2} {mask} {sep}, with {text:cut} (drop the last character), {text:lower}, {text:keep}.
     """
-    from train.fewshot.examples import Columns
-    from train.fewshot.run import Request, run
+    from train import few_shot
 
     _quiet()
-    request = Request(data, base, Columns(text, text2, label), words=words, budget=budget, **options)
-    found = run(request, say=say)
+    options |= {"words": words, "budget": budget}
+    found = dict(few_shot(data, base, text=text, text2=text2, label=label, say=say, **options).facts)
     write_json(found, json_path)
     if json_path != "-":
         _tell(found, text2)
@@ -141,7 +140,7 @@ def predict(ref: str, data: str | None, text: str | None, text2: str | None, bas
     """Label one --text, or every row of the file DATA."""
     from hub.errors import UsageError
     from train.data.files import read_rows
-    from train.fewshot.classifier.classifier import FewShotClassifier
+    from train.fewshot import load
     from train.fewshot.examples import Columns, Example, to_examples
 
     if data is None and text is None:
@@ -151,8 +150,8 @@ def predict(ref: str, data: str | None, text: str | None, text2: str | None, bas
         examples = [Example(str(text), text2)]
     else:
         examples = to_examples(read_rows(data), Columns(text or "text", text2), source=data, labelled=False)
-    classifier = FewShotClassifier.load(ref, base=base)
-    for row in classifier.logits(examples).softmax(-1):
+    classifier = load(ref, base=base)
+    for row in classifier.predict_proba(examples):
         best = int(row.argmax())
         label = classifier.labels[best]
         if as_json:

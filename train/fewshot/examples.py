@@ -6,13 +6,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from hub.errors import did_you_mean
 from train.data.cells import CellError, class_name, in_order, text
 from train.errors import DataError
 
-__all__ = ["Columns", "Example", "check_texts", "label_names", "to_examples", "warn_of_duplicates"]
+__all__ = ["Columns", "Example", "Text", "check_texts", "label_names", "to_examples", "warn_of_duplicates"]
 
 log = logging.getLogger(__name__)
 _MOST_LABELS = 999  # a thousand classes are more likely a column of free text or of ids
@@ -26,10 +26,29 @@ class Example:
     text2: str | None = None
     label: str | None = None
 
+    @classmethod
+    def of(cls, text: Text) -> Example:
+        """A text or a pair as an example without a label; an example as it is.
+
+        Raises
+        ------
+        DataError
+            Something else.
+        """
+        if isinstance(text, Example):
+            return text
+        parts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list | tuple) else ()
+        if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
+            raise DataError(f"{text!r:.60} is neither a text nor a pair of texts", hint='predict(["a text", ...])')
+        return cls(*parts)
+
     @property
     def key(self) -> tuple[str, str]:
         """What makes two rows the same: the texts without case and spacing."""
         return " ".join(self.text.lower().split()), " ".join((self.text2 or "").lower().split())
+
+
+Text: TypeAlias = "str | tuple[str, str] | Example"
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from train.fewshot.splits import KShot, k_shot
 from train.results.card import write_card
 from train.results.publish import next_version, write_artifact
 
-__all__ = ["Request", "interval", "run"]
+__all__ = ["Outcome", "Request", "few_shot", "interval", "run"]
 
 log = logging.getLogger(__name__)
 _MOST_TEST = 2000  # rows that are measured on when no test file is given
@@ -62,10 +62,39 @@ class Request:
     resume: str | None = None
 
 
-def run(
-    request: Request, *, store: Store | None = None, say: Callable[[str], None] = lambda _text: None
-) -> dict[str, Any]:
-    """Learn and measure; publish where a name was given. Returns what `--json` writes.
+@dataclass(frozen=True)
+class Outcome:
+    """A classifier, and what `hub few-shot --json` says of it: its method, its measures, where it was published."""
+
+    classifier: FewShotClassifier
+    facts: Mapping[str, Any]
+
+
+def few_shot(
+    data: str,
+    base: str,
+    *,
+    text: str = "text",
+    text2: str | None = None,
+    label: str = "label",
+    store: Store | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+    **options: Any,
+) -> Outcome:
+    """Learn a classifier from a few labelled rows of a file, measure it and, with `publish`, put it into the store.
+
+    `text`, `text2` and `label` are the file's names of its columns; the other options are those of `Request`.
+
+    Raises
+    ------
+    DataError, UsageError
+        The data, a template, a label word or an option is wrong; nothing was trained then.
+    """
+    return run(Request(data, base, Columns(text, text2, label), **options), store=store, say=say)
+
+
+def run(request: Request, *, store: Store | None = None, say: Callable[[str], None] = lambda _text: None) -> Outcome:
+    """Learn and measure; publish where a name was given.
 
     Raises
     ------
@@ -126,7 +155,8 @@ def run(
     if ref is not None:
         artifact = publish(learned, request, ref, {**measured, "n": len(test)}, store)
         found |= {"ref": str(artifact.ref), "digest": artifact.digest}
-    return {**found, "seconds": round(time.perf_counter() - started, 2)}
+    found["seconds"] = round(time.perf_counter() - started, 2)
+    return Outcome(learned.classifier, found)
 
 
 def measure(classifier: FewShotClassifier, test: Sequence[Example]) -> dict[str, Any]:

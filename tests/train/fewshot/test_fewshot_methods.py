@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 
 import compose
+import train
 from hub.cli import main
 from hub.errors import Conflict, NotFound, UsageError
 from hub.store import Store
@@ -87,6 +88,21 @@ def test_unknown_methods_are_answered_with_the_nearest(make_job):
     assert "pet" in str(error.value.hint)
 
 
+def test_a_classifier_in_three_lines(review_file, masked_base):
+    made = train.few_shot(review_file(), masked_base, k=4, method="feature", publish="me/stars", max_length=32)
+    again = train.fewshot.load("me/stars")
+    texts = ["the good film", "a bad film"]
+    assert again.predict(texts) == [again.labels[i] for i in again.predict_proba(texts).argmax(1)]
+    assert again.predict(texts) == made.classifier.predict([Example(text) for text in texts])
+    torch.testing.assert_close(again.predict_proba(texts).sum(1), torch.ones(2))
+    assert again.logits([("a film", "a plot")]).shape == (1, 2)
+    said = CliRunner().invoke(main, ["few-shot", "predict", "me/stars", "--text", texts[0]])
+    assert said.stdout.split("\t")[0] == again.predict(texts[:1])[0]
+    for wrong in (5, ("a", "b", "c"), ["a", 5]):
+        with pytest.raises(DataError, match="neither a text nor a pair"):
+            again.predict([wrong])
+
+
 @pytest.mark.parametrize("method", ["multi-mask", "lm-bff", "feature"])
 def test_a_published_classifier_reloads_with_equal_logits(review_file, masked_base, tmp_path, reviews_of, method):
     store = Store(tmp_path / "home")
@@ -103,7 +119,7 @@ def test_a_published_classifier_reloads_with_equal_logits(review_file, masked_ba
 
     module.publish = publish
     try:
-        found = run(request, store=store)
+        found = run(request, store=store).facts
     finally:
         module.publish = original
     again = FewShotClassifier.load(found["ref"], store=store)
@@ -127,7 +143,7 @@ def test_what_is_not_a_classifier_is_refused(tmp_path, masked_base):
 def test_a_causal_base_learns_from_its_states(review_file, tmp_path):
     request = Request(review_file(24), "builtin:tiny-lm", Columns(), k=4, publish="me/causal", budget=0.01)
     store = Store(tmp_path / "home")
-    found = run(request, store=store)
+    found = run(request, store=store).facts
     assert found["views"] == 2 and found["test_rows"] == 16
     assert len(FewShotClassifier.load(found["ref"], store=store).predict([Example("the good film")])) == 1
     with pytest.raises(UsageError, match="reads a mask"):
@@ -141,7 +157,7 @@ def test_few_rows_of_many_labels_go_through(masked_base, tmp_path):
         {"text": f"w{i % 20} " * 90 + f"film w{i % 7}", "label": f"label {chr(97 + i % 7)} {i % 49}"} for i in range(50)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = run(Request(str(path), masked_base, Columns(), budget=0.01))
+    found = run(Request(str(path), masked_base, Columns(), budget=0.01)).facts
     assert found["train_rows"] == 50 and len(found["labels"]) == 49 and found["test_rows"] == 0
 
 

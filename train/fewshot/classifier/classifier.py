@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save
 from torch import Tensor
 
 import compose
@@ -22,14 +23,14 @@ from hub.errors import NotFound
 from hub.store import Artifact, Store
 from train.errors import DataError
 from train.fewshot.classifier.members import Demonstrations, Member, Reading, Views
-from train.fewshot.examples import Example
+from train.fewshot.examples import Example, Text
 from train.fewshot.reading.head import Head
 from train.fewshot.reading.views import View
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FACTS", "HEAD", "FewShotClassifier", "Spec", "head_member", "load_base"]
+__all__ = ["FACTS", "HEAD", "FewShotClassifier", "Spec", "head_member", "load", "load_base"]
 
 FACTS = "aux/fewshot.json"
 HEAD = "aux/head.safetensors"
@@ -64,7 +65,7 @@ class Spec(BaseModel):
 
 
 class FewShotClassifier:
-    """Texts to label logits.
+    """Texts to label logits; a text is a string, a pair of strings or an `Example`.
 
     Parameters
     ----------
@@ -87,17 +88,22 @@ class FewShotClassifier:
         """The labels, in the order of the logits."""
         return self.spec.labels
 
-    def logits(self, examples: Sequence[Example]) -> Tensor:
+    def logits(self, texts: Sequence[Text]) -> Tensor:
         """(N, C) logits; of several members, the mean of their log probabilities by their shares."""
+        examples = [Example.of(text) for text in texts]
         pairs = list(zip(self.spec.members, self.tensors, strict=True))
         if len(pairs) == 1:
             return pairs[0][0].logits(self.reading, examples, pairs[0][1])
         said = [member.logits(self.reading, examples, tensors).log_softmax(-1) for member, tensors in pairs]
         return torch.einsum("m,mnc->nc", torch.tensor(self.spec.shares), torch.stack(said))
 
-    def predict(self, examples: Sequence[Example]) -> list[str]:
-        """The most likely label of each example."""
-        return [self.labels[i] for i in self.logits(examples).argmax(1).tolist()]
+    def predict_proba(self, texts: Sequence[Text]) -> Tensor:
+        """(N, C) probabilities of the labels, in their order."""
+        return self.logits(texts).softmax(-1)
+
+    def predict(self, texts: Sequence[Text]) -> list[str]:
+        """The most likely label of each text."""
+        return [self.labels[i] for i in self.logits(texts).argmax(1).tolist()]
 
     # -- on disk ---------------------------------------------------------------------------------------------------
 
@@ -130,6 +136,11 @@ class FewShotClassifier:
         return cls(model, compose.tokenizer(base or spec.base), spec, tensors)
 
 
+def load(ref: str | Artifact, *, base: str | None = None, store: Store | None = None) -> FewShotClassifier:
+    """A classifier out of the store: see `FewShotClassifier.load`."""
+    return FewShotClassifier.load(ref, base=base, store=store)
+
+
 def _files(artifact: Artifact) -> tuple[Spec, list[dict[str, Tensor]]]:
     """Facts and tensors of an artifact, checked against each other."""
     hint = f"hub verify {artifact.ref}"
@@ -141,7 +152,7 @@ def _files(artifact: Artifact) -> tuple[Spec, list[dict[str, Tensor]]]:
     try:
         if HEAD not in artifact.files:
             raise ValueError("it is not there")
-        named = load(artifact.file(HEAD).read_bytes())
+        named = read_tensors(artifact.file(HEAD).read_bytes())
         tensors = [
             {name.removeprefix(f"{m}."): tensor for name, tensor in named.items() if name.startswith(f"{m}.")}
             for m in range(len(spec.members))
