@@ -183,8 +183,8 @@ def activate(
 def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixer) -> None:
     """Make experts active whose weights ``gate`` computes at each site from what enters it, for each token.
 
-    y = y0 + sum_e w_e(x) (f_e(x) - y0) with w = gate(path, x): (B, T, E) in the order of ``experts``, or 1 in place of
-    B or T. An expert is the name of a resident adapter or an expression; None does nothing. Undone by the next
+    `y = y0 + sum_e w_e(x) (f_e(x) - y0)` with `w = gate(path, x)`: (B, T, E) in the order of ``experts``, or 1 in place
+    of B or T. An expert is the name of a resident adapter or an expression; None does nothing. Undone by the next
     ``activate``. What is active stays so if this raises.
 
     Raises

@@ -38,7 +38,7 @@ class Function:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """z -> s (U f(D z + b) + u), D (m, d), U (d_out, m), in their precision; rows of a batch can have theirs at once.
+    """`z -> s (U f(D z + b) + u)`, D (m, d), U (d_out, m), in their precision; rows of a batch can have theirs at once.
 
     ``activation`` is the name of f: equal names are equal functions.
     """
@@ -179,7 +179,7 @@ class Below(Protocol):
     """The linear map W' that an adapter sits on: the frozen layer with the stages before it, bias left out."""
 
     def apply(self, x: Tensor) -> Tensor:
-        """W' x for x (..., d_in)."""
+        """`W' x` for x (..., d_in)."""
 
     def row_norm_squared(self) -> Tensor:
         """||W'||^2 of each output row, (d_out,), float32."""

@@ -26,7 +26,7 @@ _AUTOMATIC_HEADS: Mapping[str | None, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-# Read by this module and by interop, or about provenance only.
+# Read by this module and by `directory`, or about provenance only.
 _COMMON = frozenset(
     [
         "peft_type",

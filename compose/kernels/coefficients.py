@@ -60,7 +60,7 @@ def on_rows(fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None, x: Tens
 
 
 def shield(x: Tensor, c: Coefficient) -> Tensor:
-    """X, cut off from the gradient where its weight is zero: nothing comes from there, and not 0 * NaN either."""
+    """`x`, cut off from the gradient where its weight is zero: nothing comes from there, and not `0 * NaN` either."""
     if not isinstance(c, Tensor) or not x.requires_grad or not torch.is_grad_enabled():
         return x
     used = expand(c.detach() != 0, x.shape[0])
@@ -68,7 +68,7 @@ def shield(x: Tensor, c: Coefficient) -> Tensor:
 
 
 def weigh(term: Tensor, c: Coefficient) -> Tensor:
-    """C times a term (B, T, d) or (B, d), for c a number, (R,) or (R, T)."""
+    """`c` times a term (B, T, d) or (B, d), for c a number, (R,) or (R, T)."""
     if not isinstance(c, Tensor):
         return term if c == 1.0 else term * c
     c = expand(c.to(term.device, term.dtype), term.shape[0])

@@ -20,7 +20,7 @@ _BLOCK = 128  # of the index, for one matrix product
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """H x / sqrt(n) for x (n,), n a power of two: orthonormal and its own inverse, so also its own derivative.
+    """`H x / sqrt(n)` for x (n,), n a power of two: orthonormal and its own inverse, so also its own derivative.
 
     H_n is the Kronecker product of smaller ones, each a matrix product over its share of the index: the operations of
     a butterfly times a few, at the speed of a matrix product.
@@ -48,7 +48,7 @@ def _signs(n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Fastfood:
-    """P (D, d) for ``inputs`` d and ``outputs`` D; the random parts have n = 2^k >= max(d, D) elements."""
+    """P (D, d) for d ``inputs`` and D ``outputs``; its random parts have n = 2^k >= max(d, D) elements."""
 
     inputs: int
     outputs: int
@@ -74,7 +74,7 @@ class Fastfood:
         return Fastfood(self.inputs, self.outputs, *(t.to(device) for t in (self.signs, self.order, self.normal)))
 
     def __call__(self, v: Tensor) -> Tensor:
-        """P v (D,), float32: D entries of a vector whose length is that of v times sqrt(D / n) on average, rescaled."""
+        """`P v` (D,), float32: D entries of a vector as long as v times sqrt(D / n) on average, rescaled."""
         n = len(self.signs)
         m = 1 << (self.inputs - 1).bit_length()
         # Of a vector that is zero from place m on, the transform of length n repeats the one of length m.

@@ -28,7 +28,7 @@ class Pair:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """The rank r."""
         return int(self.A.shape[0])
 
 
@@ -127,7 +127,7 @@ def mix(weights: Tensor, vectors: Tensor) -> Tensor:
 
 
 def add_rows(y: Tensor, rows: Tensor, term: Tensor, of: int, *, own: bool) -> Tensor:
-    """Y (k R, T, d) plus a term (n, k T, d) for n of its R = ``of`` rows; ``own``: y may be written over."""
+    """`y` (k R, T, d) plus a term (n, k T, d) for n of its R = ``of`` rows; ``own``: y may be written over."""
     folded, term = fold(y, of), term.to(y.dtype)  # under autocast products are narrower
     if own:
         folded.index_add_(0, rows, term)
@@ -136,7 +136,7 @@ def add_rows(y: Tensor, rows: Tensor, term: Tensor, of: int, *, own: bool) -> Te
 
 
 def _add_product(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
-    """Y + h b for y (..., d_out), h (..., k), b (k, d_out)."""
+    """`y + h b` for y (..., d_out), h (..., k), b (k, d_out)."""
     flat, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
     if fresh and y.is_contiguous():
         flat.addmm_(h, b)
@@ -145,7 +145,7 @@ def _add_product(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
 
 
 def _add_products(y: Tensor, h: Tensor, b: Tensor, fresh: bool) -> Tensor:
-    """Y + h b for y (B, T, d_out), h (R, k T, r), b (R, r, d_out): one product a row."""
+    """`y + h b` for y (B, T, d_out), h (R, k T, r), b (R, r, d_out): one product a row."""
     folded = fold(y, b.shape[0])
     if fresh and y.is_contiguous():
         folded.baddbmm_(h, b)
@@ -304,7 +304,7 @@ class Routed:
         self._diverged = False  # some expert, from which the tokens of the others must be kept apart
 
     def __call__(self, y: Tensor, x: Tensor, weights: Tensor, *, fresh: bool = False) -> Tensor:
-        """Y plus the mixture, by the backend that `choose` takes; all of the experts for a few tokens."""
+        """`y` plus the mixture, by the backend that `choose` takes; all of the experts for a few tokens."""
         tiny = x.numel() * sum(self._ranks) <= _TINY
         owner, a, b = self._factors()
         if self._diverged or (not tiny and choose(self._ranks, weights) == "grouped"):

@@ -1,4 +1,4 @@
-"""Linear maps D added to a frozen weight, in the form each kind has them: y = W x + D x, D (d_out, d_in).
+"""Linear maps D added to a frozen weight, in the form each kind has them: `y = W x + D x`, D (d_out, d_in).
 
 A map knows how to apply itself without becoming a matrix, and how to become one for a merge.
 """
@@ -16,16 +16,16 @@ from torch.nn import functional as F
 
 
 class LinearMap(Protocol):
-    """D (d_out, d_in)."""
+    """A linear map D (d_out, d_in)."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """D x for x (..., d_in), in the dtype of x."""
+        """`D x` for x (..., d_in), in the dtype of x."""
 
     def to(self, dtype: torch.dtype) -> LinearMap:
         """The same map with its values laid out once for activations of ``dtype``."""
 
     def dense(self) -> Tensor:
-        """D whole."""
+        """D as a matrix."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Dense:
         return Dense(self.weight.to(dtype))
 
     def dense(self) -> Tensor:
-        """D."""
+        """The matrix itself."""
         return self.weight
 
 
@@ -76,16 +76,16 @@ class Sparse:
         return replace(self, laid_out=self._matrix())
 
     def dense(self) -> Tensor:
-        """D, zero outside the indices."""
+        """D as a matrix, zero outside the indices."""
         zeros = self.values.new_zeros(self.shape[0] * self.shape[1])
         return zeros.index_put((self.indices,), self.values).view(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Kronecker:
-    """s (L kron R), L (l1, l2), R (r1, r2): d_out = l1 r1, d_in = l2 r2.
+    """`D = s (L kron R)`, L (l1, l2), R (r1, r2): d_out = l1 r1, d_in = l2 r2.
 
-    (L kron R) vec(X) = vec(L X R^T) for X (l2, r2), row by row: l2 r2 (r1 + l1 r1 / r2) products instead of d_in d_out.
+    `(L kron R) vec(X) = vec(L X R^T)` for X (l2, r2), row by row: l2 r2 (r1 + l1 r1 / r2) products, not d_in d_out.
     """
 
     left: Tensor
@@ -93,7 +93,7 @@ class Kronecker:
     scale: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """L X R^T."""
+        """`s L X R^T` for X (..., l2, r2), the input in rows."""
         left, right = self.left.to(x.dtype), (self.right * self.scale).to(x.dtype)
         parts = x.reshape(*x.shape[:-1], left.shape[1], right.shape[1])  # (..., l2, r2)
         return torch.matmul(left, F.linear(parts, right)).flatten(-2)  # (..., l1, r1) -> (..., d_out)
@@ -115,7 +115,7 @@ class Lifted:
     lift: Callable[[Tensor, int], Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """D x in its rows, zero in the others."""
+        """`D x` in its rows, zero in the others."""
         return self.lift(self.of(x), -1)
 
     def to(self, dtype: torch.dtype) -> Lifted:
@@ -123,7 +123,7 @@ class Lifted:
         return replace(self, of=self.of.to(dtype))
 
     def dense(self) -> Tensor:
-        """D with zero rows."""
+        """D as a matrix, with rows of zeros."""
         return self.lift(self.of.dense(), 0)
 
 

@@ -33,7 +33,7 @@ class LowRankConfig(KindConfig):
 
     @property
     def scale(self) -> float:
-        """S in s B A where no pattern says otherwise."""
+        """`s` in `s B A` where no pattern says otherwise."""
         return self._scale(self.r, self.lora_alpha)
 
     def rank_at(self, path: str) -> int:
@@ -44,7 +44,7 @@ class LowRankConfig(KindConfig):
         return int(rank)
 
     def scale_at(self, path: str) -> float:
-        """S at a module."""
+        """`s` at a module."""
         return self._scale(self.rank_at(path), value_at(self.alpha_pattern, path, self.lora_alpha))
 
     def _scale(self, rank: int, alpha: float) -> float:

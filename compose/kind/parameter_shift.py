@@ -1,4 +1,4 @@
-"""What dense and sparse share: theta = theta_0 + delta for chosen parameters of the base, and its atoms.
+"""What dense and sparse share: `theta = theta_0 + delta` for chosen parameters of the base, and its atoms.
 
 A shifted weight of a linear site is a linear map beside it, a shifted bias a bias; a norm or an embedding is affine in
 its parameters p, so its shift is M(p = delta) - M(p = 0), evaluated on the module's input.
@@ -55,7 +55,7 @@ class ShiftConfig(KindConfig):
 
 
 class Shift(Adapter, ABC):
-    """theta_0 + w delta: linear in its weight w, and the identity at first (delta = 0).
+    """`theta_0 + w delta`: linear in its weight w, and the identity at first (delta = 0).
 
     A parameter that two modules share (tied embeddings) is stored once and moves in both where both are chosen.
     Modules that are neither linear, norm nor input embedding (convolutions, position tables) stay as they are.
@@ -128,7 +128,7 @@ class Shift(Adapter, ABC):
 
 
 def _moved(module: nn.Module, deltas: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """F(x) = M(p = delta)(x) - M(p = 0)(x), in float32; an embedding of zeros is zero."""
+    """`F(x) = M(p = delta)(x) - M(p = 0)(x)`, in float32; an embedding of zeros is zero."""
 
     def run(x: Tensor) -> Tensor:
         if isinstance(module, nn.Embedding):

@@ -22,7 +22,7 @@ class AttentionFusionConfig(KindConfig):
 
 @register("attention_fusion")
 class AttentionFusion(Adapter):
-    """c = sum_l softmax_l(q . h_l) h_l for each token, over the embeddings, the blocks and the final states h_L.
+    """`c = sum_l softmax_l(q . h_l) h_l` for each token, over the embeddings, the blocks and the final states h_L.
 
     q (d,), zero at first: the uniform mean, which is not the identity. The states do not depend on q, so they can be
     computed once and kept: see :func:`fuse`. Carry the head with ``modules_to_save``, or put a ``head`` beside it.

@@ -18,7 +18,7 @@ class BiasConfig(KindConfig):
 
 @register("bias")
 class Bias(Adapter):
-    """y = W x + c + b with b (d_out,), a delta to the module's own bias, starting at zero.
+    """`y = W x + c + b` with b (d_out,), a delta to the module's own bias, starting at zero.
 
     Linears and normalization layers alike. A base without biases (LLaMA, T5) gets zero ones at its linear sites.
     """

@@ -44,7 +44,7 @@ class BottleneckConfig(KindConfig):
 
 @register("bottleneck")
 class Bottleneck(Adapter):
-    """h + s (W_u f(W_d z + b_d) + b_u), W_d (m, d), W_u (d, m).
+    """`h + s (W_u f(W_d z + b_d) + b_u)`, W_d (m, d), W_u (d, m).
 
     h is the output of the linear that writes the residual stream (attn.o, mlp.down), before the residual add;
     z = h, except for the parallel style, where z is the input of the feed-forward block. With ``behind_norm`` the norm

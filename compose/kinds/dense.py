@@ -14,7 +14,7 @@ from compose.kind.registry import register
 
 @register("dense")
 class DenseShift(Shift):
-    """y = (W + D) x + c + b with D (d_out, d_in) and b (d_out,), both zero at first; norms and embeddings likewise.
+    """`y = (W + D) x + c + b` with D (d_out, d_in) and b (d_out,), both zero at first; norms and embeddings likewise.
 
     The reference every claim is measured against. The base stays frozen, so a quantized one can be fine-tuned whole: D
     is then added in the compute dtype. Partial freezing is ``layers``; full fine-tuning is ``target_modules="all"``.

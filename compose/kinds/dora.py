@@ -16,7 +16,7 @@ from compose.kind.registry import register
 
 @register("dora")
 class Dora(LowRank):
-    """y = g * (W x + s B A x), g = m / ||W + s B A||_row, m (d_out,), with the norm held constant in backward.
+    """`y = g * (W x + s B A x)`, `g = m / ||W + s B A||_row`, m (d_out,), with the norm held constant in backward.
 
     The norm needs no W + s B A in memory:
     ||W + sBA||^2_row = ||W||^2_row + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B),

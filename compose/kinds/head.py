@@ -27,7 +27,7 @@ class HeadConfig(KindConfig):
 
 @register("head")
 class Head(Adapter):
-    """y = M'(h) in place of y = M(h), M' a copy of the base's head M at first, kept in float32 and stored whole.
+    """`y = M'(h)` in place of `y = M(h)`, M' a copy of the base's head M at first, kept in float32 and stored whole.
 
     With weight w it is M(h) + w (M'(h) - M(h)). Heads may have different numbers of classes: in a mixed batch the
     logits are as wide as the widest, and a class that a row's head does not have gets the dtype's lowest number.

@@ -32,7 +32,7 @@ class KronaConfig(KindConfig):
 
 @register("krona")
 class Krona(Adapter):
-    """y = W x + s (L kron R) x, L (l1, l2) zero at first, R (r1, r2) kaiming-uniform, d_out = l1 r1, d_in = l2 r2.
+    """`y = W x + s (L kron R) x`, L (l1, l2) zero at first, R (r1, r2) kaiming-uniform, d_out = l1 r1, d_in = l2 r2.
 
     s = alpha / r. R is (r1, r) (r, r2) where r < max(r1, r2) / 2. Applied as vec(L X R^T) without the product.
     """

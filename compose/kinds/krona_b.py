@@ -26,7 +26,7 @@ class KronaBConfig(KindConfig):
 
 @register("krona_b")
 class KronaB(Adapter):
-    """FFN(z) + s (L kron R) z + t z, z (..., d) the input of the block, L (m, m) zero at first, R (d / m, d / m).
+    """`FFN(z) + s (L kron R) z + t z`, z (..., d) the input of the block, L (m, m) zero at first, R (d / m, d / m).
 
     t is one number a layer, zero at first, with ``residual``; else there is none. R is kaiming-uniform.
     """

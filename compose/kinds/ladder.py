@@ -38,7 +38,7 @@ _SHAPES: dict[str, tuple[int, int] | None] = {  # of a block, in widths; a norm 
 
 @register("ladder")
 class Ladder(Adapter):
-    """s_i = Block_i(mu_i s_(i-1) + (1 - mu_i) D_i h_i), s_0 = D_0 h_0, mu_i = sigmoid(a_i / T), a_i = 0 at first.
+    """`s_i = Block_i(mu_i s_(i-1) + (1 - mu_i) D_i h_i)`, s_0 = D_0 h_0, mu_i = sigmoid(a_i / T), a_i = 0 at first.
 
     h_i (B, T, d) is what block i of the backbone gives (h_0: what the first one gets), D_i (m, d), Block_i attention
     and feed-forward of width m = d / reduction_factor, each behind a norm. The final states become h + U s_L with U

@@ -26,7 +26,7 @@ class LoraConfig(LowRankConfig):
 
 @register("lora")
 class Lora(LowRank):
-    """y = W x + s B A x with A (r, d_in), B (d_out, r), s = lora_alpha / r (or / sqrt(r) with ``use_rslora``).
+    """`y = W x + s B A x` with A (r, d_in), B (d_out, r), s = lora_alpha / r (or / sqrt(r) with ``use_rslora``).
 
     ``lora_bias`` adds s b, b (d_out,). At the input embeddings the row of token t moves by s B A[:, t], A (r, |V|)
     zero and B (d, r) normal at first; tied output embeddings stay as they are.

@@ -24,7 +24,7 @@ class SaidConfig(KindConfig):
 
 @register("said")
 class Said(Adapter):
-    """W_i + lambda_i P_i(v), v (d,) shared by all sites and zero at first, lambda_i one number a site, 1 at first.
+    """`W_i + lambda_i P_i(v)`, v (d,) shared by all sites and zero at first, lambda_i one number a site, 1 at first.
 
     P_i: R^d -> R^(d_out d_in) is a Fastfood projection made from the seed and the name of the site (3 bytes and a
     float a weight while it is in use). Frozen, a site holds its delta (d_out, d_in) and no projection.

@@ -25,7 +25,7 @@ class SparseConfig(ShiftConfig):
 
 @register("sparse")
 class SparseShift(Shift):
-    """theta = theta_0 + D, D zero but at n_p chosen places of each parameter p: indices (n_p,), values (n_p,).
+    """`theta = theta_0 + D`, D zero but at n_p chosen places of each parameter p: indices (n_p,), values (n_p,).
 
     Indices are flat, sorted and 32-bit where they fit. Values start at zero, at places drawn by the seed; a method that
     chooses better ones puts them in with :meth:`choose`.

@@ -39,7 +39,7 @@ def largest(values: Mapping[Place, Tensor], density: float) -> dict[Place, Tenso
 
 
 def _count(values: Mapping[Place, Tensor], density: float) -> int:
-    """K."""
+    """How many entries `density` of all are, one at least."""
     return max(1, int(density * sum(value.numel() for value in values.values())))
 
 

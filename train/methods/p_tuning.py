@@ -26,7 +26,7 @@ class PTuningOptions(MethodOptions):
 
 
 class Encoded(nn.Module):
-    """P = MLP(BiLSTM(E)), two layers each; E and P are (n, d)."""
+    """`P = MLP(BiLSTM(E))`, two layers each; E and P are (n, d)."""
 
     def __init__(self, width: int, hidden: int, random: torch.Generator) -> None:
         super().__init__()

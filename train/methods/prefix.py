@@ -20,7 +20,7 @@ class PrefixOptions(MethodOptions):
 
 @register("prefix")
 class Prefix(Method):
-    """K <- [P_K; K], V <- [P_V; V] in every layer with P = MLP(E) while training. Stores P alone, (n, 2 L d).
+    """`K <- [P_K; K], V <- [P_V; V]` in every layer with `P = MLP(E)` while training. Stores P alone, (n, 2 L d).
 
     The MLP (which steadies training, as the paper found) is folded into P at the end; a checkpoint keeps it.
     """

@@ -50,7 +50,7 @@ def row_label(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def squared_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum_b (f(x_b) - y_b)^2; logits (B, 1), labels (B,)."""
+    """`sum_b (f(x_b) - y_b)^2`; logits (B, 1), labels (B,)."""
     return (logits[:, 0].float() - labels.float()).square().sum()
 
 

@@ -46,8 +46,8 @@ def test_what_is_not_known_is_refused_with_what_is_near(asked: dict[str, str], t
 
 def test_a_request_is_checked_without_torch() -> None:
     code = (
-        "import sys; from compose.base.request import Request\n"
-        f"for task in {list(TASKS)}: Request(task=task, dtype='bf16', quantize='nf4')\n"
+        "import sys; from compose.base.request import BaseRequest\n"
+        f"for task in {list(TASKS)}: BaseRequest(task=task, dtype='bf16', quantize='nf4')\n"
         "print([m for m in ('torch', 'transformers', 'bitsandbytes') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

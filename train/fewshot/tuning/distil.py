@@ -11,7 +11,7 @@ __all__ = ["Distil"]
 
 
 class Distil(Method):
-    """T^2 KL(p_T || q_T) against soft labels (arXiv:1503.02531), p the teacher's, both at temperature T."""
+    """`T^2 KL(p_T || q_T)` against soft labels (arXiv:1503.02531), p the teacher's, both at temperature T."""
 
     def __init__(self, temperature: float = 2.0) -> None:
         super().__init__()
