@@ -16,28 +16,28 @@ from compose.errors import KindError
 from compose.formats import adapterhub
 from compose.formats.directory import config_fields, our_keys, read_adapter, save_adapter, without_base
 from compose.formats.files import CONFIG, EXTRA, WEIGHTS, peek, read_config, read_tensors, write_config, write_tensors
-from compose.inspection.fake_base import Outline
+from compose.inspection.fake_base import FakeBase
 from compose.kind.adapter import Adapter
 from compose.planning.members import StoredAdapter
 from compose.planning.plan import Leaf
 
-__all__ = ["Read", "convert", "read_onto"]
+__all__ = ["ReadAdapter", "convert", "read_onto"]
 
 _HEADED = ("classification", "token_classification")
 
 
 @dataclass(frozen=True)
-class Read:
+class ReadAdapter:
     """An adapter directory on the shapes of a base: ``adapter`` has all but the numbers, ``tensors`` has those."""
 
     adapter: Adapter
     tensors: Mapping[str, Tensor]
-    outline: Outline
+    outline: FakeBase
 
 
 def read_onto(
     directory: Path, base: str | Path, *, task: str | None = None, labels: Sequence[str] | None = None
-) -> Read:
+) -> ReadAdapter:
     """Read an adapter directory, PEFT's or ours; every tensor must find its place on the base.
 
     Raises
@@ -45,7 +45,7 @@ def read_onto(
     HubError
         A PEFT type, field or key that this base and this project cannot carry: by name.
     """
-    outline = Outline(base, task=task, labels=labels or None)
+    outline = FakeBase(base, task=task, labels=labels or None)
     kind, _ = peek(directory)
     adapter = outline.put("imported", StoredAdapter(str(directory), Leaf(kind), directory))
     tensors = read_tensors(directory)
@@ -53,7 +53,7 @@ def read_onto(
         from compose.base.model import load_base
 
         tensors = without_base(tensors, load_base(base, task=task, labels=labels or None))
-    return Read(adapter, our_keys(adapter, tensors), outline)
+    return ReadAdapter(adapter, our_keys(adapter, tensors), outline)
 
 
 def convert(
@@ -91,14 +91,14 @@ def convert(
         shutil.copyfile(card, out / card.name)
     if adapterhub.is_adapterhub(read_config(source / CONFIG)):
         return _convert_adapterhub(source, out, base, task, labels)
-    found = read_onto(source, base, task=task, labels=labels)
-    adapter = found.adapter
+    read = read_onto(source, base, task=task, labels=labels)
+    adapter = read.adapter
     core = adapter.state(heads=False)
-    write_tensors(out / WEIGHTS, {k: v for k, v in found.tensors.items() if k in core})
-    heads = {key: value for key, value in found.tensors.items() if key not in core}
+    write_tensors(out / WEIGHTS, {k: v for k, v in read.tensors.items() if k in core})
+    heads = {key: value for key, value in read.tensors.items() if key not in core}
     if heads:
         write_tensors(out / EXTRA, heads)
-    fields = config_fields(adapter, found.outline.sites, base=found.outline.name, task=task)
+    fields = config_fields(adapter, read.outline.sites, base=read.outline.name, task=task)
     write_config(out / CONFIG, fields)
     return adapter
 

@@ -31,11 +31,11 @@ def gate(directory: Path, manifest: Manifest) -> tuple[str, ...]:
     where = config_at_hand(manifest.base)
     if where is None:
         raise _untried(manifest, f"its base {manifest.base.repo} is not on this machine, as far as is known here")
-    from compose.inspection.fake_base import Outline  # torch comes with it
+    from compose.inspection.fake_base import FakeBase  # torch comes with it
     from compose.planning.members import StoredAdapter
 
     try:
-        outline = Outline(where.directory, task=manifest.task, labels=manifest.labels or None)
+        outline = FakeBase(where.directory, task=manifest.task, labels=manifest.labels or None)
     except HubError as error:
         raise _untried(manifest, f"its base {manifest.base.repo} cannot be built here ({error.message})") from error
     try:

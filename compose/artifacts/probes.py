@@ -101,10 +101,10 @@ def record(model: PreTrainedModel, adapter: Adapter) -> dict[str, Tensor] | None
         alone = [_active(model, row[None], ref) for ref in (name, None) for row in ids]
     effect = (adapted - base).gather(1, entries)
     again = (torch.cat(alone[: len(ids)]) - torch.cat(alone[len(ids) :])).gather(1, entries)
-    held = {"entries": entries, "base": base.gather(1, entries), "adapted": adapted.gather(1, entries)}
-    noise = relative_error(again, effect, held["adapted"])
+    answers = {"entries": entries, "base": base.gather(1, entries), "adapted": adapted.gather(1, entries)}
+    noise = relative_error(again, effect, answers["adapted"])
     least = _LEAST.get(model.dtype, 5e-2) if quantization_of(model) == "none" else 5e-2
-    return {"input_ids": ids, **held, "tolerance": torch.tensor([max(least, min(8 * noise, 0.5))])}
+    return {"input_ids": ids, **answers, "tolerance": torch.tensor([max(least, min(8 * noise, 0.5))])}
 
 
 def write(directory: Path, probes: Mapping[str, Tensor] | None) -> None:
@@ -157,13 +157,13 @@ def check(
     where = base or (at_hand(facts.base) if facts.base else None)
     if where is None:
         raise NotFound(f"{artifact.ref} names no base to run on", ref=artifact.ref, hint="give --base BASE")
-    made = facts.trained_on
+    trained_on = facts.trained_on
     model = load(
         where,
         str(artifact.ref),
-        quantize=quantize or (made.quantization if made else "none"),
-        double_quant=made.double_quant is not False if made else True,
-        dtype=getattr(torch, made.compute_dtype, None) if made and made.compute_dtype else None,
+        quantize=quantize or (trained_on.quantization if trained_on else "none"),
+        double_quant=trained_on.double_quant is not False if trained_on else True,
+        dtype=getattr(torch, trained_on.compute_dtype, None) if trained_on and trained_on.compute_dtype else None,
         store=store,
         allow_base_drift=allow_base_drift,
     )
@@ -255,8 +255,8 @@ def _read(artifact: Artifact) -> dict[str, Tensor]:
             hint="`hub train` publishes probes, and `hub import --probe` records them",
         )
     path = artifact.file(FILE)
-    found = {info.name: (info.shape, info.dtype) for info in read_header(path).tensors}
-    ids, entries = found.get("input_ids", ((), "")), found.get("entries", ((), ""))
+    header = {info.name: (info.shape, info.dtype) for info in read_header(path).tensors}
+    ids, entries = header.get("input_ids", ((), "")), header.get("entries", ((), ""))
     wanted = {
         "input_ids": (ids[0], "I64"),
         "entries": (entries[0], "I64"),
@@ -266,7 +266,7 @@ def _read(artifact: Artifact) -> dict[str, Tensor]:
     }
     pairs = len(ids[0]) == len(entries[0]) == 2 and ids[0][0] == entries[0][0] > 0 and entries[0][1] > 0 < ids[0][1]
     small = path.stat().st_size <= _MOST
-    if found != wanted or not pairs or not small:
+    if header != wanted or not pairs or not small:
         raise GateError(f"{FILE} of {artifact.ref} does not hold probes as they are written here", ref=artifact.ref)
     read: dict[str, Tensor] = load_file(path)
     return read

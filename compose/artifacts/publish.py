@@ -79,14 +79,14 @@ def publish_composition(
     expr = parse(text)
     refuse_without_data(expr)
     if base is not None:
-        made = check(text, finder, base=base, allow_base_drift=allow_base_drift).plan
+        planned = check(text, finder, base=base, allow_base_drift=allow_base_drift).plan
     else:
-        made = _checked(text, expr, finder, allow_base_drift)
+        planned = _checked(text, expr, finder, allow_base_drift)
     for leaf in expr.refs:
         _refuseunpublished(text, finder.find(leaf))
     pinned = _unambiguous(expr, finder)
     requires = requirements(expr.refs, finder)
-    facts = _shared_facts([finder.find(leaf) for leaf in made.leaves])
+    facts = _shared_facts([finder.find(leaf) for leaf in planned.leaves])
     facts.pop("trained_on", None)  # a composition was not trained
     draft = Draft(
         name=name.id,
@@ -94,8 +94,8 @@ def publish_composition(
         type="composition",
         expression=str(pinned),
         requires=requires,
-        base=_identity(base) if base is not None else made.base,
-        placement=tuple(made.sites),
+        base=_identity(base) if base is not None else planned.base,
+        placement=tuple(planned.sites),
         lineage=Lineage(parents=tuple(dict.fromkeys(finder.find(leaf).ref for leaf in expr.refs))),
         summary=summary,
         metrics=tuple(metrics),
@@ -170,17 +170,17 @@ def publish_merge(
         Anything ``hub compose check`` refuses, before a tensor is read; an expression that is no merge.
     """
     name = _versioned(ref)
-    found = check(text, finder, base=base, allow_base_drift=allow_base_drift)
-    _refuse_outputs(text, found.expr)
+    checked = check(text, finder, base=base, allow_base_drift=allow_base_drift)
+    _refuse_outputs(text, checked.expr)
     if data is None:
-        refuse_without_data(found.expr)
+        refuse_without_data(checked.expr)
     files = data if isinstance(data, Mapping) else {} if data is None else {_ALL: data}
     texts = {name: [row.text for row in read_texts(file)] for name, file in files.items()}
     digests = {name: f"sha256:{sha256_file(Path(file))[0]}" for name, file in files.items()}
-    members = [finder.find(leaf) for leaf in found.plan.leaves]
+    members = [finder.find(leaf) for leaf in checked.plan.leaves]
     facts = _shared_facts(members)
-    model = _load(found.base, members, facts, allow_base_drift)
-    merged = _merge(model, found.plan.expression, rank, name, progress, texts)
+    model = _load(checked.base, members, facts, allow_base_drift)
+    merged = _merge(model, checked.plan.expression, rank, name, progress, texts)
     parents = [stored.ref for stored in members if stored.digest is not None]
     adapter, loss = merged.adapter, merged.certificate
     draft = Draft(
@@ -188,7 +188,7 @@ def publish_merge(
         version=str(name.version),
         type="merge",
         kind=adapter.kind,
-        method=found.expr.function if isinstance(found.expr, Call) else "sum",
+        method=checked.expr.function if isinstance(checked.expr, Call) else "sum",
         hyperparameters={
             "adapter": adapter.config.model_dump(mode="json", exclude_defaults=True),
             "certificate": {"exact": loss.exact, "discarded": loss.share},

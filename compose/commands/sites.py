@@ -10,7 +10,7 @@ from hub.console.output import columns, json_option, print_json, say
 
 if TYPE_CHECKING:
     from compose.base.sites import Site
-    from compose.inspection.fake_base import Outline
+    from compose.inspection.fake_base import FakeBase
 
 
 @click.command()
@@ -29,9 +29,9 @@ def sites(base: str, task: str | None, brief: bool, as_json: bool) -> None:
     outside the blocks, and the parts of a fused layer (q of GPT-2's c_attn), are acted on only where a target names
     them. Only config.json of the base is read.
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
-    from compose.inspection.fake_base import Outline
+    from compose.inspection.fake_base import FakeBase
 
-    outline = Outline(base, task=task)
+    outline = FakeBase(base, task=task)
     found = rows(outline)
     if as_json:
         print_json({"base": outline.name, "model_type": outline.sites.model_type, "sites": found, **_around(outline)})
@@ -45,7 +45,7 @@ def sites(base: str, task: str | None, brief: bool, as_json: bool) -> None:
     click.echo(columns(("ROLE" if brief else "SITE", "PATH", "SHAPE", "HOW IT IS KNOWN"), table))
 
 
-def rows(outline: Outline) -> list[dict[str, Any]]:
+def rows(outline: FakeBase) -> list[dict[str, Any]]:
     """Facts of all sites, those outside the blocks last."""
     inside = [s for whole in outline.sites for s in (whole, *outline.sites.parts.get(whole.path, ()))]
     sites = [*inside, *outline.sites.outside.values()]
@@ -86,7 +86,7 @@ def recognised(site: Site, model_type: str) -> tuple[str, str]:
     return "path", f"linear in a numbered block; {last} is no name we know"
 
 
-def _around(outline: Outline) -> dict[str, Any]:
+def _around(outline: FakeBase) -> dict[str, Any]:
     found = outline.sites
     return {
         "architecture": found.architecture,

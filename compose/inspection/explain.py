@@ -26,7 +26,7 @@ from hub.errors import HubError, UsageError
 from hub.manifest import BaseIdentity, Requirement
 
 if TYPE_CHECKING:
-    from compose.inspection.fake_base import Outline
+    from compose.inspection.fake_base import FakeBase
 
 __all__ = ["BaseFacts", "Checked", "Explanation", "Member", "base_of", "check", "explain"]
 
@@ -132,7 +132,7 @@ class Checked:
     plan: Plan
     base: str | Path
     known: BaseIdentity
-    outline: Outline
+    outline: FakeBase
     rungs: Mapping[str, Rung]
     warnings: tuple[str, ...]
 
@@ -165,48 +165,49 @@ def check(
     """
     expr = parse(text)
     trial = _Trial(finder, allow_base_drift)
-    made = _pointed(text, trial, expr)
-    base = base or base_of(made, finder)
+    planned = _pointed(text, trial, expr)
+    base = base or base_of(planned, finder)
 
     from compose.base.model import identity_of  # torch comes with these, and most of what is refused is refused above
-    from compose.inspection.fake_base import Outline
+    from compose.inspection.fake_base import FakeBase
 
     trial.known = identity_of(base)
-    task, labels = _task(made, options)
-    trial.outline = Outline(base, **{**options, "task": task, "labels": labels})
+    task, labels = _task(planned, options)
+    trial.outline = FakeBase(base, **{**options, "task": task, "labels": labels})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BaseWarning)
-        made = _pointed(text, trial, expr)
+        planned = _pointed(text, trial, expr)
     said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, BaseWarning))
     if not trial.tried:
-        said[f"{made.expression} looks at values when it is activated, so only loading tells whether it works"] = None
-    return Checked(text, expr, made, base, trial.known, trial.outline, trial.rungs, tuple(said))
+        unsure = f"{planned.expression} looks at values when it is activated, so only loading tells whether it works"
+        said[unsure] = None
+    return Checked(text, expr, planned, base, trial.known, trial.outline, trial.rungs, tuple(said))
 
 
 def explain(text: str, finder: AdapterFinder, **options: Any) -> Explanation:
     """Check a composition and say what it is and costs; parameters and errors as for :func:`check`."""
-    found = check(text, finder, **options)
-    outline, made = found.outline, found.plan
+    checked = check(text, finder, **options)
+    outline, planned = checked.outline, checked.plan
     base = BaseFacts(
         outline.name,
-        found.known.weights_fingerprint,
+        checked.known.weights_fingerprint,
         outline.request.quantize,
         outline.base_parameters,
         outline.bytes,
         _each(outline.base_flops, outline),
     )
-    published = [ref for ref in found.expr.refs if finder.find(ref).digest is not None]
+    published = [ref for ref in checked.expr.refs if finder.find(ref).digest is not None]
     return Explanation(
         text,
-        made,
+        planned,
         base,
-        tuple(_member(leaf, finder.find(leaf), found) for leaf in made.leaves),
+        tuple(_member(leaf, finder.find(leaf), checked) for leaf in planned.leaves),
         requirements(published, finder),
-        tuple(_where(step, made, outline, finder) for step in made.steps),
-        _shared(made, outline),
-        _each(outline.added_flops(made.expression), outline),
+        tuple(_where(step, planned, outline, finder) for step in planned.steps),
+        _shared(planned, outline),
+        _each(outline.added_flops(planned.expression), outline),
         sum(p.numel() * p.element_size() for merged in outline.merged.values() for p in merged.parameters()),
-        found.warnings,
+        checked.warnings,
     )
 
 
@@ -224,18 +225,18 @@ class _Trial:
     finder: AdapterFinder
     allow_drift: bool
     known: BaseIdentity | None = None
-    outline: Outline | None = None
+    outline: FakeBase | None = None
     rungs: dict[str, Rung] = field(default_factory=dict)
     tried: bool = True
 
     def __call__(self, expr: Expr) -> Plan:
-        made = self.plan(expr)
+        planned = self.plan(expr)
         if self.outline is not None:
-            for text in made.leaves:
+            for text in planned.leaves:
                 if text not in self.outline.runtime.adapters:
                     self.outline.put(text, self.finder.find(text))
-            self.tried = self.outline.activate(made.expression)
-        return made
+            self.tried = self.outline.activate(planned.expression)
+        return planned
 
     def plan(self, expr: Expr) -> Plan:
         return plan(expr, self.finder.resolve, check_base=self._ladder, allow_base_drift=self.allow_drift)
@@ -254,7 +255,7 @@ class _Trial:
         )
 
 
-def base_of(made: Plan, finder: AdapterFinder) -> str:
+def base_of(planned: Plan, finder: AdapterFinder) -> str:
     """The base that the adapters of a plan were made for, as it can be loaded.
 
     Raises
@@ -262,31 +263,31 @@ def base_of(made: Plan, finder: AdapterFinder) -> str:
     UsageError
         No adapter says which.
     """
-    if made.base is not None:
-        return at_hand(made.base)
-    named = (finder.find(text).config.get("base_model_name_or_path") for text in made.leaves)
-    found = next((str(name) for name in named if name), None)
-    if found is None:
+    if planned.base is not None:
+        return at_hand(planned.base)
+    named = (finder.find(text).config.get("base_model_name_or_path") for text in planned.leaves)
+    base = next((str(name) for name in named if name), None)
+    if base is None:
         raise UsageError("no adapter of this expression says which base it was made for", hint="give --base BASE")
-    return found
+    return base
 
 
-def _task(made: Plan, options: Mapping[str, Any]) -> tuple[str | None, Any]:
+def _task(planned: Plan, options: Mapping[str, Any]) -> tuple[str | None, Any]:
     if options.get("task") is not None:
         return str(options["task"]), options.get("labels")
-    return task_of(made.leaves.values(), options.get("labels"))
+    return task_of(planned.leaves.values(), options.get("labels"))
 
 
 # -- facts ---------------------------------------------------------------------------------------------------------
 
 
-def _each(flops: int | None, outline: Outline) -> float | None:
+def _each(flops: int | None, outline: FakeBase) -> float | None:
     """Per token, of a count for the outline's whole text."""
     return None if flops is None else flops / outline.length
 
 
-def _member(text: str, stored: StoredAdapter, found: Checked) -> Member:
-    adapter = found.outline.runtime.adapters[text]
+def _member(text: str, stored: StoredAdapter, checked: Checked) -> Member:
+    adapter = checked.outline.runtime.adapters[text]
     return Member(
         text,
         stored.ref,
@@ -296,23 +297,23 @@ def _member(text: str, stored: StoredAdapter, found: Checked) -> Member:
         len(adapter.paths),
         stored.parameters,
         stored.size,
-        found.rungs.get(text),
-        _each(found.outline.added_flops(Ref(text)), found.outline),
+        checked.rungs.get(text),
+        _each(checked.outline.added_flops(Ref(text)), checked.outline),
     )
 
 
-def _shared(made: Plan, outline: Outline) -> dict[tuple[str, str], int]:
-    paths = {text: {*(a := outline.runtime.adapters[text]).module_paths, *a.saved} for text in made.leaves}
+def _shared(planned: Plan, outline: FakeBase) -> dict[tuple[str, str], int]:
+    paths = {text: {*(a := outline.runtime.adapters[text]).module_paths, *a.saved} for text in planned.leaves}
     pairs = {(a, b): len(paths[a] & paths[b]) for a, b in combinations(paths, 2)}
     return {pair: count for pair, count in pairs.items() if count}
 
 
-def _where(step: Step, made: Plan, outline: Outline, finder: AdapterFinder) -> str:
+def _where(step: Step, planned: Plan, outline: FakeBase, finder: AdapterFinder) -> str:
     if step.operation == "load":
         stored = finder.find(step.expr.refs[0])
         return "from the store" if stored.digest else f"from {stored.ref}"
     if step.operation == "inject":
-        return _slots(made.expression, outline)
+        return _slots(planned.expression, outline)
     if step.operation == "ensemble":
         return f"router: {len(step.inputs)} rows a text, one forward, their probabilities mixed"
     if step.operation == "route":
@@ -322,14 +323,14 @@ def _where(step: Step, made: Plan, outline: Outline, finder: AdapterFinder) -> s
     return "in the forward"
 
 
-def _merge(call: Call, outline: Outline) -> str:
+def _merge(call: Call, outline: FakeBase) -> str:
     if not outline.makes_adapter(call):
         return "in the forward, as a weighted sum"
     rank = getattr(bind(call), "rank", None)
     return "at load, in parameter space: a new adapter" + (f" of rank {rank}" if rank else "")
 
 
-def _slots(expr: Expr, outline: Outline) -> str:
+def _slots(expr: Expr, outline: FakeBase) -> str:
     adapters = [outline.runtime.adapters[name] for name in expr.refs]
     inputs = {"attention" for a in adapters if any(a.prefix(p) for p in a.paths)}
     inputs |= {"the embedding" for a in adapters if a.prompt()}

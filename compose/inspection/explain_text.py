@@ -13,38 +13,38 @@ _SHAPES = {"load": "box", "inject": "doubleoctagon", "merge": "hexagon", "route"
 _PAIRS = 12  # pairs of members at the same sites that are listed
 
 
-def as_text(found: Explanation) -> str:
+def as_text(explanation: Explanation) -> str:
     """Sections: what it is, its members, the plan, where members meet, memory, cost."""
-    return "\n\n".join(_sections(found))
+    return "\n\n".join(_sections(explanation))
 
 
-def _sections(found: Explanation) -> Iterator[str]:
-    base = found.base
+def _sections(explanation: Explanation) -> Iterator[str]:
+    base = explanation.base
     held = "" if base.quantize == "none" else f", held as {base.quantize}"
     yield "\n".join(
         [
-            found.text,
-            f"{'normal form:':<14}{found.plan.expression}",
-            f"{'digest:':<14}{found.plan.digest}",
+            explanation.text,
+            f"{'normal form:':<14}{explanation.plan.expression}",
+            f"{'digest:':<14}{explanation.plan.digest}",
             f"{'base:':<14}{base.name} ({base.weights_fingerprint[7:19]}), {base.parameters:,} parameters{held}",
-            *(f"{'warning:':<14}{warning}" for warning in found.warnings),
+            *(f"{'warning:':<14}{warning}" for warning in explanation.warnings),
         ]
     )
-    if found.members:
-        yield _members(found)
-    if found.requires:
-        rows = [(need.name, need.range or "", need.digest or "") for need in found.requires]
+    if explanation.members:
+        yield _members(explanation)
+    if explanation.requires:
+        rows = [(need.name, need.range or "", need.digest or "") for need in explanation.requires]
         yield columns(("REQUIRES", "RANGE", "DIGEST"), rows)
     steps = [
         (str(s.index), s.operation, _node(s), s.kind or "", _numbers(s.inputs), _numbers(s.frees), where)
-        for s, where in zip(found.plan.steps, found.where, strict=True)
+        for s, where in zip(explanation.plan.steps, explanation.where, strict=True)
     ]
     yield columns(("STEP", "DOES", "WHAT", "KIND", "READS", "FREES", "WHERE"), steps)
-    yield _conflicts(found)
-    yield _costs(found)
+    yield _conflicts(explanation)
+    yield _costs(explanation)
 
 
-def _members(found: Explanation) -> str:
+def _members(explanation: Explanation) -> str:
     rows = [
         (
             m.ref if "@sha256:" in m.text else m.text,
@@ -53,29 +53,29 @@ def _members(found: Explanation) -> str:
             f"{m.parameters:,}",
             bytes_text(m.bytes),
             m.rung or "not said",
-            _share(m.flops, found.base.flops),
+            _share(m.flops, explanation.base.flops),
         )
-        for m in found.members
+        for m in explanation.members
     ]
     return columns(("ADAPTER", "KIND", "SITES", "PARAMETERS", "SIZE", "ITS BASE", "COST"), rows)
 
 
-def _conflicts(found: Explanation) -> str:
-    if not found.shared:
+def _conflicts(explanation: Explanation) -> str:
+    if not explanation.shared:
         return "conflicts: none; no two adapters act at one site"
-    shown = [f"  {a} and {b} both act at {count} sites" for (a, b), count in found.shared.items()][:_PAIRS]
-    more = [f"  and {len(found.shared) - _PAIRS} more pairs"] if len(found.shared) > _PAIRS else []
+    shown = [f"  {a} and {b} both act at {count} sites" for (a, b), count in explanation.shared.items()][:_PAIRS]
+    more = [f"  and {len(explanation.shared) - _PAIRS} more pairs"] if len(explanation.shared) > _PAIRS else []
     return "\n".join(["conflicts: none is refused; `hub compose map` shows how these interfere", *shown, *more])
 
 
-def _costs(found: Explanation) -> str:
-    base, adapters = found.base.bytes, found.adapter_bytes
+def _costs(explanation: Explanation) -> str:
+    base, adapters = explanation.base.bytes, explanation.adapter_bytes
     memory = f"base {bytes_text(base)} + adapters {bytes_text(adapters)} = {bytes_text(base + adapters)}"
     flops = "not counted: this model's forward looks at values, so it does not run on shapes"
-    if found.flops is not None and found.base.flops is not None:
-        flops = f"{_flops(found.flops)} a token on top of the base's {_flops(found.base.flops)}: "
-        flops += _share(found.flops, found.base.flops)
-    peak = f"without activations and cache; the plan holds {found.plan.peak} results at once"
+    if explanation.flops is not None and explanation.base.flops is not None:
+        flops = f"{_flops(explanation.flops)} a token on top of the base's {_flops(explanation.base.flops)}: "
+        flops += _share(explanation.flops, explanation.base.flops)
+    peak = f"without activations and cache; the plan holds {explanation.plan.peak} results at once"
     return f"memory: {memory}, {peak}\ncost: {flops}"
 
 

@@ -41,7 +41,7 @@ from compose.planning.members import StoredAdapter
 from compose.runtime.model_runtime import activate, runtime
 from hub.errors import GateError
 
-__all__ = ["Outline"]
+__all__ = ["FakeBase"]
 
 TOKENS = 128  # length of the text that is counted
 _BLOCK = {"nf4": 64, "nested": 256}  # bitsandbytes: values that share an absmax, absmax values that share one
@@ -50,7 +50,7 @@ _DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": to
 _DTYPES |= {"BOOL": torch.bool, "F8_E5M2": torch.float8_e5m2, "F8_E4M3": torch.float8_e4m3fn}
 
 
-class Outline:
+class FakeBase:
     """The shapes of one base, and of the adapters put on it.
 
     Parameters
@@ -205,9 +205,9 @@ class Outline:
 
     def makes_adapter(self, call: Call) -> bool:
         """Whether a merge makes a new adapter when it is activated; else it is a weighted sum in the forward."""
-        made: list[Call] = []
-        resolve(self.runtime, call, {}, lambda inner, _: made.append(inner))
-        return call in made
+        merges: list[Call] = []
+        resolve(self.runtime, call, {}, lambda inner, _: merges.append(inner))
+        return call in merges
 
     def _stand_in(self, call: Call, make: Callable[[], Merged]) -> None:
         """Shapes of the adapter that a merge will make: its own, or where it looks at values, those it must have."""
@@ -215,10 +215,10 @@ class Outline:
             return
         try:
             with self._building():
-                made = self._shaped_like(call) if need_data(call) else make().adapter
+                adapter = self._shaped_like(call) if need_data(call) else make().adapter
         except RuntimeError:  # torch's: a fake tensor has no values. What is wrong with the merge is a HubError
-            made = self._shaped_like(call)
-        self.merged[str(call)] = self._keep(str(call), made)
+            adapter = self._shaped_like(call)
+        self.merged[str(call)] = self._keep(str(call), adapter)
 
     def _shaped_like(self, call: Call) -> Adapter:
         members = [self.runtime.adapters[name] for name in call.refs]

@@ -120,7 +120,7 @@ def examine(
     fitted, unexplained = sums.fit()
     recipe = sums.recipe()
     error = math.sqrt(sums.gap / sums.exact) if sums.exact else float(sums.gap > 0)
-    found = Diagnosis(
+    diagnosis = Diagnosis(
         result=result,
         members=tuple(members),
         weights=case.weights,
@@ -136,7 +136,7 @@ def examine(
         remedy=prescription(case),
         tolerance=tolerance,
     )
-    return _with_findings(found, case)
+    return _with_findings(diagnosis, case)
 
 
 def _case(
@@ -218,66 +218,66 @@ class _Sums:
 # -- findings ------------------------------------------------------------------------------------------------------
 
 
-def _with_findings(found: Diagnosis, case: Case) -> Diagnosis:
-    said = [*_placement(found)]
-    if not found.sound:
-        said += _factor(found, case) or _outside(found)
-        said += _of_kind(found, case.members)
-    return replace(found, findings=tuple(said))
+def _with_findings(diagnosis: Diagnosis, case: Case) -> Diagnosis:
+    said = [*_placement(diagnosis)]
+    if not diagnosis.sound:
+        said += _factor(diagnosis, case) or _outside(diagnosis)
+        said += _of_kind(diagnosis, case.members)
+    return replace(diagnosis, findings=tuple(said))
 
 
-def _placement(found: Diagnosis) -> list[str]:
-    absent = [site.path for site in found.sites if site.norm and site.factor == 0 and site.cosine == 0]
-    alone = [site.path for site in found.sites if not site.norm and site.error]
-    told = []
+def _placement(diagnosis: Diagnosis) -> list[str]:
+    absent = [site.path for site in diagnosis.sites if site.norm and site.factor == 0 and site.cosine == 0]
+    alone = [site.path for site in diagnosis.sites if not site.norm and site.error]
+    findings = []
     if absent:
-        told.append(f"it does nothing at {_few(absent)}, where its members act")
+        findings.append(f"it does nothing at {_few(absent)}, where its members act")
     if alone:
-        told.append(f"it acts at {_few(alone)}, where no member does")
-    return told
+        findings.append(f"it acts at {_few(alone)}, where no member does")
+    return findings
 
 
-def _factor(found: Diagnosis, case: Case) -> list[str]:
+def _factor(diagnosis: Diagnosis, case: Case) -> list[str]:
     """Causes of a result that is a multiple of the exact merge, or a sum with other weights."""
-    if found.unexplained > _EXPLAINED or found.method not in ("task_arithmetic", "average", "cat", "svd"):
+    if diagnosis.unexplained > _EXPLAINED or diagnosis.method not in ("task_arithmetic", "average", "cat", "svd"):
         return []
-    ratios = [v / w for v, w in zip(found.fitted, case.coefficients, strict=True) if w]
+    ratios = [v / w for v, w in zip(diagnosis.fitted, case.coefficients, strict=True) if w]
     factor = sum(ratios) / len(ratios)
     if not all(math.isclose(r, factor, rel_tol=1e-2) for r in ratios):
-        weights = ", ".join(f"{v:.4g}" for v in found.fitted)
+        weights = ", ".join(f"{v:.4g}" for v in diagnosis.fitted)
         return [f"it is the exact sum with other weights: {weights}"]
-    told = [f"it is the exact merge times {factor:.4g}"]
-    n, config = len(found.members), case.result.config
+    findings = [f"it is the exact merge times {factor:.4g}"]
+    n, config = len(diagnosis.members), case.result.config
     rank = int(config.get("r") or 0)
     if n > 1 and math.isclose(factor, 1 / n, rel_tol=1e-2):
-        told.append(f"1 / {n}: a mean of {n} was divided by {n} once more, as adapters' Average does")
+        findings.append(f"1 / {n}: a mean of {n} was divided by {n} once more, as adapters' Average does")
     elif rank > 1 and config.get("use_rslora") and math.isclose(factor, math.sqrt(rank), rel_tol=1e-2):
-        told.append(
+        findings.append(
             f"sqrt({rank}): its factors were made for a scale of 1, but its config keeps use_rslora, which makes the "
             f"scale lora_alpha / sqrt(r) = {math.sqrt(rank):.4g}; set use_rslora to false to mend it"
         )
-    return told
+    return findings
 
 
-def _outside(found: Diagnosis) -> list[str]:
-    if found.recipe and "apart" in found.recipe:
+def _outside(diagnosis: Diagnosis) -> list[str]:
+    if diagnosis.recipe and "apart" in diagnosis.recipe:
         return [
             "A and B were merged apart, so their product holds cross terms B_i A_j of different adapters: "
-            f"{100 * found.unexplained:.0f}% of it is no combination of its members"
+            f"{100 * diagnosis.unexplained:.0f}% of it is no combination of its members"
         ]
-    if found.recipe and "neutral" in found.recipe:
+    if diagnosis.recipe and "neutral" in diagnosis.recipe:
         return ["gains multiply, so the one that changes nothing is 1: of a sum, all but one 1 has to be taken off"]
-    if found.recipe and "at rank" in found.recipe:
+    if diagnosis.recipe and "at rank" in diagnosis.recipe:
         return ["its rank cannot hold the merge; what it leaves out is the least that this rank allows"]
-    if found.unexplained > _EXPLAINED:
-        return [f"{100 * found.unexplained:.0f}% of it is no combination of its members, whatever the weights"]
+    if diagnosis.unexplained > _EXPLAINED:
+        return [f"{100 * diagnosis.unexplained:.0f}% of it is no combination of its members, whatever the weights"]
     return []
 
 
-def _of_kind(found: Diagnosis, members: Sequence[StoredAdapter]) -> list[str]:
+def _of_kind(diagnosis: Diagnosis, members: Sequence[StoredAdapter]) -> list[str]:
     if any(stored.facts.kind == "dora" for stored in members):
         return ["its members are DoRAs: PEFT merges their factors and leaves their magnitudes out"]
-    if any(stored.config.get("use_rslora") for stored in members) and found.recipe is None:
+    if any(stored.config.get("use_rslora") for stored in members) and diagnosis.recipe is None:
         return ["its members use rsLoRA: check that the scale of the result is the one its factors were made for"]
     return []
 

@@ -119,12 +119,12 @@ def places(case: Case, finder: AdapterFinder, base: str | Path | None, progress:
     stored = (*case.members, case.result)
     read = [contents(each) for each in stored]
     if nested(read) or any(get_kind(each.kind).reads_below for each in read):
-        found = _on_base(case, finder, base)
+        counted = _on_base(case, finder, base)
     elif all(each.pairs for each in read):
-        found = _in_factors(case, read)
+        counted = _in_factors(case, read)
     else:
-        found = _in_tensors(case, read)
-    for done, (total, place) in enumerate(found):
+        counted = _in_tensors(case, read)
+    for done, (total, place) in enumerate(counted):
         yield place
         if progress is not None:
             progress("recompute", done + 1, total)
@@ -197,25 +197,25 @@ def _recipes(
     case: Case, members: Sequence[tuple[float, Pair]], result: Pair, taus: Sequence[Tensor], at: Coordinates
 ) -> dict[str, Tensor]:
     """What PEFT's combination types make of these members, with the scale that the result's config gives it."""
-    made: dict[str, Tensor] = {}
+    recipes: dict[str, Tensor] = {}
     scale, rank = result.scale, result.rank
     whole = _sum(case.weights, taus)
-    made['the exact sum, PEFT\'s "cat"'] = scale * whole
+    recipes['the exact sum, PEFT\'s "cat"'] = scale * whole
     if rank:
-        made[f'the exact sum at rank {rank}, PEFT\'s "svd"'] = scale * _at_rank(whole, rank)
+        recipes[f'the exact sum at rank {rank}, PEFT\'s "svd"'] = scale * _at_rank(whole, rank)
     if len({pair.rank for _, pair in members}) == 1:
         roots = [math.sqrt(abs(w * p.scale)) for w, p in members]
         signed = [math.copysign(r, w) for r, (w, _) in zip(roots, members, strict=True)]
         a = sum((r * p.A.double() for r, (_, p) in zip(signed, members, strict=True)), torch.zeros(()))
         b = sum((r * p.B.double() for r, (_, p) in zip(roots, members, strict=True)), torch.zeros(()))
-        made['A and B summed apart, PEFT\'s "linear"'] = at(Pair(a, b, scale))
+        recipes['A and B summed apart, PEFT\'s "linear"'] = at(Pair(a, b, scale))
         if case.density is not None:
             for name in _PRUNING:
-                made |= _pruned_apart(name, case.density, members, roots, signed, scale, at)
+                recipes |= _pruned_apart(name, case.density, members, roots, signed, scale, at)
     if case.density is not None and rank:
         for name in _PRUNING:
-            made |= _pruned_whole(name, case.density, case.weights, taus, rank, scale)
-    return made
+            recipes |= _pruned_whole(name, case.density, case.weights, taus, rank, scale)
+    return recipes
 
 
 def _pruned_apart(
@@ -302,8 +302,8 @@ def _on_base(case: Case, finder: AdapterFinder, base: str | Path | None) -> Coun
     from compose.runtime.model_runtime import runtime
 
     stored = (*case.members, case.result)
-    made = plan(add(*(Ref(each.text) for each in stored)), finder.resolve)
-    model = load_base(base or base_of(made, finder))
+    planned = plan(add(*(Ref(each.text) for each in stored)), finder.resolve)
+    model = load_base(base or base_of(planned, finder))
     adapters = [attach(model, each.text, each.where) for each in stored]
     home = runtime(model)
     paths = sorted({path for adapter in adapters for path in adapter.module_paths})

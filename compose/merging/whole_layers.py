@@ -13,6 +13,7 @@ from compose.kind.registry import make_config
 from compose.merging.merge import merge
 from compose.parameter_space.effect import entries
 from compose.parameter_space.execute import Merged, Workspace
+from compose.runtime.model_runtime import runtime
 from compose.slots.lowering import site_program
 
 
@@ -46,8 +47,6 @@ def widen(model: PreTrainedModel, adapter: Adapter) -> Merged:
 
 
 def _gains(model: PreTrainedModel, adapter: Adapter) -> Adapter:
-    from compose.runtime.model_runtime import runtime
-
     workspace = Workspace(runtime(model))
     outputs: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}

@@ -78,19 +78,24 @@ def kth_magnitude(sources: Sequence[Source], k: int) -> float:
     total = size(sources)
     if not 1 <= k <= total:
         raise ValueError(f"there is no {k}-th of {total} numbers")
-    floor, ceiling = 0.0, math.inf  # floor <= the answer < ceiling
+    # What is known for sure: floor <= the answer < ceiling. [low, high) is only where the sample says it lies.
+    floor, ceiling = 0.0, math.inf
     low, high = _bracket(sources, k / total)
     while True:
         above, inside, kept = _count(sources, low, high)
         if above >= k:
+            # k numbers lie at high or beyond: the bracket was too low, and the answer is between it and the ceiling.
             floor = low = high
             high = ceiling
         elif above + inside < k:
+            # Too few from low on: the bracket was too high.
             ceiling = high = low
             low = floor
         elif kept is not None:
+            # The answer is among those that were kept, k - above from their top: no sort, one partition.
             return float(np.partition(kept, inside - (k - above))[inside - (k - above)])
         else:
+            # It is inside, among more than can be kept: halve by the order of floats, so at most 31 passes.
             floor, ceiling = low, high
             low = _between(floor, ceiling)
             if low == floor:  # neighbouring floats: more equal numbers than can be kept
@@ -111,8 +116,8 @@ def _bracket(sources: Sequence[Source], share: float) -> tuple[float, float]:
     for source in sources:
         read = source.reader()
         for lo in range(0, source.rows, 64):
-            found = _magnitudes(read(lo, min(lo + 8, source.rows)))
-            seen.append(found[lo // 64 % min(stride, len(found)) :: stride])
+            magnitudes = _magnitudes(read(lo, min(lo + 8, source.rows)))
+            seen.append(magnitudes[lo // 64 % min(stride, len(magnitudes)) :: stride])
     sample = np.sort(np.concatenate(seen))[::-1]
     n = len(sample)
     slack = 8 * (n * share * (1 - share)) ** 0.5 + 8  # rows differ in size, so the sample is worse than independent
@@ -127,11 +132,11 @@ def _count(sources: Sequence[Source], low: float, high: float) -> tuple[int, int
     for source in sources:
         for block in blocks(source):
             x = _magnitudes(block)
-            found = x[(x >= low) & (x < high)]
+            candidates = x[(x >= low) & (x < high)]
             above += int(np.count_nonzero(x >= high))
-            inside += len(found)
+            inside += len(candidates)
             if inside <= _LIMIT:
-                kept.append(found)
+                kept.append(candidates)
     return above, inside, np.concatenate(kept) if inside <= _LIMIT else None
 
 

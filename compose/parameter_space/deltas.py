@@ -25,7 +25,7 @@ from compose.parameter_space.tensors import merge_heads, saved_modules
 
 
 @dataclass(frozen=True)
-class Made:
+class SiteResult:
     """The merged effect at one site, as factors (or whole, as a matrix), and what writing it so has lost."""
 
     pair: Pair
@@ -44,37 +44,37 @@ def merge(job: Job) -> tuple[Adapter, Certificate]:
         Names the merge, the adapter and the site: an effect that is no change of a weight, a bias that moves (no LoRA
         holds one), or a full-rank result without a rank to write it in.
     """
-    return _finish(job, dict(zip(job.paths, _made(job, job.paths), strict=True)))
+    return _finish(job, dict(zip(job.paths, _results(job, job.paths), strict=True)))
 
 
 @torch.no_grad()
 def merge_to_lora(job: Job) -> tuple[Adapter, Certificate]:
     """As :func:`merge` of one member, and always a plain LoRA: a gain on W is written in the factors too."""
-    made = {}
+    results = {}
     for path in job.steps(job.paths, "lower"):
         effects = effects_at(job, path)
         if effects[0].factored:
-            made[path] = shrink(effects[0], effects[0].pair_or_zero(), None, job.rank)
+            results[path] = shrink(effects[0], effects[0].pair_or_zero(), None, job.rank)
         elif not job.rank:
             raise job.refuse(
                 f"the change of {path} by {job.kinds} has full rank", "say which rank to write it in: rank=16"
             )
         else:
-            made[path] = from_dense(effects[0].dense(), None, job.rank)
-    return _finish(job, made)
+            results[path] = from_dense(effects[0].dense(), None, job.rank)
+    return _finish(job, results)
 
 
-def _finish(job: Job, made: dict[str, Made]) -> tuple[Adapter, Certificate]:
-    return build(job, made), Certificate({path: m.loss for path, m in made.items()})
+def _finish(job: Job, results: dict[str, SiteResult]) -> tuple[Adapter, Certificate]:
+    return build(job, results), Certificate({path: m.loss for path, m in results.items()})
 
 
-def _made(job: Job, paths: Sequence[str]) -> list[Made]:
+def _results(job: Job, paths: Sequence[str]) -> list[SiteResult]:
     if isinstance(job.method, Elementwise):
         return [_in_factors(job, effects, dense) for _, effects, dense in _elementwise(job, job.method, paths)]
     return [_at_site(job, path) for path in job.steps(paths, "merge")]
 
 
-def _at_site(job: Job, path: str) -> Made:
+def _at_site(job: Job, path: str) -> SiteResult:
     effects = effects_at(job, path)
     if isinstance(job.method, Factored):
         return _factored(job, job.method, path, effects)
@@ -104,7 +104,7 @@ def effects_at(job: Job, path: str) -> list[Effect]:
     return effects
 
 
-def _linear(job: Job, method: Linear, effects: Sequence[Effect]) -> Made:
+def _linear(job: Job, method: Linear, effects: Sequence[Effect]) -> SiteResult:
     c = method.coefficients(job.options, _gram(effects) if method.from_gram else len(effects))
     active = [(w, e) for w, e in zip(c, effects, strict=True) if w != 0]
     if any(e.node is not None for _, e in active):
@@ -122,7 +122,7 @@ def _gram(effects: Sequence[Effect]) -> Tensor:
     return torch.tensor([[a.inner(b) for b in effects] for a in effects], dtype=torch.float64)
 
 
-def shrink(site: Effect, pair: Pair, gain: Tensor | None, rank: int | None) -> Made:
+def shrink(site: Effect, pair: Pair, gain: Tensor | None, rank: int | None) -> SiteResult:
     """A pair (and gain) within ``rank`` and the site's own dimensions; the latter costs nothing."""
     most = min(site.shape) if rank is None else min(rank, *site.shape)
     kept, left_out = factors.truncate(pair, most)
@@ -131,7 +131,7 @@ def shrink(site: Effect, pair: Pair, gain: Tensor | None, rank: int | None) -> M
     else:
         energy = Effect(site.layer, site.shape, pair, gain).energy
     lossless = rank is None or rank >= min(site.shape)
-    return Made(kept, gain, SiteLoss(kept.rank, energy, 0.0 if lossless else left_out))
+    return SiteResult(kept, gain, SiteLoss(kept.rank, energy, 0.0 if lossless else left_out))
 
 
 def _elementwise(job: Job, method: Elementwise, paths: Sequence[str]) -> Iterator[tuple[str, Sequence[Effect], Tensor]]:
@@ -162,7 +162,7 @@ def _measured(job: Job, path: str, effects: Sequence[Effect]) -> Sequence[Tensor
     return job.statistics(path)
 
 
-def _in_factors(job: Job, effects: Sequence[Effect], dense: Tensor) -> Made:
+def _in_factors(job: Job, effects: Sequence[Effect], dense: Tensor) -> SiteResult:
     gain: tuple[Tensor, Effect] | None = None
     if any(e.gain is not None for e in effects) and not any(e.node is not None for e in effects):
         # The diagonal part would need full rank: it goes into a gain, merged by the same rule.
@@ -173,7 +173,7 @@ def _in_factors(job: Job, effects: Sequence[Effect], dense: Tensor) -> Made:
     return from_dense(dense, gain, job.rank or (0 if whole else max(e.rank for e in effects)))
 
 
-def from_dense(dense: Tensor, gain: tuple[Tensor, Effect] | None, rank: int | None) -> Made:
+def from_dense(dense: Tensor, gain: tuple[Tensor, Effect] | None, rank: int | None) -> SiteResult:
     """A dense merged delta as factors of the given rank, beside a gain on the site's W if there is one.
 
     Without a rank it stays a matrix, which loses nothing.
@@ -181,14 +181,14 @@ def from_dense(dense: Tensor, gain: tuple[Tensor, Effect] | None, rank: int | No
     total = factors.energy(dense)
     if not rank:
         nothing = Pair(dense.new_zeros(0, dense.shape[1]), dense.new_zeros(dense.shape[0], 0), 1.0)
-        return Made(nothing, None, SiteLoss(min(dense.shape), total, 0.0), dense)
+        return SiteResult(nothing, None, SiteLoss(min(dense.shape), total, 0.0), dense)
     rest = dense if gain is None else dense - gain[0][:, None] * gain[1].weight()
     pair, left_out = factors.from_dense(rest, min(rank, *rest.shape))
     loss = SiteLoss(pair.rank, total, left_out if rank < min(rest.shape) else 0.0)
-    return Made(pair, None if gain is None else gain[0], loss)
+    return SiteResult(pair, None if gain is None else gain[0], loss)
 
 
-def _factored(job: Job, method: Factored, path: str, effects: Sequence[Effect]) -> Made:
+def _factored(job: Job, method: Factored, path: str, effects: Sequence[Effect]) -> SiteResult:
     for member, effect in zip(job.members, effects, strict=True):
         if not effect.factored:
             raise job.refuse(
@@ -203,14 +203,16 @@ def _factored(job: Job, method: Factored, path: str, effects: Sequence[Effect]) 
 # -- the new adapter ---------------------------------------------------------------------------------------------
 
 
-def build(job: Job, made: dict[str, Made]) -> Adapter:
+def build(job: Job, results: dict[str, SiteResult]) -> Adapter:
     """A LoRA (or DoRA, with a gain) with these factors, lora_alpha = r, and the merged heads; else whole matrices."""
-    if any(m.matrix is not None for m in made.values()):
-        return _whole(job, made)
-    cls = get_kind("dora" if any(m.gain is not None for m in made.values()) else "lora")
-    rank = max([1, *(m.pair.rank for m in made.values())])
+    if any(m.matrix is not None for m in results.values()):
+        return _whole(job, results)
+    # One gain makes a DoRA of all sites; where there is none its magnitude is the norm of what is there.
+    cls = get_kind("dora" if any(m.gain is not None for m in results.values()) else "lora")
+    rank = max([1, *(m.pair.rank for m in results.values())])
+    # One config has one rank: that of the site that needs most, which the narrowest must have room for.
     narrow, most = min(
-        ((path, min(m.pair.A.shape[1], m.pair.B.shape[0])) for path, m in made.items()), key=lambda p: p[1]
+        ((path, min(m.pair.A.shape[1], m.pair.B.shape[0])) for path, m in results.items()), key=lambda p: p[1]
     )
     if rank > most:
         raise job.refuse(
@@ -220,11 +222,12 @@ def build(job: Job, made: dict[str, Made]) -> Adapter:
     options = {
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": tuple(made),
+        "target_modules": tuple(results),
         "modules_to_save": saved_modules(job),
     }
     adapter = cls(make_config(cls, options), job.home.sites, job.home.model, name=job.name).to(job.home.model.device)
-    for path, m in made.items():
+    for path, m in results.items():
+        # lora_alpha = r is a scale of 1, so what pads the factors to r is zeros and changes nothing.
         pair = factors.pad(m.pair, rank)
         if cls.kind == "dora":
             pair, magnitude = _decomposed(job, path, pair, m.gain)
@@ -235,12 +238,12 @@ def build(job: Job, made: dict[str, Made]) -> Adapter:
     return adapter.freeze()
 
 
-def _whole(job: Job, made: dict[str, Made]) -> Adapter:
+def _whole(job: Job, results: dict[str, SiteResult]) -> Adapter:
     """A dense adapter: some site has no low rank, and none was asked for."""
     cls = get_kind("dense")
-    options = {"target_modules": tuple(made), "biases": False, "modules_to_save": saved_modules(job)}
+    options = {"target_modules": tuple(results), "biases": False, "modules_to_save": saved_modules(job)}
     adapter = cls(make_config(cls, options), job.home.sites, job.home.model, name=job.name).to(job.home.model.device)
-    for path, m in made.items():
+    for path, m in results.items():
         site = effect_of(job.home, path, job.members[0].expr)
         matrix = m.matrix if m.matrix is not None else Effect(site.layer, site.shape, m.pair, m.gain).dense()
         adapter.at(path, "weight").data = matrix.contiguous()

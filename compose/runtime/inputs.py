@@ -54,6 +54,7 @@ class Inputs:
             ]
             if not any(weighted):
                 continue  # every row leaves it out here
+            # Relative positions (T5) count from the first key, so the bias has to know how long the cache is.
             owner = bias_owner(self._model, path)
             measures_past |= owner is not None
             state = stack_prefixes(weighted, past=self._past, bias_owner=owner)

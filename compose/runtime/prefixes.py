@@ -63,11 +63,13 @@ def stack_prefixes(
     lengths = [sum(p.key.shape[0] for _, p in row) for row in rows]
     n = max(lengths)
     keys, values, logs = [], [], []
+    # Weights that differ from token to token need a row of log weights for each token, others one for all.
     times = max((w.shape[-1] for row in rows for w, _ in row if isinstance(w, Tensor) and w.dim()), default=1)
     sample = next(p for row in rows for _, p in row)
     heads, width = sample.key.shape[1:]
     device = sample.key.device
     for row, length in zip(rows, lengths, strict=True):
+        # The filling comes first and weighs log 0: a row's own tokens stand right before its text.
         pad = sample.key.new_zeros(n - length, heads, width)
         keys.append(torch.cat([pad, *(p.key for _, p in row)]))
         values.append(torch.cat([pad, *(p.value for _, p in row)]))
@@ -79,8 +81,10 @@ def stack_prefixes(
             log.append(weight.log().reshape(-1, 1).expand(times, p.key.shape[0]))
         logs.append(torch.cat(log, dim=1))
     log_weight = torch.stack(logs)
+    # Where each token is there or not, a mask of booleans does; where all are there, none is needed.
     whole = bool(((log_weight == 0) | log_weight.isneginf()).all())
     key, value = torch.stack(keys).transpose(1, 2), torch.stack(values).transpose(1, 2)
+    # A text is moved on by the tokens of those prefixes that count as tokens, however little they weigh.
     there = [sum(_there(w) * p.key.shape[0] for w, p in row if p.moves) for row in rows]
     shift = torch.tensor(there, device=device)
     even = not bool(log_weight.any())

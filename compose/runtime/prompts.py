@@ -184,17 +184,21 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
     cache = kwargs.get("past_key_values")
     seen = 0 if cache is None else int(cache.get_seq_length())  # the prompt is among them
     _check_room(cache, length + (seen or n))
+    # The mask covers what the cache holds; of that, the prompt's part is ours to add.
     mask = _mask(kwargs.get("attention_mask"), source, length + max(0, seen - n))
     layout = state.layout(mask)
     out = {**kwargs, "attention_mask": layout.join(state.mask().to(mask), mask)}
     _extend_positions(state, entrance, layout, out, length, seen)
+    # With a cache the prompt has been read: only the mask and the positions go on telling of it.
     if seen:
         return ExtendedInputs(out, layout, None, state.embeddings)
     state = state.for_texts(kwargs.get("input_ids"), mask)
+    # Models look at ids (for padding, for their last token), so a prompt is an ordinary one until the embedding.
     if kwargs.get("input_ids") is not None:
         out["input_ids"] = layout.join(source.new_full((batch, n), entrance.filler), source)
     else:
         out["inputs_embeds"] = layout.join(state.embeddings.to(source.dtype), source)
+    # What has a value for each token of the text needs one for each of the prompt, which no loss looks at.
     for name, fill in (("token_type_ids", 0), ("labels", -100)):
         given = kwargs.get(name)
         if isinstance(given, Tensor) and given.shape == (batch, length) and not given.is_floating_point():
@@ -203,6 +207,7 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
         # The last virtual token predicts the first of the text; in a row without a prompt there is none to do so.
         first = out["labels"][:, n]
         out["labels"][:, n] = torch.where(state.counts.to(first.device) == 0, -100, first)
+    # What counts places in the text counts on from where the text begins now.
     for name in ("start_positions", "end_positions"):
         if isinstance(kwargs.get(name), Tensor):
             out[name] = kwargs[name] + (n if state.causal else state.counts)

@@ -14,7 +14,7 @@ from compose.base.model import load_base
 from compose.errors import KindError
 from compose.expr.tree import Ref
 from compose.formats.directory import save_adapter
-from compose.inspection.fake_base import Outline
+from compose.inspection.fake_base import FakeBase
 from compose.kind.registry import kinds
 from compose.planning.members import AdapterFinder
 from hub.errors import GateError, HubError
@@ -61,20 +61,20 @@ def held_bytes(model: torch.nn.Module) -> int:
     "options", [{}, {"quantize": "int8"}, {"quantize": "nf4"}, {"quantize": "nf4", "double_quant": False}]
 )
 def test_memory_is_what_loading_takes(options: dict[str, Any]) -> None:
-    assert Outline(TINY, **options).bytes == held_bytes(load_base(TINY, **options))
+    assert FakeBase(TINY, **options).bytes == held_bytes(load_base(TINY, **options))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5", "bert"])
 def test_memory_of_other_families(family: str, tiny: Any, tmp_path: Path) -> None:
     tiny.model(family).save_pretrained(tmp_path)
-    assert Outline(tmp_path).bytes == held_bytes(load_base(tmp_path))
+    assert FakeBase(tmp_path).bytes == held_bytes(load_base(tmp_path))
     if family != "t5":  # transformers warns there of what it keeps in float32; see test_base
-        assert Outline(tmp_path, quantize="nf4").bytes == held_bytes(load_base(tmp_path, quantize="nf4"))
+        assert FakeBase(tmp_path, quantize="nf4").bytes == held_bytes(load_base(tmp_path, quantize="nf4"))
 
 
 def test_every_kind_is_tried(tiny: Any, home: Any, tmp_path: Path) -> None:
     for family in ("llama", "t5"):
-        outline = Outline(home(family))
+        outline = FakeBase(home(family))
         for kind in kinds():
             directory = saved(tiny, family, kind, tmp_path / f"{family}-{kind}")
             held = AdapterFinder().find(str(directory))
@@ -87,7 +87,7 @@ def test_every_kind_is_tried(tiny: Any, home: Any, tmp_path: Path) -> None:
 
 
 def test_costs_are_the_operations_of_the_factors(tiny: Any, home: Any, tmp_path: Path) -> None:
-    outline = Outline(home("llama"))
+    outline = FakeBase(home("llama"))
     for name in ("a", "b"):
         outline.put(name, AdapterFinder().find(str(saved(tiny, "llama", "lora", tmp_path / name, seed=ord(name)))))
     one = 2 * RANKED * outline.length  # two layers
@@ -103,7 +103,7 @@ def test_costs_are_the_operations_of_the_factors(tiny: Any, home: Any, tmp_path:
 
 
 def test_merges_that_look_at_values_get_a_stand_in(tiny: Any, home: Any, tmp_path: Path) -> None:
-    outline = Outline(home("llama"))
+    outline = FakeBase(home("llama"))
     for name in ("a", "b"):
         outline.put(name, AdapterFinder().find(str(saved(tiny, "llama", "lora", tmp_path / name, seed=ord(name)))))
     assert not outline.makes_adapter(parse("average(a, b)"))  # type: ignore[arg-type]
@@ -114,14 +114,14 @@ def test_merges_that_look_at_values_get_a_stand_in(tiny: Any, home: Any, tmp_pat
 def test_what_does_not_fit_is_named(tiny: Any, home: Any, tmp_path: Path) -> None:
     directory = saved(tiny, "llama", "lora", tmp_path / "a")
     with pytest.raises(KindError, match="q_proj"):
-        Outline(home("llama", hidden_size=64)).put("a", AdapterFinder().find(str(directory)))
+        FakeBase(home("llama", hidden_size=64)).put("a", AdapterFinder().find(str(directory)))
     with pytest.raises(HubError, match="target_modules"):
-        Outline(home("bert")).put("a", AdapterFinder().find(str(directory)))
+        FakeBase(home("bert")).put("a", AdapterFinder().find(str(directory)))
 
 
 def test_a_base_of_seven_billion_is_outlined_from_its_config_alone(tmp_path: Path) -> None:
     hf.LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(tmp_path)
-    outline = Outline(tmp_path, quantize="nf4")
+    outline = FakeBase(tmp_path, quantize="nf4")
     assert outline.base_parameters == 6_738_415_616
     assert 3.5 * 2**30 < outline.bytes < 4 * 2**30
     assert len(list(outline.sites)) == 224
@@ -131,11 +131,11 @@ def test_models_without_a_task_of_ours_are_outlined_as_what_they_were_saved(tmp_
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = hf.ViTConfig(**sizes, image_size=32, architectures=["ViTForImageClassification"])
     config.save_pretrained(tmp_path)
-    outline = Outline(tmp_path)
+    outline = FakeBase(tmp_path)
     assert {site.role for site in outline.sites} == {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down"}
     assert outline.base_flops > 2 * 5 * sum(site.in_features * site.out_features for site in outline.sites)
     with pytest.raises(GateError, match="has no model for seq2seq"):
-        Outline(tmp_path, task="seq2seq")
+        FakeBase(tmp_path, task="seq2seq")
 
 
 def test_what_looks_at_values_is_not_counted_and_not_called_wrong(
@@ -146,8 +146,8 @@ def test_what_looks_at_values_is_not_counted_and_not_called_wrong(
         **sizes, num_attention_heads=4, num_key_value_heads=2, architectures=["MixtralForCausalLM"]
     )
     config.save_pretrained(tmp_path)
-    assert Outline(tmp_path).base_flops is None
-    outline = Outline(home("llama"))
+    assert FakeBase(tmp_path).base_flops is None
+    outline = FakeBase(home("llama"))
     adapter = outline.put("a", AdapterFinder().find(str(saved(tiny, "llama", "lora", tmp_path / "a"))))
     assert outline.activate(Ref("a"))
     lower = type(adapter).lower
