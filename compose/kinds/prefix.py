@@ -31,7 +31,7 @@ class PrefixConfig(KindConfig):
 
 @register("prefix")
 class PrefixTuning(Adapter):
-    """`K <- [P_K; K], V <- [P_V; V]` in each self-attention, P (n, layers * 2 * kv_heads * head_dim), as PEFT stores it.
+    """`K <- [P_K; K], V <- [P_V; V]` in each self-attention; P (n, layers * 2 * kv_heads * head_dim) as PEFT has it.
 
     Real tokens take positions n, n + 1, ... as after n tokens in the cache, which is PEFT's convention; keys of the
     prefix are not rotated. On an encoder-decoder the decoder's self-attention gets the prefix. Not the identity at
