@@ -34,8 +34,14 @@ Written: TypeAlias = tuple[Sequence[str], Mapping[str, float]]  # what to know o
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to export, and how; see :func:`compose.export`."""
+class ExportFormat(ABC):
+    """A format with what is to be exported, and how; see :func:`compose.export` for the fields.
+
+    What it had to change or lose it measures and tells. ``options`` are those of rank, quantize and base_name that it
+    has a use for.
+    """
+
+    options: ClassVar[frozenset[str]] = frozenset()
 
     artifact: Artifact
     store: Store
@@ -67,20 +73,6 @@ class Request:
             raise UsageError(f"{self.artifact.ref} does not say which base it is for", hint="give --base BASE")
         return self.base or at_hand(made_for)  # type: ignore[arg-type]
 
-
-class ExportFormat(ABC):
-    """A format, made for one request. What it had to change or lose it measures and tells."""
-
-    options: ClassVar[frozenset[str]] = frozenset()  # of rank, quantize and base_name, those that it has a use for
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-
-    @property
-    def artifact(self) -> Artifact:
-        """What is exported."""
-        return self.request.artifact
-
     def one_adapter(self, engine: str) -> Artifact:
         """The artifact; KindError if it is no single adapter, which is all that ``engine`` reads."""
         manifest = self.artifact.manifest
@@ -93,8 +85,8 @@ class ExportFormat(ABC):
 
     def copy_adapter(self, fields: Mapping[str, Any], out: Path) -> None:
         """Put the artifact's own files into ``out``: they are PEFT's where they hold no whole modules."""
-        if self.request.base_name is not None:
-            fields = {**fields, "base_model_name_or_path": self.request.base_name}
+        if self.base_name is not None:
+            fields = {**fields, "base_model_name_or_path": self.base_name}
         write_config(out / CONFIG, fields)
         for name in {WEIGHTS, "README.md"} & set(self.artifact.files):
             shutil.copyfile(self.artifact.file(name), out / name)

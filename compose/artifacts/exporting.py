@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compose.artifacts.export_format import FORMATS, ExportFormat, Request
+from compose.artifacts.export_format import FORMATS
 from hub.errors import Conflict, UsageError
 from hub.io.files import fsync_directory
 from hub.store import Store
@@ -69,24 +69,20 @@ def export(
     HubError
         What the format cannot express, by name; nothing is written then.
     """
-    written_by = FORMATS.get(format)
-    _refuse_others_options(format, written_by, rank=rank, quantize=quantize, base_name=base_name)
+    chosen = FORMATS.get(format)
+    for name, value in {"rank": rank, "quantize": quantize, "base_name": base_name}.items():
+        if value is not None and name not in chosen.options:
+            of = " or ".join(other for other, each in FORMATS.all().items() if name in each.options)
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --format {of}, not to {format}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Conflict(f"{out} exists already", path=out, hint="give another directory with --to")
     home = store or Store()
-    request = Request(home.get(ref), home, base, rank, quantize, base_name, allow_base_drift)
+    request = chosen(home.get(ref), home, base, rank, quantize, base_name, allow_base_drift)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as room:
         young = Path(room) / "young"
         young.mkdir()
-        notes, measured = written_by(request).write(young)
+        notes, measured = request.write(young)
         young.replace(out)
     fsync_directory(out.parent)
     return Exported(str(request.artifact.ref), format, str(out), tuple(notes), measured)
-
-
-def _refuse_others_options(format: str, written_by: type[ExportFormat], **options: Any) -> None:
-    for name, value in options.items():
-        if value is not None and name not in written_by.options:
-            of = " or ".join(other for other, each in FORMATS.all().items() if name in each.options)
-            raise UsageError(f"--{name.replace('_', '-')} belongs to --format {of}, not to {format}")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from compose.api import eject, tokenizer
 from compose.artifacts import probes
-from compose.artifacts.export_format import FORMATS, ExportFormat, Request, Written
+from compose.artifacts.export_format import FORMATS, ExportFormat, Written
 from compose.base.loading import quiet_transformers
 from compose.base.model import load_base, name_of
 from compose.base.quantization import quantization_of, quantized_layers
@@ -23,7 +23,7 @@ from hub.errors import GateError
 
 
 @FORMATS.register("merged")
-class Merged(ExportFormat):
+class MergedModel(ExportFormat):
     """The base with the composition in its weights.
 
     Measured: ``rounding``, the largest share of a weight's change that its dtype has rounded away; ``effect``,
@@ -36,15 +36,15 @@ class Merged(ExportFormat):
     @torch.no_grad()
     def write(self, out: Path) -> Written:
         """Fold, compare with the model in which the composition is active, and save."""
-        quantize = self.request.quantize or "none"
-        model = self.request.load(quantize)
+        quantize = self.quantize or "none"
+        model = self.load(quantize)
         expr, name = runtime(model).rows[0], str(self.artifact.ref)
         ids = probes.tokens(model)
         active = probes.logits(model, ids)
         folded = list(fold(model, expr))
         eject(model)
         bare = probes.logits(model, ids)
-        whole, measured = _dense(self.request, model)
+        whole, measured = _dense(self, model)
         _put(whole, folded)
         merged = probes.logits(whole, ids)
         measured["rounding"] = max((part.rounding for part in folded), default=0.0)
@@ -54,7 +54,7 @@ class Merged(ExportFormat):
         ]
         trained = self.artifact.manifest.trained_on
         if trained is not None and trained.quantization not in ("none", quantize):
-            measured["training"] = _against_training(self.request, ids, merged, trained.quantization)
+            measured["training"] = _against_training(self, ids, merged, trained.quantization)
             notes.append(
                 f"{name} was trained on a base held as {trained.quantization}, where its effect was another by "
                 f"{measured['training']:.1%}; --quantize {trained.quantization} folds into those weights"
@@ -65,11 +65,11 @@ class Merged(ExportFormat):
             )
         with quiet_transformers():
             whole.save_pretrained(out)
-        _save_tokenizer(self.request.where, out)
+        _save_tokenizer(self.where, out)
         return notes, measured
 
 
-def _dense(request: Request, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, float]]:
+def _dense(request: ExportFormat, model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, float]]:
     """The model to write into, unquantized: with the weights of the quantized one where there is one."""
     if quantization_of(model) == "none":
         return model, {}
@@ -102,7 +102,7 @@ def _put(model: PreTrainedModel, folded: Sequence[Folded]) -> None:
         parameter.data.copy_(part.value)
 
 
-def _against_training(request: Request, ids: Tensor, merged: Tensor, quantization: str) -> float:
+def _against_training(request: ExportFormat, ids: Tensor, merged: Tensor, quantization: str) -> float:
     model = request.load(quantization)
     active = probes.logits(model, ids)
     eject(model)

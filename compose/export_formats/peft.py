@@ -39,12 +39,12 @@ class Peft(ExportFormat):
         if not on_parts and EXTRA not in artifact.files and fields.get("task_type") in plain:
             self.copy_adapter(fields, out)
             return (), {}
-        model = self.request.load()
+        model = self.load()
         adapter, notes = attach(model, str(artifact.ref), artifact, allow_base_drift=True), list[str]()
         if on_parts:
             wide = widen(model, adapter)
             adapter = wide.adapter
             notes.append(f"its parts of fused layers are written as whole layers: {wide.certificate}")
-        sites, named = runtime(model).sites, self.request.base_name or name_of(model)
+        sites, named = runtime(model).sites, self.base_name or name_of(model)
         export_peft(adapter, out, sites=sites, model=model, base=named, task=artifact.manifest.task)
         return notes, {}

@@ -41,11 +41,11 @@ class VLLM(ExportFormat):
                 )
             self.copy_adapter(fields, out)
         else:
-            model = self.request.load()
-            lowered = lower_to_lora(model, runtime(model).rows[0], rank=self.request.rank)
+            model = self.load()
+            lowered = lower_to_lora(model, runtime(model).rows[0], rank=self.rank)
             if lowered.adapter.saved:
                 raise KindError(f"{artifact.ref} carries whole modules, which vLLM refuses", hint="use --format merged")
-            sites, named = runtime(model).sites, self.request.base_name or name_of(model)
+            sites, named = runtime(model).sites, self.base_name or name_of(model)
             export_peft(lowered.adapter, out, sites=sites, model=model, base=named, task="causal_lm")
             measured["discarded"] = lowered.certificate.share
             notes.append(f"written as one LoRA: {lowered.certificate}")
