@@ -7,29 +7,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
 from compose.planning.members import AdapterSource
 from hub.errors import HubError
 from hub.store import Store
+from router.engine.asking import answer_of, stream_of
+from router.engine.chooser import asks
 from router.engine.host import Host
-from router.engine.prepare import PreparedRow, prepare, with_members
-from router.engine.request import Request, Result
+from router.engine.job import Answer, Job
+from router.engine.prepare import PreparedRow, prepare
+from router.engine.request import Piece, Request, Result
 from router.engine.residency import Residency
-from router.engine.routing import Routing
-from router.engine.running_batch import RunningBatch, RunningRow
 from router.engine.schedule import batches
+from router.engine.scheduler import Scheduler
 from router.engine.sources import KnownAdapter, Sources
 from router.engine.targets import Targets
 
-Answer = Result | HubError
-# What a library may raise over one batch (out of memory among them): it belongs to some row, and not to the others.
-BREAKDOWNS = (RuntimeError, ValueError, TypeError, LookupError, OSError)
+T = TypeVar("T")
 
 
 class Engine:
@@ -71,6 +72,7 @@ class Engine:
         self.targets = Targets(self.host, self.sources, allow_base_drift=allow_base_drift)
         self.residency = Residency(self.host, budget=resident)
         self.rows, self.tokens = rows, tokens
+        self.scheduler = Scheduler(self.host, self.sources, self.residency, rows=rows, tokens=tokens)
 
     def prepare(self, request: Request) -> PreparedRow:
         """Look up what a row names and encode it. Raises HubError for this row alone; from any thread."""
@@ -118,76 +120,73 @@ class Engine:
                 tell(order[i], answer)
         return [answers[index] for index in range(len(requests))]
 
-    def route(self, rows: Sequence[PreparedRow]) -> list[PreparedRow | HubError]:
-        """Let routers choose for the rows that are open; the others come back as they are. The base must be at rest."""
-        routed: list[PreparedRow | HubError] = list(rows)
-        waiting = [
-            i for i, row in enumerate(rows) if row.open or (row.target.routing is not None and row.request.weights)
-        ]
-        for batch in self.batches([rows[i] for i in waiting]):
-            groups: dict[Routing, list[int]] = {}
-            for i in (waiting[k] for k in batch):
-                routing = rows[i].target.routing
-                assert routing is not None  # noqa: S101 - they are those with one
-                groups.setdefault(routing, []).append(i)
-            for routing, members in groups.items():
-                for i, row in zip(members, self._route(routing, [rows[i] for i in members]), strict=True):
-                    routed[i] = row
-        return routed
+    def submit(
+        self,
+        request: Request | PreparedRow,
+        on_done: Callable[[Answer], None],
+        on_piece: Callable[[Piece], None] | None = None,
+    ) -> Job:
+        """Queue one row. What is given is called in the engine's thread, so it must return at once.
 
-    def _route(self, routing: Routing, rows: list[PreparedRow]) -> list[PreparedRow | HubError]:
-        try:
-            with self.residency.in_use(list(routing.members.values()) if routing.asks_members else []):
-                weights = routing.weigh(self.host, [row.ids for row in rows], [row.request.task for row in rows])
-            if routing.by_token:
-                return [replace(row, weights=w) for row, w in zip(rows, weights, strict=True)]
-            return [with_members(self.host, row, w) for row, w in zip(rows, weights, strict=True)]
-        except (HubError, *BREAKDOWNS) as error:
-            return (
-                [as_hub_error(error)]
-                if len(rows) == 1
-                else [one for row in rows for one in self._route(routing, [row])]
-            )
+        Raises
+        ------
+        HubError
+            What it names cannot run, ServerBusy where too many wait, TooLarge for one that can never fit,
+            ServerStopped after :meth:`close`.
+        """
+        row = self.prepare(request) if isinstance(request, Request) else request
+        return self.scheduler.submit(row, on_done, on_piece)
+
+    def cancel(self, job: Job) -> None:
+        """Compute a row no more and say nothing more of it."""
+        self.scheduler.cancel(job)
+
+    async def answer(self, request: Request) -> Result:
+        """The result of one row. A task that is cancelled gives its row up. Raises HubError."""
+        return await answer_of(self.scheduler, self.prepare, request)
+
+    def stream(self, request: Request) -> AsyncIterator[Piece | Result]:
+        """Pieces of text as they come, and the result last. Raises HubError; leaving the loop gives the row up."""
+        return stream_of(self.scheduler, self.prepare, request)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What a function gives that is called between two steps, in the thread that owns the base."""
+        return self.scheduler.call(function).result()
+
+    def route(self, rows: Sequence[PreparedRow]) -> list[PreparedRow | HubError]:
+        """Let routers choose for the rows that are open; the others come back as they are."""
+        return self.call(lambda: self.scheduler.chooser.route(rows)) if any(map(asks, rows)) else list(rows)
 
     def batches(self, rows: Sequence[PreparedRow]) -> list[list[int]]:
         """Which rows are computed together, by index."""
         return batches(rows, most=self.rows, tokens=self.tokens, fits=self._fit)
 
     def compute(self, batch: Sequence[PreparedRow], following: Sequence[PreparedRow] = ()) -> list[Answer]:
-        """Compute one batch while the adapters of the one that follows are read.
-
-        An error belongs to the row that causes it: where the batch fails, its rows are computed one by one.
-        """
+        """Compute rows together while the adapters of those that follow are read; an error belongs to its row."""
+        ended: SimpleQueue[tuple[int, Answer]] = SimpleQueue()
+        told = [partial(_put, ended, index) for index in range(len(batch))]
+        jobs = self.scheduler.submit_together(batch, told, following)
         try:
-            return list(self._compute(batch, following))
-        except (HubError, *BREAKDOWNS) as error:
-            if len(batch) == 1:
-                return [as_hub_error(error)]
-            return [answer for row in batch for answer in self.compute([row])]
-
-    def _compute(self, batch: Sequence[PreparedRow], following: Sequence[PreparedRow]) -> list[Answer]:
-        rows = [RunningRow(prepared, self.host.tokenizer) for prepared in batch]
-        running = RunningBatch(self.host)
-        with self.residency.in_use(self.needed(batch)):
-            self.residency.prefetch(self.needed(following))
-            running.admit(rows)
-            while running.rows:
-                running.step()
-        return [row.answer for row in rows]
+            answers = dict(ended.get() for _ in jobs)
+        except BaseException:
+            for job in jobs:
+                self.scheduler.cancel(job)
+            raise
+        return [answers[index] for index in range(len(batch))]
 
     def needed(self, rows: Sequence[PreparedRow]) -> list[KnownAdapter]:
         """Adapters that rows use, each once."""
-        return [self.sources.named(name) for name in dict.fromkeys(n for row in rows for n in row.target.names)]
+        return self.scheduler.needed(rows)
 
     def _fit(self, names: Collection[str]) -> bool:
         return self.residency.fits(self.sources.named(name) for name in names)
 
     def close(self) -> None:
-        """Stop the reading thread and leave the base with nothing active."""
+        """Stop the engine's threads and leave the base with nothing active."""
+        self.scheduler.stop()
         self.residency.close()
         self.host.rest()
 
 
-def as_hub_error(error: Exception) -> HubError:
-    """The error as one of ours."""
-    return error if isinstance(error, HubError) else HubError(f"it broke down: {type(error).__name__}: {error}")
+def _put(queue: SimpleQueue[tuple[int, Answer]], index: int, answer: Answer) -> None:
+    queue.put((index, answer))

@@ -9,7 +9,8 @@ from time import perf_counter
 from typing import Any, BinaryIO, Protocol
 
 from hub.errors import HubError
-from router.engine.engine import Answer, Engine
+from router.engine.engine import Engine
+from router.engine.job import Answer
 from router.engine.prepare import PreparedRow
 from router.running.journal import Mark
 from router.running.lines import Line, Lines, RowError

@@ -22,7 +22,6 @@ from router.engine.engine import Engine
 from router.engine.request import Request as RowRequest
 from router.engine.request import Result
 from router.serving import wire
-from router.serving.batcher import Batcher
 from router.serving.catalogue import Catalogue
 from router.serving.metrics import Metrics
 from router.serving.streams import CHAT, COMPLETION, AnswerFormat, events
@@ -40,8 +39,9 @@ class Server:
     def __init__(self, engine: Engine, *, token: str | None, directories: bool, waiting: int) -> None:
         self.engine, self.token = engine, token
         self.metrics = Metrics()
-        self.batcher = Batcher(engine, self.metrics, waiting=waiting)
-        self.catalogue = Catalogue(engine, self.batcher, directories=directories)
+        engine.scheduler.waiting = waiting
+        engine.scheduler.watchers.append(self.metrics)
+        self.catalogue = Catalogue(engine, directories=directories)
 
     async def body(self, request: Request, model: type[BodyT]) -> BodyT:
         """A JSON body of bounded size. Raises UsageError or pydantic's ValidationError."""
@@ -96,7 +96,7 @@ class Server:
             if not row.open and (row.target.task == "generate") != (task == "generate"):
                 other = "/v1/classify" if task == "generate" else "/v1/completions"
                 raise UsageError(f"{row.target.text or 'the base'} does not {task}", hint=f"POST {other}")
-        return Rows(self.batcher, self.metrics, prepared)
+        return Rows(self.engine.scheduler, self.metrics, prepared)
 
     def count(self, results: list[Result], copies: int) -> dict[str, int]:
         """Usage of a request, which goes into the metrics as well."""
@@ -133,11 +133,11 @@ class Server:
 
     async def health(self, _request: Request) -> Response:
         """GET /health: 200 while requests are computed."""
-        return Response(status_code=200) if self.batcher.alive else Response(status_code=503, headers=_LATER)
+        return Response(status_code=200) if self.engine.scheduler.alive else Response(status_code=503, headers=_LATER)
 
     async def prometheus(self, _request: Request) -> Response:
         """GET /metrics."""
-        running, waiting = self.batcher.counts
+        running, waiting = self.engine.scheduler.counts
         residency = self.engine.residency
         gauges = [
             ("running_rows", "Rows that are computed.", running),
@@ -169,10 +169,9 @@ def create_app(engine: Engine, *, token: str | None = None, directories: bool = 
 
     @asynccontextmanager
     async def life(_app: FastAPI) -> AsyncIterator[None]:
-        server.batcher.start()
+        engine.scheduler.start()
         yield
-        await run_in_threadpool(server.batcher.stop)
-        engine.close()
+        await run_in_threadpool(engine.close)
 
     app = FastAPI(lifespan=life, openapi_url=None, docs_url=None, redoc_url=None)
     for method, path, endpoint in (

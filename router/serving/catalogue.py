@@ -8,7 +8,6 @@ from typing import Any
 
 from hub.errors import Conflict, NotFound, UsageError, suggest
 from router.engine.engine import Engine
-from router.serving.batcher import Batcher
 
 _SERVED = ("adapter", "merge", "composition", "router")
 
@@ -22,8 +21,8 @@ class Catalogue:
         Whether a name may stand for a directory of this machine.
     """
 
-    def __init__(self, engine: Engine, batcher: Batcher, *, directories: bool) -> None:
-        self._engine, self._batcher, self._directories = engine, batcher, directories
+    def __init__(self, engine: Engine, *, directories: bool) -> None:
+        self._engine, self._directories = engine, directories
 
     def models(self) -> list[dict[str, Any]]:
         """Entries of /v1/models: the base first."""
@@ -89,7 +88,7 @@ class Catalogue:
     def _drop(self, resident: str | None) -> None:
         """Let go of what a name stood for alone; an artifact of the store may be in use under its ref as well."""
         if resident is not None:
-            self._batcher.call(lambda: self._engine.residency.drop(resident)).result()
+            self._engine.call(lambda: self._engine.residency.drop(resident))
 
     def _source(self, path: str) -> str | Path:
         if not Path(path).is_dir():

@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from router.engine.job import Job
+
 PREFIX = "moduloom_"
 
 
@@ -44,6 +46,15 @@ class Metrics:
         self.seconds = Histogram((0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120))
         self.first = Histogram((0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10))
         self.batch = Histogram((1, 2, 4, 8, 16, 32, 64, 128))
+
+    def joined(self, rows: int) -> None:
+        """Rows have joined others: so many are computed together now."""
+        self.batch.observe(rows)
+
+    def ended(self, job: Job) -> None:
+        """A row has been answered."""
+        if job.ended is not None:
+            self.seconds.observe(job.ended - job.since)
 
     def text(self, gauges: Iterable[tuple[str, str, float]], counters: Iterable[tuple[str, str, float]]) -> str:
         """All of it, with gauges and counters (name, help, value) that others keep."""

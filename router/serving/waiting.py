@@ -1,4 +1,4 @@
-"""The rows of one HTTP request, between the batcher's thread and the event loop."""
+"""The rows of one HTTP request, between the engine's thread and the event loop."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TypeAlias
 from starlette.requests import Request
 
 from hub.errors import HubError
-from router.engine.engine import Answer
+from router.engine.job import Answer, Job
 from router.engine.prepare import PreparedRow
 from router.engine.request import Piece, Result
-from router.serving.batcher import Batcher, Job
+from router.engine.scheduler import Scheduler
 from router.serving.metrics import Metrics
 
 News: TypeAlias = Piece | Answer
@@ -27,15 +27,15 @@ class ClientGone(HubError):
 class Rows:
     """Rows that were queued; what becomes of them comes through :meth:`news` or :meth:`results`."""
 
-    def __init__(self, batcher: Batcher, metrics: Metrics, rows: Sequence[PreparedRow]) -> None:
+    def __init__(self, scheduler: Scheduler, metrics: Metrics, rows: Sequence[PreparedRow]) -> None:
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
-        self._batcher, self._metrics, self._since, self._silent = batcher, metrics, monotonic(), True
+        self._scheduler, self._metrics, self._since, self._silent = scheduler, metrics, monotonic(), True
         self._jobs: list[Job] = []
         try:
             for index, row in enumerate(rows):
                 tell = partial(self._tell, index)
-                self._jobs.append(batcher.submit(row, tell, tell))
+                self._jobs.append(scheduler.submit(row, tell, tell))
         except HubError:
             self.cancel()
             raise
@@ -46,7 +46,7 @@ class Rows:
     def cancel(self) -> None:
         """Compute no more of them."""
         for job in self._jobs:
-            self._batcher.cancel(job)
+            self._scheduler.cancel(job)
 
     async def news(self) -> AsyncIterator[tuple[int, News]]:
         """Pieces of text, then a result or an error for each row, by its index, as they come."""
@@ -82,7 +82,7 @@ class Rows:
         return [results[index] for index in range(len(self._jobs))]
 
     def _tell(self, index: int, news: News) -> None:
-        """From the batcher's thread."""
+        """From the engine's thread."""
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
 

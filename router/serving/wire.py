@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hub.errors import Conflict, HubError, NotFound, UsageError, suggest
+from router.engine.job import ServerBusy, ServerStopped
 from router.engine.request import Piece, Request, Result, Token
-from router.serving.batcher import ServerBusy, ServerStopped
 
 MOST_ROWS = 256  # prompts times n of one request
 

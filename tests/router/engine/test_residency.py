@@ -14,8 +14,6 @@ from hub.errors import HubError
 from router.engine.engine import Engine
 from router.engine.request import Request
 from router.engine.sources import KnownAdapter
-from router.serving.batcher import Batcher
-from router.serving.metrics import Metrics
 
 BASE = "builtin:tiny-lm"
 LONG = 30  # seconds until a test that waits in vain has failed
@@ -85,21 +83,19 @@ def test_rows_under_way_do_not_wait_for_a_disk(engine, reading):
     """The server goes on with one row while another's adapter is read: it is not read before the first has ended."""
     _, allowed = reading
     allowed["b"].clear()
-    batcher, ended = Batcher(engine, Metrics()), {name: threading.Event() for name in "ab"}
+    ended = {name: threading.Event() for name in "ab"}
     first, second = (engine.prepare(row) for row in rows("a", "b", tokens=12))
     pieces, told = threading.Event(), {}
 
     def done(name):
         return lambda answer: (told.update({name: answer}), ended[name].set())
 
-    batcher.start()
-    batcher.submit(first, done("a"), lambda _piece: pieces.set())
+    engine.submit(first, done("a"), lambda _piece: pieces.set())
     assert pieces.wait(LONG)
-    batcher.submit(second, done("b"))
+    engine.submit(second, done("b"))
     assert ended["a"].wait(LONG)
     allowed["b"].set()
     assert ended["b"].wait(LONG)
-    batcher.stop()
     alone = engine.run(rows("a", "b", tokens=12))
     assert [told[name].text for name in "ab"] == [answer.text for answer in alone]
 
@@ -170,7 +166,8 @@ def test_a_broken_adapter_fails_its_own_rows(published, places, tmp_path, how):
     assert [isinstance(answer, HubError) for answer in answers] == [False, True, False, True, False]
     assert [answers[i].text for i in (0, 2, 4)] == [wanted[i] for i in (0, 2, 4)]
 
-    batcher, told, all_told = Batcher(engine, Metrics()), {}, threading.Event()
+    told, all_told = {}, threading.Event()
+    engine.scheduler.hold()
 
     def tell(index):
         def done(answer):
@@ -182,11 +179,10 @@ def test_a_broken_adapter_fails_its_own_rows(published, places, tmp_path, how):
 
     jobs = [engine.prepare(row) for row in asked]
     for index, job in enumerate(jobs):
-        batcher.submit(job, tell(index))
-    batcher.start()
+        engine.submit(job, tell(index))
+    engine.scheduler.start()
     assert all_told.wait(LONG)
-    assert batcher.alive
-    batcher.stop()
+    assert engine.scheduler.alive
     assert [isinstance(told[i], HubError) for i in range(5)] == [False, True, False, True, False]
     assert [told[i].text for i in (0, 2, 4)] == [wanted[i] for i in (0, 2, 4)]
     engine.close()

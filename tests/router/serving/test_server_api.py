@@ -13,10 +13,9 @@ from starlette.testclient import TestClient
 
 import router
 from router.engine.engine import Engine
+from router.engine.job import ServerBusy
 from router.engine.request import Request
 from router.serving.app import create_app
-from router.serving.batcher import Batcher, ServerBusy
-from router.serving.metrics import Metrics
 
 BASE = "builtin:tiny-lm"
 CHAT = [{"role": "user", "content": "To be"}]
@@ -147,16 +146,17 @@ def test_a_request_names_its_task(client, published):
 def test_a_place_that_was_given_up_is_free_at_once(published):
     """Rows that wait: a full queue refuses, and one that leaves makes room."""
     engine = Engine(BASE, store=published.store, dtype="fp32")
-    batcher = Batcher(engine, Metrics(), waiting=2)  # not started: everything waits
+    scheduler = engine.scheduler
+    scheduler.waiting = 2
+    scheduler.hold()  # everything waits
     row = engine.prepare(Request(text="To be", adapter="law", max_new_tokens=2))
     told, ended = [], threading.Event()
-    first, _second = (batcher.submit(row, told.append) for _ in range(2))
+    first, _second = (scheduler.submit(row, told.append) for _ in range(2))
     with pytest.raises(ServerBusy, match="2 requests are waiting"):
-        batcher.submit(row, told.append)
-    batcher.cancel(first)
-    batcher.submit(row, lambda answer: (told.append(answer), ended.set()))
-    batcher.start()
+        scheduler.submit(row, told.append)
+    scheduler.cancel(first)
+    scheduler.submit(row, lambda answer: (told.append(answer), ended.set()))
+    scheduler.start()
     assert ended.wait(30)
-    batcher.stop()
     assert [answer.written for answer in told] == [2, 2]
     engine.close()
