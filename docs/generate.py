@@ -44,7 +44,7 @@ def methods() -> str:
 
     start, end = "<!-- methods: begin -->", "<!-- methods: end -->"
     head, rest = (HOME / "methods.md").read_text(encoding="utf-8").split(start)
-    return f"{head}{start}\n{listing.markdown(listing.rows())}{end}{rest.split(end)[1]}"
+    return f"{head}{start}\n{listing.markdown(listing.describe_methods())}{end}{rest.split(end)[1]}"
 
 
 PAGES = {"cli.md": cli, "methods.md": methods}

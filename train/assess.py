@@ -49,15 +49,15 @@ def evaluate(
     HubError
         What the expression, the base or the data are refused for.
     """
-    held = _manifests(expression, store)
-    base = base or _agreed("base", {at_hand(m.base) for m in held if m.base is not None})
-    task = task or _agreed("task", {m.task for m in held if m.task})
-    labels = next((m.labels for m in held if m.labels), ())
+    manifests = _manifests(expression, store)
+    base = base or _agreed("base", {at_hand(m.base) for m in manifests if m.base is not None})
+    task = task or _agreed("task", {m.task for m in manifests if m.task})
+    labels = next((m.labels for m in manifests if m.labels), ())
     options: dict[str, Any] = {"quantize": quantize, "precision": precision, "max_length": max_length}
     config = make_config({"base": base, "task": task, "columns": dict(columns or {}), **options})
     tokenizer = compose.tokenizer(base)
     rows = encode(read_rows(data, part="test"), config, tokenizer, labels=labels, source=data)
-    with heads_come_later(any(m.task == task for m in held)):
+    with heads_come_later(any(m.task == task for m in manifests)):
         model = compose.load(
             base,
             expression,
@@ -72,7 +72,7 @@ def evaluate(
     if task == "causal_lm":
         refuse_looking_ahead(model)
     fill_pad_id(model.config, rows.pad_id)
-    learned = {digest for m in held if m.lineage for name, digest in m.lineage.data.items() if name[:5] != "eval/"}
+    learned = {digest for m in manifests if m.lineage for name, digest in m.lineage.data.items() if name[:5] != "eval/"}
     known = [name for name, digest in file_digests(data, part="test").items() if digest in learned]
     if known:
         log.warning("%s: the adapters were trained on %s", data, ", ".join(known))
@@ -87,14 +87,14 @@ def _manifests(expression: str | None, store: Store | None) -> list[Manifest]:
     """Of the artifacts that the expression names, compositions with their members'."""
     if expression is None:
         return []
-    finder, found = AdapterFinder(store), []
+    finder, manifests = AdapterFinder(store), []
     waiting = list(compose.parse(expression).refs)
     while waiting:
         manifest = finder.find(waiting.pop()).manifest
         if manifest is not None:
-            found.append(manifest)
+            manifests.append(manifest)
             waiting += [f"{need.name}@{need.digest}" for need in manifest.requires]
-    return found
+    return manifests
 
 
 def _agreed(what: str, values: set[str]) -> str:

@@ -201,10 +201,10 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
 
 def refuse_unmeasured(config: TrainConfig) -> None:
     """Raise ConfigError for what a run says of its evaluations, where it has no rows to measure on."""
-    said = [name for name in ("patience", "metric") if getattr(config, name)]
-    if said:
+    idle = [name for name in ("patience", "metric") if getattr(config, name)]
+    if idle:
         hint = "set data.eval=FILE, or a fraction such as data.eval=0.1"
-        raise ConfigError(f"{said[0]} without held-out rows: nothing is measured", hint=hint)
+        raise ConfigError(f"{idle[0]} without held-out rows: nothing is measured", hint=hint)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -255,13 +255,13 @@ def parse_pairs(words: Iterable[str]) -> dict[str, str]:
     ConfigError
         A word without `=`.
     """
-    found = {}
+    pairs = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key or not value:
             raise ConfigError(f"{word!r} is not ROLE=NAME", hint=f"roles are {', '.join(ROLES)}")
-        found[key] = value
-    return found
+        pairs[key] = value
+    return pairs
 
 
 class _Loader(yaml.SafeLoader):

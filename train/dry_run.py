@@ -22,7 +22,7 @@ from hub.console.output import bytes_text
 from train.config import TrainConfig, span_in_steps
 from train.data.batches import IGNORE, Dataset, epoch_order
 from train.loop import training
-from train.pipeline import Prepared
+from train.pipeline import PreparedRun
 from train.steps.evaluate import amp
 
 __all__ = ["Preview", "preview", "show"]
@@ -54,7 +54,7 @@ class Preview:
         return {**vars(self), "sites": list(self.sites), "memory_total": sum(self.memory.values())}
 
 
-def preview(ready: Prepared) -> Preview:
+def preview(ready: PreparedRun) -> Preview:
     """Measure one micro-batch and count the rest; the adapter is left as it was."""
     config, data, adapter = ready.config, ready.splits.train, ready.adapter
     size = min(config.micro_batch or config.batch_size, len(data))
@@ -94,7 +94,7 @@ def preview(ready: Prepared) -> Preview:
     )
 
 
-def _measure(ready: Prepared, rows: Tensor, config: TrainConfig) -> tuple[int, float]:
+def _measure(ready: PreparedRun, rows: Tensor, config: TrainConfig) -> tuple[int, float]:
     """Bytes kept for the backward pass, and seconds of forward and backward."""
     data, model = ready.splits.train, ready.model
     device = next(ready.adapter.parameters()).device
@@ -142,27 +142,27 @@ def _padding(data: Dataset, config: TrainConfig) -> float:
     return 1 - int(data.lengths.sum()) / padded
 
 
-def show(found: Preview, ready: Prepared, console: Console) -> None:
+def show(figures: Preview, ready: PreparedRun, console: Console) -> None:
     """Print the figures and the first example; what it learns is green, or between «» where there is no colour."""
-    share = 100 * found.trainable / found.total
-    rank = f", rank {found.rank}" if found.rank else ""
+    share = 100 * figures.trainable / figures.total
+    rank = f", rank {figures.rank}" if figures.rank else ""
     for name, value in (
-        ("base", f"{found.base}, {found.total:,} parameters"),
-        ("method", f"{found.method}{rank}"),
-        ("sites", f"{len(found.sites)}: {_shorten(found.sites)}" if found.sites else "none"),
-        ("trainable", f"{found.trainable:,} ({share:.2f}% of the base), acting on {found.changed:,} base weights"),
-        ("data", f"{found.rows:,} rows, {found.items:,} items to learn, {found.held_out_rows:,} rows held out"),
-        ("padding", f"{100 * found.padding:.0f}% of the tokens computed"),
-        ("steps", f"{found.steps:,}"),
-        ("memory", " + ".join(f"{name} {bytes_text(n)}" for name, n in found.memory.items())),
-        ("", f"= about {bytes_text(sum(found.memory.values()))}, without the libraries"),
-        ("time", f"about {_duration(found.seconds)} and evaluations, at the speed of one micro-batch here"),
+        ("base", f"{figures.base}, {figures.total:,} parameters"),
+        ("method", f"{figures.method}{rank}"),
+        ("sites", f"{len(figures.sites)}: {_shorten(figures.sites)}" if figures.sites else "none"),
+        ("trainable", f"{figures.trainable:,} ({share:.2f}% of the base), acting on {figures.changed:,} base weights"),
+        ("data", f"{figures.rows:,} rows, {figures.items:,} items to learn, {figures.held_out_rows:,} rows held out"),
+        ("padding", f"{100 * figures.padding:.0f}% of the tokens computed"),
+        ("steps", f"{figures.steps:,}"),
+        ("memory", " + ".join(f"{name} {bytes_text(n)}" for name, n in figures.memory.items())),
+        ("", f"= about {bytes_text(sum(figures.memory.values()))}, without the libraries"),
+        ("time", f"about {_duration(figures.seconds)} and evaluations, at the speed of one micro-batch here"),
     ):
         console.print(Text.assemble((name.ljust(11), "bold"), value), soft_wrap=True)
     console.print(_first_example(ready, console), soft_wrap=True)
 
 
-def _first_example(ready: Prepared, console: Console) -> Text:
+def _first_example(ready: PreparedRun, console: Console) -> Text:
     data, decode = ready.splits.train, ready.tokenizer.decode
     batch = data.batch(torch.tensor([0]))
     ids, labels = batch["input_ids"][0], batch["labels"][0]

@@ -44,10 +44,10 @@ def _row(cls: type[Method]) -> dict[str, Any]:
     }
 
 
-def markdown(found: Iterable[Mapping[str, Any]]) -> str:
+def markdown(described: Iterable[Mapping[str, Any]]) -> str:
     """The table as the docs have it."""
     lines = ["| method | kind it stores | what it is | options of its own | paper |", "|---|---|---|---|---|"]
-    for row in found:
+    for row in described:
         own = ", ".join(f"`{option['name']}` = {option['default']}" for option in row["options"])
         paper = row["paper"]
         link = f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper else ""

@@ -47,13 +47,13 @@ if TYPE_CHECKING:
     from compose.kind.adapter import Adapter
     from hub.relations.word_counts import Counts
 
-__all__ = ["Outcome", "Prepared", "prepare", "run"]
+__all__ = ["Outcome", "PreparedRun", "prepare", "run"]
 
 _COUNTED = 5_000  # training rows whose words are counted
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRun:
     """Everything a run needs before its first step."""
 
     model: PreTrainedModel
@@ -149,7 +149,7 @@ def run(
     return Outcome(result, folder, artifact, ready.splits.shared)
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig) -> PreparedRun:
     """Read the data, load the base and make the adapter, untrained and active.
 
     Raises
@@ -183,10 +183,10 @@ def prepare(config: TrainConfig) -> Prepared:
             refuse_misfit(model, tokenizer, data, members, hint="max_length={}")
     _check_packing(members, splits.train)
     method.warm(model, learner, splits.train)
-    return Prepared(model, learner, tokenizer, splits, method, config)
+    return PreparedRun(model, learner, tokenizer, splits, method, config)
 
 
-def _words(ready: Prepared) -> Counts:
+def _words(ready: PreparedRun) -> Counts:
     """Which words the training rows use; those of the first rows are enough."""
     tokens, decode = ready.splits.train.tokens, ready.tokenizer.decode
     rows = range(min(_COUNTED, len(tokens.starts) - 1))
@@ -212,7 +212,7 @@ def _version(store: Store, ref: AdapterRef) -> AdapterRef:
 
 def _leave(
     folder: Path,
-    ready: Prepared,
+    ready: PreparedRun,
     config: TrainConfig,
     result: FitResult,
     *,

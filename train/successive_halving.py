@@ -20,7 +20,7 @@ from train.config import TrainConfig, did_you_mean
 from train.errors import NonFiniteLoss
 from train.loop import fit
 from train.method import make_method, trained
-from train.pipeline import Prepared, prepare
+from train.pipeline import PreparedRun, prepare
 from train.steps.checkpoint import CHECKPOINT
 from train.steps.evaluate import rank
 from train.steps.guards import options_of_the_run
@@ -124,7 +124,7 @@ def _train(runner: Runner, config: TrainConfig, until: float, folder: Path) -> R
     """Go on until `until` seconds of training; what has ended stays as it is."""
     if runner.ended:
         return replace(runner, rounds=runner.rounds + 1)
-    ready: Prepared = prepare(config)
+    ready: PreparedRun = prepare(config)
     data, learner, resume = ready.splits, ready.adapter, (folder / CHECKPOINT).exists()
     options: dict[str, Any] = {"method": ready.method, "out": folder, "seconds": until, "resume": resume}
     try:

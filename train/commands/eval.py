@@ -46,7 +46,7 @@ def eval_(
     from train import evaluate
     from train.config import parse_pairs
 
-    found = evaluate(
+    facts = evaluate(
         None if expression == "none" else expression,
         data,
         base=base,
@@ -57,10 +57,10 @@ def eval_(
         batch_size=batch_size,
         columns=parse_pairs(columns),
     )
-    write_json(found, json_path)
+    write_json(facts, json_path)
     if json_path == "-":
         return
-    width = max(len(name) for name in found["measures"])
-    click.echo(f"{found['expression'] or 'the bare base'} on {found['data']} ({found['task']}, {found['base']})")
-    for name, value in found["measures"].items():
+    width = max(len(name) for name in facts["measures"])
+    click.echo(f"{facts['expression'] or 'the bare base'} on {facts['data']} ({facts['task']}, {facts['base']})")
+    for name, value in facts["measures"].items():
         click.echo(f"  {name.ljust(width)}  {value:.6g}")

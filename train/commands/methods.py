@@ -23,16 +23,16 @@ def methods(name: str | None, markdown: bool, as_json: bool) -> None:
     from train.methods_table import describe_methods
     from train.methods_table import markdown as table
 
-    found = describe_methods(name)
+    described = describe_methods(name)
     if as_json:
-        print_json(found)
+        print_json(described)
     elif markdown:
-        click.echo(table(found), nl=False)
+        click.echo(table(described), nl=False)
     elif name is not None:
-        _one(found[0])
+        _one(described[0])
     else:
-        own = [", ".join(option["name"] for option in row["options"]) for row in found]
-        rows = [(r["method"], r["kind"], o, r["paper"], r["what"]) for r, o in zip(found, own, strict=True)]
+        own = [", ".join(option["name"] for option in row["options"]) for row in described]
+        rows = [(r["method"], r["kind"], o, r["paper"], r["what"]) for r, o in zip(described, own, strict=True)]
         click.echo(columns(("METHOD", "KIND", "OPTIONS", "PAPER", "WHAT IT IS"), rows))
 
 

@@ -107,10 +107,10 @@ def _dry_run(config: TrainConfig, json_path: str | None) -> None:
     from train.dry_run import show
 
     ready = prepare(config)
-    found = preview(ready)
+    figures = preview(ready)
     if json_path != "-":
-        show(found, ready, Console(highlight=False))
-    write_json(found.as_dict(), json_path)
+        show(figures, ready, Console(highlight=False))
+    write_json(figures.as_dict(), json_path)
 
 
 def _report(facts: dict[str, Any], json_path: str | None) -> None:

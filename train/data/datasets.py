@@ -143,17 +143,17 @@ def load_splits(config: TrainConfig, tokenizer: Any) -> Splits:
     DataError
         A missing column (with those present), an empty split, or labels that do not fit.
     """
-    source, held = config.data.get("train"), config.data.get("eval")
+    source, held_out = config.data.get("train"), config.data.get("eval")
     if not isinstance(source, str):
         hint = "set data.train=FILE (jsonl, csv, parquet, text) or a folder of texts"
         raise ConfigError("no training data", hint=hint)
-    if held is None:
+    if held_out is None:
         refuse_unmeasured(config)
-    measured = held if isinstance(held, str) else None
+    measured = held_out if isinstance(held_out, str) else None
     rows: Rows = read_rows(source, part="train", without=measured if measured != source else None)
     digests = file_digests(source, part="train", without=measured if measured != source else None)
-    if isinstance(held, float):
-        return Splits(*_hold_out(rows, config, tokenizer, fraction=held, source=source), digests)
+    if isinstance(held_out, float):
+        return Splits(*_hold_out(rows, config, tokenizer, fraction=held_out, source=source), digests)
     train = encode(rows, config, tokenizer, source=source)
     if measured is None:
         return Splits(train, None, digests)
@@ -200,7 +200,7 @@ def encode(
     take = partial(_named, rows, config, source)
     for role in config.columns:  # also one that the task does not look at: a typo must not go unseen
         take(role)
-    length, told, read = config.max_length, {"source": source}, _read_of(rows, config)
+    length, where, read = config.max_length, {"source": source}, _read_of(rows, config)
     if config.task in ("classification", "regression"):
         texts, answers = take("text"), take("label")
         pairs = take("text_pair") if "text_pair" in read else None
@@ -209,14 +209,14 @@ def encode(
             return encoders.numbers(columns, answers, pad_id(tokenizer), source=source)
         return labelled(tokenizer, texts, pairs, answers, length, labels=labels or None, source=source)
     if config.task == "token_classification":
-        data, cut = encoders.tagged(tokenizer, take("tokens"), take("tags"), length, labels=labels or None, **told)
+        data, cut = encoders.tagged(tokenizer, take("tokens"), take("tags"), length, labels=labels or None, **where)
     elif config.task == "seq2seq":
-        data, cut = encoders.sequences(tokenizer, take("prompt"), take("completion"), length, **told)
+        data, cut = encoders.sequences(tokenizer, take("prompt"), take("completion"), length, **where)
     elif "messages" in read:
         tools = [row.get("tools") for row in rows]
-        data, cut = encoders.chats(tokenizer, take("messages"), length, tools=tools, **told)
+        data, cut = encoders.chats(tokenizer, take("messages"), length, tools=tools, **where)
     elif "prompt" in read:
-        data, cut = completions(tokenizer, take("prompt"), take("completion"), length, **told), 0
+        data, cut = completions(tokenizer, take("prompt"), take("completion"), length, **where), 0
     else:
         if config.data.get("packing"):
             hint = "leave data.packing out: texts are cut into blocks, which are full as they are"
@@ -274,26 +274,30 @@ def _hold_out(
 
     Of few documents, part of the blocks.
     """
+    # Rows that say the same stay together: one of them in training would tell the other's answer.
     groups: dict[str, list[int]] = {}
     roles = _read_of(rows, config)
     for index, row in enumerate(rows):
         groups.setdefault(_said(row, roles, config), []).append(index)
+    # Groups are drawn in an order of the seed, while there is room and every class keeps a row to learn from.
     order = torch.randperm(len(groups), generator=generator(config.seed, "data", "held-out")).tolist()
-    alike, held = list(groups.values()), set[int]()
+    alike, held_out = list(groups.values()), set[int]()
     left = Counter(name for row in rows for name in _classes(row, config))
     for group in (alike[i] for i in order):
         classes = Counter(name for i in group for name in _classes(rows[i], config))
-        if len(held) + len(group) <= round(len(rows) * fraction) and all(left[c] > n for c, n in classes.items()):
-            held.update(group)
+        if len(held_out) + len(group) <= round(len(rows) * fraction) and all(left[c] > n for c, n in classes.items()):
+            held_out.update(group)
             left.subtract(classes)
-    if len(held) == len(rows):
+    if len(held_out) == len(rows):
         raise DataError(f"{source}: all {len(rows)} rows would be held out", hint="a smaller data.eval, or a file")
-    if held:
-        kept = [i for i in range(len(rows)) if i not in held]
-        train = encode([rows[i] for i in kept], config, tokenizer, source=source)
-        names, part = train.labels, sorted(held)
+    # Labels are numbered by the training rows; the held-out ones take their numbers.
+    if held_out:
+        training = [i for i in range(len(rows)) if i not in held_out]
+        train = encode([rows[i] for i in training], config, tokenizer, source=source)
+        names, part = train.labels, sorted(held_out)
         test = encode([rows[i] for i in part], config, tokenizer, labels=names, source=f"{source} (held out)")
-        return _numbered(train, kept), _numbered(test, part)
+        return _numbered(train, training), _numbered(test, part)
+    # Too few rows to hold one out, such as a single long text: part of its blocks.
     whole = encode(rows, config, tokenizer, source=source)
     count = max(1, round(len(whole) * fraction))
     if count >= len(whole):
@@ -305,10 +309,11 @@ def _hold_out(
 def _classes(row: Mapping[str, Any], config: TrainConfig) -> set[str]:
     """The classes that a row is an example of."""
     role = {"classification": "label", "token_classification": "tags"}.get(config.task, "")
-    found = row.get(config.columns.get(role, role))
-    if found is None:  # the task has none; or it is missing, which is told when the rows are encoded
+    names = row.get(config.columns.get(role, role))
+    try:
+        return set(read_cell("tags", names)) if role == "tags" else {class_name(names)} if role else set()
+    except CellError:  # it is missing or no label, which is told when the rows are encoded
         return set()
-    return set(map(str, found)) if role == "tags" and isinstance(found, list | tuple) else {str(found)}
 
 
 def _numbered(data: Dataset, numbers: Sequence[int]) -> Dataset:

@@ -84,8 +84,8 @@ def tagged(
     if labels is None:
         labels = sorted({tag for row in names for tag in row})
     index = {name: i for i, name in enumerate(labels)}
-    for row, found in enumerate(names, 1):
-        if unseen := sorted(set(found) - index.keys()):
+    for row, tags_of_row in enumerate(names, 1):
+        if unseen := sorted(set(tags_of_row) - index.keys()):
             raise DataError(f"{source}, row {row}: tags unseen in training: {', '.join(unseen)}")
     texts = [[str(word) for word in row] for row in words]
     encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=max_length)
@@ -135,13 +135,13 @@ def chats(
     for row, (messages, usable) in enumerate(zip_longest(conversations, tools), 1):
         text, spans = _rendered(tokenizer, messages, usable, f"{source}, row {row}")
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        told = [
+        row_labels = [
             token if any(start <= a and b <= end and a < b for start, end in spans) else IGNORE
             for token, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         ]
-        cut += len(told) > max_length
+        cut += len(row_labels) > max_length
         ids.append(encoded["input_ids"][:max_length])
-        labels.append(told[:max_length])
+        labels.append(row_labels[:max_length])
     columns = {"input_ids": Ragged.of(ids), "labels": Ragged.of(labels)}
     return Dataset(columns, "causal_lm", pad_id(tokenizer), source=source), cut
 
@@ -186,6 +186,7 @@ def packed(data: Dataset, max_length: int) -> Dataset:
     """
     labels = data.columns.get("labels")
     assert isinstance(labels, Ragged)  # noqa: S101 - completions and chats have labels a token
+    # First fit, decreasing: each row goes into the first bin that has room, and only else into a new one.
     room: list[int] = []
     bins: list[list[int]] = []
     for row in torch.argsort(data.lengths, descending=True, stable=True).tolist():
@@ -198,10 +199,10 @@ def packed(data: Dataset, max_length: int) -> Dataset:
             room[place] -= length
             bins[place].append(row)
     ids = [[token for row in rows for token in data.tokens.row(row).tolist()] for rows in bins]
-    # the first token of a row is predicted by nothing: not by the last one of the row before
-    told = [[t for row in rows for t in [IGNORE, *labels.row(row).tolist()[1:]]] for rows in bins]
-    places = [[at for row in rows for at in range(int(data.lengths[row]))] for rows in bins]
-    columns = {"input_ids": Ragged.of(ids), "labels": Ragged.of(told), "position_ids": Ragged.of(places)}
+    # The first token of a row is predicted by nothing: not by the last one of the row before.
+    packed_labels = [[t for row in rows for t in [IGNORE, *labels.row(row).tolist()[1:]]] for rows in bins]
+    positions = [[at for row in rows for at in range(int(data.lengths[row]))] for rows in bins]
+    columns = {"input_ids": Ragged.of(ids), "labels": Ragged.of(packed_labels), "position_ids": Ragged.of(positions)}
     return replace(data, columns=columns, origin=None)
 
 

@@ -85,12 +85,12 @@ def _hub_rows(text: str) -> list[Row]:
     name, split = (name, split) if colon else (split, "train")
     name, _, config = name.partition("@")
     try:
-        found = datasets.load_dataset(name, config or None, split=split)
+        dataset = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "hf:NAME[@CONFIG][:SPLIT], such as hf:imdb:train"
         raise DataError(f"{text} cannot be read: {first}", hint=hint) from error
-    rows: list[Row] = [dict(row) for row in found]
+    rows: list[Row] = [dict(row) for row in dataset]
     if not rows:
         raise DataError(f"{text} holds no rows")
     return rows
@@ -116,9 +116,9 @@ def _of_part(path: Path, files: list[Path], part: Part, without: Path | None, te
     chosen = rest
     if part != "all" and named:
         order = {"train": ("train", ""), "eval": ("eval", "test"), "test": ("test", "eval")}[part]
-        found = [[f for f in rest if splits[f] == split] for split in order]
-        measured = next((files for files in found if files), rest)
-        chosen = sorted(found[0] + found[1]) if part == "train" else measured
+        by_split = [[f for f in rest if splits[f] == split] for split in order]
+        measured = next((files for files in by_split if files), rest)
+        chosen = sorted(by_split[0] + by_split[1]) if part == "train" else measured
     if not chosen:
         hint = "name the file itself, or another folder"
         raise DataError(f"{path}: every file is held out, by its name or by data.eval", path=path, hint=hint)

@@ -107,26 +107,26 @@ def learn(
 
     _quiet()
     options |= {"words": words, "budget": budget}
-    found = dict(few_shot(data, base, text=text, text2=text2, label=label, say=say, **options).facts)
-    write_json(found, json_path)
+    facts = dict(few_shot(data, base, text=text, text2=text2, label=label, say=say, **options).facts)
+    write_json(facts, json_path)
     if json_path != "-":
-        _tell(found, text2)
+        _tell(facts, text2)
 
 
-def _tell(found: dict[str, Any], text2: str | None) -> None:
-    rows, labels = found["train_rows"], len(found["labels"])
-    click.echo(f"{found['method']}: {rows} rows, {labels} labels, {found['learn_seconds']:.1f} s of learning")
-    if "accuracy" in found:
-        low, high = found["interval"]
-        n = found["test_rows"]
+def _tell(facts: dict[str, Any], text2: str | None) -> None:
+    rows, labels = facts["train_rows"], len(facts["labels"])
+    click.echo(f"{facts['method']}: {rows} rows, {labels} labels, {facts['learn_seconds']:.1f} s of learning")
+    if "accuracy" in facts:
+        low, high = facts["interval"]
+        n = facts["test_rows"]
         click.echo(
-            f"accuracy {found['accuracy']:.3f}  (95%: {low:.3f} to {high:.3f}, {n} rows)  macro F1 {found['f1']:.3f}"
+            f"accuracy {facts['accuracy']:.3f}  (95%: {low:.3f} to {high:.3f}, {n} rows)  macro F1 {facts['f1']:.3f}"
         )
-    elif "cross_validated_accuracy" in found:
-        click.echo(f"cross-validated accuracy {found['cross_validated_accuracy']:.3f} (no test rows)")
-    if "ref" in found:
+    elif "cross_validated_accuracy" in facts:
+        click.echo(f"cross-validated accuracy {facts['cross_validated_accuracy']:.3f} (no test rows)")
+    if "ref" in facts:
         second = ' --text2 "..."' if text2 else ""
-        click.echo(f'published {found["ref"]}\npredict with: hub few-shot predict {found["ref"]} --text "..."{second}')
+        click.echo(f'published {facts["ref"]}\npredict with: hub few-shot predict {facts["ref"]} --text "..."{second}')
 
 
 @few_shot.command("predict")

@@ -133,15 +133,15 @@ def label_names(examples: Sequence[Example], *, source: str) -> tuple[str, ...]:
     DataError
         One label only, or so many that the column is not one of labels.
     """
-    found = in_order(str(e.label) for e in examples)
-    if len(found) < 2:
-        raise DataError(f"{source}: every row has the label {found[0]!r}", hint="a classifier needs two labels or more")
-    if len(found) > _MOST_LABELS:
+    names = in_order(str(e.label) for e in examples)
+    if len(names) < 2:
+        raise DataError(f"{source}: every row has the label {names[0]!r}", hint="a classifier needs two labels or more")
+    if len(names) > _MOST_LABELS:
         raise DataError(
-            f"{source}: {len(found)} different labels in {len(examples)} rows",
+            f"{source}: {len(names)} different labels in {len(examples)} rows",
             hint="is --label the right column? at most 999 labels are learned",
         )
-    return tuple(found)
+    return tuple(names)
 
 
 def warn_of_duplicates(train: Sequence[Example], test: Sequence[Example], *, source: str) -> int:

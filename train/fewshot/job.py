@@ -29,7 +29,7 @@ from train.result import FitResult
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["METHODS", "Job", "Learned", "learn"]
+__all__ = ["METHODS", "FewShotResult", "Job", "learn"]
 
 METHODS: Mapping[str, str] = {
     "auto": "train.fewshot.recipes.auto:auto",
@@ -156,7 +156,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Learned:
+class FewShotResult:
     """What a method ends in."""
 
     classifier: FewShotClassifier
@@ -167,7 +167,7 @@ class Learned:
     facts: Mapping[str, Any]
 
 
-def learn(job: Job, method: str) -> Learned:
+def learn(job: Job, method: str) -> FewShotResult:
     """Run a method by name.
 
     Raises
@@ -182,7 +182,7 @@ def learn(job: Job, method: str) -> Learned:
         raise UsageError(
             f"method {method} reads a mask, and {job.base} has none", hint="--method auto, or a masked-LM base"
         )
-    learned: Learned = load(METHODS[method])(job)
+    learned: FewShotResult = load(METHODS[method])(job)
     return learned
 
 

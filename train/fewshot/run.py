@@ -26,14 +26,14 @@ from train.data.files import file_digests
 from train.errors import DataError
 from train.fewshot.classifier.classifier import FewShotClassifier, load_base
 from train.fewshot.examples import Columns, Example, check_texts, label_names, to_examples, warn_of_duplicates
-from train.fewshot.job import Job, Learned, learn
+from train.fewshot.job import FewShotResult, Job, learn
 from train.fewshot.prompts.template import Template
 from train.fewshot.prompts.verbalizer import VerbalizerError
 from train.fewshot.splits import KShot, k_shot
 from train.results.card import write_card
 from train.results.publish import next_version, write_artifact
 
-__all__ = ["Outcome", "Request", "few_shot", "interval", "run"]
+__all__ = ["FewShotOutcome", "Request", "few_shot", "interval", "run"]
 
 log = logging.getLogger(__name__)
 _MOST_TEST = 2000  # rows that are measured on when no test file is given
@@ -63,7 +63,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FewShotOutcome:
     """A classifier, and what `hub few-shot --json` says of it: its method, its measures, where it was published."""
 
     classifier: FewShotClassifier
@@ -80,7 +80,7 @@ def few_shot(
     store: Store | None = None,
     say: Callable[[str], None] = lambda _text: None,
     **options: Any,
-) -> Outcome:
+) -> FewShotOutcome:
     """Learn a classifier from a few labelled rows of a file, measure it and, with `publish`, put it into the store.
 
     `text`, `text2` and `label` are the file's names of its columns; the other options are those of `Request`.
@@ -93,7 +93,9 @@ def few_shot(
     return run(Request(data, base, Columns(text, text2, label), **options), store=store, say=say)
 
 
-def run(request: Request, *, store: Store | None = None, say: Callable[[str], None] = lambda _text: None) -> Outcome:
+def run(
+    request: Request, *, store: Store | None = None, say: Callable[[str], None] = lambda _text: None
+) -> FewShotOutcome:
     """Learn and measure; publish where a name was given.
 
     Raises
@@ -142,7 +144,7 @@ def run(request: Request, *, store: Store | None = None, say: Callable[[str], No
     learned = learn(job, method)
     seconds = time.perf_counter() - job.started
     measured = measure(learned.classifier, test) if test else {}
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "method": learned.method,
         "labels": list(split.labels),
         "train_rows": len(split.train),
@@ -154,9 +156,9 @@ def run(request: Request, *, store: Store | None = None, say: Callable[[str], No
     }
     if ref is not None:
         artifact = publish(learned, request, ref, {**measured, "n": len(test)}, store)
-        found |= {"ref": str(artifact.ref), "digest": artifact.digest}
-    found["seconds"] = round(time.perf_counter() - started, 2)
-    return Outcome(learned.classifier, found)
+        facts |= {"ref": str(artifact.ref), "digest": artifact.digest}
+    facts["seconds"] = round(time.perf_counter() - started, 2)
+    return FewShotOutcome(learned.classifier, facts)
 
 
 def measure(classifier: FewShotClassifier, test: Sequence[Example]) -> dict[str, Any]:
@@ -172,13 +174,15 @@ def measure(classifier: FewShotClassifier, test: Sequence[Example]) -> dict[str,
 
 
 def interval(hits: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.96."""
+    """Wilson's 95% interval: `(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`, p the share, z = 1.96."""
     z, p = 1.959964, hits / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def publish(learned: Learned, request: Request, ref: AdapterRef, measured: Mapping[str, Any], store: Store) -> Artifact:
+def publish(
+    learned: FewShotResult, request: Request, ref: AdapterRef, measured: Mapping[str, Any], store: Store
+) -> Artifact:
     """Write adapter, head and card, and put them into the store."""
     spec, model = learned.classifier.spec, learned.classifier.model
     with tempfile.TemporaryDirectory() as folder:

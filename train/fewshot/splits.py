@@ -62,11 +62,11 @@ def k_shot(examples: Sequence[Example], k: int, seed: int, *, source: str = "the
 
 def folds(examples: Sequence[Example], parts: int, seed: int) -> list[list[int]]:
     """Row numbers of `parts` disjoint, stratified folds: what a choice inside the K examples is made with."""
-    found: list[list[int]] = [[] for _ in range(parts)]
+    by_fold: list[list[int]] = [[] for _ in range(parts)]
     turn = 0
     for label in sorted({str(e.label) for e in examples}):
         rows = [i for i, e in enumerate(examples) if str(e.label) == label]
         for i in torch.randperm(len(rows), generator=generator(seed, "folds", label)).tolist():
-            found[turn % parts].append(rows[i])
+            by_fold[turn % parts].append(rows[i])
             turn += 1
-    return [sorted(fold) for fold in found if fold]
+    return [sorted(fold) for fold in by_fold if fold]

@@ -44,7 +44,7 @@ def head_parameters(learner: nn.Module) -> list[nn.Parameter]:
     adapters = [module for module in learner.modules() if isinstance(module, Adapter)]
     carried = [adapter.head(path) for adapter in adapters for path in adapter.saved]
     whole = [list(module.parameters()) for module in carried if module is not None]
-    return [parameter for held in whole if any(p.dim() > 1 for p in held) for parameter in held]
+    return [parameter for parameters in whole if any(p.dim() > 1 for p in parameters) for parameter in parameters]
 
 
 def _is_sentence_encoder(model: PreTrainedModel) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from compose.kind.adapter import Adapter
 
-__all__ = ["Projected", "attribute", "attributes", "fold", "function", "original", "reparametrize"]
+__all__ = ["PrefixMLP", "attribute", "attributes", "fold", "function", "original", "reparametrize"]
 
 
 def attribute(path: str, name: str) -> str:
@@ -39,17 +39,17 @@ def reparametrize(adapter: Adapter, path: str, name: str, module: nn.Module) -> 
 
 def function(adapter: Adapter, path: str, name: str) -> nn.Module:
     """The module that makes a reparametrized tensor."""
-    held = adapter.get_submodule("parametrizations")._modules[attribute(path, name)]
-    assert held is not None  # noqa: S101 - narrows the type
-    return held.get_submodule("0")
+    chain = adapter.get_submodule("parametrizations")._modules[attribute(path, name)]
+    assert chain is not None  # noqa: S101 - narrows the type
+    return chain.get_submodule("0")
 
 
 def original(adapter: Adapter, path: str, name: str) -> nn.Parameter:
     """What trains in the place of a reparametrized tensor."""
     holder = adapter.get_submodule("parametrizations")
-    found = getattr(getattr(holder, attribute(path, name)), "original")  # noqa: B009 (a plain name to torch)
-    assert isinstance(found, nn.Parameter)  # noqa: S101 - narrows the type
-    return found
+    parameter = getattr(getattr(holder, attribute(path, name)), "original")  # noqa: B009 (a plain name to torch)
+    assert isinstance(parameter, nn.Parameter)  # noqa: S101 - narrows the type
+    return parameter
 
 
 def fold(adapter: Adapter) -> None:
@@ -63,8 +63,8 @@ def fold(adapter: Adapter) -> None:
     adapter.revision += 1
 
 
-class Projected(nn.Module):
-    """A prefix behind an MLP: P = W_2 tanh(W_1 E + b_1) + b_2 with E (n, h), P (n, width) (arXiv:2101.00190)."""
+class PrefixMLP(nn.Module):
+    """A prefix behind an MLP: `P = W_2 tanh(W_1 E + b_1) + b_2` with E (n, h), P (n, width) (arXiv:2101.00190)."""
 
     def __init__(self, width: int, hidden: int, random: torch.Generator) -> None:
         super().__init__()

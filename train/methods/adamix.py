@@ -26,7 +26,7 @@ class AdamixOptions(MethodOptions):
     )
 
 
-class Choice:
+class CopyChoice:
     """Which copy is used in the forward under way: one draw for a weight and its bias."""
 
     def __init__(self, copies: int) -> None:
@@ -40,7 +40,7 @@ class Choice:
 class Copies(nn.Module):
     """M tensors as one (M, ...): the chosen one while training, their mean otherwise."""
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, choice: CopyChoice) -> None:
         super().__init__()
         self.choice = choice
 
@@ -58,7 +58,7 @@ class Adamix(Method):
     """M copies of each down projection, one of which a forward takes at random. Stores the mean of the copies.
 
     The copies share the up projection, as in the paper's own runs; `share: none` has copies of both, each of which
-    learns from one step in M. Loss: CE + (KL(p1 || p2) + KL(p2 || p1)) / 2 of two passes with different draws, each
+    learns from one step in M. Loss: `CE + (KL(p1 || p2) + KL(p2 || p1)) / 2` of two passes with different draws, each
     KL's target held constant.
     """
 
@@ -74,11 +74,11 @@ class Adamix(Method):
 
     def prepare(self, model: PreTrainedModel, adapter: Adapter, tokenizer: Any) -> None:
         """Copies of every tensor that is not shared; a weight shares its draw with its bias."""
-        self._choices: dict[tuple[str, str], Choice] = {}
+        self._choices: dict[tuple[str, str], CopyChoice] = {}
         parts = {"down": ("down", "down_b", "A"), "up": ("up", "up_b", "B")}
         names = [name for part, names in parts.items() if part != self.own.share for name in names]
         for path, name in list(attributes(adapter, *names)):
-            choice = self._choices.setdefault((path, name.removesuffix("_b")), Choice(self.own.copies))
+            choice = self._choices.setdefault((path, name.removesuffix("_b")), CopyChoice(self.own.copies))
             reparametrize(adapter, path, name, Copies(choice))
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
@@ -102,5 +102,5 @@ class Adamix(Method):
 
 
 def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Sum over rows of KL(p || q), p held constant."""
+    """Sum over rows of `KL(p || q)`, p held constant."""
     return F.kl_div(log_q, log_p.detach(), reduction="sum", log_target=True)

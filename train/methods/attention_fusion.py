@@ -7,7 +7,7 @@ from train.method import Method, register
 
 @register("attention_fusion")
 class AttentionFusion(Method):
-    """c = sum_l softmax_l(q . h_l) h_l for each token over all layers, then the head. Stores q, the head.
+    """`c = sum_l softmax_l(q . h_l) h_l` for each token over all layers, then the head. Stores q, the head.
 
     q = 0 at first: the mean of the layers. The hidden states do not depend on q: no gradient enters the model, which
     runs without dropout.

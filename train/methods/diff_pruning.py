@@ -35,7 +35,7 @@ class DiffPruningOptions(MethodOptions):
 
 
 class HardConcrete(nn.Module):
-    """z z_group delta, z = clip(s (r - l) + l, 0, 1), s = sigmoid(logit u + log alpha), u uniform; or a fixed mask.
+    """`z z_group delta`, `z = clip(s (r - l) + l, 0, 1)`, `s = sigmoid(logit u + log alpha)`, u uniform; or a mask.
 
     The group is the whole tensor. In evaluation the gate is at its median: u = 1/2.
     """
@@ -62,14 +62,14 @@ class HardConcrete(nn.Module):
         return (torch.sigmoid(alpha + noise) * (HIGH - LOW) + LOW).clamp(0, 1)
 
     def expected(self) -> Tensor:
-        """Sum over the weights of P(z > 0) P(z_group > 0); P(z > 0) = sigmoid(log alpha - log(-l / r))."""
+        """Sum over the weights of `P(z > 0) P(z_group > 0)`; `P(z > 0) = sigmoid(log alpha - log(-l / r))`."""
         shift = math.log(-LOW / HIGH)
         return torch.sigmoid(self.alpha - shift).sum() * torch.sigmoid(self.group - shift)
 
 
 @register("diff_pruning")
 class DiffPruning(Method):
-    """theta_0 + z z_group w with hard-concrete gates, pruned by magnitude to 0.5% and tuned once more with that mask.
+    """`theta_0 + z z_group w` with hard-concrete gates, pruned by magnitude to 0.5% and tuned once more with that mask.
 
     While it trains it holds two numbers for each weight of the base. Stores indices and values; a task's head is not
     pruned.
@@ -108,7 +108,7 @@ class DiffPruning(Method):
         self._choice = max(1, round(self.own.first * total_steps))
 
     def objective(self, logits: Tensor, batch: dict[str, Tensor], task: str) -> Tensor:
-        """The task's loss and, an item at a time, lambda E||delta||_0."""
+        """The task's loss and, an item at a time, `lambda E||delta||_0`."""
         loss = super().objective(logits, batch, task)
         if self._gates[0].fixed:
             return loss

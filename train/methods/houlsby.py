@@ -14,10 +14,10 @@ from train.method import Composite, Method, register
 
 @register("houlsby")
 class Houlsby(Method):
-    """h + W_u gelu(W_d h + b_d) + b_u after attention and after the feed-forward block. Stores W_d, W_u and the norms.
+    """`h + W_u gelu(W_d h + b_d) + b_u` after attention and after the feed-forward block.
 
-    Both start as a normal of 1e-3, truncated. The layer norms inside the blocks train too, as in the paper, and are
-    stored whole.
+    Both start as a normal of 1e-3, truncated. The layer norms inside the blocks train too, as in the paper. Stores W_d,
+    W_u and, whole, the norms.
     """
 
     kind = "bottleneck"

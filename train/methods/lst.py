@@ -36,10 +36,10 @@ class LstOptions(MethodOptions):
 class LadderSideTuning(Method):
     """A small side network of width d / 8 that reads the frozen model's hidden states through learned gates.
 
-    s_i = Block_i(mu_i s_(i-1) + (1 - mu_i) D_i h_i), mu = sigmoid(a / T), a = 0 at first, T = 0.1. No gradient enters
-    the model, so its activations are not kept: that is what saves memory. The blocks start as the model's own, cut down
-    to the rows and columns of highest Fisher information (the squared gradient of the loss), the D_i choosing the same
-    dimensions. Stores the side network.
+    `s_i = Block_i(mu_i s_(i-1) + (1 - mu_i) D_i h_i)`, `mu = sigmoid(a / T)`, a = 0 at first, T = 0.1. No gradient
+    enters the model, so its activations are not kept: that is what saves memory. The blocks start as the model's own,
+    cut down to the rows and columns of highest Fisher information (the squared gradient of the loss), the D_i choosing
+    the same dimensions. Stores the side network.
     """
 
     kind = "ladder"
@@ -57,26 +57,26 @@ class LadderSideTuning(Method):
         if any(weight is None for block in blocks for weight in block.values()):
             log.warning("lst: this base's blocks cannot be cut (fused, quantized or gated): the ladder starts fresh")
             return
-        held = [{role: weight for role, weight in block.items() if weight is not None} for block in blocks]
+        plain = [{role: weight for role, weight in block.items() if weight is not None} for block in blocks]
         compose.activate(model, None)
-        with _squared_gradients([weight for block in held for weight in block.values()]) as sums:
+        with _squared_gradients([weight for block in plain for weight in block.values()]) as sums:
             for row in range(min(self.own.fisher_rows, len(data))):
                 batch = {name: value.to(model.device) for name, value in data.batch(torch.tensor([row])).items()}
                 loss_sum(data.task, forward(model, batch, data.task), batch["labels"]).backward()  # type: ignore[no-untyped-call]
         compose.activate(model, self.adapter_name)
         with torch.no_grad():
-            _cut(learner, held, [{role: sums[weight] for role, weight in block.items()} for block in held])
+            _cut(learner, plain, [{role: sums[weight] for role, weight in block.items()} for block in plain])
 
 
 def _weights(model: PreTrainedModel, layer: int) -> dict[str, nn.Parameter | None]:
     """The six matrices of a block by role, where they are plain linear weights."""
-    found: dict[str, nn.Parameter | None] = {}
+    weights: dict[str, nn.Parameter | None] = {}
     for role in _ROLES:
         sites = [site for site in runtime(model).sites.with_role(role) if site.layer == layer and site.stack == ""]
         module = original_module(model, sites[0].path) if len(sites) == 1 else None
         weight = module.weight if isinstance(module, nn.Linear) else None
-        found[role] = weight if isinstance(weight, nn.Parameter) and weight.dtype.is_floating_point else None
-    return found
+        weights[role] = weight if isinstance(weight, nn.Parameter) and weight.dtype.is_floating_point else None
+    return weights
 
 
 class Sums(NamedTuple):
@@ -114,21 +114,24 @@ def _squared_gradients(weights: list[nn.Parameter]) -> Iterator[dict[nn.Paramete
 
 def _cut(ladder: Ladder, blocks: list[dict[str, nn.Parameter]], fisher: list[dict[str, Sums]]) -> None:
     """Copy the rows and columns that matter; grouped queries give the queries of their first group."""
+    # The same m of the d dimensions in all blocks: what one writes into the stream, the next reads.
     m = len(ladder.at("", "in"))
     reads = sum(f[role].rows for f in fisher for role in ("attn.q", "attn.k", "attn.v", "mlp.up"))
     writes = sum(f[role].columns for f in fisher for role in ("attn.o", "mlp.down"))
-    kept = _top(torch.as_tensor(reads + writes), m)  # of the d dimensions that the blocks read and write
-    choose = torch.zeros_like(ladder.at("", "in")).scatter_(1, kept[:, None], 1.0)
+    dimensions = _top(torch.as_tensor(reads + writes), m)
+    # The ladder reads the model's states at these dimensions alone: rows of the identity.
+    choose = torch.zeros_like(ladder.at("", "in")).scatter_(1, dimensions[:, None], 1.0)
     ladder.at("", "in").copy_(choose)
     for rung, block, f in zip(ladder.rungs, blocks, fisher, strict=True):
+        # Inside a block, queries and keys must agree in their dimensions, and so must values and what o reads.
         keys, values = (_top(f[role].columns, m) for role in ("attn.k", "attn.v"))
         inner = _top(f["mlp.up"].columns + f["mlp.down"].rows, 4 * m)
         parts = [block["attn.q"][keys], block["attn.k"][keys], block["attn.v"][values]]
         ladder.at("", f"{rung}.in").copy_(choose)
-        _put(ladder.at("", f"{rung}.qkv"), torch.cat([_rows(part[:, kept], m) for part in parts]))
-        _put(ladder.at("", f"{rung}.o"), block["attn.o"][kept][:, values])
-        _put(ladder.at("", f"{rung}.up"), block["mlp.up"][inner][:, kept])
-        _put(ladder.at("", f"{rung}.down"), block["mlp.down"][kept][:, inner])
+        _put(ladder.at("", f"{rung}.qkv"), torch.cat([_rows(part[:, dimensions], m) for part in parts]))
+        _put(ladder.at("", f"{rung}.o"), block["attn.o"][dimensions][:, values])
+        _put(ladder.at("", f"{rung}.up"), block["mlp.up"][inner][:, dimensions])
+        _put(ladder.at("", f"{rung}.down"), block["mlp.down"][dimensions][:, inner])
 
 
 def _top(importance: Tensor, count: int) -> Tensor:

@@ -28,7 +28,7 @@ class LtSftOptions(MethodOptions):
 
 
 class Masked(nn.Module):
-    """mask * delta; the mask is all ones until the choice is made."""
+    """`mask * delta`; the mask is all ones until the choice is made."""
 
     mask: Tensor
 
@@ -43,7 +43,7 @@ class Masked(nn.Module):
 
 @register("lt_sft")
 class LtSft(Method):
-    """Fine-tune everything, take the K weights with the largest |theta - theta_0|, rewind, train only these again.
+    """Fine-tune everything, take the K weights with the largest `|theta - theta_0|`, rewind, train only these again.
 
     The second phase is a run of its own: its rate starts at the peak. K counts over all parameters together and ties
     never exceed it. Stores indices and values.

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 import compose
 from compose.kind.adapter import Adapter
-from train.learner.reparametrize import Projected, fold, reparametrize
+from train.learner.reparametrize import PrefixMLP, fold, reparametrize
 from train.method import Composite, Method, MethodOptions, register
 
 
@@ -49,8 +49,8 @@ class Mam(Method):
         }
         if self.own.hidden:
             prefix = members[first]
-            made = Projected(prefix.at("", "P").shape[1], self.own.hidden, prefix.generator)
-            reparametrize(prefix, "", "P", made)
+            mlp = PrefixMLP(prefix.at("", "P").shape[1], self.own.hidden, prefix.generator)
+            reparametrize(prefix, "", "P", mlp)
         compose.activate(model, f"{first} >> {second}")
         return Composite(members, f"{first} >> {second}")
 

@@ -25,7 +25,7 @@ class PTuningOptions(MethodOptions):
     hidden: int = Field(0, ge=0, description="width of the LSTM's states and of the MLP; 0: the embedding's own width")
 
 
-class Encoded(nn.Module):
+class PromptEncoder(nn.Module):
     """`P = MLP(BiLSTM(E))`, two layers each; E and P are (n, d)."""
 
     def __init__(self, width: int, hidden: int, random: torch.Generator) -> None:
@@ -39,8 +39,8 @@ class Encoded(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """The prompt."""
-        made: Tensor = self.mlp(self.lstm(embedding[None])[0])
-        return made[0]
+        prompt: Tensor = self.mlp(self.lstm(embedding[None])[0])
+        return prompt[0]
 
     def right_inverse(self, prompt: Tensor) -> Tensor:
         """The pseudo tokens start from what the prompt was."""
@@ -71,7 +71,7 @@ class PTuning(Method):
     def prepare(self, model: PreTrainedModel, adapter: Adapter, tokenizer: Any) -> None:
         """The prompt behind its encoder."""
         width = adapter.at("", "P").shape[1]
-        reparametrize(adapter, "", "P", Encoded(width, self.own.hidden or width, adapter.generator))
+        reparametrize(adapter, "", "P", PromptEncoder(width, self.own.hidden or width, adapter.generator))
 
     def finish(self, model: PreTrainedModel, learner: Adapter) -> Adapter:
         """What the encoder makes."""

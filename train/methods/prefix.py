@@ -8,7 +8,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from compose.kind.adapter import Adapter
-from train.learner.reparametrize import Projected, fold, reparametrize
+from train.learner.reparametrize import PrefixMLP, fold, reparametrize
 from train.method import Method, MethodOptions, register
 
 
@@ -20,7 +20,7 @@ class PrefixOptions(MethodOptions):
 
 @register("prefix")
 class Prefix(Method):
-    """`K <- [P_K; K], V <- [P_V; V]` in every layer with `P = MLP(E)` while training. Stores P alone, (n, 2 L d).
+    """`K <- [P_K; K]`, `V <- [P_V; V]` in every layer with `P = MLP(E)` while training. Stores P alone, (n, 2 L d).
 
     The MLP (which steadies training, as the paper found) is folded into P at the end; a checkpoint keeps it.
     """
@@ -34,7 +34,7 @@ class Prefix(Method):
         """The prefix behind its MLP."""
         if self.own.hidden:
             width = adapter.at("", "P").shape[1]
-            reparametrize(adapter, "", "P", Projected(width, self.own.hidden, adapter.generator))
+            reparametrize(adapter, "", "P", PrefixMLP(width, self.own.hidden, adapter.generator))
 
     def finish(self, model: PreTrainedModel, learner: Adapter) -> Adapter:
         """P as the MLP leaves it."""

@@ -23,7 +23,7 @@ class PromptOptions(MethodOptions):
 
 @register("prompt")
 class Prompt(Method):
-    """[P; emb(x)] with P (n, d) from the vocabulary, from uniform noise or from words. Stores P.
+    """`[P; emb(x)]` with P (n, d) from the vocabulary, from uniform noise or from words. Stores P.
 
     Label words (`init_text: "positive negative"`) are what the paper found best for small models.
     """

@@ -63,16 +63,19 @@ class S4(Method):
         budget = self.own.per_layer or 24 * sites.hidden_size
         members: dict[str, Adapter] = {}
         for number, (layers, parts) in enumerate(zip(spindle(depth), GROUPS, strict=True), 1):
+            # A bias has no size to choose: it takes what it takes, and the others share the rest equally.
             left, sized = budget, [part for part in parts if part in _SIZE]
             if "bias" in parts:
                 bias = self._member(model, number, "bias", layers, None, seed)
                 members[bias.name] = bias
                 left -= _count(bias) // len(layers)
             for part in sized:
+                # Whole ranks, widths or tokens, as many as the share pays for; a LoRA's rank has a bound of its own.
                 unit = _unit(sites, part)
                 size = max(1, round(left / len(sized) / unit))
                 if part == "lora":
                     size = min(size, _largest_rank(sites))
+                # One member carries the head, or it would be added once for each.
                 carried = tuple(heads) if number == len(GROUPS) and part == sized[-1] else ()
                 member = self._member(model, number, part, layers, size, seed + len(members), carried)
                 members[member.name] = member

@@ -25,7 +25,7 @@ class SoraOptions(MethodOptions):
 
 
 class Gate(nn.Module):
-    """diag(g) A with g (r,), one number a rank."""
+    """`diag(g) A` with g (r,), one number a rank."""
 
     def __init__(self, rank: int, random: torch.Generator) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Gate(nn.Module):
 
 @register("sora")
 class Sora(Method):
-    """s B (g * (A x)) with a sparse gate g: after each step g <- sign(g) relu(|g| - xi), the proximal step of L1.
+    """`s B (g * (A x))` with a sparse gate g: after each step `g <- sign(g) relu(|g| - xi)`, the proximal step of L1.
 
     g starts as N(0, 1) and B as zero. At the end g is multiplied into A and ranks with g = 0 are dropped: stores A and
     B of a plain LoRA, each site with the rank it kept.
@@ -82,20 +82,22 @@ class Sora(Method):
     def finish(self, model: PreTrainedModel, learner: Adapter) -> Adapter:
         """A plain LoRA of the ranks that are left; where none is, of one whose A is zero."""
         assert isinstance(learner, LowRank) and isinstance(learner.config, LowRankConfig)  # noqa: S101
-        kept = {
+        ranks_left = {
             path: function(learner, path, name).get_parameter("g").detach().nonzero().flatten()
             for path, name in attributes(learner, "A")
         }
-        kept = {path: left for path, left in kept.items() if len(left)} or {learner.paths[0]: torch.tensor([0])}
+        ranks_left = {path: left for path, left in ranks_left.items() if len(left)} or {
+            learner.paths[0]: torch.tensor([0])
+        }
         fold(learner)
         options, power = learner.config.model_dump(), 0.5 if learner.config.use_rslora else 1.0
         scale = learner.config.scale  # stays what it was, whatever the rank
-        ranks = {path: len(left) for path, left in kept.items()}
-        options |= {"target_modules": tuple(kept), "layers": None, "rank_pattern": ranks}
+        ranks = {path: len(left) for path, left in ranks_left.items()}
+        options |= {"target_modules": tuple(ranks_left), "layers": None, "rank_pattern": ranks}
         options |= {"alpha_pattern": {path: scale * rank**power for path, rank in ranks.items()}}
         plain = compose.create(model, "lora", options, name=self.adapter_name)
         with torch.no_grad():
-            for path, left in kept.items():
+            for path, left in ranks_left.items():
                 plain.at(path, "A").copy_(learner.at(path, "A")[left])
                 plain.at(path, "B").copy_(learner.at(path, "B")[:, left])
         for path in learner.saved:

@@ -26,8 +26,9 @@ class TFewOptions(MethodOptions):
 class TFew(Method):
     """(IA)^3 with three losses over the answers y_1..y_K of a prompt, y the right one. Stores the gains.
 
-    L_LM = -1/|y| sum_t log p(y_t), L_UL = -sum_{k wrong} sum_t log(1 - p(y_kt)) / sum_{k wrong} |y_k| and
-    L_LN = -log softmax_k(b)_y with b_k = 1/|y_k| sum_t log p(y_kt), added up; a row counts by the tokens of its answer.
+    `L_LM = -1/|y| sum_t log p(y_t)`, `L_UL = -sum_{k wrong} sum_t log(1 - p(y_kt)) / sum_{k wrong} |y_k|` and
+    `L_LN = -log softmax_k(b)_y` with `b_k = 1/|y_k| sum_t log p(y_kt)`, added up; a row counts by the tokens of its
+    answer.
     """
 
     kind = "ia3"
@@ -85,10 +86,10 @@ class TFew(Method):
         if task == "causal_lm":
             target = F.pad(target[:, 1:], (0, 1), value=IGNORE)
         learned = target != IGNORE
-        found = F.log_softmax(logits[learned].float(), -1).gather(1, target[learned][:, None])[:, 0]
-        not_found = torch.log1p(-found.exp().clamp(max=1 - 1e-6))
+        log_token = F.log_softmax(logits[learned].float(), -1).gather(1, target[learned][:, None])[:, 0]
+        not_found = torch.log1p(-log_token.exp().clamp(max=1 - 1e-6))
         blank = torch.zeros(target.shape, device=device)
-        log_p, log_not = blank.masked_scatter(learned, found), blank.masked_scatter(learned, not_found)
+        log_p, log_not = blank.masked_scatter(learned, log_token), blank.masked_scatter(learned, not_found)
         whole = (len(batch["labels"]), len(lengths), -1)
         return log_p.view(whole), log_not.view(whole), lengths
 

@@ -8,7 +8,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from train.quickstart.corpus import SHORTEST, Document, Gathered, within_limits
+from train.quickstart.corpus import SHORTEST, Document, GatheredTexts, within_limits
 
 _RULER = re.compile(r"\n[ \t]*[-=*_#~]{8,}[ \t]*(?=\n)")  # the line between two licences of a bundle
 _LICENCE_FILE = re.compile(r"(?i)^(?:licen[cs]e|copying|notice)|(?:[._-]licen[cs]e)(?:\.\w+)?$")
@@ -25,7 +25,7 @@ _NOT_PROSE = {
 _NOT_PROSE |= {"turtledemo", "ensurepip", "__pycache__", "__phello__", "config", "lib-dynload"}
 
 
-def builtin(seed: int) -> dict[str, Gathered]:
+def builtin(seed: int) -> dict[str, GatheredTexts]:
     """Gather code, docs, licences and readmes from this Python installation, without any network."""
     sources: dict[str, Callable[[], Iterable[Document]]] = {
         "code": stdlib_source,

@@ -66,7 +66,7 @@ def quickstart(
     from train.quickstart.gather import gather
     from train.quickstart.userfiles import parse_domains
 
-    found = gather(parse_domains(domains) if domains else {}, seed=seed, say=partial(click.echo, err=True))
+    gathered = gather(parse_domains(domains) if domains else {}, seed=seed, say=partial(click.echo, err=True))
 
     from rich.console import Console
 
@@ -79,7 +79,7 @@ def quickstart(
         from train.quickstart.report import write_report
         from train.quickstart.story import Options, run
         from train.quickstart.tables import show
-    story = run(Options(out, base, quantize, kind, seed, steps), found, chatter, started=started)
+    story = run(Options(out, base, quantize, kind, seed, steps), gathered, chatter, started=started)
     report = write_report(story, out / "report.html")
     facts = as_dict(story)
     if json_path != "-":

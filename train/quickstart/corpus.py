@@ -47,17 +47,17 @@ class Domain:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class GatheredTexts:
     """The documents found for one domain, before near-duplicates go and the split is drawn."""
 
     documents: tuple[Document, ...]
     left_out: tuple[str, ...] = ()
 
 
-def within_limits(name: str, documents: Iterable[Document], seed: int) -> Gathered:
+def within_limits(name: str, documents: Iterable[Document], seed: int) -> GatheredTexts:
     """Drop what is too short, cut what is too long, and stop at the domain's size, in an order drawn from the seed."""
-    found = [Document(d.name, d.text.strip()[:DOCUMENT_CHARS]) for d in documents]
-    long_enough = [d for d in found if len(d.text) >= SHORTEST]
+    stripped = [Document(d.name, d.text.strip()[:DOCUMENT_CHARS]) for d in documents]
+    long_enough = [d for d in stripped if len(d.text) >= SHORTEST]
     random.Random(f"{seed}/order/{name}").shuffle(long_enough)  # noqa: S311  (no secret)
     total, kept = 0, []
     for document in long_enough:
@@ -65,12 +65,12 @@ def within_limits(name: str, documents: Iterable[Document], seed: int) -> Gather
             break
         total += len(document.text)
         kept.append(document)
-    short = len(found) - len(long_enough)
+    short = len(stripped) - len(long_enough)
     notes = (f"{_count(short, 'document')} under {SHORTEST} characters",) if short else ()
-    return Gathered(tuple(kept), notes)
+    return GatheredTexts(tuple(kept), notes)
 
 
-def split(gathered: Mapping[str, Gathered], *, seed: int) -> list[Domain]:
+def split(gathered: Mapping[str, GatheredTexts], *, seed: int) -> list[Domain]:
     """Remove near-duplicates over all domains together, then draw each domain's held-out documents from the seed.
 
     Raises
@@ -88,7 +88,7 @@ def split(gathered: Mapping[str, Gathered], *, seed: int) -> list[Domain]:
     return [_draw(name, [d for owner, d in kept if owner == name], found, seed) for name, found in gathered.items()]
 
 
-def _draw(name: str, documents: Sequence[Document], found: Gathered, seed: int) -> Domain:
+def _draw(name: str, documents: Sequence[Document], found: GatheredTexts, seed: int) -> Domain:
     order = sorted(documents, key=lambda d: d.name)
     random.Random(f"{seed}/split/{name}").shuffle(order)  # noqa: S311  (no secret)
     count = min(HELDOUT_MOST, max(1, round(HELDOUT_SHARE * len(order))))

@@ -96,9 +96,9 @@ class Trainer:
 
     def expert(self, domain: Domain) -> Expert:
         """Find or train the expert of a domain."""
-        found = self.find(domain)
-        if found is not None:
-            return Expert(domain.name, found, trained=False, seconds=0.0, curve=read_curve(found))
+        published = self.find(domain)
+        if published is not None:
+            return Expert(domain.name, published, trained=False, seconds=0.0, curve=read_curve(published))
         started = time.perf_counter()
         artifact = self.train(domain)
         return Expert(domain.name, artifact, True, time.perf_counter() - started, read_curve(artifact))

@@ -47,9 +47,9 @@ class Row:
 def table(story: Story) -> list[Row]:
     """The comparison: base, each expert, average, uniform ensemble, DEMix, by domain and in the mean."""
     results, mean = story.results, means(story)
-    found = [("base", [*(r.base for r in results), mean["base"]])]
-    found += [(f"expert {e}", [*(r.experts[e] for r in results), value]) for e, value in mean["experts"].items()]
-    found += [
+    rows = [("base", [*(r.base for r in results), mean["base"]])]
+    rows += [(f"expert {e}", [*(r.experts[e] for r in results), value]) for e, value in mean["experts"].items()]
+    rows += [
         (label, [*(getattr(r, name) for r in results), mean[name]])
         for label, name in (
             ("average of weights", "average"),
@@ -57,10 +57,10 @@ def table(story: Story) -> list[Row]:
             ("DEMix posterior", "demix"),
         )
     ]
-    lowest = [min(column) for column in zip(*(values for _, values in found), strict=True)]
+    lowest = [min(column) for column in zip(*(values for _, values in rows), strict=True)]
     return [
         Row(label, tuple(values), tuple(v == low for v, low in zip(values, lowest, strict=True)))
-        for label, values in found
+        for label, values in rows
     ]
 
 

@@ -32,7 +32,7 @@ Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Scored:
+class DocumentScores:
     """One held-out document: nats of each way to predict its `tokens`."""
 
     name: str
@@ -52,7 +52,7 @@ class DomainResult:
     """Perplexities of one domain over its held-out documents."""
 
     name: str
-    documents: tuple[Scored, ...]
+    documents: tuple[DocumentScores, ...]
     experts: Mapping[str, float] = field(default_factory=dict)
     base: float = math.nan
     average: float = math.nan
@@ -127,17 +127,17 @@ class Judge:
         references, _ = expert_log_probs(self.model, self.references, ids, mask, context=self.context)
         return score, references.double()
 
-    def documents(self, texts: Sequence[tuple[str, str]], advance: Advance) -> list[Scored]:
+    def documents(self, texts: Sequence[tuple[str, str]], advance: Advance) -> list[DocumentScores]:
         """Score (name, text) pairs in batches of similar length; the order of the texts is kept."""
         rows = [self.ids(text, DOCUMENT_TOKENS) for _, text in texts]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        found: dict[int, Scored] = {}
+        found: dict[int, DocumentScores] = {}
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
             score, references = self.score([rows[i] for i in batch])
             uniform = score.reweighed(temperature=math.inf).nll
             for b, i in enumerate(batch):
-                found[i] = Scored(
+                found[i] = DocumentScores(
                     name=texts[i][0],
                     tokens=int(score.tokens[b]),
                     base=-float(references[0, b].sum()),

@@ -51,7 +51,7 @@ def distinct(texts: Sequence[str], *, threshold: float = THRESHOLD) -> list[int]
     unrelated texts into one cluster. Among equals the earlier text stays.
     """
     sets = [shingles(text) for text in texts]
-    kept: list[int] = []
+    firsts: list[int] = []
     holders: dict[int, list[int]] = {}  # shingle -> kept texts that hold it
     for index in sorted(range(len(texts)), key=lambda i: len(sets[i])):
         values: list[int] = sets[index].tolist()
@@ -59,7 +59,7 @@ def distinct(texts: Sequence[str], *, threshold: float = THRESHOLD) -> list[int]
         # Kept texts are never larger than this one, so the smaller set is theirs.
         if any(count >= threshold * len(sets[holder]) for holder, count in shared.items()):
             continue
-        kept.append(index)
+        firsts.append(index)
         for value in values:
             holders.setdefault(value, []).append(index)
-    return sorted(kept)
+    return sorted(firsts)

@@ -143,11 +143,11 @@ def training_curves(experts: Sequence[Expert]) -> str:
 
 
 def _running_mean(values: Sequence[float], span: int = 8) -> list[float]:
-    found = []
+    means = []
     for i in range(len(values)):
         window = values[max(0, i - span + 1) : i + 1]
-        found.append(sum(window) / len(window))
-    return found
+        means.append(sum(window) / len(window))
+    return means
 
 
 def svg(draw: Callable[[Axes], None], height: float, title: str) -> str:

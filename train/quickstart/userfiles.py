@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hub.errors import UsageError
-from train.quickstart.corpus import DOMAIN_CHARS, Document, Gathered, within_limits
+from train.quickstart.corpus import DOMAIN_CHARS, Document, GatheredTexts, within_limits
 
 FEW_DOCUMENTS = 8  # fewer are divided into passages, else there is nothing to split
 PASSAGE_CHARS = 4_000
@@ -47,7 +47,7 @@ def parse_domains(options: Sequence[str]) -> dict[str, Path]:
     return domains
 
 
-def read_domain(name: str, path: Path, seed: int) -> Gathered:
+def read_domain(name: str, path: Path, seed: int) -> GatheredTexts:
     """Read the user's text: a UTF-8 file, a .jsonl file with a "text" field a line, or a folder of such files.
 
     Hidden files and links are not followed. A file that is not text is left out of a folder and named in `left_out`;
@@ -88,16 +88,16 @@ def read_domain(name: str, path: Path, seed: int) -> Gathered:
     if len(documents) < FEW_DOCUMENTS:
         documents = [passage for document in documents for passage in passages(document)]
     gathered = within_limits(name, documents, seed)
-    return Gathered(gathered.documents, (*left_out, *gathered.left_out))
+    return GatheredTexts(gathered.documents, (*left_out, *gathered.left_out))
 
 
 def _text_files(folder: Path) -> list[Path]:
-    found: list[Path] = []
+    files: list[Path] = []
     for parent, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
         paths = (Path(parent, name) for name in sorted(names) if not name.startswith("."))
-        found += [p for p in paths if p.is_file() and not p.is_symlink()]
-    return found
+        files += [p for p in paths if p.is_file() and not p.is_symlink()]
+    return files
 
 
 def _unreadable(error: OSError) -> None:

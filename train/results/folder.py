@@ -80,14 +80,14 @@ def _shown(console: Console) -> logging.Handler:
 @contextmanager
 def learned(folder: Path) -> Iterator[None]:
     """What fails after the training leaves no half of an adapter, and says that this alone is left to be done again."""
-    made = folder / "adapter"
-    shutil.rmtree(made, ignore_errors=True)  # of an attempt that was killed
+    adapter = folder / "adapter"
+    shutil.rmtree(adapter, ignore_errors=True)  # of an attempt that was killed
     again = "then run again with --resume: what was learned is kept" if (folder / CHECKPOINT).exists() else None
     try:
         yield
     except (HubError, OSError) as error:
-        if not any((made / last).exists() for last in ("module.json", "expression.txt")):
-            shutil.rmtree(made, ignore_errors=True)
+        if not any((adapter / last).exists() for last in ("module.json", "expression.txt")):
+            shutil.rmtree(adapter, ignore_errors=True)
         if isinstance(error, HubError):
             error.hint = "; ".join(part for part in (error.hint, again) if part) or None
             raise

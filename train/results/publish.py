@@ -77,8 +77,8 @@ def publish_learned(
         return store.put(directory) if store is not None else None
     refs = {name: AdapterRef.parse(f"{ref.id}-{name}@{ref.version}") for name in learned.members}
     for name, member in learned.members.items():
-        told = {**facts, "summary": f"Part of `{ref}`, which is `{learned.expression}`.", "evaluated_on": None}
-        write_artifact(directory / name, member, model, config, result, ref=refs[name], **told)
+        member_facts = {**facts, "summary": f"Part of `{ref}`, which is `{learned.expression}`.", "evaluated_on": None}
+        write_artifact(directory / name, member, model, config, result, ref=refs[name], **member_facts)
         if store is not None:
             store.put(directory / name)
     expression = str(substitute(parse(learned.expression), lambda leaf: Ref(str(refs[leaf.text]))))

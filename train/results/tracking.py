@@ -54,10 +54,10 @@ def _scalars(record: dict[str, Any]) -> dict[str, float]:
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
     """Nested values under dotted names; what trackers cannot hold as text."""
-    found: dict[str, int | float | str | bool] = {}
+    flat: dict[str, int | float | str | bool] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
+            flat |= _flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value if isinstance(value, int | float | str) else str(value)
-    return found
+            flat[prefix + key] = value if isinstance(value, int | float | str) else str(value)
+    return flat

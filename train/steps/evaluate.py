@@ -36,7 +36,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Measures of a model on held-out rows, in evaluation mode and without gradients.
 
-    Language modelling and sequence to sequence: `loss` (nats per predicted token), `perplexity` = exp(loss),
+    Language modelling and sequence to sequence: `loss` (nats per predicted token), `perplexity = exp(loss)`,
     `tokens`. Classification, of rows or of tokens: `loss` (nats per item), `accuracy`, `f1` (macro), `ece` (15 bins),
     `rows`. Regression: `loss` (mean squared error), `pearson`, `spearman`, `rows`. With an accelerator of several
     processes each takes a share of the batches, and all return the same values. `logits` computes the model's outputs
@@ -51,7 +51,7 @@ def evaluate(
     device = next(model.parameters()).device
     part, parts = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     total = 0.0
-    found: list[tuple[Tensor, Tensor]] = []
+    outputs_and_labels: list[tuple[Tensor, Tensor]] = []
     with _evaluation_mode(model), torch.no_grad(), amp(device, precision):
         for _, batch in data.batches(batch_size, part=part, parts=parts):
             here = {name: value.to(device) for name, value in batch.items()}
@@ -59,14 +59,14 @@ def evaluate(
             total += float(loss_sum(data.task, out, labels))
             if data.task not in _OF_TEXT:
                 learned = labels != IGNORE if data.task != "regression" else torch.ones_like(labels, dtype=torch.bool)
-                found.append((out.float()[learned].cpu(), labels[learned].cpu()))
+                outputs_and_labels.append((out.float()[learned].cpu(), labels[learned].cpu()))
     if accelerator and parts > 1:
         total = float(accelerator.reduce(torch.tensor(total, dtype=torch.float64, device=device)))
-        found = gather_object(found)
+        outputs_and_labels = gather_object(outputs_and_labels)
     loss = total / int(data.items.sum())
     if data.task in _OF_TEXT:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(data.items.sum())}
-    outputs, labels = (torch.cat(parts_) for parts_ in zip(*found, strict=True))
+    outputs, labels = (torch.cat(parts_) for parts_ in zip(*outputs_and_labels, strict=True))
     return {"loss": loss, **_MEASURES[data.task](outputs, labels), "rows": float(len(labels))}
 
 
@@ -108,7 +108,7 @@ def perplexity(model: nn.Module, data: Dataset, *, batch_size: int = 32, precisi
 
 
 def f1_macro(guess: Tensor, labels: Tensor) -> float:
-    """Mean over the classes present in guess or labels of 2 TP / (2 TP + FP + FN); (N,) and (N,)."""
+    """Mean over the classes present in guess or labels of `2 TP / (2 TP + FP + FN)`; (N,) and (N,)."""
     scores = []
     for label in torch.unique(torch.cat([guess, labels])):
         hit = int(((guess == label) & (labels == label)).sum())
@@ -117,7 +117,7 @@ def f1_macro(guess: Tensor, labels: Tensor) -> float:
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error (arXiv 1706.04599): sum_b |B_b| / N |accuracy(B_b) - confidence(B_b)|.
+    """Expected calibration error (arXiv 1706.04599): `sum_b |B_b| / N |accuracy(B_b) - confidence(B_b)|`.
 
     (N, C) probabilities, (N,) labels; bins of equal width over the largest probability.
     """

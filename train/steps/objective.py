@@ -34,18 +34,18 @@ def _shifted(labels: Tensor, config: Any) -> Tensor:
 
 
 def next_token(logits: Tensor, labels: Tensor) -> Tensor:
-    """-sum_t log p(x_t | x_<t) over the learned tokens; logits (B, T, V), labels (B, T); nats."""
+    """`-sum_t log p(x_t | x_<t)` over the learned tokens; logits (B, T, V), labels (B, T); nats."""
     # the labels move, not the logits: a shifted view of the logits would be copied whole
     return each_token(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORE))
 
 
 def each_token(logits: Tensor, labels: Tensor) -> Tensor:
-    """-sum_t log p(y_t); logits (B, T, C), labels (B, T); nats."""
+    """`-sum_t log p(y_t)`; logits (B, T, C), labels (B, T); nats."""
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def row_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """-sum_b log p(y_b | x_b); logits (B, C), labels (B,); nats."""
+    """`-sum_b log p(y_b | x_b)`; logits (B, C), labels (B,); nats."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
 

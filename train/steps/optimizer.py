@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     """Rate of step `step` (from 0) of `total`.
 
-    With W = round(warmup * total) and u = (step - W) / (total - W): lr (step + 1) / (W + 1) while step < W,
-    then lr (constant), lr (1 - u) (linear) or lr (1 + cos(pi u)) / 2 (cosine). No step has rate 0.
+    With `W = round(warmup * total)` and `u = (step - W) / (total - W)`: `lr (step + 1) / (W + 1)` while `step < W`,
+    then `lr` (constant), `lr (1 - u)` (linear) or `lr (1 + cos(pi u)) / 2` (cosine). No step has rate 0.
     """
     rising = round(config.warmup * total)
     if step < rising:
@@ -67,9 +67,9 @@ def make_optimizer(
 def _apart(config: TrainConfig, groups: list[dict[str, Any]], heads: set[int]) -> list[dict[str, Any]]:
     """Each group in two, without heads and of heads alone; empty ones are dropped."""
     factor = (config.head_lr or config.lr) / config.lr
-    found = []
+    apart = []
     for group in groups:
         body, head = ([p for p in group["params"] if (id(p) in heads) is carried] for carried in (False, True))
-        found.append({**group, "params": body})
-        found.append({**group, "params": head, "lr_scale": group.get("lr_scale", 1.0) * factor})
-    return [group for group in found if group["params"]]
+        apart.append({**group, "params": body})
+        apart.append({**group, "params": head, "lr_scale": group.get("lr_scale", 1.0) * factor})
+    return [group for group in apart if group["params"]]

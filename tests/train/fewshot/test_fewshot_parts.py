@@ -25,7 +25,7 @@ from train.fewshot.recipes.label_words import assignments, candidate_words
 from train.fewshot.recipes.pet import ensemble_mean
 from train.fewshot.recipes.stages import Pipeline, Stage
 from train.fewshot.splits import folds
-from train.fewshot.tuning.distil import Distil
+from train.fewshot.tuning.distil import Distillation
 from train.fewshot.tuning.prompt_tuning import WithLM, mask_tokens
 from train.seeds import generator
 
@@ -196,7 +196,7 @@ def test_distillation_is_four_times_the_kl_at_two():
     p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
     wanted = 4 * (p * (p / q).log()).sum()
     batch = {"logits": student, "soft": teacher, "labels": torch.tensor([0])}
-    torch.testing.assert_close(Distil().loss(Fixed(), batch, "classification"), wanted)
+    torch.testing.assert_close(Distillation().loss(Fixed(), batch, "classification"), wanted)
 
 
 def test_masks_are_15_percent_80_10_10_and_spare_special_tokens(masked_tokenizer):

@@ -15,7 +15,7 @@ from train.data.datasets import Splits
 from train.dry_run import preview
 from train.loop import fit
 from train.method import Composite, make_method, methods, trained
-from train.pipeline import Prepared
+from train.pipeline import PreparedRun
 from train.results.publish import publish_learned
 from train.steps.checkpoint import CHECKPOINT, read_checkpoint
 from train.steps.evaluate import evaluate
@@ -145,7 +145,7 @@ def test_it_resumes_bit_for_bit(tiny, data, config, name, tmp_path, interrupt):
 def test_its_cost_is_known_before_it_starts(tiny, data, config, name):
     rows = data(0)
     model, learner, method, run = begun(tiny, config, name, rows)
-    found = preview(Prepared(model, learner, None, Splits(rows, None, {}), method, run)).as_dict()
+    found = preview(PreparedRun(model, learner, None, Splits(rows, None, {}), method, run)).as_dict()
     assert found["trainable"] == trained(learner) > 0
     assert all(value > 0 for value in found["memory"].values())
     assert (found["changed"] > 0) == any(not path.startswith("@") for path in found["sites"])

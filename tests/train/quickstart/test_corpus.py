@@ -13,7 +13,7 @@ import pytest
 
 from hub.errors import UsageError
 from train.quickstart import builtin, corpus, userfiles
-from train.quickstart.corpus import Document, Gathered, split
+from train.quickstart.corpus import Document, GatheredTexts, split
 from train.quickstart.neardup import THRESHOLD, overlap, shingles
 
 
@@ -21,8 +21,8 @@ def prose(seed: int, words: int = 150) -> str:
     return " ".join(f"w{random.Random(seed * 1000 + i).randrange(5000)}" for i in range(words))
 
 
-def gathered(name: str, count: int, offset: int) -> Gathered:
-    return Gathered(tuple(Document(f"{name}{i}", prose(offset + i)) for i in range(count)))
+def gathered(name: str, count: int, offset: int) -> GatheredTexts:
+    return GatheredTexts(tuple(Document(f"{name}{i}", prose(offset + i)) for i in range(count)))
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_works_with_the_runtime_dependencies_alone(monkeypatch):
 
 def test_the_split_is_decided_by_the_seed_alone(two):
     first = split(two, seed=1)
-    shuffled = {n: Gathered(tuple(random.Random(5).sample(g.documents, 20))) for n, g in two.items()}
+    shuffled = {n: GatheredTexts(tuple(random.Random(5).sample(g.documents, 20))) for n, g in two.items()}
     assert [d.digest for d in split(two, seed=1)] == [d.digest for d in first]
     assert [d.digest for d in split(shuffled, seed=1)] == [d.digest for d in first]
     assert [d.digest for d in split(two, seed=2)] != [d.digest for d in first]
@@ -129,7 +129,7 @@ def test_held_out_by_document_a_fifth_and_at_most_eight(two):
 
 def test_near_duplicates_leave_and_are_counted(two):
     copies = tuple(Document(f"copy{i}", f"header {i} of {i}\n" + two["a"].documents[0].text) for i in range(5))
-    domain = split({**two, "a": Gathered(two["a"].documents + copies)}, seed=0)[0]
+    domain = split({**two, "a": GatheredTexts(two["a"].documents + copies)}, seed=0)[0]
     assert len(domain.train) + len(domain.heldout) == 20
     assert domain.left_out == ("5 near-duplicates",)
 
@@ -140,7 +140,7 @@ def test_fewer_than_two_domains(two):
 
 
 def test_too_little_text_after_near_duplicates(two):
-    same = Gathered(tuple(Document(f"a{i}", two["a"].documents[0].text + f" {i}") for i in range(50)))
+    same = GatheredTexts(tuple(Document(f"a{i}", two["a"].documents[0].text + f" {i}") for i in range(50)))
     with pytest.raises(UsageError, match="domain 'a' has too little text: 1 distinct document "):
         split({"a": same, "b": two["b"]}, seed=0)
 

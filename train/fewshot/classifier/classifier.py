@@ -169,9 +169,9 @@ def head_member(
     views: Sequence[View], head: Head, words: Sequence[Sequence[int]], *, adapted: bool = True
 ) -> tuple[Views, dict[str, Tensor]]:
     """A head over views as a member, and its tensors."""
-    shown = tuple((view.template, view.pool) for view in views)
+    read = tuple((view.template, view.pool) for view in views)
     spoken = tuple(tuple(ids) for ids in words) if head.strength else ()
-    member = Views(adapted=adapted, views=shown, words=spoken, strength=head.strength)
+    member = Views(adapted=adapted, views=read, words=spoken, strength=head.strength)
     return member, {"offset": head.offset, **{f"view.{i}": w for i, w in enumerate(head.weights) if len(w)}}
 
 

@@ -62,20 +62,20 @@ class Reading:
             t: view_dataset(t, examples, self.tokenizer, self.labels, max_length=self.max_length)
             for t in dict.fromkeys(view.template for view in read)
         }
-        found = Features((), torch.zeros(len(examples), 0, max(len(words), 1)))
+        features = Features((), torch.zeros(len(examples), 0, max(len(words), 1)))
         reader = MaskReader(self.model)
         try:
             if read:
-                found = extract(reader, read, data, words, precision=self.precision)
+                features = extract(reader, read, data, words, precision=self.precision)
             if len(read) == len(views):
-                return found
+                return features
             agreed = match(
                 reader, pairs(examples), self.tokenizer, max_length=self.max_length, precision=self.precision
             )
         finally:
             reader.close()
-        states = iter(found.states)
-        return Features(tuple(agreed if v.pool == "match" else next(states) for v in views), found.prior)
+        states = iter(features.states)
+        return Features(tuple(agreed if v.pool == "match" else next(states) for v in views), features.prior)
 
     def likeness(self, examples: Sequence[Example], pool: Sequence[Example]) -> Tensor:
         """(N, P) cosines of the bare base's mean states; the adapter is inactive then."""

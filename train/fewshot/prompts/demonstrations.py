@@ -29,17 +29,17 @@ def candidates(
 
     At least one row a label is kept, where the label has one that is not the query itself.
     """
-    found: dict[str, list[int]] = {}
+    by_label: dict[str, list[int]] = {}
     for i, example in enumerate(pool):
         if example.key != query.key:
-            found.setdefault(str(example.label), []).append(i)
+            by_label.setdefault(str(example.label), []).append(i)
     if likeness is None:
-        return found
-    kept = {}
-    for label, rows in found.items():
+        return by_label
+    nearest = {}
+    for label, rows in by_label.items():
         order = sorted(rows, key=lambda i: -float(likeness[i]))
-        kept[label] = order[: max(1, math.ceil(share * len(order)))]
-    return kept
+        nearest[label] = order[: max(1, math.ceil(share * len(order)))]
+    return nearest
 
 
 def choose(
@@ -73,7 +73,7 @@ def demonstrated(
         random = generator(seed, "demonstrations", *query.key)
         for _ in range(samples):
             chosen = choose(query, pool, random, near)
-            shown = [(pool[j], words[str(pool[j].label)]) for j in chosen]
-            rows.append(encode(template, query, tokenizer, max_length=max_length, demonstrations=shown))
+            solved = [(pool[j], words[str(pool[j].label)]) for j in chosen]
+            rows.append(encode(template, query, tokenizer, max_length=max_length, demonstrations=solved))
             answers.append(query.label)
     return to_dataset(rows, answers, tokenizer, labels)

@@ -18,7 +18,7 @@ from train.fewshot.examples import Example
 from train.fewshot.prompts.template import Field, Label, Literal, Sep, Template, TemplateError
 from train.fewshot.prompts.verbalizer import Verbalizer
 
-__all__ = ["PVP", "Encoded", "encode", "lengths_after_cut", "prompt_dataset", "render"]
+__all__ = ["PVP", "EncodedPrompt", "encode", "lengths_after_cut", "prompt_dataset", "render"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PVP:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedPrompt:
     """A prompt as tokens."""
 
     ids: tuple[int, ...]
@@ -76,7 +76,7 @@ def encode(
     words: Sequence[str] = (),
     max_length: int = 256,
     demonstrations: Sequence[tuple[Example, str]] = (),
-) -> Encoded:
+) -> EncodedPrompt:
     """Fill the template and tokenize it piece by piece.
 
     Parameters
@@ -94,8 +94,8 @@ def encode(
     if tokenizer.mask_token_id is None:
         raise TemplateError("this base's tokenizer has no mask token", hint="use a masked-LM base, such as BERT")
     parts: list[_Part] = []
-    for i, (shown, answer) in enumerate([(example, None), *demonstrations]):
-        parts += _parts(template, shown, tokenizer, words, answer)
+    for i, (one, answer) in enumerate([(example, None), *demonstrations]):
+        parts += _parts(template, one, tokenizer, words, answer)
         if i < len(demonstrations):
             parts.append(_Part(_ends(tokenizer)[1][:1]))
     return _assemble(parts, tokenizer, max_length)
@@ -151,7 +151,7 @@ def _ends(tokenizer: Any) -> tuple[list[int], list[int]]:
     return before, after
 
 
-def _assemble(parts: Sequence[_Part], tokenizer: Any, max_length: int) -> Encoded:
+def _assemble(parts: Sequence[_Part], tokenizer: Any, max_length: int) -> EncodedPrompt:
     before, after = _ends(tokenizer)
     texts = [part for part in parts if part.text]
     fixed = len(before) + len(after) + sum(len(part.ids) for part in parts if not part.text)
@@ -168,7 +168,7 @@ def _assemble(parts: Sequence[_Part], tokenizer: Any, max_length: int) -> Encode
         ids += part.ids
         types += [segment] * len(part.ids)
         segment += part.segment
-    return Encoded((*ids, *after), (*types, *[segment] * len(after)), at)
+    return EncodedPrompt((*ids, *after), (*types, *[segment] * len(after)), at)
 
 
 def render(template: Template, example: Example, word: str = "[MASK]", words: Sequence[str] = ()) -> str:
@@ -200,7 +200,7 @@ def prompt_dataset(
 
 
 def to_dataset(
-    rows: Sequence[Encoded], answers: Sequence[str | None], tokenizer: Any, labels: Sequence[str]
+    rows: Sequence[EncodedPrompt], answers: Sequence[str | None], tokenizer: Any, labels: Sequence[str]
 ) -> Dataset:
     """Encoded prompts and their labels as a dataset."""
     index = {label: i for i, label in enumerate(labels)}

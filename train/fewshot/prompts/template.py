@@ -186,14 +186,14 @@ class Template:
 
 def _joined(pieces: list[Piece]) -> tuple[Piece, ...]:
     """Neighbouring words in one piece, empty ones left out: one tree for one meaning."""
-    found: list[Piece] = []
+    joined: list[Piece] = []
     for piece in pieces:
-        last = found[-1] if found else None
+        last = joined[-1] if joined else None
         if isinstance(piece, Literal) and isinstance(last, Literal):
-            found[-1] = Literal(last.text + piece.text)
+            joined[-1] = Literal(last.text + piece.text)
         elif piece != Literal(""):
-            found.append(piece)
-    return tuple(found)
+            joined.append(piece)
+    return tuple(joined)
 
 
 def _braced(text: str, whole: str) -> Piece:

@@ -111,13 +111,13 @@ def templates(
     word = dict(zip(labels, words, strict=True))
     sources = [source_texts(e, word[str(e.label)]) for e in examples]
     ways = len(sources[0])
-    found: dict[Template, float] = {}
+    scores: dict[Template, float] = {}
     for way in range(ways):
         for one in beam_search(model, tokenizer, [s[way] for s in sources], beam=beam // ways):
             template = _template(one, tokenizer, way if ways == 2 else 2)
             if template is not None:
-                found[template] = max(one.score, found.get(template, -torch.inf))
-    return sorted(found.items(), key=lambda item: -item[1])
+                scores[template] = max(one.score, scores.get(template, -torch.inf))
+    return sorted(scores.items(), key=lambda item: -item[1])
 
 
 def _template(beam: Beam, tokenizer: Any, way: int) -> Template | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from train.fewshot.reading.views import Features
 
-__all__ = ["Choice", "Head", "average", "choose_head", "fit_head", "words_alone"]
+__all__ = ["Head", "HeadChoice", "average", "choose_head", "fit_head", "words_alone"]
 
 PENALTIES = (0.25, 1.0, 4.0, 16.0, 64.0)  # lambda
 SCALE = 4.0  # c: unit vectors made long enough for penalties near one
@@ -155,7 +155,7 @@ def fit_head(features: Features, labels: Tensor, classes: int, penalty: float, *
 
 
 @dataclass(frozen=True)
-class Choice:
+class HeadChoice:
     """A head, and what heads fitted without a row say of it: `held` (N, C); `seen` (N,) where there was such a head."""
 
     head: Head
@@ -169,15 +169,16 @@ class Choice:
 
 def choose_head(
     features: Features, labels: Tensor, classes: int, parts: Sequence[Sequence[int]], *, seconds: float | None = None
-) -> Choice:
+) -> HeadChoice:
     """The heads of all penalties, averaged by how well each predicts held-out folds of these same rows.
 
     A head's share is exp(-loss), normalized, its loss in nats over all rows: with few rows no penalty is clearly the
     best, and the mean of several is steadier than one. After `seconds` no further fold is begun.
     """
+    # Every penalty predicts each fold from the others; a row's prediction is the mean over the rounds it was out of.
     started = time.perf_counter()
     space, every = _Space.of(features, classes, True), torch.arange(len(labels))
-    held = torch.zeros(len(PENALTIES), len(labels), classes)
+    held_out = torch.zeros(len(PENALTIES), len(labels), classes)
     counts = torch.zeros(len(labels))
     for number, part in enumerate(parts):
         if seconds is not None and number and (time.perf_counter() - started) * (number + 1) / number > seconds:
@@ -185,19 +186,21 @@ def choose_head(
         out = torch.tensor(part)
         rest = every[~torch.isin(every, out)]
         for i, solution in enumerate(_path(space, rest, labels[rest])):
-            held[i, out] += solution.logits(space, out)
+            held_out[i, out] += solution.logits(space, out)
         counts[out] += 1
     seen = counts > 0
-    held = held / counts.clamp(min=1)[:, None]
-    losses = torch.stack([F.cross_entropy(own[seen], labels[seen], reduction="sum") for own in held])
+    held_out = held_out / counts.clamp(min=1)[:, None]
+    # The loss is scaled to all rows: time may have ended before each was out of a fold.
+    losses = torch.stack([F.cross_entropy(own[seen], labels[seen], reduction="sum") for own in held_out])
     shares = torch.softmax(-losses * len(labels) / int(seen.sum()), 0)
+    # What answers learns from all rows, and is mixed as the folds say.
     heads = [space.head(solution) for solution in _path(space, every, labels)]
-    return Choice(average(heads, shares.tolist()), torch.einsum("p,pnc->nc", shares, held), seen)
+    return HeadChoice(average(heads, shares.tolist()), torch.einsum("p,pnc->nc", shares, held_out), seen)
 
 
 def _path(space: _Space, rows: Tensor, labels: Tensor) -> list[_Solution]:
     """The solution of each penalty, in their order; each starts from that of the next stronger one."""
-    found: list[_Solution] = []
+    solutions: list[_Solution] = []
     for penalty in reversed(PENALTIES):
-        found.append(_solve(space, rows, labels, penalty, found[-1] if found else None))
-    return found[::-1]
+        solutions.append(_solve(space, rows, labels, penalty, solutions[-1] if solutions else None))
+    return solutions[::-1]

@@ -30,7 +30,7 @@ Order = Literal["max-first", "ltr", "parallel"]
 
 
 def sequence_ce(logits: Tensor, words: Sequence[Sequence[int]]) -> Tensor:
-    """(B, C) CE_y = -sum_j log p(y_j at mask j), from logits (B, k, V) and each label's tokens."""
+    """(B, C) `CE_y = -sum_j log p(y_j at mask j)`, from logits (B, k, V) and each label's tokens."""
     log_p = logits.float().log_softmax(-1)
     return torch.stack([-log_p[:, range(len(ids)), list(ids)].sum(1) for ids in words], 1)
 
@@ -57,7 +57,7 @@ def decode(
 ) -> Tensor:
     """(N, C) log probabilities of the labels' tokens in the masks; `size` rows go through together."""
     reader.eval()
-    found = torch.zeros(len(examples), len(words))
+    scores = torch.zeros(len(examples), len(words))
     for k in sorted({len(ids) for ids in words}):
         labels = [c for c, ids in enumerate(words) if len(ids) == k]
         rows = [encode(template.with_masks(k), e, tokenizer, max_length=max_length) for e in examples]
@@ -65,8 +65,8 @@ def decode(
         target = torch.tensor([words[c] for c in labels])  # (L, k)
         for at, batch in data.batches(size):
             with amp(next(reader.parameters()).device, precision):
-                found[at[:, None], torch.tensor(labels)] = _scores(reader, inputs_of(batch), target, order, size)
-    return found
+                scores[at[:, None], torch.tensor(labels)] = _scores(reader, inputs_of(batch), target, order, size)
+    return scores
 
 
 def _scores(reader: MaskReader, batch: dict[str, Tensor], target: Tensor, order: Order, size: int) -> Tensor:
@@ -78,11 +78,11 @@ def _scores(reader: MaskReader, batch: dict[str, Tensor], target: Tensor, order:
         return own.sum(-1)
     rows = len(own)
     own, target = own.flatten(0, 1), target.repeat(rows, 1)  # (B L, k)
-    found = []
+    scores = []
     for part in torch.split(torch.arange(rows * count), size):
         filled = {name: value[part // count] for name, value in batch.items()}
-        found.append(_fill(reader, filled, target[part], own[part], order))
-    return torch.cat(found).view(rows, count)
+        scores.append(_fill(reader, filled, target[part], own[part], order))
+    return torch.cat(scores).view(rows, count)
 
 
 def _fill(reader: MaskReader, batch: dict[str, Tensor], target: Tensor, own: Tensor, order: Order) -> Tensor:

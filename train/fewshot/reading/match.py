@@ -70,11 +70,11 @@ def _states(reader: MaskReader, texts: Sequence[str], tokenizer: Any, max_length
     """(T_i, d) last states of each text's own tokens, those that the tokenizer adds left out."""
     data = view_dataset(None, [Example(text) for text in texts], tokenizer, (), max_length=max_length)
     added = torch.tensor(tokenizer.all_special_ids)
-    found = [torch.empty(0)] * len(texts)
+    states = [torch.empty(0)] * len(texts)
     for rows, batch in data.batches(_BATCH):
         with amp(next(reader.parameters()).device, precision):
             hidden = reader(**inputs_of(batch), hidden=True).hidden.float()
         own = batch["attention_mask"].bool() & ~torch.isin(batch["input_ids"], added)
         for row, state, mine in zip(rows.tolist(), hidden, own, strict=True):
-            found[row] = state[mine]
-    return found
+            states[row] = state[mine]
+    return states

@@ -24,8 +24,8 @@ _BATCH = 32
 def blocks_of(model: nn.Module) -> nn.ModuleList | None:
     """The stack of blocks, or None where there is not exactly one (encoder-decoders)."""
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    return found[0] if len(found) == 1 else None
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    return stacks[0] if len(stacks) == 1 else None
 
 
 class Replay:
@@ -88,14 +88,14 @@ class Replay:
         real = list(self.blocks)[: self.depth]
         try:
             for i in range(self.depth):
-                self.blocks[i] = _Stand(self, real[i], last=i == self.depth - 1)
+                self.blocks[i] = _ReplayedBlock(self, real[i], last=i == self.depth - 1)
             yield
         finally:
             for i, block in enumerate(real):
                 self.blocks[i] = block
 
 
-class _Stand(nn.Module):
+class _ReplayedBlock(nn.Module):
     """Stands for a block: the last frozen one hands over what was kept, those before it do nothing."""
 
     def __init__(self, replay: Replay, real: nn.Module, *, last: bool) -> None:

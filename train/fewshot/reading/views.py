@@ -112,7 +112,7 @@ def extract(
     for template, data in datasets.items():
         mine = [view for view in dict.fromkeys(views) if view.template == template]
         found: dict[View, list[Tensor]] = {view: [torch.empty(0)] * len(data) for view in mine}
-        said = [torch.empty(0)] * len(data)
+        priors = [torch.empty(0)] * len(data)
         for rows, batch in data.batches(_BATCH):
             batch.pop("labels")
             with amp(next(reader.parameters()).device, precision):
@@ -123,10 +123,10 @@ def extract(
             if words and template is not None:
                 scores = torch.stack([out.logits[:, 0, list(ids)].float().mean(1) for ids in words], 1)
                 for row, score in zip(rows.tolist(), scores, strict=True):
-                    said[row] = score
+                    priors[row] = score
         states |= {view: torch.stack(rows) for view, rows in found.items()}
         if words and template is not None:
-            prior.append(torch.stack(said))
+            prior.append(torch.stack(priors))
     count = len(next(iter(states.values())))
     empty = torch.zeros(count, 0, max(len(words), 1))
     return Features(tuple(states[view] for view in views), torch.stack(prior, 1) if prior else empty)

@@ -22,7 +22,7 @@ from train.fewshot.job import Job
 from train.fewshot.prompts.verbalizer import WordScores
 from train.fewshot.reading.reader import MaskReader, mean_state
 from train.fewshot.reading.views import joined, view_dataset
-from train.fewshot.tuning.prompt_tuning import Tuned, tune
+from train.fewshot.tuning.prompt_tuning import TunedAdapter, tune
 from train.method import Method
 
 __all__ = ["MANY", "WordsAndContrast", "adapt", "contrast"]
@@ -56,7 +56,7 @@ class WordsAndContrast(Method):
         return loss
 
 
-class _Both(nn.Module):
+class _WordsAndStates(nn.Module):
     """Label words at the mask and the mean state of each row."""
 
     def __init__(self, reader: MaskReader, scores: WordScores | None) -> None:
@@ -71,7 +71,7 @@ class _Both(nn.Module):
         return SimpleNamespace(logits=logits, states=states)
 
 
-def adapt(job: Job, rows: Sequence[int], scores: WordScores | None, *, name: str, seconds: float) -> Tuned:
+def adapt(job: Job, rows: Sequence[int], scores: WordScores | None, *, name: str, seconds: float) -> TunedAdapter:
     """Train an adapter called `name` on some of the examples, for `seconds` at most; it ends active and frozen.
 
     Without label words the contrast is all that is learned.
@@ -84,7 +84,7 @@ def adapt(job: Job, rows: Sequence[int], scores: WordScores | None, *, name: str
     sets = [view_dataset(t, examples, job.tokenizer, job.labels, max_length=job.max_length) for t in templates]
     return tune(
         job.model,
-        lambda reader: _Both(reader, scores),
+        lambda reader: _WordsAndStates(reader, scores),
         joined(sets),
         job.config(steps, batch=batch),
         name=name,

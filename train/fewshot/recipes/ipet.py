@@ -12,7 +12,7 @@ from torch import Tensor
 import compose
 from train.errors import DataError
 from train.fewshot.examples import Example
-from train.fewshot.job import Job, Learned
+from train.fewshot.job import FewShotResult, Job
 from train.fewshot.prompts.filled import prompt_dataset
 from train.fewshot.prompts.template import Template
 from train.fewshot.prompts.verbalizer import WordScores
@@ -63,29 +63,29 @@ def draw(
     of them and no more: nothing loops, and nothing is labelled against the ensemble.
     """
     probability, guess = logits.softmax(-1).max(-1)
-    found: list[tuple[int, str]] = []
+    drawn: list[tuple[int, str]] = []
     for c, label in enumerate(labels):
         rows = (guess == c).nonzero()[:, 0]
         count = min(wanted.get(label, 0), len(rows))
         if count:
             picked = torch.multinomial(probability[rows], count, replacement=False, generator=random)
-            found += [(int(row), label) for row in rows[picked]]
-    return found
+            drawn += [(int(row), label) for row in rows[picked]]
+    return drawn
 
 
 def most_likely(logits: Tensor, labels: Sequence[str], count: int = 100) -> list[tuple[int, str]]:
     """The zero-shot start: for each label the `count` rows with its highest probability; a row may serve one label."""
     probabilities = logits.softmax(-1)
     taken: set[int] = set()
-    found = []
+    chosen = []
     for c, label in enumerate(labels):
         order = [i for i in probabilities[:, c].argsort(descending=True, stable=True).tolist() if i not in taken]
         taken.update(order[:count])
-        found += [(i, label) for i in order[:count]]
-    return found
+        chosen += [(i, label) for i in order[:count]]
+    return chosen
 
 
-def ipet(job: Job, recipe: Recipe | None = None, generations: int = 3) -> Learned:
+def ipet(job: Job, recipe: Recipe | None = None, generations: int = 3) -> FewShotResult:
     """IPET over the unlabelled texts, then distillation as in PET.
 
     Raises

@@ -21,11 +21,11 @@ __all__ = ["assignments", "candidate_words", "find_words", "scores_for"]
 
 def candidate_words(logits: Tensor, labels: Tensor, allowed: Tensor, k: int = 100) -> list[list[int]]:
     """For each class its k words with the highest mean mask logit; logits (N, V), labels (N,), allowed (V,) bool."""
-    found = []
+    words = []
     for c in range(int(labels.max()) + 1):
         mean = logits[labels == c].mean(0).masked_fill(~allowed, -torch.inf)
-        found.append(mean.topk(min(k, int(allowed.sum()))).indices.tolist())
-    return found
+        words.append(mean.topk(min(k, int(allowed.sum()))).indices.tolist())
+    return words
 
 
 def assignments(logits: Tensor, labels: Tensor, words: Sequence[Sequence[int]], n: int = 100) -> list[tuple[int, ...]]:

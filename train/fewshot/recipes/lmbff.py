@@ -14,7 +14,7 @@ import compose
 from compose.base.text_config import fact
 from train.fewshot.classifier.classifier import head_member
 from train.fewshot.classifier.members import Demonstrations
-from train.fewshot.job import Job, Learned
+from train.fewshot.job import FewShotResult, Job
 from train.fewshot.prompts.filled import prompt_dataset
 from train.fewshot.prompts.template import Template
 from train.fewshot.prompts.verbalizer import WordScores
@@ -23,7 +23,7 @@ from train.fewshot.reading.head import Head, words_alone
 from train.fewshot.reading.reader import MaskReader, PromptModel, mean_state
 from train.fewshot.reading.views import View, view_dataset
 from train.fewshot.recipes.label_words import scores_for
-from train.fewshot.tuning.prompt_tuning import Tuned, accuracy, scores_of, tune
+from train.fewshot.tuning.prompt_tuning import TunedAdapter, accuracy, scores_of, tune
 from train.fewshot.tuning.refine import adapter_options
 from train.loop import fit
 from train.seeds import derive
@@ -37,7 +37,7 @@ _BLOCKS = 3
 _BEAM = 100
 
 
-def lm_bff(job: Job) -> Learned:
+def lm_bff(job: Job) -> FewShotResult:
     """Fine-tune on the template with the highest zero-shot accuracy on the dev rows, or else on the examples.
 
     The candidates are the job's patterns, or what its `writer` writes.
@@ -47,7 +47,7 @@ def lm_bff(job: Job) -> Learned:
     tuned = _tuned(job, template, scores)
     member = head_member([View(template, "mask")], words_alone(len(job.labels)), scores.ids)
     facts = _facts(job, template, scores)
-    return Learned(job.classifier(member), tuned.adapter, "lm-bff", tuned.config, tuned.result, facts)
+    return FewShotResult(job.classifier(member), tuned.adapter, "lm-bff", tuned.config, tuned.result, facts)
 
 
 def written(job: Job, scores: WordScores, most: int = 20) -> list[str]:
@@ -55,25 +55,25 @@ def written(job: Job, scores: WordScores, most: int = 20) -> list[str]:
     writer = compose.load(str(job.writer), task="seq2seq", dtype="fp32")
     words = list(_facts(job, "", scores)["demonstrated_words"].values())
     tokenizer = compose.tokenizer(str(job.writer))
-    found = templates(writer, tokenizer, job.examples, words, job.labels, beam=_BEAM)
-    job.say(f"{job.writer} wrote {len(found)} templates; the best: {found[0][0].format() if found else 'none'}")
-    return [template.format() for template, _ in found[:most]]
+    beam = templates(writer, tokenizer, job.examples, words, job.labels, beam=_BEAM)
+    job.say(f"{job.writer} wrote {len(beam)} templates; the best: {beam[0][0].format() if beam else 'none'}")
+    return [template.format() for template, _ in beam[:most]]
 
 
 def best_template(job: Job, scores: WordScores, candidates: Sequence[str] = ()) -> str:
     """The candidate (default: the job's patterns) whose zero-shot accuracy on dev rows, or the examples, is highest."""
     rows = job.dev or job.examples
     compose.activate(job.model, None)
-    found = []
+    scored = []
     for template in candidates or job.patterns:
         data = prompt_dataset(Template.parse(template), rows, job.tokenizer, job.labels, max_length=job.max_length)
         logits = scores_of(job.model, scores, data, precision=job.precision)
         centred = logits - logits.mean(0)  # calibrated: a label that is merely frequent in text does not win by that
-        found.append((accuracy(centred, data), template))
-    return max(found, key=lambda pair: pair[0])[1]
+        scored.append((accuracy(centred, data), template))
+    return max(scored, key=lambda pair: pair[0])[1]
 
 
-def _tuned(job: Job, template: str, scores: WordScores) -> Tuned:
+def _tuned(job: Job, template: str, scores: WordScores) -> TunedAdapter:
     parsed = Template.parse(template)
     train = prompt_dataset(parsed, job.examples, job.tokenizer, job.labels, max_length=job.max_length)
     rows = job.dev
@@ -83,7 +83,7 @@ def _tuned(job: Job, template: str, scores: WordScores) -> Tuned:
     return tune(job.model, partial(PromptModel, scores=scores), train, config, **options)
 
 
-def lm_bff_demo(job: Job) -> Learned:
+def lm_bff_demo(job: Job) -> FewShotResult:
     """Fine-tune with demonstrations, each example in many draws, and read texts in the same way.
 
     The artifact holds the examples' texts: they are the demonstrations at prediction.
@@ -99,7 +99,7 @@ def lm_bff_demo(job: Job) -> Learned:
     data = shown.prompts(job.reading, job.examples, _DRAWS)
     options: dict[str, Any] = {"name": "fewshot", "blocks": _BLOCKS, "seconds": job.left * 0.8}
     tuned = tune(job.model, partial(PromptModel, scores=scores), data, job.config(_STEPS), **options)
-    return Learned(job.classifier((shown, {})), tuned.adapter, "lm-bff-demo", tuned.config, tuned.result, facts)
+    return FewShotResult(job.classifier((shown, {})), tuned.adapter, "lm-bff-demo", tuned.config, tuned.result, facts)
 
 
 class _HeadModel(nn.Module):
@@ -115,7 +115,7 @@ class _HeadModel(nn.Module):
         return SimpleNamespace(logits=self._linear[0](state))
 
 
-def fine_tune(job: Job) -> Learned:
+def fine_tune(job: Job) -> FewShotResult:
     """Standard fine-tuning: no prompt, a LoRA on every block and a new head on the mean state."""
     compose.activate(job.model, None)
     data = view_dataset(None, job.examples, job.tokenizer, job.labels, max_length=job.max_length)
@@ -134,7 +134,7 @@ def fine_tune(job: Job) -> Learned:
         reader.close()
     job.model.eval()
     head = Head((linear.weight.detach().T.clone(),), linear.bias.detach().clone(), 0.0)
-    return Learned(job.headed([View()], head), adapter.freeze(), "fine-tune", config, result, {})
+    return FewShotResult(job.headed([View()], head), adapter.freeze(), "fine-tune", config, result, {})
 
 
 def _facts(job: Job, template: str, scores: WordScores) -> dict[str, Any]:

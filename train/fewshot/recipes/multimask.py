@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from train.fewshot.classifier.members import Masks
-from train.fewshot.job import Job, Learned
+from train.fewshot.job import FewShotResult, Job
 from train.fewshot.prompts.filled import encode, to_dataset
 from train.fewshot.prompts.template import Template
 from train.fewshot.reading.masks import hinge, sequence_ce
@@ -40,7 +40,7 @@ class Hinge(Method):
         return hinge(-model(**{n: v for n, v in batch.items() if n != "labels"}).logits, batch["labels"])
 
 
-def multi_mask(job: Job, steps: int = 40) -> Learned:
+def multi_mask(job: Job, steps: int = 40) -> FewShotResult:
     """Train with the words whole, however many tokens they have; `masks.decode` predicts."""
     words = job.verbalizer().tokens(job.tokenizer)
     template = Template.parse(job.patterns[0]).with_masks(max(map(len, words)))
@@ -57,4 +57,4 @@ def multi_mask(job: Job, steps: int = 40) -> Learned:
     )
     member = Masks(template=job.patterns[0], words=tuple(tuple(ids) for ids in words))
     facts = {"templates": [template.format()], "tokens": [len(w) for w in words]}
-    return Learned(job.classifier((member, {})), tuned.adapter, "multi-mask", tuned.config, tuned.result, facts)
+    return FewShotResult(job.classifier((member, {})), tuned.adapter, "multi-mask", tuned.config, tuned.result, facts)

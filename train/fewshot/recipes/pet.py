@@ -16,7 +16,7 @@ from torch import Tensor
 import compose
 from train.data.batches import Dataset
 from train.fewshot.examples import Example
-from train.fewshot.job import Job, Learned
+from train.fewshot.job import FewShotResult, Job
 from train.fewshot.prompts.filled import prompt_dataset
 from train.fewshot.prompts.template import Template
 from train.fewshot.prompts.verbalizer import WordScores
@@ -91,15 +91,15 @@ def members(
         for data, config, name in zip(sets, configs, names, strict=True):
             lm = partial(WithLM, data=plain, tokenizer=job.tokenizer, alpha=recipe.lm_alpha, seed=config.seed)
             tune(job.model, partial(PromptModel, scores=scores), data, config, name=name, blocks=depth, method_of=lm)
-    found = {"accuracy": torch.tensor(before)}
+    tensors = {"accuracy": torch.tensor(before)}
     for m, (plan, name) in enumerate(zip(wanted, names, strict=True)):
         compose.activate(job.model, name)
         texts = _prompts(job, plan.template, to_label)
-        found[f"logits.{m}"] = scores_of(job.model, scores, texts, precision=job.precision)
+        tensors[f"logits.{m}"] = scores_of(job.model, scores, texts, precision=job.precision)
     compose.activate(job.model, None)
     for name in names:
         compose.detach(job.model, name)
-    return found
+    return tensors
 
 
 def _prompts(job: Job, template: str, examples: Sequence[Example]) -> Dataset:
@@ -122,7 +122,7 @@ def facts_of(
     }
 
 
-def distil(job: Job, texts: Sequence[Example], soft: Tensor, recipe: Recipe, method: str) -> Learned:
+def distil(job: Job, texts: Sequence[Example], soft: Tensor, recipe: Recipe, method: str) -> FewShotResult:
     """A classifier adapter from soft labels: `texts` with the ensemble's (N, C) logits."""
     views = (View(), View(job.patterns[0], "mask"))
     compose.activate(job.model, None)
@@ -143,10 +143,10 @@ def distil(job: Job, texts: Sequence[Example], soft: Tensor, recipe: Recipe, met
     )
     head = fit_head(job.features(views, texts), soft.softmax(-1), len(job.labels), 1.0)
     facts = {"templates": list(job.patterns), "unlabeled": len(texts), "repetitions": recipe.repetitions}
-    return Learned(job.headed(views, head), refined.adapter, method, config, refined.result, facts)
+    return FewShotResult(job.headed(views, head), refined.adapter, method, config, refined.result, facts)
 
 
-def pet(job: Job, recipe: Recipe | None = None) -> Learned:
+def pet(job: Job, recipe: Recipe | None = None) -> FewShotResult:
     """PET; without unlabelled texts the examples themselves are distilled on."""
     recipe = recipe or Recipe()
     texts = list(job.unlabeled or job.examples)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from train.method import Method
 
-__all__ = ["Distil"]
+__all__ = ["Distillation"]
 
 
-class Distil(Method):
+class Distillation(Method):
     """`T^2 KL(p_T || q_T)` against soft labels (arXiv:1503.02531), p the teacher's, both at temperature T."""
 
     def __init__(self, temperature: float = 2.0) -> None:

@@ -28,7 +28,7 @@ from train.steps.evaluate import amp
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Tuned", "WithLM", "accuracy", "mask_tokens", "scores_of", "tune", "tune_many"]
+__all__ = ["TunedAdapter", "WithLM", "accuracy", "mask_tokens", "scores_of", "tune", "tune_many"]
 
 
 class WithLM(Method):
@@ -73,7 +73,7 @@ def mask_tokens(
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TunedAdapter:
     """A trained adapter, frozen and active, and how it was trained."""
 
     adapter: Adapter
@@ -92,7 +92,7 @@ def tune(
     blocks: int = 3,
     method_of: Callable[[MaskReader], Method] | None = None,
     seconds: float | None = None,
-) -> Tuned:
+) -> TunedAdapter:
     """Train a LoRA called `name` on prompts (see `prompts.prompt_dataset`); it ends active and frozen.
 
     Blocks below the last `blocks` run once. `model_of(reader)` gives label logits, `method_of(reader)` the loss; one
@@ -118,7 +118,7 @@ def tune(
     finally:
         reader.close()
     model.eval()
-    return Tuned(adapter.freeze(), result, config)
+    return TunedAdapter(adapter.freeze(), result, config)
 
 
 def tune_many(
@@ -167,16 +167,16 @@ def scores_of(
 ) -> Tensor:
     """(N, C) label scores of prompts under whatever adapter is active."""
     reader = MaskReader(model)
-    found = torch.zeros(len(data), len(scores.ids))
+    logits = torch.zeros(len(data), len(scores.ids))
     try:
         reader.eval()
         for rows, batch in data.batches(size):
             with amp(model.device, precision):
                 out = reader(**inputs_of(batch))
-            found[rows] = scores(out.logits[:, 0].float())
+            logits[rows] = scores(out.logits[:, 0].float())
     finally:
         reader.close()
-    return found
+    return logits
 
 
 def accuracy(logits: Tensor, data: Dataset) -> float:

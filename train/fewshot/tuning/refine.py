@@ -22,7 +22,7 @@ from train.fewshot.reading.head import fit_head
 from train.fewshot.reading.reader import MaskReader, inputs_of
 from train.fewshot.reading.replay import Replay, blocks_of
 from train.fewshot.reading.views import Features, View, ViewModel, joined, view_dataset
-from train.fewshot.tuning.distil import Distil
+from train.fewshot.tuning.distil import Distillation
 from train.loop import fit
 from train.result import FitResult
 from train.steps.evaluate import amp
@@ -30,11 +30,11 @@ from train.steps.evaluate import amp
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Refined", "adapter_options", "refine", "upper_blocks"]
+__all__ = ["RefinedAdapter", "adapter_options", "refine", "upper_blocks"]
 
 
 @dataclass(frozen=True)
-class Refined:
+class RefinedAdapter:
     """A trained adapter, active in its model, and how training went."""
 
     adapter: Adapter
@@ -69,10 +69,10 @@ def refine(
     max_length: int = 128,
     soft: Tensor | None = None,
     seconds: float | None = None,
-) -> Refined:
+) -> RefinedAdapter:
     """Train an adapter called `name` on `examples`, whose frozen `features` are known; it ends active.
 
-    With `soft` (N, C), a teacher's logits, it learns from these (see `tuning.Distil`) and not from the labels.
+    With `soft` (N, C), a teacher's logits, it learns from these (see `tuning.distil`) and not from the labels.
 
     Raises
     ------
@@ -99,10 +99,10 @@ def refine(
         rows = joined(data, kept)
         if soft is not None:
             rows = dataclasses.replace(rows, columns={**rows.columns, "soft": soft.repeat(len(views), 1)})
-        method = Distil() if soft is not None else None
+        method = Distillation() if soft is not None else None
         with replay.on():
             result = fit(ViewModel(reader, views, heads), adapter, rows, None, config, method=method, seconds=seconds)
     finally:
         reader.close()
     model.eval()
-    return Refined(adapter.freeze(), result)
+    return RefinedAdapter(adapter.freeze(), result)
