@@ -138,13 +138,3 @@ def _origin(plugin: Any) -> tuple[Any, Any]:
 
 def _place(plugin: Any) -> str:
     return str(getattr(plugin, "__module__", None) or plugin)
-
-
-def names(package: str, group: str) -> list[str]:
-    """Gone once every contract has a `Registry`."""
-    return Registry[Any]("", package=package, group=group).names()
-
-
-def discover(package: str, group: str) -> None:
-    """Gone once every contract has a `Registry`."""
-    _discover(package, group)

@@ -1,10 +1,8 @@
-"""Options that several verbs share, and the bar of a long merge."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,26 +60,3 @@ def expression(word: str) -> str:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ExpressionError(f"{path} is no recipe: {' '.join(str(error).split())[:200]}") from error
     return str(from_json(value))
-
-
-Steps = Callable[[str, int, int], None]
-
-
-@contextmanager
-def steps_bar() -> Iterator[Steps | None]:
-    """Show a bar of (what, done, total) on stderr where that is a terminal; None, which shows nothing, otherwise."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as shown:
-        tasks: dict[str, Any] = {}
-
-        def step(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total)
-            shown.update(tasks[what], completed=done, total=total)
-
-        yield step

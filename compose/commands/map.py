@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from compose.commands._options import base_option, steps_bar
+from compose.commands._options import base_option
 from hub.console.output import columns, json_option, print_json, say
+from hub.console.progress import steps_bar
 
 if TYPE_CHECKING:
     from compose.merging.interference import Interference

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from compose.commands._options import adapter_option, base_option, expression, steps_bar
+from compose.commands._options import adapter_option, base_option, expression
 from hub.console.output import bytes_text, json_option, print_json, say
+from hub.console.progress import steps_bar
 
 if TYPE_CHECKING:
     from hub.storage.artifact import Artifact

@@ -1,19 +1,14 @@
-"""What the verbs share: options, names for files, a bar."""
+"""What the verbs share: options, names for files."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from hub.console.options import quantize_option
-
-if TYPE_CHECKING:
-    from router.bench import Progress
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -54,24 +49,3 @@ def named_files(pairs: Sequence[str]) -> dict[str, Path]:
             raise UsageError(f"--data gives {name!r} twice")
         files[name] = Path(file)
     return files
-
-
-@contextmanager
-def bar() -> Iterator[Progress | None]:
-    """Show a bar of (what, done, total) on stderr where that is a terminal; None otherwise."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn
-    from rich.progress import Progress as Bar
-
-    with Bar(*Bar.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as shown:
-        tasks: dict[str, Any] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total)
-            shown.update(tasks[what], completed=done, total=total)
-
-        yield report

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hub.console.output import columns, json_file_option, say, write_json
-from router.commands._options import bar, base_options, named_files, text_options
+from hub.console.progress import steps_bar
+from router.commands._options import base_options, named_files, text_options
 
 if TYPE_CHECKING:
     from router.evaluation.measure import Report
@@ -44,7 +45,7 @@ def evaluate(
     from router.api import evaluate as evaluate_router
     from router.evaluation.pictures import heatmap
 
-    with bar() as progress:
+    with steps_bar() as progress:
         report = evaluate_router(router, named_files(data), dev=named_files(dev), progress=progress, **given)
     if plot:
         experts = list(next(iter(report.confusion.values())))

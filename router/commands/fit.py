@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hub.console.output import json_option, print_json, say
-from router.commands._options import bar, base_options, named_files, text_options
+from hub.console.progress import steps_bar
+from router.commands._options import base_options, named_files, text_options
 
 if TYPE_CHECKING:
     from hub.storage.artifact import Artifact
@@ -49,7 +50,7 @@ def fit(
     """  # noqa: D301
     from router.api import fit as fit_router
 
-    with bar() as progress:
+    with steps_bar() as progress:
         artifact = fit_router(
             members, ref=ref, data=named_files(data), options=_options(options), progress=progress, **given
         )
@@ -73,7 +74,7 @@ def add(router: str, adapter: str, ref: str, data: tuple[str, ...], as_json: boo
     """  # noqa: D301
     from router.api import add as add_member
 
-    with bar() as progress:
+    with steps_bar() as progress:
         artifact = add_member(router, adapter, ref, data=named_files(data), progress=progress, **given)
     _print(artifact, as_json)
 
