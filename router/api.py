@@ -22,11 +22,12 @@ from compose.base.texts import Text, encode, read_texts
 from compose.expr.tokens import IDENTITY_WORD
 from compose.expr.tree import IDENTITY, Ref
 from compose.planning.members import AdapterFinder, StoredAdapter
+from hub.console.progress import Steps
 from hub.errors import Conflict, NotFound, UsageError, suggest
 from hub.relations.word_counts import count_words, read_words
 from hub.store import Artifact, Store
 from router.artifact import adapters_of, load, members_of, publish
-from router.bench import Batch, Bench, Progress, refuse_missing
+from router.bench import Batch, Bench, refuse_missing
 from router.ensemble.demix import Ensemble
 from router.evaluation.measure import LabelledRows, Report, accuracies, perplexities
 from router.router import Router, within
@@ -62,7 +63,7 @@ def fit(
     license: str | None = None,
     summary: str = "",
     store: Store | None = None,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
     **base: Unpack[OnBase],
 ) -> Artifact:
     """Fit a router on adapters and their texts, and publish it under `ref`.
@@ -110,7 +111,7 @@ def add(
     max_rows: int = 500,
     max_length: int = 256,
     store: Store | None = None,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
     **base: Unpack[OnBase],
 ) -> Artifact:
     """Publish a router with one more adapter under `ref`: only the new one is measured, the others stay as they are.
@@ -142,7 +143,7 @@ def evaluate(
     max_rows: int = 500,
     max_length: int = 256,
     store: Store | None = None,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
     **base: Unpack[OnBase],
 ) -> Report:
     """Measure a router on named sets of rows beside base, best single, average and oracle.
@@ -264,7 +265,7 @@ def _bench(
     texts: Mapping[str, Sequence[str]],
     max_length: int,
     seed: int,
-    progress: Progress | None,
+    progress: Steps | None,
     base: OnBase,
 ) -> Bench:
     artifacts = {name: cast(Artifact, stored.where) for name, stored in adapters_of(members).items()}

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from compose.algebra import parse
 from compose.expr.tree import Expr
 from compose.runtime.model_runtime import runtime
+from hub.console.progress import Steps
 from hub.errors import UsageError
 
 Experts: TypeAlias = Mapping[str, Expr | str]  # name of an expert -> what it is in the model
-Progress: TypeAlias = Callable[[str, int, int], None]  # what is being done, parts done, parts in all
 IGNORE = -100
 _BY_ROW = "choose by row: discriminant, likelihood"
 
@@ -92,7 +92,7 @@ class Bench:
     pad: int = 0
     batch_size: int = 16
     seed: int = 0
-    progress: Progress | None = None
+    progress: Steps | None = None
 
     def need_data(self) -> None:
         """Refuse experts without rows."""

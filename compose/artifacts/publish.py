@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compose.parameter_space.execute import Merged
-    from compose.parameter_space.job import Progress
+    from hub.console.progress import Steps
 
 _ALL = "data"  # the name of what is measured for all members, where it is one file
 
@@ -140,7 +140,7 @@ def publish_merge(
     allow_base_drift: bool = False,
     license: str | None = None,
     summary: str = "",
-    progress: Progress | None = None,
+    progress: Steps | None = None,
     data: str | Path | Mapping[str, str | Path] | None = None,
 ) -> tuple[Artifact, Merged]:
     """Carry an expression out in parameter space and publish the one adapter it makes.
@@ -232,7 +232,7 @@ def _merge(
     expr: Expr,
     rank: int | None,
     name: AdapterRef,
-    progress: Progress | None,
+    progress: Steps | None,
     texts: Mapping[str, Sequence[str]],
 ) -> Merged:
     from compose.merging.measure import batches_of

@@ -17,14 +17,14 @@ from compose.kernels import factors
 from compose.kernels.low_rank import Pair
 from compose.kind.registry import get_kind
 from compose.merging.interference import Interference, interference
-from compose.parameter_space.job import Progress
 from compose.planning.members import AdapterFinder, StoredAdapter
 from compose.planning.plan import plan
+from hub.console.progress import Steps
 from hub.errors import UsageError
 
 
 def interference_of(
-    texts: Sequence[str], finder: AdapterFinder, *, base: str | Path | None = None, progress: Progress | None = None
+    texts: Sequence[str], finder: AdapterFinder, *, base: str | Path | None = None, progress: Steps | None = None
 ) -> Interference:
     """Map adapters, without their base where they are all plain LoRAs, else on it.
 
@@ -53,7 +53,7 @@ def interference_of(
     return _on_base(members, finder, base, progress)
 
 
-def _in_factors(members: Mapping[str, Mapping[str, Pair]], progress: Progress | None) -> Interference:
+def _in_factors(members: Mapping[str, Mapping[str, Pair]], progress: Steps | None) -> Interference:
     paths = sorted({path for pairs in members.values() for path in pairs})
     places: dict[str, Tensor] = {}
     for done, path in enumerate(paths):
@@ -70,7 +70,7 @@ def _zero(path: str, members: Mapping[str, Mapping[str, Pair]]) -> Pair:
 
 
 def _on_base(
-    members: Mapping[str, StoredAdapter], finder: AdapterFinder, base: str | Path | None, progress: Progress | None
+    members: Mapping[str, StoredAdapter], finder: AdapterFinder, base: str | Path | None, progress: Steps | None
 ) -> Interference:
     for stored in members.values():
         get_kind(stored.facts.kind)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from compose.function import get_function
 from compose.inspection.merge_doctor_places import Case, Place, places, prescription
-from compose.parameter_space.job import Progress
 from compose.planning.members import AdapterFinder, StoredAdapter
+from hub.console.progress import Steps
 from hub.errors import UsageError
 
 __all__ = ["Diagnosis", "SiteDiscrepancy", "examine"]
@@ -88,7 +88,7 @@ def examine(
     density: float | None = None,
     base: str | Path | None = None,
     tolerance: float = TOLERANCE,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> Diagnosis:
     """Hold a merged adapter against the exact merge of its members.
 

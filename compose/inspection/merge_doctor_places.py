@@ -25,9 +25,9 @@ from compose.kernels import factors
 from compose.kernels.low_rank import Pair
 from compose.kind.registry import get_kind
 from compose.parameter_space.combine import merge_tensors
-from compose.parameter_space.job import Progress
 from compose.parameter_space.method import Elementwise, Linear, get_method
 from compose.planning.members import AdapterFinder, StoredAdapter
+from hub.console.progress import Steps
 from hub.errors import UsageError
 
 Coordinates: TypeAlias = Callable[[Pair], Tensor]
@@ -105,7 +105,7 @@ class Case:
         return self.density is not None or not isinstance(get_method(self.method), Linear)
 
 
-def places(case: Case, finder: AdapterFinder, base: str | Path | None, progress: Progress | None) -> Iterator[Place]:
+def places(case: Case, finder: AdapterFinder, base: str | Path | None, progress: Steps | None) -> Iterator[Place]:
     """All places of a case, in the order of their names.
 
     Raises

@@ -23,7 +23,8 @@ from compose.kernels import factors
 from compose.kind.adapter import Adapter
 from compose.parameter_space.effect import effect_of
 from compose.parameter_space.execute import Workspace, without_merges
-from compose.parameter_space.job import Member, Progress
+from compose.parameter_space.job import Member
+from hub.console.progress import Steps
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,7 @@ def _cosine(inner: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def interference(
-    model: PreTrainedModel, exprs: Sequence[Expr | str], *, progress: Progress | None = None
-) -> Interference:
+def interference(model: PreTrainedModel, exprs: Sequence[Expr | str], *, progress: Steps | None = None) -> Interference:
     """Compare resident adapters, or static expressions over them, place by place.
 
     Raises
@@ -128,7 +127,7 @@ def interference(
     return Interference(tuple(map(str, exprs)), total, places)
 
 
-def _weights(workspace: Workspace, members: Sequence[Member], progress: Progress | None) -> dict[str, Tensor]:
+def _weights(workspace: Workspace, members: Sequence[Member], progress: Steps | None) -> dict[str, Tensor]:
     paths = list(dict.fromkeys(p for m in members for a in m.adapters for p in a.module_paths))
     places: dict[str, Tensor] = {}
     for done, path in enumerate(paths):

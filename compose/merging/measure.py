@@ -15,9 +15,10 @@ from compose.base.model import tokenizer_of
 from compose.base.sites import linear_shape
 from compose.base.texts import encode
 from compose.errors import KindError
-from compose.parameter_space.job import Member, Progress
+from compose.parameter_space.job import Member
 from compose.parameter_space.statistic import Statistic
 from compose.runtime.model_runtime import Runtime
+from hub.console.progress import Steps
 
 Batches: TypeAlias = Sequence[Mapping[str, Any]]
 Data: TypeAlias = Batches | Mapping[str, Batches]
@@ -48,7 +49,7 @@ class Measurements:
         members: Sequence[Member],
         paths: Sequence[str],
         data: Data,
-        progress: Progress | None = None,
+        progress: Steps | None = None,
     ) -> None:
         self._runtime, self._statistic, self._members, self._progress = runtime, statistic, members, progress
         self._paths = list(paths)

@@ -17,9 +17,10 @@ from compose.expr.tree import Call, Expr
 from compose.merging.measure import Data, Measurements
 from compose.parameter_space import deltas
 from compose.parameter_space.execute import Merged, Workspace, carry_out, execute, labels_of, make_job, without_merges
-from compose.parameter_space.job import Job, Progress, Statistics
+from compose.parameter_space.job import Job, Statistics
 from compose.parameter_space.statistic import Statistic
 from compose.runtime.model_runtime import runtime
+from hub.console.progress import Steps
 
 
 def merge(
@@ -27,7 +28,7 @@ def merge(
     expr: Expr | str,
     *,
     name: str = "merged",
-    progress: Progress | None = None,
+    progress: Steps | None = None,
     data: Data | None = None,
 ) -> Merged:
     """Fold an expression over resident adapters into one new adapter.
@@ -63,7 +64,7 @@ def lower_to_lora(
     *,
     rank: int | None = None,
     name: str = "lowered",
-    progress: Progress | None = None,
+    progress: Steps | None = None,
     data: Data | None = None,
 ) -> Merged:
     """One plain LoRA that does what a static expression of mixed kinds does, for engines that take nothing else.
@@ -89,7 +90,7 @@ def lower_to_lora(
     return merged
 
 
-def _workspace(model: PreTrainedModel, progress: Progress | None, data: Data | None) -> Workspace:
+def _workspace(model: PreTrainedModel, progress: Steps | None, data: Data | None) -> Workspace:
     home = runtime(model)
 
     def measure(job: Job, statistic: type[Statistic]) -> Statistics:

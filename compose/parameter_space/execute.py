@@ -22,12 +22,13 @@ from compose.kind.parameter_shift import Shift
 from compose.parameter_space import deltas, tensors
 from compose.parameter_space.certificate import Certificate
 from compose.parameter_space.effect import entries
-from compose.parameter_space.job import AdaptedModel, Job, Member, Progress, Statistics
+from compose.parameter_space.job import AdaptedModel, Job, Member, Statistics
 from compose.parameter_space.method import Elementwise, Factored, Linear, Method, get_method, refuse_without_data
 from compose.parameter_space.statistic import Statistic
 from compose.slots.limits import limits
 from compose.slots.lowering import site_program, unsupported
 from compose.slots.slot import Slot
+from hub.console.progress import Steps
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def without_merges(workspace: Workspace, expr: Expr) -> Expr:
     return resolve(workspace, expr, {}, keep)
 
 
-def carry_out(workspace: Workspace, call: Call, name: str, progress: Progress | None) -> Merged:
+def carry_out(workspace: Workspace, call: Call, name: str, progress: Steps | None) -> Merged:
     """The adapter that a call makes, the merges inside it first; KindError names the call if it is no merge."""
     if workspace.measure is None:
         refuse_without_data(call)
@@ -133,7 +134,7 @@ def carry_out(workspace: Workspace, call: Call, name: str, progress: Progress | 
     return execute(workspace, inner, name, str(call), progress)
 
 
-def execute(workspace: Workspace, call: Call, name: str, text: str, progress: Progress | None) -> Merged:
+def execute(workspace: Workspace, call: Call, name: str, text: str, progress: Steps | None) -> Merged:
     """The adapter that a call without merges in its arguments makes; ``text`` names it in messages."""
     job = make_job(workspace, call, name, text, progress)
     if not job.adapters:
@@ -175,7 +176,7 @@ def _in_weights(workspace: Workspace, job: Job) -> bool:
     return all(a.averages_in_weight for a in job.adapters) and any(_moves_weights(workspace, a) for a in job.adapters)
 
 
-def make_job(workspace: Workspace, call: Call, name: str, text: str, progress: Progress | None) -> Job:
+def make_job(workspace: Workspace, call: Call, name: str, text: str, progress: Steps | None) -> Job:
     """The job of a call without merges in its arguments."""
     members = tuple(Member.of(arg, workspace) for arg in call.args)
     method: Method = get_method(call.function)

@@ -15,8 +15,8 @@ from compose.expr.tree import Expr, Ref, Seq
 from compose.kind.adapter import Adapter
 from compose.parameter_space.method import Method
 from compose.slots.lowering import LoweringContext, flatten
+from hub.console.progress import Steps
 
-Progress: TypeAlias = Callable[[str, int, int], None]  # what, done, total
 Statistics: TypeAlias = Callable[[str], Sequence[Tensor]]  # path -> what was measured there of each member
 _T = TypeVar("_T")
 
@@ -67,7 +67,7 @@ class Job:
     options: Any
     name: str
     text: str
-    progress: Progress | None = None
+    progress: Steps | None = None
     statistics: Statistics | None = None
 
     @property

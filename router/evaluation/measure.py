@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compose.expr.tree import Add, Expr, Scale
+from hub.console.progress import Steps
 from hub.errors import UsageError
-from router.bench import Batch, Experts, Progress, tree
+from router.bench import Batch, Experts, tree
 from router.ensemble.demix import mix
 from router.ensemble.experts import active, expert_log_probs
 from router.ensemble.posterior import fitted, log_prior
@@ -67,7 +68,7 @@ def perplexities(
     *,
     dev: Mapping[str, Sequence[Tensor]] | None = None,
     pad: int = 0,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> Report:
     """Perplexity of each set of encoded rows under base, best single, average, uniform, router and oracle.
 
@@ -181,7 +182,7 @@ def accuracies(
     classes: Mapping[str, Sequence[str]],
     *,
     pad: int = 0,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> Report:
     """Accuracy on each set under base head, best single, average, router and oracle.
 
