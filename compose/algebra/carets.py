@@ -35,9 +35,9 @@ def point(text: str, error: HubError, attempt: Callable[[Expr], object]) -> HubE
     """
     if isinstance(error, ExpressionError) and "\n" in error.message:
         return error  # read from text: it shows the place already
-    found = subexpressions(text)
-    culprit = next((place for place in found[:_TRIES] if _fails(attempt, place[0])), found[-1])
-    _, start, end = _named(error.ref, found, culprit) or culprit
+    parts = subexpressions(text)
+    culprit = next((place for place in parts[:_TRIES] if _fails(attempt, place[0])), parts[-1])
+    _, start, end = _named(error.ref, parts, culprit) or culprit
     error.message = error_at(text, start, end, error.message).message
     return error
 
@@ -50,9 +50,9 @@ def _fails(attempt: Callable[[Expr], object], part: Expr) -> bool:
     return False
 
 
-def _named(ref: str | None, found: Iterable[Place], within: Place) -> Place | None:
+def _named(ref: str | None, parts: Iterable[Place], within: Place) -> Place | None:
     """The leaf inside ``within`` that an error names."""
-    for tree, start, end in found:
+    for tree, start, end in parts:
         inside = within[1] <= start and end <= within[2]
         if inside and isinstance(tree, Ref) and ref is not None and ref in (tree.text, _canonical(tree.text)):
             return tree, start, end

@@ -33,17 +33,17 @@ def parse(text: str) -> Expr:
         raise ExpressionError(f"an expression is text, not {type(text).__name__}")
     reader = _Reader(text)
     tree = reader.tree()
-    found = reader.term(tree, 1)
-    if not isinstance(found, Expr):
+    expr = reader.term(tree, 1)
+    if not isinstance(expr, Expr):
         raise reader.wrong(tree, "a number is no composition", _NUMBERS)
-    return found
+    return expr
 
 
 def subexpressions(text: str) -> list[tuple[Expr, int, int]]:
     """Every sub-expression of a text that can be read, inner ones first: (tree, start, end) with text[start:end]."""
     reader = _Reader(text)
     reader.term(reader.tree(), 1)
-    return reader.found
+    return reader.places
 
 
 class _Reader:
@@ -53,7 +53,7 @@ class _Reader:
         self.text = text
         self.tokens: list[Token] = []
         self.columns: list[int] = []
-        self.found: list[tuple[Expr, int, int]] = []
+        self.places: list[tuple[Expr, int, int]] = []
         self.source = self._placeholders()
 
     def _placeholders(self) -> str:
@@ -113,7 +113,7 @@ class _Reader:
         """Tree of ``node``, or the number it stands for; trees are noted with their places."""
         value = self._term(node, level)
         if isinstance(value, Expr):
-            self.found.append((value, *self._span(node)))
+            self.places.append((value, *self._span(node)))
         return value
 
     def _term(self, node: ast.expr, level: int) -> Expr | float:

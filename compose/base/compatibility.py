@@ -78,28 +78,28 @@ def compare(
         Other weights (unless allowed) or another architecture; the message names the first tensors that differ.
     """
     adapter = ref or "the adapter"
-    found = rung(made_for, model, trained=trained_on.quantization if trained_on else None, held=quantization)
-    if found == "incompatible" or (found == "drift" and not allow_drift):
-        raise BaseMismatch(_refusal(found, adapter, made_for, model), ref=ref, hint=_next_step(found, made_for))
-    if found == "drift":
+    nearness = rung(made_for, model, trained=trained_on.quantization if trained_on else None, held=quantization)
+    if nearness == "incompatible" or (nearness == "drift" and not allow_drift):
+        raise BaseMismatch(_refusal(nearness, adapter, made_for, model), ref=ref, hint=_next_step(nearness, made_for))
+    if nearness == "drift":
         _warn(f"{adapter} was made for other weights of this architecture: {_first(made_for, model)}")
-    if found == "quantization" and trained_on is not None:
+    if nearness == "quantization" and trained_on is not None:
         _warn(f"{adapter} was trained on a base held as {trained_on.quantization}; this one is held as {quantization}")
-    if found != "drift":
+    if nearness != "drift":
         _warn_of_surroundings(adapter, made_for, model)
-    return found
+    return nearness
 
 
-def _refusal(found: Rung, adapter: str, made_for: BaseIdentity, model: BaseIdentity) -> str:
-    what = "other weights of the same architecture" if found == "drift" else "another architecture"
+def _refusal(nearness: Rung, adapter: str, made_for: BaseIdentity, model: BaseIdentity) -> str:
+    what = "other weights of the same architecture" if nearness == "drift" else "another architecture"
     return (
         f"{adapter} was made for {_name(made_for)}; this model, {_name(model)}, has {what}: {_first(made_for, model)}"
     )
 
 
-def _next_step(found: Rung, made_for: BaseIdentity) -> str:
+def _next_step(nearness: Rung, made_for: BaseIdentity) -> str:
     load = f"load {_name(made_for)}, the base it was made for"
-    return f"{load}, or pass allow_base_drift=True (--allow-base-drift)" if found == "drift" else load
+    return f"{load}, or pass allow_base_drift=True (--allow-base-drift)" if nearness == "drift" else load
 
 
 def _name(identity: BaseIdentity) -> str:

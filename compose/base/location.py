@@ -49,10 +49,10 @@ def locate(base: str | Path, *, offline: bool = False, files: Sequence[str] = _W
     """
     text = str(base)
     if text.startswith(BUILTIN):
-        found = _builtin(text)
+        location = _builtin(text)
     elif Path(text).expanduser().is_dir():
         directory = Path(text).expanduser()
-        found = _from_cache(directory) or Location(directory.resolve().name or text, directory)
+        location = _from_cache(directory) or Location(directory.resolve().name or text, directory)
     elif isinstance(base, Path) or text.startswith((".", "~", "/")) or not _REPO.match(text):
         raise NotFound(
             f"there is no base at {text!r}",
@@ -60,9 +60,9 @@ def locate(base: str | Path, *, offline: bool = False, files: Sequence[str] = _W
             hint="give builtin:tiny-lm, a model directory, or a Hugging Face id org/name",
         )
     else:
-        found = _from_hub(text, files, offline=offline)
-    _check(found)
-    return found
+        location = _from_hub(text, files, offline=offline)
+    _check(location)
+    return location
 
 
 def _builtin(text: str) -> Location:
@@ -109,8 +109,8 @@ def _from_hub(text: str, files: Sequence[str], *, offline: bool) -> Location:
     return _from_cache(Path(path)) or Location(name, Path(path))
 
 
-def _check(found: Location) -> None:
-    directory = found.directory
+def _check(location: Location) -> None:
+    directory = location.directory
     if (directory / "config.json").is_file():
         return
     if (directory / "adapter_config.json").is_file():

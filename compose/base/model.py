@@ -44,8 +44,8 @@ class BaseOrigin:
 
     name: str
     location: Location | None
-    found: BaseIdentity | None = None
-    seen: int = 0  # which tensors ``found`` was read from (see _tensors_key)
+    identity: BaseIdentity | None = None
+    seen: int = 0  # which tensors ``identity`` was read from (see _tensors_key)
 
 
 def load_base(
@@ -114,17 +114,18 @@ def load_base(
 def _padding(model: PreTrainedModel) -> int | None:
     """Id of the token that texts are padded with: a classifier looks for the last token before it."""
     try:
-        found = tokenizer_of(model).pad_token_id
+        token = tokenizer_of(model).pad_token_id
     except GateError:  # the files hold no tokenizer
-        found = fact(model.config, "eos_token_id")
-    return found[0] if isinstance(found, list) else cast("int | None", found)
+        token = fact(model.config, "eos_token_id")
+    return token[0] if isinstance(token, list) else cast("int | None", token)
 
 
 def _adopt(model: PreTrainedModel, request: BaseRequest) -> PreTrainedModel:
-    held = quantization_of(model)
-    if request.quantize not in ("none", held):
+    quantization = quantization_of(model)
+    if request.quantize not in ("none", quantization):
         raise UsageError(
-            f"this {type(model).__name__} is loaded already, as {held}; it cannot be made {request.quantize} any more",
+            f"this {type(model).__name__} is loaded already, as {quantization}; "
+            f"it cannot be made {request.quantize} any more",
             hint=f'give its directory or id instead: load("...", quantize="{request.quantize}")',
         )
     given = [name for name in ("task", "labels", "attn_implementation") if getattr(request, name) is not None]
@@ -134,8 +135,10 @@ def _adopt(model: PreTrainedModel, request: BaseRequest) -> PreTrainedModel:
             hint="give the directory or the id of the model instead of the model",
         )
     if request.dtype is not None or request.device is not None:
-        if held != "none":
-            raise UsageError(f"a model held as {held} keeps its dtype and device", hint="pass them where it is loaded")
+        if quantization != "none":
+            raise UsageError(
+                f"a model held as {quantization} keeps its dtype and device", hint="pass them where it is loaded"
+            )
         model.to(dtype=request.torch_dtype, device=request.device)
     keep_differentiable(model)
     if _HOME not in model.__dict__:
@@ -166,15 +169,15 @@ def tokenizer_of(base: str | Path | PreTrainedModel, *, trust_remote_code: bool 
         # transformers would make one without words for some families
         raise GateError(f"{where.name} has no tokenizer", path=where.directory, hint=hint)
     try:
-        found = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             where.directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        told = f"{where.name} has no tokenizer that can be read: {str(error).splitlines()[0]}"
-        raise GateError(told, path=where.directory, hint=hint) from error
-    if found.pad_token is None and found.eos_token is not None:
-        found.pad_token = found.eos_token
-    return cast("PreTrainedTokenizerBase", found)
+        message = f"{where.name} has no tokenizer that can be read: {str(error).splitlines()[0]}"
+        raise GateError(message, path=where.directory, hint=hint) from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def identity_of(base: str | Path | PreTrainedModel) -> BaseIdentity:
@@ -192,10 +195,10 @@ def identity_of(base: str | Path | PreTrainedModel) -> BaseIdentity:
         return directory_identity(locate(base))
     source = _source(base)
     key = 0 if source.location else _tensors_key(base)
-    if source.found is None or source.seen != key:
-        source = replace(source, found=_read_identity(base, source), seen=key)
+    if source.identity is None or source.seen != key:
+        source = replace(source, identity=_read_identity(base, source), seen=key)
         _remember(base, source)
-    return cast("BaseIdentity", source.found)
+    return cast("BaseIdentity", source.identity)
 
 
 def name_of(base: PreTrainedModel) -> str:
@@ -280,8 +283,8 @@ def _equals_files(model: nn.Module, stored: BaseIdentity, where: Location) -> bo
     for file in weight_files(where.directory):
         with safe_open(file, framework="pt") as handle:
             for name in tensors.keys() & set(handle.keys()):
-                held = tensors[name]
+                in_memory = tensors[name]
                 value = handle.get_tensor(name)
-                if value.shape != held.shape or tensor_hex16(value.to(held.dtype)) != tensor_hex16(held):
+                if value.shape != in_memory.shape or tensor_hex16(value.to(in_memory.dtype)) != tensor_hex16(in_memory):
                     return False
     return True

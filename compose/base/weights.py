@@ -37,11 +37,11 @@ def floating_copy(module: nn.Module) -> nn.Module:
         if path and (plain := _plain(inner)) is not None:
             parent, _, name = path.rpartition(".")
             setattr(clone.get_submodule(parent), name, plain)
-    made: dict[nn.Parameter, nn.Parameter] = {}  # parameters that share one stay tied
+    floats: dict[nn.Parameter, nn.Parameter] = {}  # parameters that share one stay tied
     for inner in clone.modules():  # not clone.float(), which swaps storages, and tensors without one cannot be swapped
         for name, parameter in inner._parameters.items():
             if parameter is not None and parameter.dtype != torch.float32 and parameter.is_floating_point():
-                inner._parameters[name] = made.setdefault(parameter, nn.Parameter(parameter.float()))
+                inner._parameters[name] = floats.setdefault(parameter, nn.Parameter(parameter.float()))
         for name, buffer in inner._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 inner._buffers[name] = buffer.float()

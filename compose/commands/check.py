@@ -29,19 +29,20 @@ def check(ctx: click.Context, /, expr: str, adapters: tuple[str, ...], as_json: 
     from hub.errors import HubError
 
     try:
-        found = examine(expression(expr), adapters=assignments(adapters), **options)
+        checked = examine(expression(expr), adapters=assignments(adapters), **options)
     except HubError as error:
         if not as_json:
             raise
         print_json({"ok": False, **error.as_dict()})
         ctx.exit(error.exit_code)
     if as_json:
-        facts = {"expression": found.text, "normal": str(found.plan.expression), "digest": found.plan.digest}
-        print_json({"ok": True, **facts, "base": found.outline.name, "warnings": list(found.warnings)})
+        facts = {"expression": checked.text, "normal": str(checked.plan.expression), "digest": checked.plan.digest}
+        print_json({"ok": True, **facts, "base": checked.outline.name, "warnings": list(checked.warnings)})
         return
-    for warning in found.warnings:
+    for warning in checked.warnings:
         warn(warning)
-    count = len(found.plan.leaves)
+    count = len(checked.plan.leaves)
     say(
-        f"{found.plan.expression} works on {found.outline.name}: {count} adapter{'s' * (count != 1)}, every tensor fits"
+        f"{checked.plan.expression} works on {checked.outline.name}: "
+        f"{count} adapter{'s' * (count != 1)}, every tensor fits"
     )

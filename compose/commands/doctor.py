@@ -78,28 +78,30 @@ def doctor(
     from compose.verbs import diagnose
 
     with steps_bar() as progress:
-        found = diagnose(result, members, weights=weights or None, progress=progress, **options)
+        diagnosis = diagnose(result, members, weights=weights or None, progress=progress, **options)
     if as_json:
-        print_json(found.as_dict())
+        print_json(diagnosis.as_dict())
     else:
-        _tell(found, everything)
-    if not found.sound:
+        _tell(diagnosis, everything)
+    if not diagnosis.sound:
         ctx.exit(1)
 
 
-def _tell(found: Diagnosis, everything: bool) -> None:
-    chosen = found.sites if everything else sorted(found.sites, key=lambda site: -site.error)[:_SHOWN]
+def _tell(diagnosis: Diagnosis, everything: bool) -> None:
+    chosen = diagnosis.sites if everything else sorted(diagnosis.sites, key=lambda site: -site.error)[:_SHOWN]
     rows = [(s.path, f"{s.error:.2e}", f"{s.factor:.4g}", f"{s.cosine:.4f}", f"{s.norm:.4g}") for s in chosen]
     click.echo(columns(("SITE", "ERROR", "FACTOR", "COSINE", "NORM"), rows))
-    if len(chosen) < len(found.sites):
-        say(f"... and {len(found.sites) - len(chosen)} more sites (--all)")
-    asked = " + ".join(f"{w:.4g} * {m}" for w, m in zip(found.weights, found.members, strict=True))
-    click.echo(f"\nmeant:    {found.method} of {asked}")
-    click.echo("fits:     " + " + ".join(f"{v:.4g} * {m}" for v, m in zip(found.fitted, found.members, strict=True)))
-    click.echo(f"error:    {found.error:.2e} of the exact merge ({'sound' if found.sound else 'not sound'})")
-    if found.recipe is not None:
-        click.echo(f"made by:  {found.recipe} (reproduces it to {found.recipe_error:.0e})")
-    for finding in found.findings:
+    if len(chosen) < len(diagnosis.sites):
+        say(f"... and {len(diagnosis.sites) - len(chosen)} more sites (--all)")
+    asked = " + ".join(f"{w:.4g} * {m}" for w, m in zip(diagnosis.weights, diagnosis.members, strict=True))
+    click.echo(f"\nmeant:    {diagnosis.method} of {asked}")
+    click.echo(
+        "fits:     " + " + ".join(f"{v:.4g} * {m}" for v, m in zip(diagnosis.fitted, diagnosis.members, strict=True))
+    )
+    click.echo(f"error:    {diagnosis.error:.2e} of the exact merge ({'sound' if diagnosis.sound else 'not sound'})")
+    if diagnosis.recipe is not None:
+        click.echo(f"made by:  {diagnosis.recipe} (reproduces it to {diagnosis.recipe_error:.0e})")
+    for finding in diagnosis.findings:
         click.echo(f"finding:  {finding}")
-    if not found.sound:
-        say(f"the exact merge: {found.remedy}")
+    if not diagnosis.sound:
+        say(f"the exact merge: {diagnosis.remedy}")

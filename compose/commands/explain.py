@@ -32,8 +32,8 @@ def explain(expr: str, adapters: tuple[str, ...], form: str, as_json: bool, **op
     from compose.planning.members import assignments
     from compose.verbs import explain as examine
 
-    found = examine(expression(expr), adapters=assignments(adapters), **options)
+    explanation = examine(expression(expr), adapters=assignments(adapters), **options)
     if as_json or form == "json":
-        print_json(found.as_dict())
+        print_json(explanation.as_dict())
     else:
-        click.echo(as_dot(found.plan) if form == "dot" else as_text(found))
+        click.echo(as_dot(explanation.plan) if form == "dot" else as_text(explanation))

@@ -18,16 +18,16 @@ def functions(name: str | None, as_json: bool) -> None:
     A merge folds adapters into a new one in parameter space, a route weighs them per row or token, an ensemble mixes
     output probabilities.
     """
-    found = rows(name)
+    facts = rows(name)
     if as_json:
-        print_json(found)
+        print_json(facts)
     elif name is not None:
-        (one,) = found
+        (one,) = facts
         click.echo(f"{one['name']}: {one['summary']}\n{one['family']} of {one['adapters']}\n")
         options = [(o["name"], o["type"], o["default"], o["description"]) for o in one["options"]]
         click.echo(columns(("OPTION", "TYPE", "DEFAULT", "MEANING"), options) if options else "It has no options.")
     else:
-        table = [(f["name"], f["family"], ", ".join(o["name"] for o in f["options"]), f["summary"]) for f in found]
+        table = [(f["name"], f["family"], ", ".join(o["name"] for o in f["options"]), f["summary"]) for f in facts]
         click.echo(columns(("FUNCTION", "FAMILY", "OPTIONS", "WHAT IT IS"), table))
 
 
@@ -57,10 +57,10 @@ def _amount(low: int, high: int | None) -> str:
 
 def fields(model: Any) -> list[dict[str, str]]:
     """Options of a pydantic model: name, type, default and description."""
-    found = []
+    options = []
     for name, entry in model.model_fields.items():
         default = entry.get_default(call_default_factory=True)
-        found.append(
+        options.append(
             {
                 "name": entry.alias or name,
                 "type": _type(entry.annotation),
@@ -68,7 +68,7 @@ def fields(model: Any) -> list[dict[str, str]]:
                 "description": entry.description or "",
             }
         )
-    return found
+    return options
 
 
 def _plain(value: Any) -> str:

@@ -19,11 +19,11 @@ def kinds(name: str | None, as_json: bool) -> None:
 
     PEFT is the type under which PEFT reads and writes it, where it has the kind.
     """
-    found = rows(name)
+    facts = rows(name)
     if as_json:
-        print_json(found)
+        print_json(facts)
     elif name is not None:
-        (one,) = found
+        (one,) = facts
         peft = f"PEFT type {one['peft_type']}" if one["peft_type"] else "not in PEFT"
         acts = f"acts by default at {', '.join(one['default_targets'])}" if one["default_targets"] else ""
         click.echo(f"{one['kind']}: {one['what']}")
@@ -33,7 +33,7 @@ def kinds(name: str | None, as_json: bool) -> None:
         options = [(o["name"], o["type"], o["default"], o["description"]) for o in one["options"]]
         click.echo("\n" + columns(("OPTION", "TYPE", "DEFAULT", "MEANING"), options))
     else:
-        table = [(k["kind"], k["peft_type"] or "-", k["paper"] or "-", ", ".join(_own(k)), k["what"]) for k in found]
+        table = [(k["kind"], k["peft_type"] or "-", k["paper"] or "-", ", ".join(_own(k)), k["what"]) for k in facts]
         click.echo(columns(("KIND", "PEFT", "PAPER", "OPTIONS", "WHAT IT IS"), table))
 
 

@@ -35,16 +35,16 @@ def map_(adapters: tuple[str, ...], base: str | None, by_site: bool, svg: Path |
     from compose.verbs import interference
 
     with steps_bar() as progress:
-        found = interference(adapters, base=base, progress=progress)
+        measured = interference(adapters, base=base, progress=progress)
     if svg is not None:
-        replace(found, names=_short(found.names)).heatmap(svg)
+        replace(measured, names=_short(measured.names)).heatmap(svg)
         say(f"heat map in {svg}")
     if as_json:
-        print_json({**found.as_dict(), **_more(found, by_site)})
+        print_json({**measured.as_dict(), **_more(measured, by_site)})
         return
-    click.echo(_matrix(found))
-    click.echo("\n" + columns(("ADAPTER", "NORM", "NEAREST", "COSINE"), _nearest(found)))
-    for a, b, distance in found.duplicates():
+    click.echo(_matrix(measured))
+    click.echo("\n" + columns(("ADAPTER", "NORM", "NEAREST", "COSINE"), _nearest(measured)))
+    for a, b, distance in measured.duplicates():
         say(f"{a} and {b} do the same (relative distance {distance:.1e})")
 
 
@@ -54,24 +54,24 @@ def _short(names: tuple[str, ...]) -> tuple[str, ...]:
     return ends if len(set(ends)) == len(names) else names
 
 
-def _matrix(found: Interference) -> str:
+def _matrix(measured: Interference) -> str:
     rows = [
         (f"{i + 1}", name, *(f"{value:+.3f}" for value in row))
-        for i, (name, row) in enumerate(zip(found.names, found.cosine.tolist(), strict=True))
+        for i, (name, row) in enumerate(zip(measured.names, measured.cosine.tolist(), strict=True))
     ]
-    return columns(("#", "COSINE", *(str(i + 1) for i in range(len(found.names)))), rows)
+    return columns(("#", "COSINE", *(str(i + 1) for i in range(len(measured.names)))), rows)
 
 
-def _nearest(found: Interference) -> list[tuple[str, str, str, str]]:
-    norms = found.norms.tolist()
-    near = [found.nearest(name, 1)[0] for name in found.names]
+def _nearest(measured: Interference) -> list[tuple[str, str, str, str]]:
+    norms = measured.norms.tolist()
+    near = [measured.nearest(name, 1)[0] for name in measured.names]
     return [
         (name, f"{norm:.4g}", other, f"{cosine:+.3f}")
-        for name, norm, (other, cosine) in zip(found.names, norms, near, strict=True)
+        for name, norm, (other, cosine) in zip(measured.names, norms, near, strict=True)
     ]
 
 
-def _more(found: Interference, by_site: bool) -> dict[str, object]:
-    nearest = {name: [{"name": other, "cosine": c} for other, c in found.nearest(name)] for name in found.names}
-    sites = {place: found.cosine_at(place).tolist() for place in found.by_place}
+def _more(measured: Interference, by_site: bool) -> dict[str, object]:
+    nearest = {name: [{"name": other, "cosine": c} for other, c in measured.nearest(name)] for name in measured.names}
+    sites = {place: measured.cosine_at(place).tolist() for place in measured.by_place}
     return {"nearest": nearest, **({"sites": sites} if by_site else {})}

@@ -32,16 +32,16 @@ def sites(base: str, task: str | None, brief: bool, as_json: bool) -> None:
     from compose.inspection.fake_base import FakeBase
 
     outline = FakeBase(base, task=task)
-    found = rows(outline)
+    facts = rows(outline)
     if as_json:
-        print_json({"base": outline.name, "model_type": outline.sites.model_type, "sites": found, **_around(outline)})
+        print_json({"base": outline.name, "model_type": outline.sites.model_type, "sites": facts, **_around(outline)})
         return
     family = outline.sites.model_type or "unknown type"
     known = (
         "in the table of families" if outline.sites.known_family else "not in the table: sites are told by their names"
     )
     say(f"{outline.name}: {outline.sites.architecture} ({family}, {known}), {outline.sites.depth()}")
-    table = _by_role(found) if brief else [(r["name"], r["path"], f"{r['in']} -> {r['out']}", r["why"]) for r in found]
+    table = _by_role(facts) if brief else [(r["name"], r["path"], f"{r['in']} -> {r['out']}", r["why"]) for r in facts]
     click.echo(columns(("ROLE" if brief else "SITE", "PATH", "SHAPE", "HOW IT IS KNOWN"), table))
 
 
@@ -49,10 +49,10 @@ def rows(outline: FakeBase) -> list[dict[str, Any]]:
     """Facts of all sites, those outside the blocks last."""
     inside = [s for whole in outline.sites for s in (whole, *outline.sites.parts.get(whole.path, ()))]
     sites = [*inside, *outline.sites.outside.values()]
-    found = []
+    facts = []
     for site in sites:
         how, why = recognised(site, outline.sites.model_type)
-        found.append(
+        facts.append(
             {
                 "name": site.name,
                 "role": site.role,
@@ -65,7 +65,7 @@ def rows(outline: FakeBase) -> list[dict[str, Any]]:
                 "why": why,
             }
         )
-    return found
+    return facts
 
 
 def recognised(site: Site, model_type: str) -> tuple[str, str]:
@@ -87,21 +87,21 @@ def recognised(site: Site, model_type: str) -> tuple[str, str]:
 
 
 def _around(outline: FakeBase) -> dict[str, Any]:
-    found = outline.sites
+    sites = outline.sites
     return {
-        "architecture": found.architecture,
-        "known_family": found.known_family,
-        "embedding": found.embedding,
-        "positions": list(found.positions),
-        "norms": list(found.norms),
+        "architecture": sites.architecture,
+        "known_family": sites.known_family,
+        "embedding": sites.embedding,
+        "positions": list(sites.positions),
+        "norms": list(sites.norms),
     }
 
 
-def _by_role(found: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+def _by_role(facts: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     import re
 
     roles: dict[tuple[str, str, str, str], None] = {}
-    for row in found:
+    for row in facts:
         path = re.sub(r"\.\d+(?=\.)", ".*", row["path"])
         name = f"{row['stack']}.{row['role']}" if row["stack"] else row["role"]
         roles[name, path, f"{row['in']} -> {row['out']}", row["why"]] = None

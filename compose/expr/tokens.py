@@ -49,12 +49,12 @@ def tokens(text: str) -> Iterator[Token]:
         if space := _SPACE.match(text, place):
             place = space.end()
             continue
-        kind, found = next(((k, m) for k, p in patterns if (m := p.match(text, place))), ("", None))
-        if found is None:
+        kind, match = next(((k, m) for k, p in patterns if (m := p.match(text, place))), ("", None))
+        if match is None:
             raise _stranger(text, place)
-        word = found.group()
-        yield Token(kind, _decode(text, word, place) if kind == "string" else word, place, found.end())
-        place = found.end()
+        word = match.group()
+        yield Token(kind, _decode(text, word, place) if kind == "string" else word, place, match.end())
+        place = match.end()
 
 
 def _stranger(text: str, place: int) -> ExpressionError:

@@ -82,11 +82,11 @@ def _tensors(directory: Path) -> dict[tuple[str, str], Tensor]:
         hint = "a pickle is never read: save it again with save_adapter(directory, name, use_safetensors=True)"
         raise NotFound(f"{path} is missing", path=path, hint=hint if (directory / PICKLE).exists() else None)
     try:
-        found = load_file(path)
+        stored = load_file(path)
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{path} is no readable safetensors file: {error}", path=path) from None
     split: dict[tuple[str, str], Tensor] = {}
-    for key, value in found.items():
+    for key, value in stored.items():
         match = _KEY.match(key)
         if match is None:
             raise KindError(f"{path}: no kind reads {key}")
@@ -106,16 +106,16 @@ def _part(config: Mapping[str, Any], tensors: Mapping[tuple[str, str], Tensor], 
 def _refuse(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     odd = sorted(name for name, value in wanted.items() if config.get(name, value) != value)
     if odd:
-        told = ", ".join(f"{name}={config[name]!r}" for name in odd)
-        raise KindError(f"this adapter of the adapters library sets {told}, which no kind here expresses")
+        fields = ", ".join(f"{name}={config[name]!r}" for name in odd)
+        raise KindError(f"this adapter of the adapters library sets {fields}, which no kind here expresses")
 
 
 def _place(path: str, sites: SiteMap) -> str:
     """Our path of one of that library's: theirs is of the model without a head."""
-    found = [p for p in sites.modules if p == path or p.endswith("." + path)]
-    if len(found) != 1:
-        raise KindError(f"{path} is {'no module' if not found else 'not one module'} of this {sites.model_type} model")
-    return str(found[0])
+    ends = [p for p in sites.modules if p == path or p.endswith("." + path)]
+    if len(ends) != 1:
+        raise KindError(f"{path} is {'no module' if not ends else 'not one module'} of this {sites.model_type} model")
+    return str(ends[0])
 
 
 def _bottleneck(config: Mapping[str, Any], tensors: Mapping[tuple[str, str], Tensor], sites: SiteMap) -> Part:
@@ -127,37 +127,37 @@ def _bottleneck(config: Mapping[str, Any], tensors: Mapping[tuple[str, str], Ten
         )
     names = {"adapter_down.0.weight": "down", "adapter_down.0.bias": "down_b"}
     names |= {"adapter_up.weight": "up", "adapter_up.bias": "up_b"}
-    held: dict[tuple[str, str], Tensor] = {}
+    placed: dict[tuple[str, str], Tensor] = {}
     linears: dict[str, None] = {}
     for (path, rest), value in tensors.items():
         if rest in names:
             block = _place(path, sites)
             linear = next(s.path for s in sites if s.path.startswith(block + ".") and s.role in ("attn.o", "mlp.down"))
             linears[linear] = None
-            held[f"{block}.LayerNorm" if behind else linear, names[rest]] = value
+            placed[f"{block}.LayerNorm" if behind else linear, names[rest]] = value
     options = {
         "style": "parallel" if parallel else "houlsby" if config["mh_adapter"] else "pfeiffer",
         "target_modules": tuple(linears),
-        "bottleneck_size": next((len(v) for (_, n), v in held.items() if n == "down_b"), None),
+        "bottleneck_size": next((len(v) for (_, n), v in placed.items() if n == "down_b"), None),
         "non_linearity": config["non_linearity"],
         "scaling": config["scaling"],
         "behind_norm": behind,
         "dropout": config.get("dropout", 0.0),
     }
-    return Part("bottleneck", options, held)
+    return Part("bottleneck", options, placed)
 
 
 def _lora(config: Mapping[str, Any], tensors: Mapping[tuple[str, str], Tensor], sites: SiteMap) -> Part:
     _refuse(config, {"use_gating": False, "use_dora": False, "vera_d": None, "vera_b": None})
     scales = config["composition_mode"] == "scale"
     names = {"lora_B": "out"} if scales else {"lora_A": "A", "lora_B": "B"}
-    held = {(_place(path, sites), names[rest]): v for (path, rest), v in tensors.items() if rest in names}
-    targets: dict[str, Any] = {"target_modules": tuple(dict.fromkeys(path for path, _ in held))}
+    placed = {(_place(path, sites), names[rest]): v for (path, rest), v in tensors.items() if rest in names}
+    targets: dict[str, Any] = {"target_modules": tuple(dict.fromkeys(path for path, _ in placed))}
     if scales:
         _refuse(config, {"r": 1, "alpha": 1})
-        return Part("ia3", {**targets, "feedforward_modules": ()}, held)
+        return Part("ia3", {**targets, "feedforward_modules": ()}, placed)
     options = {"r": config["r"], "lora_alpha": config["alpha"], "lora_dropout": config.get("dropout", 0.0)}
-    return Part("lora", {**targets, **options}, held)
+    return Part("lora", {**targets, **options}, placed)
 
 
 def _prefix(config: Mapping[str, Any], tensors: Mapping[tuple[str, str], Tensor], _: SiteMap) -> Part:
@@ -166,12 +166,12 @@ def _prefix(config: Mapping[str, Any], tensors: Mapping[tuple[str, str], Tensor]
     n, stem = config["prefix_length"], "self_prefix."
     own = {rest.removeprefix(stem): v for (_, rest), v in tensors.items() if rest.startswith(stem)}
     if config["flat"]:
-        made = own["control_trans"].reshape(n, -1)
+        prefix = own["control_trans"].reshape(n, -1)
     else:
         down, down_b, up, up_b = (own[f"control_trans.{i}.{w}"] for i in (0, 2) for w in ("weight", "bias"))
         hidden = ACT2FN[config["non_linearity"]](torch.nn.functional.linear(own["wte.weight"], down, down_b))
-        made = torch.nn.functional.linear(hidden, up, up_b)  # (n, layers * 2 * width)
-    return Part("prefix", {"num_virtual_tokens": n, "move_positions": False}, {("", "P"): made})
+        prefix = torch.nn.functional.linear(hidden, up, up_b)  # (n, layers * 2 * width)
+    return Part("prefix", {"num_virtual_tokens": n, "move_positions": False}, {("", "P"): prefix})
 
 
 def _build(part: Part, sites: SiteMap, model: PreTrainedModel, name: str) -> Adapter:

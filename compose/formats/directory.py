@@ -233,9 +233,9 @@ def read_adapter(source: Artifact | str | Path, sites: SiteMap, model: PreTraine
 
 def _only(parts: list[Adapter], root: Path) -> Adapter:
     if len(parts) > 1:
-        told = " >> ".join(part.name for part in parts)
+        names = " >> ".join(part.name for part in parts)
         raise KindError(
-            f"{root} is a union of {len(parts)} adapters, {told}: no single one does what it does",
+            f"{root} is a union of {len(parts)} adapters, {names}: no single one does what it does",
             hint="compose.formats.adapterhub.read gives them apart",
         )
     return parts[0]

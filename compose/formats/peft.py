@@ -55,9 +55,9 @@ def refuse_unread(kind: type[Adapter], fields: Mapping[str, Any]) -> None:
     read = _COMMON | kind.peft_fields | (frozenset() if kind.peft_type in PROMPT_LEARNING else _PLACEMENT)
     odd = sorted(f for f, value in fields.items() if f not in read and value not in (None, False, "", [], {}))
     if odd:
-        told = ", ".join(f"{f}={fields[f]!r}"[:80] for f in odd)
+        unread = ", ".join(f"{f}={fields[f]!r}"[:80] for f in odd)
         raise KindError(
-            f"this PEFT {kind.peft_type} config sets {told}, which kind {kind.kind!r} cannot express",
+            f"this PEFT {kind.peft_type} config sets {unread}, which kind {kind.kind!r} cannot express",
             hint="remove a field only if it is sure to have no effect on the outputs",
         )
 
@@ -108,15 +108,15 @@ def placement(fields: Mapping[str, Any], sites: SiteMap) -> list[str]:
         )
     linear = set(sites.paths) if fields.get("peft_type") == "LORA" else {*sites.sites, *sites.outside}
     hit = [path for path in sites.modules if _is_target(path, targets, fields)]
-    found = [path for path in hit if path in linear]
+    paths = [path for path in hit if path in linear]
     if odd := [path for path in hit if path in sites.tables and path not in linear]:
         raise KindError(f"this PEFT config adapts the embeddings {odd[0]}, which no kind here does")
-    if not found:
+    if not paths:
         raise KindError(
             f"target_modules={targets!r} matches no linear layer of this {sites.model_type} model",
             hint="it was made for another base",
         )
-    return found
+    return paths
 
 
 def _is_target(path: str, targets: str | list[str], fields: Mapping[str, Any]) -> bool:
@@ -176,12 +176,12 @@ def short_targets(paths: Iterable[str], sites: SiteMap, *, bare_end: bool = Fals
     With ``bare_end`` they also have to be exact where no dot is asked for before the end (``feedforward_modules``).
     """
     wanted = set(paths)
-    found: set[str] = set()
+    targets: set[str] = set()
     for path in wanted:
         parts = path.split(".")
         ends = (".".join(parts[-n:]) for n in range(1, len(parts)))
-        found.add(next((end for end in ends if _selects(end, sites, bare_end) <= wanted), path))
-    return sorted(found)
+        targets.add(next((end for end in ends if _selects(end, sites, bare_end) <= wanted), path))
+    return sorted(targets)
 
 
 def _selects(end: str, sites: SiteMap, bare_end: bool) -> set[str]:
@@ -198,9 +198,9 @@ def heads_named(names: Sequence[str], carried: Iterable[str], sites: SiteMap) ->
     """``modules_to_save`` that PEFT reads as these modules: whole paths where the end of a name means others too."""
     wanted = set(carried)
     kept: list[str] = []
-    for name, found in head_paths(names, sites).items():
-        exact = [p for p in found if p == name or p.endswith("." + name)]
-        kept.extend([name] if set(found) <= wanted else exact)
+    for name, paths in head_paths(names, sites).items():
+        exact = [p for p in paths if p == name or p.endswith("." + name)]
+        kept.extend([name] if set(paths) <= wanted else exact)
     return sorted(kept)
 
 
@@ -211,17 +211,17 @@ def heads_to_read(fields: Mapping[str, Any], sites: SiteMap) -> tuple[str, ...]:
     """
     usual = _AUTOMATIC_HEADS.get(fields.get("task_type"), ())
     kept: list[str] = []
-    for name, found in head_paths(sorted(set(fields.get("modules_to_save") or ())), sites).items():
+    for name, paths in head_paths(sorted(set(fields.get("modules_to_save") or ())), sites).items():
         exact = [p for p in sites.modules if p == name or p.endswith("." + name)]
-        if found or name not in usual:
-            kept.extend([name] if found == exact else found)
+        if paths or name not in usual:
+            kept.extend([name] if paths == exact else paths)
     return tuple(kept)
 
 
 def heads_to_write(own: Sequence[str], task_type: str | None, sites: SiteMap) -> list[str]:
     """Paths of the modules whose weights PEFT will look for in a directory of this task."""
     names = [*own, *_AUTOMATIC_HEADS.get(task_type, ())]
-    return sorted({p for found in head_paths(names, sites).values() for p in found})
+    return sorted({p for paths in head_paths(names, sites).values() for p in paths})
 
 
 def our_key(key: str, known: Mapping[str, Any]) -> str:

@@ -94,6 +94,6 @@ def check_coefficients(rows: int, weights: Mapping[str, Coefficient]) -> None:
         counts.setdefault(weight.shape[0], f"{weight.shape[0]} rows of {name!r}")
         if weight.dim() == 2 and weight.shape[1] > 1:
             lengths.setdefault(weight.shape[1], f"{weight.shape[1]} tokens of {name!r}")
-    for told in (counts, lengths):
-        if len(told) > 1:
-            raise KindError("these do not fit together: " + ", ".join(told.values()))
+    for sizes in (counts, lengths):
+        if len(sizes) > 1:
+            raise KindError("these do not fit together: " + ", ".join(sizes.values()))

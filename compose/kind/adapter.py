@@ -181,8 +181,8 @@ def _modules_to_save(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
         p for p, m in model.named_modules() if p and "base_layer" not in p and "saved:" not in p and m is not model
     ]
     for name in names:
-        found = [p for p in paths if p == name or p.endswith("." + name)]
-        if not found:
+        matches = [p for p in paths if p == name or p.endswith("." + name)]
+        if not matches:
             near = difflib.get_close_matches(name, {p.rsplit(".", 1)[-1] for p in paths}, n=2)
             raise SiteError(f"modules_to_save names {name!r}, which this base does not have", hint=f"near: {near}")
-        yield from found
+        yield from matches

@@ -26,10 +26,10 @@ def head_modules(model: PreTrainedModel, sites: SiteMap, names: Sequence[str] | 
     modules = {path: model.get_submodule(path) for path in sites.modules}
     if names is not None:
         wanted = (names,) if isinstance(names, str) else tuple(names)
-        found = {name: [p for p in modules if p == name or p.endswith("." + name)] for name in wanted}
-        if absent := [name for name, paths in found.items() if not paths]:
+        matches = {name: [p for p in modules if p == name or p.endswith("." + name)] for name in wanted}
+        if absent := [name for name, paths in matches.items() if not paths]:
             raise SiteError(f"target {absent[0]!r} is no module of this {sites.model_type} model")
-        return [p for p in modules if any(p in paths for paths in found.values())]
+        return [p for p in modules if any(p in paths for paths in matches.values())]
     backbone, output = model.base_model_prefix, model.get_output_embeddings()
     if backbone in modules:
         outside = [

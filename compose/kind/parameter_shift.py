@@ -116,12 +116,12 @@ class Shift(Adapter, ABC):
         """A map and a bias at a linear site, a moved module elsewhere."""
         if path not in self.paths:
             return None
-        held = {name: own for name in ("weight", "bias") if (own := self.own(path, name)) is not None}
-        bias = self.vector_at(*held["bias"]) if "bias" in held else None
+        owners = {name: own for name in ("weight", "bias") if (own := self.own(path, name)) is not None}
+        bias = self.vector_at(*owners["bias"]) if "bias" in owners else None
         module = below.layer
         if linear_shape(module) is not None:
-            return Atoms(delta=self.map_at(*held["weight"]), bias=bias)
-        deltas = {"weight": self.vector_at(*held["weight"])} if "weight" in held else {}
+            return Atoms(delta=self.map_at(*owners["weight"]), bias=bias)
+        deltas = {"weight": self.vector_at(*owners["weight"])} if "weight" in owners else {}
         if bias is not None:
             deltas["bias"] = bias
         return Atoms(function=Moved(_moved(module, deltas), lambda: deltas))

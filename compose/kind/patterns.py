@@ -40,10 +40,10 @@ def as_dict(patterns: Iterable[tuple[str, float]], paths: Iterable[str]) -> dict
     """
     given, ordered, unset = tuple(patterns), sorted(patterns), float("nan")
     values = {path: value_at(given, path, unset) for path in paths} if given else {}
-    found = {path: value for path, value in values.items() if value == value}  # noqa: PLR0124 - not NaN
-    if all(value_at(ordered, path, unset) == value for path, value in found.items()):
+    known = {path: value for path, value in values.items() if value == value}  # noqa: PLR0124 - not NaN
+    if all(value_at(ordered, path, unset) == value for path, value in known.items()):
         return {pattern: whole(value) for pattern, value in ordered}
-    return {"^" + regex.escape(path, special_only=True): whole(value) for path, value in found.items()}
+    return {"^" + regex.escape(path, special_only=True): whole(value) for path, value in known.items()}
 
 
 def whole(value: float) -> float:

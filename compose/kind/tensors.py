@@ -86,9 +86,9 @@ class NamedTensors(nn.Module):
         have = self.state()
         missing, extra = sorted(have.keys() - tensors.keys()), sorted(tensors.keys() - have.keys())
         if missing or extra:
-            told = [f"{label} {_few(keys)}" for label, keys in (("missing", missing), ("unexpected", extra)) if keys]
+            misfits = [f"{label} {_few(keys)}" for label, keys in (("missing", missing), ("unexpected", extra)) if keys]
             raise KindError(
-                f"the tensors do not fit {self.kind} adapter {self.name!r} on this base: " + "; ".join(told),
+                f"the tensors do not fit {self.kind} adapter {self.name!r} on this base: " + "; ".join(misfits),
                 hint="hub show REF prints the base and the placement it was made for",
             )
         self.check_tensors(tensors)

@@ -113,7 +113,7 @@ def _norm_behind(site: Site, sites: SiteMap) -> str:
     block = site.path.rsplit(".", 1)[0]
     names = {"attn.o": ("LayerNorm", "sa_layer_norm"), "mlp.down": ("LayerNorm", "output_layer_norm")}
     near = [f"{parent}.{n}" for n in names.get(site.role, ()) for parent in (block, block.rsplit(".", 1)[0])]
-    found = next((path for path in near if path in sites.norms), None)
-    if found is None:
+    norm = next((path for path in near if path in sites.norms), None)
+    if norm is None:
         raise KindError(f"no norm follows the residual add behind {site.path} in this {sites.model_type} model")
-    return found
+    return norm

@@ -143,12 +143,12 @@ class PromptTuning(Adapter):
         rows, slot, table = self.at("", "P"), self.config.slot_token, below.layer
 
         def embed(ids: Tensor) -> Tensor:
-            held = ids == slot  # (B, T)
-            order = held.cumsum(1) - 1  # which virtual token each slot of a row holds
+            slots = ids == slot  # (B, T)
+            order = slots.cumsum(1) - 1  # which virtual token each slot of a row holds
             if bool((order >= len(rows)).any()):
                 raise KindError(f"a text has more than the {len(rows)} slots of prompt {self.name!r}")
             y = cast("Tensor", table(ids))
-            return torch.where(held[..., None], rows.to(y.dtype)[order.clamp_min(0)], y)
+            return torch.where(slots[..., None], rows.to(y.dtype)[order.clamp_min(0)], y)
 
         return Atoms(function=Replace(embed))
 

@@ -61,12 +61,12 @@ class Said(Adapter):
 
     def _projection(self, path: str) -> Fastfood:
         rows, columns = self._shapes[path]
-        made = self._projections.get(path)
-        if made is None:
+        projection = self._projections.get(path)
+        if projection is None:
             v, seed = self.at("", "v"), f"{self.config.projection_seed}:{path}"
-            made = Fastfood.seeded(len(v), rows * columns, seed).to(v.device)
+            projection = Fastfood.seeded(len(v), rows * columns, seed).to(v.device)
             if self.trainable:
-                self._projections[path] = made
+                self._projections[path] = projection
         if not self.trainable:
             self._projections.pop(path, None)
-        return made
+        return projection

@@ -93,20 +93,20 @@ class Plan:
     @cached_property
     def sites(self) -> Mapping[str, tuple[str, ...]]:
         """Module path -> the refs that act there."""
-        found: dict[str, list[str]] = {}
+        acting: dict[str, list[str]] = {}
         for text, leaf in self.leaves.items():
             for path in leaf.placement:
-                found.setdefault(path, []).append(text)
-        return {path: tuple(texts) for path, texts in sorted(found.items())}
+                acting.setdefault(path, []).append(text)
+        return {path: tuple(texts) for path, texts in sorted(acting.items())}
 
     @cached_property
     def peak(self) -> int:
         """The most results that are held at once when the steps run in order."""
-        held = most = 0
+        alive = most = 0
         for step in self.steps:
-            held += 1
-            most = max(most, held)
-            held -= len(step.frees)
+            alive += 1
+            most = max(most, alive)
+            alive -= len(step.frees)
         return most
 
     def __str__(self) -> str:
@@ -161,8 +161,8 @@ def _check_bases(leaves: Mapping[str, Resolved], allow_drift: bool) -> None:
     known = [(text, leaf.base) for text, leaf in leaves.items() if leaf.base is not None]
     for text, base in known[1:]:
         first, reference = known[0]
-        found = rung(base, reference)
-        if found == "incompatible" or (found == "drift" and not allow_drift):
+        nearness = rung(base, reference)
+        if nearness == "incompatible" or (nearness == "drift" and not allow_drift):
             names = differing(base, reference)
             raise BaseMismatch(
                 f"{first} was made for {reference.repo} and {text} for {base.repo}, another base: "
@@ -223,10 +223,10 @@ class _Checks:
             config = leaf.hyperparameters.get("adapter", leaf.hyperparameters)
             names = config.get("modules_to_save") or () if isinstance(config, Mapping) else ()
             return {str(name): (expr.text, tuple(leaf.labels)) for name in names}
-        found: dict[str, tuple[str, tuple[str, ...]]] = {}
+        heads: dict[str, tuple[str, tuple[str, ...]]] = {}
         for child in expr.children:
             for name, (text, labels) in self._heads(child).items():
-                other, theirs = found.get(name, (text, labels))
+                other, theirs = heads.get(name, (text, labels))
                 if not isinstance(expr, Seq) and labels and theirs and labels != theirs:  # in >> the last head stays
                     raise PlanError(
                         f"{other} and {text} both bring their own {name!r}, for different labels "
@@ -234,8 +234,8 @@ class _Checks:
                         ref=text,
                         hint=f"{other} >> {text} keeps the last head; a list of expressions gives each row its own",
                     )
-                found[name] = (text, labels)
-        return found
+                heads[name] = (text, labels)
+        return heads
 
 
 def _changes_weights(kind: str) -> bool:

@@ -18,14 +18,14 @@ def requirements(refs: Iterable[str], finder: AdapterFinder) -> tuple[Requiremen
     A range in the ref is kept; an exact version or digest allows that version; a bare name or an alias allows what
     is compatible with the version it stands for today (no other major version, which means another base or placement).
     """
-    found = {}
+    needs = {}
     for text in refs:
         stored = finder.find(text)
         if stored.manifest is None or stored.digest is None:
             raise unpublished(stored)
         need = Requirement(name=stored.manifest.name, range=_range(finder, stored), digest=stored.digest)
-        found[need.name, need.digest] = need
-    return tuple(found[key] for key in sorted(found))
+        needs[need.name, need.digest] = need
+    return tuple(needs[key] for key in sorted(needs))
 
 
 def _range(finder: AdapterFinder, stored: StoredAdapter) -> str:
