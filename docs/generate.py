@@ -1,9 +1,12 @@
-"""Write docs/cli.md and the table in docs/methods.md: ``python docs/generate.py`` (``--check`` only compares)."""
+"""Write docs/cli.md, docs/api/ and the table in docs/methods.md: ``python docs/generate.py`` (``--check`` compares)."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -47,7 +50,20 @@ def methods() -> str:
     return f"{head}{start}\n{listing.markdown(listing.describe_methods())}{end}{rest.split(end)[1]}"
 
 
-PAGES = {"cli.md": cli, "methods.md": methods}
+def api(package: str) -> str:
+    """What a package shows, for mkdocstrings to fill in from the docstrings: functions first, then classes."""
+    face = importlib.import_module(package)
+    shown = [(name, getattr(face, name)) for name in face.__all__]
+    parts = [f"# {package}", str(inspect.getdoc(face))]
+    for name, thing in sorted(shown, key=lambda item: (inspect.isclass(item[1]), item[0])):
+        parts.append(f"::: {thing.__module__}.{thing.__qualname__}")
+        if thing.__name__ != name:
+            raise SystemExit(f"{package}.{name} is called {thing.__name__} where it is written")
+    return "\n\n".join(parts) + "\n"
+
+
+PACKAGES = ("hub", "compose", "router", "train")
+PAGES = {"cli.md": cli, "methods.md": methods, **{f"api/{name}.md": partial(api, name) for name in PACKAGES}}
 
 
 def run(check: bool) -> int:

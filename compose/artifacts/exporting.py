@@ -34,7 +34,7 @@ class Exported:
 def export(
     ref: str,
     format: str,
-    out: Path,
+    out: str | Path,
     *,
     store: Store | None = None,
     base: str | Path | None = None,
@@ -69,6 +69,7 @@ def export(
     HubError
         What the format cannot express, by name; nothing is written then.
     """
+    out = Path(out)
     chosen = FORMATS.get(format)
     for name, value in {"rank": rank, "quantize": quantize, "base_name": base_name}.items():
         if value is not None and name not in chosen.options:
