@@ -1,14 +1,19 @@
-"""The package that docs/extending.md writes works as it stands: found by its entry points, used by the commands."""
+"""The package that docs/extending.md writes works as it stands: built, installed, found by its entry points, used.
+
+And each of its files, put into the folder of its siblings instead, does the same without an edit anywhere.
+"""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "extending.md"
 
 USE = """
 import torch
@@ -82,28 +87,55 @@ for command, names in told.items():
 """
 
 
+FOLDERS = {
+    "hub.kinds": "compose.kinds",
+    "hub.methods": "train.methods",
+    "hub.merges": "compose.merges",
+    "hub.scorers": "router.scorers",
+    "hub.remotes": "hub.remotes",
+    "hub.formats": "compose.export_formats",
+}
+
+
 @pytest.fixture
-def installed(tmp_path):
-    """The page's files as an installed distribution; the environment in which it is seen."""
+def page(tmp_path):
+    """The page's files as they are printed: where they lie, and the entry points that they name."""
     text = PAGE.read_text(encoding="utf-8")
-    for path, code in re.findall(r"```python\n# (\S+)\n(.*?)```", text, flags=re.S):
+    for path, code in re.findall(r"```\w+\n# (\S+)\n(.*?)```", text, flags=re.S):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(code, encoding="utf-8")
     points = re.findall(r'^"(hub\.\w+)" = \{ (\w+) = "(\S+)" \}', text, flags=re.M)
-    about = tmp_path / "acme-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("".join(f"[{group}]\n{name} = {where}\n" for group, name, where in points))
-    assert len(points) == 6
-    return {
+    assert [group for group, _, _ in points] == list(FOLDERS)
+    return tmp_path, points
+
+
+def use(place, code, *paths):
+    """Use what the page adds in a new process."""
+    environment = {
         "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(tmp_path),
-        "HUB_HOME": str(tmp_path / "home"),
-        "ACME_SHARE": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT))),
+        "HUB_HOME": str(place / "home"),
+        "ACME_SHARE": str(place),
         "OMP_NUM_THREADS": "1",
     }
-
-
-def test_the_package_of_the_page_works_as_it_stands(installed):
-    done = subprocess.run([sys.executable, "-c", USE], env=installed, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_package_of_the_page_is_built_installed_and_used(page):
+    place, _ = page
+    site = place / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(site), str(place)], check=True, capture_output=True)
+    use(place, USE, site)
+
+
+def test_in_the_folder_of_its_siblings_a_file_is_enough(page):
+    place, points = page
+    added = []
+    for group, name, where in points:
+        room = place / group
+        room.mkdir()
+        shutil.copy(place / f"{where.replace('.', '/')}.py", room / f"{name}.py")
+        added.append(f"import {FOLDERS[group]}\n{FOLDERS[group]}.__path__.append({str(room)!r})\n")
+    use(place, "".join(added) + USE)
