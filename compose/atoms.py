@@ -82,12 +82,12 @@ class Moved:
 class Side:
     """A network beside the model, at the pseudo-site of the final states h: it adds F(h, trace) to them.
 
-    ``fn`` reads the hidden states of the call under way from the trace (:mod:`compose.slots.side`), which the runtime
-    sets.
+    ``fn`` reads the hidden states of the call under way from its trace (:mod:`compose.slots.side`); how to get at that,
+    the runtime sets.
     """
 
     fn: Callable[[Tensor, Any], Tensor]
-    trace: Any = None
+    trace: Callable[[], Any] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,10 @@ class Below(Protocol):
 
     @property
     def layer(self) -> nn.Module:
-        """The frozen base layer."""
+        """The frozen base layer, to be read; what it computes is :meth:`forward`."""
+
+    def forward(self, *args: Any) -> Any:
+        """What the base layer computes, bias included, without any adapter."""
 
     @property
     def device(self) -> torch.device:

@@ -33,6 +33,14 @@ class KindError(HubError):
     """An unknown kind or option, a config the base cannot carry, or tensors that do not fit."""
 
 
+class SiteBypassed(KindError):
+    """An active adapter acts at layers that this model never calls: it did nothing there."""
+
+
+class IdleWarning(UserWarning):
+    """Layers at which an active adapter acts did not run in a call."""
+
+
 class SiteError(HubError):
     """No site matches what was asked for, or the base has none."""
 

@@ -127,11 +127,9 @@ def _count(parameter: Tensor) -> int:
 def _base_layer(model: nn.Module, path: str) -> nn.Module | None:
     """What an adapter acts on there; None for a place that is no module, such as the final hidden states."""
     try:
-        module = model.get_submodule(path)
+        return model.get_submodule(path)
     except AttributeError:
         return None
-    inner = getattr(module, "base_layer", None)
-    return inner if isinstance(inner, nn.Module) else module
 
 
 def _padding(data: Dataset, config: TrainConfig) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,18 +76,13 @@ def model_identity(model: PreTrainedModel, *, repo: str) -> BaseIdentity:
 
 
 def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Tensors of the base alone, named as ``save_pretrained`` names them: no slots, no adapters, tied ones once."""
+    """Tensors of the base alone, named as ``save_pretrained`` names them: no adapters, tied ones once."""
     from transformers.core_model_loading import revert_weight_conversion
 
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    plain = {name: t.detach() for name, t in _unslotted(model) if name not in tied}
+    named = model.state_dict(keep_vars=True).items()
+    plain = {n: t.detach() for n, t in named if n not in tied and not n.startswith("moduloom_adapters.")}
     return dict(revert_weight_conversion(model, plain))
-
-
-def _unslotted(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not name.startswith("moduloom_adapters."):
-            yield name.replace(".base_layer.", "."), tensor
 
 
 def _identity(

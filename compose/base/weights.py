@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,10 @@ def dense_weight(layer: nn.Module) -> Tensor:
 @torch.no_grad()
 def floating_copy(module: nn.Module) -> nn.Module:
     """A float32 copy of a module to train whole; quantized layers inside it become plain linear ones."""
-    clone = copy.deepcopy(module)
+    standing = {id(inner.__dict__["forward"]): None for inner in module.modules() if "forward" in inner.__dict__}
+    clone = copy.deepcopy(module, dict(standing))  # without what stands in forwards: a copy is nobody's layer
+    for inner in clone.modules():
+        inner.__dict__.pop("forward", None)
     if (plain := _plain(clone)) is not None:
         clone = plain
     for path, inner in list(clone.named_modules()):
@@ -58,6 +62,18 @@ def _plain(layer: nn.Module) -> nn.Linear | None:
     if bias is not None:
         plain.bias.copy_(bias)
     return plain
+
+
+def with_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """The module's own forward on other values of some of its parameters; the module itself is not touched.
+
+    Its parameters are not exchanged for the time of the call, which another thread would see.
+    """
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_parameters"] = {**module._parameters, **values}
+    twin.__dict__.pop("forward", None)  # what stands in the module's forward
+    return twin.forward
 
 
 @torch.no_grad()

@@ -67,7 +67,6 @@ class Adapter(NamedTensors):
         self.config = config
         self.labels: tuple[str, ...] = ()  # names of the classes of its head, where known
         self._frozen = False
-        self.revision = 0  # moves when what a model has lowered is no longer so
         self.home: weakref.ref[Any] | None = None  # the runtime it is resident in, which then lowers it anew
         self._generator = torch.Generator().manual_seed(0 if seed is None else seed)
         self.paths: tuple[str, ...] = ()  # of the sites: a part of a fused linear has one of its own
@@ -75,6 +74,9 @@ class Adapter(NamedTensors):
         self.module_paths = tuple(dict.fromkeys(map(sites.module_of, self.paths)))  # where its sites lie
         for path in _modules_to_save(model, config.modules_to_save):
             self._carry(path, original_module(model, path))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "home": None}  # a copy is resident nowhere
 
     # -- to be written by a kind ---------------------------------------------------------------------------------
 
@@ -168,18 +170,14 @@ class Adapter(NamedTensors):
 
 
 def original_module(model: nn.Module, path: str) -> nn.Module:
-    """The base module at ``path``, also when a slot stands there."""
-    module = model.get_submodule(path)
-    base = getattr(module, "base_layer", None)
-    return base if isinstance(base, nn.Module) and getattr(module, "is_slot", False) else module
+    """The base module at ``path``, to be read; what stands in its forward is not asked."""
+    return model.get_submodule(path)
 
 
 def _modules_to_save(model: nn.Module, names: Sequence[str]) -> Iterator[str]:
     if not names:
         return
-    paths = [
-        p for p, m in model.named_modules() if p and "base_layer" not in p and "saved:" not in p and m is not model
-    ]
+    paths = [p for p, _ in model.named_modules() if p and "saved:" not in p]
     for name in names:
         matches = [p for p in paths if p == name or p.endswith("." + name)]
         if not matches:

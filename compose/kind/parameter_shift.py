@@ -14,11 +14,11 @@ from typing import cast
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below, Moved
 from compose.base.sites import SiteMap, linear_shape
+from compose.base.weights import with_parameters
 from compose.errors import SiteError
 from compose.kernels.fused_rows import FusedRows
 from compose.kernels.maps import LinearMap
@@ -132,11 +132,10 @@ def _moved(module: nn.Module, deltas: Mapping[str, Tensor]) -> Callable[[Tensor]
 
     def run(x: Tensor) -> Tensor:
         if isinstance(module, nn.Embedding):
-            return cast("Tensor", functional_call(module, dict(deltas), (x,)))
+            return cast("Tensor", with_parameters(module, deltas)(x))
         zeros = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in module.named_parameters(recurse=False)}
         new = {**zeros, **{name: delta.float() for name, delta in deltas.items()}}
-        moved, unmoved = functional_call(module, new, (x.float(),)), functional_call(module, zeros, (x.float(),))
-        return cast("Tensor", moved - unmoved)
+        return cast("Tensor", with_parameters(module, new)(x.float()) - with_parameters(module, zeros)(x.float()))
 
     return run
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,71 @@ __all__ = ["PREFIX", "NamedTensors"]
 PREFIX = "base_model.model."  # PEFT's key prefix: our files are PEFT files where PEFT has the kind
 
 
+_DATA: Any = nn.Parameter.data
+
+
+class Watched(nn.Parameter):
+    """A parameter that counts how often its ``.data`` was asked for, as what is written there moves no version counter.
+
+    What a model has laid out of a frozen adapter is compared with the version counters of its tensors before each call.
+    ``asked`` counts over all parameters, so that nothing but one number is looked at as long as nobody asks.
+    """
+
+    asked: ClassVar[int] = 0
+    times_asked = 0
+
+    @property
+    def data(self) -> Tensor:
+        """The values without their history; perhaps to be written to."""
+        Watched.asked += 1
+        self.times_asked += 1
+        return cast("Tensor", _DATA.__get__(self))
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Watched.asked += 1
+        self.times_asked += 1
+        _DATA.__set__(self, value)
+
+
 class NamedTensors(nn.Module):
     """Parameters and stored tensors, each of a site and a name, and whole modules that are carried along."""
 
     kind: ClassVar[str]
+    revision: int
     suffixes: ClassVar[Mapping[str, str]] = {}  # parameter name -> end of its key on disk
 
     def __init__(self, name: str) -> None:
         super().__init__()
+        self.__dict__["revision"] = 0  # moves when what a model has lowered is no longer so
         self.name = name
         self._keys: dict[str, str] = {}  # attribute -> key on disk
         self.saved: dict[str, str] = {}  # path of a whole module we carry -> attribute
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, Tensor):  # another tensor, as load_state_dict(assign=True) gives one
+            self.revision += 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for parameter in self._parameters.values():
+            if type(parameter) is nn.Parameter:
+                parameter.__class__ = Watched  # a pickle forgets the class
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.revision += 1  # tensors may be other ones afterwards
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def count_changes(self) -> None:
+        """Keep no tensor that was made in ``torch.inference_mode``: those count no changes."""
+        with torch.inference_mode(False):
+            for name, parameter in self._parameters.items():
+                if parameter is not None and parameter.is_inference():
+                    self._parameters[name] = Watched(parameter.clone(), parameter.requires_grad)
+            for name, buffer in self._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    self._buffers[name] = buffer.clone()
 
     def changed(self) -> None:
         """Called when values were replaced."""
@@ -38,7 +92,7 @@ class NamedTensors(nn.Module):
         suffix = self.suffixes.get(name, name)
         self._keys[attribute] = f"{PREFIX}{path}.{suffix}" if path else suffix
         if trained:
-            self.register_parameter(attribute, nn.Parameter(value))
+            self.register_parameter(attribute, Watched(value))
         else:
             self.register_buffer(attribute, value)
 

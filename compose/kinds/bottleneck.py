@@ -103,7 +103,7 @@ class Bottleneck(Adapter):
         dropout = self.config.dropout if self.training and self.trainable else 0.0
         fn = Block(down, down_b, up, up_b, self._activation, self._act, self.config.scaling, dropout)
         if self.config.behind_norm:
-            norm = below.layer
+            norm = below.forward
             return Atoms(function=Replace(lambda u: norm(u + fn(norm(u)).to(u.dtype))))
         return Atoms(function=Function(fn, self._taps[path]))
 

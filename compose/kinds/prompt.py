@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from compose.atoms import Atoms, Below, Prompt, Replace
 from compose.base.sites import SiteMap
 from compose.errors import KindError
-from compose.kind.adapter import Adapter, KindConfig, original_module
+from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.registry import register
+from compose.slots.call import own_forward
 
 
 class PromptConfig(KindConfig):
@@ -109,7 +110,7 @@ class PromptTuning(Adapter):
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=self.generator)
                 self.add("", name, weight)
             self.add("", "down_b", torch.zeros(c.generator_width))
-            self._embed = _caller(original_module(model, sites.embedding))
+            self._embed = _Lookup(model.get_submodule(sites.embedding))
 
     def _fixed(self, table: Tensor, n: int) -> Tensor:
         vocabulary, width = table.shape
@@ -140,7 +141,7 @@ class PromptTuning(Adapter):
         """At slots: other embeddings for the tokens that hold them."""
         if path not in self.paths or self.config.slot_token is None:
             return None
-        rows, slot, table = self.at("", "P"), self.config.slot_token, below.layer
+        rows, slot, table = self.at("", "P"), self.config.slot_token, below.forward
 
         def embed(ids: Tensor) -> Tensor:
             slots = ids == slot  # (B, T)
@@ -173,6 +174,11 @@ class PromptTuning(Adapter):
         return {"num_virtual_tokens": fields.get("num_virtual_tokens")}
 
 
-def _caller(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A module as a plain function, so that it does not become a part of the adapter."""
-    return lambda ids: cast("Tensor", module(ids)).detach()
+class _Lookup:
+    """The base's own table as a function: it must not become a part of the adapter."""
+
+    def __init__(self, table: nn.Module) -> None:
+        self._table = table
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        return cast("Tensor", own_forward(self._table)(ids)).detach()

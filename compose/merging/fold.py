@@ -71,9 +71,7 @@ def fold(model: PreTrainedModel, expr: Expr | str, *, dtype: torch.dtype | None 
     job = dense_merge(workspace, tree)
     if job is not None:  # a weight holds it whole, so it need not pass through factors of limited rank
         for path, delta in deltas.exact(job):
-            yield _changed(
-                path, Effect(workspace.slot(path).base_layer, (delta.shape[0], delta.shape[1])), delta, dtype
-            )
+            yield _changed(path, Effect(workspace.slot(path).layer, (delta.shape[0], delta.shape[1])), delta, dtype)
         yield from _merged_heads(workspace, job, dtype)
         return
     tree = normalize(without_merges(workspace, tree))
@@ -84,10 +82,10 @@ def fold(model: PreTrainedModel, expr: Expr | str, *, dtype: torch.dtype | None 
                 f"{adapter.kind} adapter {adapter.name!r} is no change of weights, so it cannot be folded into them"
             )
     for path in dict.fromkeys(p for a in member.adapters for p in a.module_paths):
-        if linear_shape(workspace.slot(path).base_layer) is not None:
+        if linear_shape(workspace.slot(path).layer) is not None:
             yield from _site(path, effect_of(workspace, path, tree), dtype)
         elif (node := site_program(workspace, path, (tree,))) is not None:
-            yield from _parameters(path, workspace.slot(path).base_layer, _moved(node), dtype)
+            yield from _parameters(path, workspace.slot(path).layer, _moved(node), dtype)
     yield from _heads(workspace, member, dtype)
 
 
@@ -165,7 +163,7 @@ def _base_heads(workspace: Workspace, adapters: Sequence[Adapter]) -> dict[str, 
     return {
         f"{PREFIX}{path}.{key}": value
         for path in paths
-        for key, value in workspace.slot(path).base_layer.state_dict().items()
+        for key, value in workspace.slot(path).layer.state_dict().items()
     }
 
 

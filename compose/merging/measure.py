@@ -65,7 +65,7 @@ class Measurements:
         return self._values[path]
 
     def _layer(self, path: str) -> nn.Module:
-        return self._runtime.slot(path).base_layer
+        return self._runtime.slot(path).layer
 
     def _window(self, path: str) -> list[str]:
         """The sites from ``path`` on whose values fit into memory together, but at least that one."""

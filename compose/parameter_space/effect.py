@@ -169,7 +169,7 @@ def effect_of(context: LoweringContext, path: str, expr: Expr) -> Effect:
     """
     slot = context.slot(path)
     node = site_program(_Unweighted(context), path, (expr,))
-    layer = slot.base_layer
+    layer = slot.layer
     shape = _shape(layer)
     if node is None:
         return Effect(layer, shape)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,39 +16,58 @@ from compose.errors import KindError
 from compose.kernels.coefficients import Coefficient
 from compose.kind.adapter import Adapter
 from compose.runtime.positions import PositionSlot
-from compose.runtime.prefixes import bias_owner, stack_prefixes, use_interface
+from compose.runtime.prefixes import PrefixState, bias_owner, stack_prefixes
 from compose.runtime.prompts import PromptState, stack_prompts
-from compose.slots.slot import Context
+from compose.slots.call import Context
 
 Row: TypeAlias = Sequence[tuple[Coefficient, str]]  # adapters of one row with their weights
 
 
+@dataclass(frozen=True)
+class Prefixes:
+    """The prefixes of a composition: by the path of an attention module, and how far each row's text moves, (R, 1).
+
+    ``measures_past``: the length of the cache has to be known in each call.
+    """
+
+    states: Mapping[str, PrefixState] = field(default_factory=dict)
+    shift: Tensor | None = None
+    measures_past: bool = False
+
+
+class PrefixPlace:
+    """Tells an attention module which prefix it has in the call under way."""
+
+    def __init__(self, path: str, context: Context) -> None:
+        self._path, self._context = path, context
+
+    def __call__(self) -> PrefixState | None:
+        """The prefix, or None."""
+        call = self._context.call
+        if call.waiting:
+            call.waiting.discard(self._path)
+        return cast("PrefixState | None", getattr(call.composition, "prefixes", {}).get(self._path))
+
+
 class Inputs:
-    """The prefixes and moved positions of one model, and the prompts to be put in by its calls."""
+    """The places in one model where prefixes and moved positions come in; what there is, a call's composition says."""
 
     def __init__(self, model: PreTrainedModel, sites: SiteMap, context: Context) -> None:
         self._model, self._sites, self._context = model, sites, context
-        self._positions: dict[str, PositionSlot] = {}
-        self._prefixed: list[nn.Module] = []
+        self._positions: list[PositionSlot] = []
+        self._attentions: dict[str, nn.Module] = {}
 
-    def set_prefixes(self, active: Mapping[str, Adapter], rows: Callable[[str], Sequence[Row]]) -> bool:
-        """Put the active prefixes where they act; whether the length of the cache has to be known in each call.
-
-        ``rows`` gives the adapters of each row at a path.
-        """
-        for module in self._prefixed:
-            del module.moduloom_prefix
-        self._prefixed.clear()
+    def prefixes(self, active: Mapping[str, Adapter], rows: Callable[[str], Sequence[Row]]) -> Prefixes:
+        """The active prefixes laid out. ``rows`` gives the adapters of each row at a path."""
         holders: dict[str, list[str]] = {}
         for name, adapter in active.items():
             for path in adapter.paths:
                 if adapter.prefix(path):
                     holders.setdefault(path, []).append(name)
-        use_interface(self._model, on=bool(holders))
+        states: dict[str, PrefixState] = {}
         shift: Tensor | None = None
         measures_past = False
         for path, names in holders.items():
-            module = self._model.get_submodule(path)
             weighted = [
                 [(c, cast("Prefix", active[n].prefix(path))) for c, n in row if n in names and not is_zero(c)]
                 for row in rows(path)
@@ -57,26 +77,26 @@ class Inputs:
             # Relative positions (T5) count from the first key, so the bias has to know how long the cache is.
             owner = bias_owner(self._model, path)
             measures_past |= owner is not None
-            state = stack_prefixes(weighted, past=self._past, bias_owner=owner)
-            module.moduloom_prefix = state
+            states[path] = state = stack_prefixes(weighted, past=self._past, bias_owner=owner)
             # positions are the whole model's, though a prefix may stand in some layers only
             shift = state.shift if shift is None else torch.maximum(shift, state.shift)
-            self._prefixed.append(module)
-        self._move_positions(None if shift is None else shift[:, None])
-        return measures_past
+        return Prefixes(states, None if shift is None else shift[:, None], measures_past)
 
     def _past(self) -> int:
-        return self._context.past
+        return self._context.call.past
 
-    def _move_positions(self, shift: Tensor | None) -> None:
-        if shift is not None and not self._positions:
-            for path in self._sites.positions:
-                slot = PositionSlot(self._model.get_submodule(path), self._context)
-                slot.train(slot.base_layer.training)
-                replace_module(self._model, path, slot)
-                self._positions[path] = slot
-        for slot in self._positions.values():
-            slot.offset = shift
+    def enter(self, paths: Iterable[str], *, moves: bool) -> None:
+        """Be at these attention modules, and if a prefix moves positions where those come in."""
+        for path in paths:
+            if path not in self._attentions:
+                self._attentions[path] = module = self._model.get_submodule(path)
+                module.moduloom_prefix = PrefixPlace(path, self._context)
+        if moves:
+            if not self._positions:
+                modules = [self._model.get_submodule(path) for path in self._sites.positions]
+                self._positions = [PositionSlot(module, self._context) for module in modules]
+            for slot in self._positions:
+                slot.enter()
 
     def prompts(self, active: Mapping[str, Adapter], rows: Sequence[Row]) -> PromptState | None:
         """The prompts of each row, laid out.
@@ -100,20 +120,16 @@ class Inputs:
                         hint="average(a, b) mixes the embeddings of prompts; 0 leaves one out",
                     )
             kept.append([prompts[n] for _, n in there])
-        table = self._model.get_input_embeddings().weight
-        like = table.new_zeros(0, table.shape[1], dtype=torch.float32)
+        table: Any = self._model.get_input_embeddings()
+        like = table.weight.new_zeros(0, table.weight.shape[1], dtype=torch.float32)
         return stack_prompts(kept, like, causal=self._sites.reads_causally)
 
-    def close(self) -> None:
-        """Put the position modules back."""
-        for path, position in self._positions.items():
-            replace_module(self._model, path, position.base_layer)
-
-
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put ``module`` into the tree at ``path``."""
-    parent, _, name = path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = module
+    def leave(self) -> None:
+        """Be nowhere: attention and position modules are as they were."""
+        for module in self._attentions.values():
+            module.__dict__.pop("moduloom_prefix", None)
+        for slot in self._positions:
+            slot.leave()
 
 
 def is_zero(c: Coefficient) -> bool:

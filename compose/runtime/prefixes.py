@@ -129,7 +129,8 @@ def _with_prefix(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> Any:
-    state = cast("PrefixState | None", getattr(module, "moduloom_prefix", None))
+    place = module.__dict__.get("moduloom_prefix")
+    state = None if place is None else cast("PrefixState | None", place())
     if state is None:
         return inner(module, query, key, value, attention_mask, **options)
     batch = query.shape[0]

@@ -7,13 +7,12 @@ without a gap, and what fills it up comes last: ``[p p t t t .]``. The filling i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from compose.atoms import Prompt
@@ -139,14 +138,6 @@ def stack_prompts(rows: Sequence[Sequence[Prompt]], like: Tensor, *, causal: boo
             start += len(p.embeddings)
     counts = torch.tensor([len(j) for j in joined], device=like.device)
     return PromptState(padded, counts, causal, tuple(from_text))
-
-
-def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward call by name."""
-    if not args:
-        return kwargs
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class Chain:
     """Stages one after the other (``>>``): each works on the function that the ones before it made."""
 
     def __init__(self, parts: Sequence[Node]) -> None:
-        self.parts = tuple(parts)
+        self.parts = self.inside = tuple(parts)
 
     def run(self, below: Below, x: Tensor) -> State:
         """Evaluate the last stage on all the others."""
@@ -33,6 +33,7 @@ class Mix:
 
     def __init__(self, terms: Sequence[tuple[Coefficient, Node]]) -> None:
         self.terms = tuple(terms)
+        self.inside = tuple(node for _, node in terms)
 
     def run(self, below: Below, x: Tensor) -> State:
         """Evaluate every branch; what is below is evaluated once."""
@@ -61,6 +62,7 @@ class RowBranches:
 
     def __init__(self, terms: Sequence[tuple[Tensor, Node]]) -> None:
         self.terms = tuple(terms)
+        self.inside = tuple(node for _, node in terms)
         self._alone = [not weighs_rows(n) and not _reads_elsewhere(n) for _, n in self.terms]
 
     def run(self, below: Below, x: Tensor) -> State:
@@ -103,9 +105,7 @@ def stages(node: Node | None) -> list[Stage]:
     """All stages of a compiled node."""
     if isinstance(node, Stage):
         return [node]
-    inner = [n for _, n in node.terms] if isinstance(node, Mix | RowBranches) else []
-    parts = node.parts if isinstance(node, Chain) else inner
-    return [stage for part in parts for stage in stages(part)]
+    return [stage for part in getattr(node, "inside", ()) for stage in stages(part)]
 
 
 def weighs_rows(node: Node) -> bool:

@@ -71,9 +71,9 @@ class FrozenLayout:
         self._terms = [Term(delta, e.coefficient, like) for e, delta in zip(stage.deltas, maps, strict=True)]
         self._terms += _of_functions(stage.functions, like)
 
-    def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def __call__(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The layer's output for x (B, T, d_in) with the stage applied."""
-        y = cast("Tensor", layer(x if self._input is None else self._input.times(x, own=False)))
+        y = layer(x if self._input is None else self._input.times(x, own=False))
         terms = [term(x, y) for term in self._terms]  # before y changes, which they may read
         own = not y.requires_grad and y.is_contiguous()  # then nobody else holds it
         if self._gain is not None:

@@ -52,6 +52,7 @@ class GatedExperts:
         self._side_by_side = all(isinstance(n, Stage) for _, n in stages)
         self._mixes = hasattr(gate, "mix")
         self.simple = not self._mixes and all(isinstance(n, Stage) and _only_pairs(n) for _, n in stages)
+        self.inside = tuple(node for node in nodes if node is not None)
         self._routed: dict[torch.dtype, Routed] = {}
 
     def run(self, below: Below, x: Tensor) -> State:

@@ -6,6 +6,7 @@ Here the products run in place, and what is kept for the backward pass is x and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -26,9 +27,16 @@ def fits(layer: nn.Module, x: Tensor, a: Tensor) -> bool:
 
 
 def apply(
-    layer: nn.Module, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, dtype: torch.dtype
+    layer: nn.Module,
+    own: Callable[[Tensor], Tensor],
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """layer(x) + s B A drop(x); x (..., d_in), A (r, d_in), B (d_out, r).
+    """own(x) + s B A drop(x), ``own`` the forward of the layer; x (..., d_in), A (r, d_in), B (d_out, r).
 
     W is multiplied in ``dtype`` (autocast's, where it is on), the pair in the wider of its own and that of x.
     """
@@ -37,7 +45,7 @@ def apply(
     else:
         inner = torch.promote_types(a.dtype, x.dtype)
     dropped = nn.functional.dropout(x, dropout) if dropout else None
-    return cast("Tensor", _Learning.apply(x, dropped, a, b, scale, layer, dtype, inner))  # type: ignore[no-untyped-call]
+    return cast("Tensor", _Learning.apply(x, dropped, a, b, scale, layer, own, dtype, inner))  # type: ignore[no-untyped-call]
 
 
 class _Learning(torch.autograd.Function):
@@ -52,10 +60,11 @@ class _Learning(torch.autograd.Function):
         b: Tensor,
         scale: float,
         layer: nn.Module,
+        forward: Callable[[Tensor], Tensor],
         outer: torch.dtype,
         inner: torch.dtype,
     ) -> Tensor:
-        y = layer(x)
+        y = forward(x)
         z = x if dropped is None else dropped
         own, scaled = a.to(inner), (b * scale).to(inner)
         h = z.reshape(-1, z.shape[-1]).to(inner) @ own.T
@@ -63,7 +72,7 @@ class _Learning(torch.autograd.Function):
         ctx.save_for_backward(z, own, scaled, h)
         ctx.scale, ctx.layer, ctx.drops = scale, layer, dropped is not None
         ctx.outer, ctx.types = outer, (x.dtype, a.dtype, b.dtype)
-        return cast("Tensor", flat.view(y.shape).to(y.dtype))
+        return flat.view(y.shape).to(y.dtype)
 
     @staticmethod
     @once_differentiable
@@ -82,4 +91,4 @@ class _Learning(torch.autograd.Function):
             gx = gx.addmm_(gh, a) if gx.dtype == gh.dtype else gx + (gh @ a).to(gx.dtype)
         ga = (gh.T @ z.reshape(-1, z.shape[-1]).to(gh.dtype)).to(ctx.types[1]) if of_a else None
         gb = (inside.T @ h).to(ctx.types[2]).mul_(ctx.scale) if of_b else None
-        return None if gx is None else gx.view(z.shape), gz, ga, gb, None, None, None, None
+        return None if gx is None else gx.view(z.shape), gz, ga, gb, None, None, None, None, None

@@ -29,7 +29,11 @@ class LoweringContext(Protocol):
     """What lowering needs to know of a model: its adapters, the weights given by name, its sites and its slots."""
 
     adapters: dict[str, Adapter]
-    weights: Mapping[str, Coefficient]
+
+    @property
+    def weights(self) -> Mapping[str, Coefficient]:
+        """Weights given by name."""
+
     sites: SiteMap
 
     def slot(self, path: str) -> Slot:
@@ -72,7 +76,7 @@ def site_program(context: LoweringContext, path: str, rows: Rows) -> Node | None
         return None
     if all(n is None or isinstance(n, Stage) for n in nodes):
         return _stack_rows([n.entries if isinstance(n, Stage) else () for n in nodes])
-    device = next(builder.slot.parameters()).device
+    device = builder.slot.device
     rows_of: dict[Expr, Tensor] = {}
     for i, expr in enumerate(rows):
         rows_of.setdefault(expr, torch.zeros(len(rows), dtype=torch.bool, device=device))[i] = True
@@ -201,16 +205,14 @@ class _Site:
     def _atoms(self, adapter: Adapter, under: _Under, part: Site | None, path: str) -> Atoms | None:
         head = adapter.head(path)
         if head is not None:
-            return Atoms(function=Replace(_in_its_own_precision(head, self.slot.base_layer)))
+            return Atoms(function=Replace(_in_its_own_precision(head, self.slot.layer)))
         own = part is not None and path == part.path
         atoms = adapter.lower(path, BelowView(self.slot, under.nodes, part.rows if part is not None and own else None))
         if atoms is not None and isinstance(atoms.function, Function) and atoms.function.tap:
-            tapped = self.context.slot(atoms.function.tap)
-            tapped.keep_input = True
-            self.slot.taps.append(tapped)
-            atoms = replace(atoms, function=replace(atoms.function, source=tapped.input))
+            source = self.context.slot(atoms.function.tap).input
+            atoms = replace(atoms, function=replace(atoms.function, source=source))
         if atoms is not None and isinstance(atoms.function, Side):
-            atoms = replace(atoms, function=replace(atoms.function, trace=cast("SideSlot", self.slot).trace))
+            atoms = replace(atoms, function=replace(atoms.function, trace=cast("SideSlot", self.slot).trace_of_call))
         return atoms if atoms is None or part is None else self._confined(adapter, atoms, part, own)
 
     def _confined(self, adapter: Adapter, atoms: Atoms, part: Site, own: bool) -> Atoms:

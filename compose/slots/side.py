@@ -6,7 +6,7 @@ enters and leaves the blocks; the model's code is untouched, and nothing of it r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from compose.base.sites import SiteMap
+from compose.base.sites import FINAL, SiteMap
 from compose.errors import KindError
-from compose.slots.slot import Slot
+from compose.slots.call import Context, Standing
+from compose.slots.slot import Program
 from compose.slots.stage import Node, State
 
 
@@ -28,14 +29,9 @@ class Trace:
     itself and what is before it.
     """
 
-    def __init__(self, causal: bool) -> None:
-        self.causal = causal
-        self.clear()
-
-    def clear(self) -> None:
-        """Let go of everything."""
+    def __init__(self, causal: bool, mask: Tensor | None = None) -> None:
+        self.causal, self.mask = causal, mask
         self.hidden: list[Tensor] = []
-        self.mask: Tensor | None = None
         self.cache: Any = None
         self._joined: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -68,96 +64,86 @@ class Trace:
         return seen
 
 
-class SideSlot:
-    """What acts at the final states of one model: hooks on the backbone while a side network is active."""
+class SideSlot(Standing):
+    """What acts at the final states of one model: it stands in its backbone, with hooks on the blocks."""
 
-    program: Node | None
-    per_row: bool
-
-    def __init__(self, model: PreTrainedModel, sites: SiteMap, quiet: Callable[[], bool]) -> None:
-        container, blocks = backbone(model, sites)
-        self.base_layer: nn.Module = container
-        self.trace = Trace(causal=sites.reads_causally or sites.is_encoder_decoder)
-        self._blocks, self._quiet = blocks, quiet
+    def __init__(self, model: PreTrainedModel, sites: SiteMap, context: Context) -> None:
+        container, self._blocks = backbone(model, sites)
+        super().__init__(container)
+        self.context = context
+        self._causal = sites.reads_causally or sites.is_encoder_decoder
         self._hooks: list[Any] = []
-        self._running = self._silenced = False
-        self.taps: list[Slot] = []
-        self.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of a model (copy.deepcopy) lowers its own adapters, at its first call.
-        return {**self.__dict__, "program": None, "trace": Trace(self.trace.causal)}
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a module's parameters are inside the backbone, where side networks let no gradient in."""
-        pooler = getattr(self.base_layer, "pooler", None)  # run once more on the new states
-        return module is not pooler and any(module is inside for inside in self.base_layer.modules())
+        pooler = getattr(self.layer, "pooler", None)  # run once more on the new states
+        return module is not pooler and any(module is inside for inside in self.layer.modules())
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The backbone's: they tell where it lives."""
-        return self.base_layer.parameters()
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone lives."""
+        return next(self.layer.parameters()).device
 
-    def lay_out(self) -> None:
+    def trace_of_call(self) -> Trace | None:
+        """What the call under way has shown so far."""
+        return self.context.call.trace
+
+    def lay_out(self, node: Node, *, per_row: bool) -> Program:
         """Nothing to prepare: side networks are functions."""
+        return Program(node, per_row=per_row)
 
-    def clear(self) -> None:
-        """Forget the program."""
-        self.program, self.per_row = None, False
-
-    def attend(self) -> None:
-        """Put the hooks on if there is a program, take them off if there is none."""
-        if self.program is None:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks.clear()
-        elif not self._hooks:
-            first, container = self._blocks[0], self.base_layer
+    def enter(self) -> None:
+        """Stand in the backbone, with hooks on the blocks."""
+        super().enter()
+        if not self._hooks:
             self._hooks = [
-                container.register_forward_pre_hook(self._enter, with_kwargs=True),
-                container.register_forward_hook(self._leave, with_kwargs=True, prepend=True, always_call=True),
-                first.register_forward_pre_hook(self._first, with_kwargs=True),
+                self._blocks[0].register_forward_pre_hook(self._first, with_kwargs=True),
                 *(block.register_forward_hook(self._after) for block in self._blocks),
             ]
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.trace.clear()
+    def leave(self) -> None:
+        """Leave the backbone and the blocks."""
+        super().leave()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's output with other final states."""
+        call = self.context.call
+        program = call.composition.programs.get(FINAL)
+        if program is None or program.node is None:
+            return self.own(*args, **kwargs)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() != 2:
             raise KindError("a side network reads a mask of shape (batch, length), not one of another form")
-        self.trace.mask = mask
-        self._running = True
-        if self._quiet() and torch.is_grad_enabled():
-            # Only side networks learn: the backbone needs no graph, whatever its inputs ask for.
-            self._silenced = True
-            torch.set_grad_enabled(False)
+        call.trace = Trace(self._causal, mask)
+        try:
+            # Where only side networks learn, the backbone needs no graph, whatever its inputs ask for.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not call.composition.only_sides_learn):
+                output = self.own(*args, **kwargs)
+            cache = getattr(output, "past_key_values", None)
+            cache = kwargs.get("past_key_values") if cache is None else cache
+            call.trace.cache = getattr(cache, "self_attention_cache", cache)
+            before = output[0]
+            after = program.node.run(lambda x: State(x, None), before).y
+        finally:
+            call.trace = None
+        return self._put(output, before, after)
 
     def _first(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._running and not self.trace.hidden:  # a shared block is called once a layer
-            self.trace.hidden.append((args[0] if args else kwargs["hidden_states"]).detach())
+        trace = self.context.call.trace
+        if trace is not None and not trace.hidden:  # a shared block is called once a layer
+            trace.hidden.append((args[0] if args else kwargs["hidden_states"]).detach())
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._running:  # not while a checkpointed block is computed again
-            self.trace.hidden.append((output if isinstance(output, Tensor) else output[0]).detach())
-
-    def _leave(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
-        self._running = False
-        if self._silenced:
-            self._silenced = False
-            torch.set_grad_enabled(True)
-        if output is None or self.program is None:  # the call has failed
-            self.trace.clear()
-            return output
-        cache = getattr(output, "past_key_values", None)
-        cache = kwargs.get("past_key_values") if cache is None else cache
-        self.trace.cache = getattr(cache, "self_attention_cache", cache)
-        before = output[0]
-        after = self.program.run(lambda x: State(x, None), before).y
-        self.trace.clear()
-        return self._put(output, before, after)
+        trace = self.context.call.trace
+        if trace is not None:  # not while a checkpointed block is computed again
+            trace.hidden.append((output if isinstance(output, Tensor) else output[0]).detach())
 
     def _put(self, output: Any, before: Tensor, after: Tensor) -> Any:
         """The output with other final states; what the pooler makes of them is made anew."""
-        pooler = getattr(self.base_layer, "pooler", None)
+        pooler = getattr(self.layer, "pooler", None)
         if isinstance(output, tuple):
             pooled = (pooler(after),) if isinstance(pooler, nn.Module) and len(output) > 1 else output[1:2]
             return (after, *pooled, *output[2:])

@@ -1,152 +1,160 @@
-"""The slot: the wrapper at a site, holding the frozen base layer and what the active composition does there."""
+"""The slot: it stands in the forward of a frozen base layer and computes what a composition does there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from compose.base.weights import bias_of, row_norm_squared
+from compose.atoms import Function
+from compose.base.weights import bias_of, row_norm_squared, with_parameters
 from compose.errors import KindError
 from compose.kernels.fused_rows import FusedRows
 from compose.slots import low_rank_autograd as learning
 from compose.slots.branches import Chain, stages
+from compose.slots.call import Call, Context, Standing
 from compose.slots.frozen_stage import FrozenStage, frozen_stage
 from compose.slots.gate import GatedExperts
 from compose.slots.stage import Node, Stage, State
 
 
-class Context:
-    """What all slots of a model share."""
+@dataclass(eq=False)
+class Program:
+    """What a composition does at one place: ``node`` is None where another place only taps the input."""
 
-    batch: int = 0  # rows of the forward under way
-    past: int = 0  # tokens that its cache holds
-    tokens: int = 0  # length of the weights per token that are active, if any
+    node: Node | None = None
+    frozen: FrozenStage | None = None  # the node, where it is a stage that does not train
+    per_row: bool = False  # it weighs rows or tokens apart
+    tapped: bool = False  # another place reads the input
+    taps: tuple[str, ...] = ()  # the places whose inputs it reads
 
 
-class Slot(nn.Module):
-    """Stands in the module tree where a base layer stood; without a program it is that layer."""
+class Slot(Standing):
+    """Stands in the forward of a base layer; without a program it is that layer's own."""
 
-    is_slot = True
-    program: Node | None
-    frozen: FrozenStage | None  # the program, where it is a stage that does not train
-    per_row: bool  # the program weighs rows or tokens apart
-    keep_input: bool  # another slot taps this one's input
-    seen: Tensor | None
-    taps: list[Slot]  # the slots whose inputs the program reads
+    def __init__(self, layer: nn.Module, path: str, context: Context) -> None:
+        super().__init__(layer)
+        self.path, self.context = path, context
+        self.takes_prompt = False
+        self._row_norm: tuple[tuple[int, int], Tensor] | None = None
 
-    def __init__(self, base_layer: nn.Module, context: Context) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.context = context
-        self._row_norm: Tensor | None = None
-        self.put: tuple[Tensor, Tensor] | None = None  # at the embedding: where (B, T, 1) a prompt stands, and it
-        self.clear()
+    @property
+    def program(self) -> Node | None:
+        """What the active composition computes here."""
+        program = self.context.idle.composition.programs.get(self.path)
+        return None if program is None else cast("Program", program).node
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # weight, bias, in_features, ...: models ask their layers for these
-            return getattr(super().__getattr__("base_layer"), name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of a model (copy.deepcopy) lowers its own adapters, at its first call.
-        return {
-            **self.__dict__,
-            "program": None,
-            "frozen": None,
-            "per_row": False,
-            "seen": None,
-            "taps": [],
-            "put": None,
-        }
+    @property
+    def device(self) -> torch.device:
+        """Where the layer lives."""
+        return next(self.layer.parameters()).device
 
     def input(self) -> Tensor:
-        """The input of the forward under way, kept for a function that taps this site."""
-        return cast("Tensor", self.seen)
+        """The input of the call under way, kept for a function that taps this site."""
+        kept = self.context.call.inputs.get(self.path)
+        if kept is None:
+            raise KindError(
+                f"{self.path} has not run in this call, and an adapter reads what enters it",
+                hint="choose another place for the adapter: hub compose sites BASE lists them",
+            )
+        return kept
 
-    def clear(self) -> None:
-        """Forget the program."""
-        # Not one by one: a module's __setattr__ is slow, and while an adapter trains this runs at each call.
-        self.__dict__.update(program=None, frozen=None, per_row=False, keep_input=False, seen=None, taps=[])
-
-    def snapshot(self) -> dict[str, Any] | None:
-        """The program and what it asks for, for `__dict__`; None if there is nothing."""
-        if self.program is None and not self.keep_input:
-            return None
-        return {name: self.__dict__[name] for name in ("program", "frozen", "per_row", "keep_input", "taps")}
-
-    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """The base layer's output with the active composition applied."""
-        if self.keep_input:
-            self.seen = x
-        y = self.base_layer(x, *args, **options) if self.program is None else self._adapted(self.program, x)
-        for slot in self.taps:
-            slot.seen = None  # read: a layer's activations must not outlive it
-        if self.put is not None:
-            (places, embeddings), self.put = self.put, None
+    def __call__(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The base layer's output with the composition of this call applied."""
+        call = self.context.call
+        program = call.composition.programs.get(self.path)
+        if program is None:
+            y = self.own(x, *args, **options)
+        else:
+            if call.waiting:
+                call.waiting.discard(self.path)
+            if program.tapped:
+                call.inputs[self.path] = x
+            own = _with(self.own, args, options) if args or options else self.own
+            y = own(x) if program.node is None else self._adapted(program, call, own, x)
+            for path in program.taps:
+                call.inputs.pop(path, None)  # read: a layer's activations must not outlive it
+        if self.takes_prompt and call.prompt is not None:
+            (places, embeddings), call.prompt = call.prompt, None
             y = torch.where(places, embeddings.to(y.dtype), y)
         return cast("Tensor", y)
 
-    def _adapted(self, program: Node, x: Tensor) -> Tensor:
+    def _adapted(self, program: Program, call: Call, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if x.dim() != 2 or not x.is_floating_point():  # (B, T, d), or (B, T) token ids
-            return self._run(program, x)
-        batch = self.context.batch if self.per_row else 1
-        return self._run(program, x.reshape(batch, -1, x.shape[-1])).flatten(0, 1)  # was (B * T, d) or pooled (B, d)
+            return self._run(program, call, own, x)
+        batch = call.batch if program.per_row else 1
+        whole = x.reshape(batch, -1, x.shape[-1])  # was (B * T, d) or pooled (B, d)
+        return self._run(program, call, own, whole).flatten(0, 1)
 
-    def _run(self, program: Node, x: Tensor) -> Tensor:
-        tokens = self.context.tokens
-        if tokens and self.per_row and x.shape[1] != tokens:
+    def _run(self, program: Program, call: Call, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        node, tokens = cast("Node", program.node), call.composition.tokens
+        if tokens and program.per_row and x.shape[1] != tokens:
             raise KindError(
                 f"weights were given for {tokens} tokens a row, and {x.shape[1]} come here",
                 hint="activate again with weights for the tokens of this call",
             )
-        if isinstance(program, Stage | GatedExperts) and program.simple:
-            y = self._modules["base_layer"](x)  # type: ignore[misc]  # not by attribute: modules look theirs up slowly
-            return program.add(y, x, fresh=not y.requires_grad and y.dtype == x.dtype)
-        if self.frozen is not None and _plain(x):
-            layer = cast("nn.Module", self._modules["base_layer"])
-            return self.frozen.on(layer, x)(layer, x)
-        if isinstance(program, Stage) and (whole := self._learned(program, x)) is not None:
+        if isinstance(node, Stage | GatedExperts) and node.simple:
+            y = own(x)
+            return node.add(y, x, fresh=not y.requires_grad and y.dtype == x.dtype)
+        if program.frozen is not None and _plain(x):
+            return program.frozen.on(self.layer, x)(own, x)
+        if isinstance(node, Stage) and own == self.own and (whole := self._learned(node, x)) is not None:
             return whole
-        return program.run(self._below, x).y
+        return node.run(lambda z: State(own(z), bias_of(self.layer)), x).y
 
-    def _learned(self, program: Stage, x: Tensor) -> Tensor | None:
+    def _learned(self, stage: Stage, x: Tensor) -> Tensor | None:
         """The output where one adapter trains alone, if there is a cheaper way to it than by :meth:`Stage.run`."""
-        layer = self.base_layer
-        if program.moves is not None and (whole := moved(layer, *program.moves)) is not None:
-            return cast("Tensor", functional_call(layer, whole, (x,)))
-        if program.learns is not None:
-            atoms, weight = program.learns
+        layer = self.layer
+        if stage.moves is not None and (whole := moved(layer, *stage.moves)) is not None:
+            return cast("Tensor", with_parameters(layer, whole)(x))
+        if stage.learns is not None:
+            atoms, weight = stage.learns
             a, b = cast("Tensor", atoms.A), cast("Tensor", atoms.B)
             if learning.fits(layer, x, a):
-                return learning.apply(layer, x, a, b, atoms.scale * weight, atoms.dropout, compute_dtype(layer))
+                scale = atoms.scale * weight
+                return learning.apply(layer, self.own, x, a, b, scale, atoms.dropout, compute_dtype(layer))
         return None
 
-    def _below(self, x: Tensor) -> State:
-        return State(self.base_layer(x), bias_of(self.base_layer))
+    def below(self, x: Tensor) -> State:
+        """What the layer alone makes of x."""
+        return State(self.own(x), bias_of(self.layer))
 
-    def lay_out(self) -> None:
-        """Prepare the program for activations of the dtype that the layer computes in."""
-        self.frozen = frozen_stage(self.program)
-        weight = getattr(self.base_layer, "weight", None)
-        if isinstance(weight, Tensor) and weight.dtype != torch.int8:  # which takes whatever comes
-            like = torch.empty(0, dtype=compute_dtype(self.base_layer), device=weight.device)
-            if self.frozen is not None and not cast("Stage", self.program).simple:
-                self.frozen.on(self.base_layer, like)
-                return
-            for stage in stages(self.program):
+    def lay_out(self, node: Node, *, per_row: bool) -> Program:
+        """The program of ``node``, prepared for activations of the dtype that the layer computes in."""
+        found = stages(node)
+        taps = {f.tap for stage in found for e in stage.functions if isinstance(f := e.atoms.function, Function)}
+        program = Program(node, frozen_stage(node), per_row, taps=tuple(tap for tap in taps if tap is not None))
+        weight = getattr(self.layer, "weight", None)
+        if isinstance(node, GatedExperts) or not isinstance(weight, Tensor) or weight.dtype == torch.int8:
+            return program  # int8 takes whatever comes
+        like = torch.empty(0, dtype=compute_dtype(self.layer), device=weight.device)
+        if program.frozen is not None and not cast("Stage", node).simple:
+            program.frozen.on(self.layer, like)
+        else:
+            for stage in found:
                 stage.lay_out(like)
+        return program
 
     def row_norm_squared(self) -> Tensor:
-        """`||W||^2` of each row, computed once."""
-        if self._row_norm is None:
-            self._row_norm = row_norm_squared(self.base_layer)
-        return self._row_norm
+        """`||W||^2` of each row, computed once for the weight that is there."""
+        weight = cast("Tensor", self.layer.weight)
+        stamp = id(weight), 0 if weight.is_inference() else weight._version
+        if self._row_norm is None or self._row_norm[0] != stamp:
+            self._row_norm = stamp, row_norm_squared(self.layer)
+        return self._row_norm[1]
+
+
+def _with(own: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    """A forward as a function of its first argument."""
+
+    def run(x: Tensor) -> Tensor:
+        return cast("Tensor", own(x, *args, **options))
+
+    return run
 
 
 def _plain(x: Tensor) -> bool:
@@ -165,9 +173,8 @@ class BelowView:
 
     def apply(self, x: Tensor) -> Tensor:
         """`W' x`, bias left out; x (n, d_in)."""
-        layer = self._slot.base_layer
-        x = x.to(compute_dtype(layer))[None]  # (1, n, d_in): as one row of a batch
-        y, c = Chain(self._before).run(self._slot._below, x) if self._before else self._slot._below(x)
+        x = x.to(compute_dtype(self.layer))[None]  # (1, n, d_in): as one row of a batch
+        y, c = Chain(self._before).run(self._slot.below, x) if self._before else self._slot.below(x)
         y = (y if c is None else y - c)[0]
         return y if self._rows is None else self._rows.of(y)
 
@@ -176,7 +183,8 @@ class BelowView:
         if not self._before:
             norm = self._slot.row_norm_squared()
             return norm if self._rows is None else self._rows.of(norm)
-        width = int(self._slot.in_features if hasattr(self._slot, "in_features") else self._slot.weight.shape[0])
+        layer = cast("Any", self.layer)
+        width = int(layer.in_features if hasattr(layer, "in_features") else layer.weight.shape[0])
         total: Tensor | float = 0.0
         for units in torch.split(torch.eye(width, device=self.device), 256):
             total = total + self.apply(units).float().square().sum(0)
@@ -184,13 +192,17 @@ class BelowView:
 
     @property
     def layer(self) -> nn.Module:
-        """The frozen base layer."""
-        return self._slot.base_layer
+        """The frozen base layer, to be read; what it computes is :meth:`forward`."""
+        return self._slot.layer
+
+    def forward(self, *args: Any) -> Any:
+        """What the base layer computes, bias included, without any adapter."""
+        return self._slot.own(*args)
 
     @property
     def device(self) -> torch.device:
         """Where the base layer lives."""
-        return cast("Tensor", self._slot.weight).device
+        return self._slot.device
 
 
 def compute_dtype(layer: nn.Module) -> torch.dtype:

@@ -247,7 +247,7 @@ class Stage:
         function = entry.atoms.function
         w, rows = used_rows(entry.coefficient, x.shape[0])
         if isinstance(function, Side):  # for all rows: what it keeps for later tokens lies side by side in one cache
-            return weigh(function.fn(shield(y0, w), function.trace).to(y0.dtype), entry.coefficient)
+            return weigh(function.fn(shield(y0, w), function.trace()).to(y0.dtype), entry.coefficient)
         if isinstance(function, Moved):
             value = on_rows(lambda x_, y_: function.fn(x_).to(y_.dtype), rows, shield(x, w), y0)
         else:

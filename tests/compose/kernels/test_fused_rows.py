@@ -179,9 +179,7 @@ def test_the_model_reads_gate_and_up_there(base, family):
             model, "dense", {"target_modules": f"mlp.{name}", "layers": (0,), "biases": False}, name=name
         )
         (site,) = runtime(model).sites.select(f"mlp.{name}", layers=(0,))
-        adapter.at(site.path, "weight").data.copy_(
-            site.share(dense_weight(runtime(model).slot(site.module).base_layer))
-        )
+        adapter.at(site.path, "weight").data.copy_(site.share(dense_weight(runtime(model).slot(site.module).layer)))
         compose.activate(model, name)
         assert torch.allclose(block(x), 2 * bare, atol=1e-5) == linear
 

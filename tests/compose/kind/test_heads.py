@@ -44,14 +44,7 @@ def test_a_stored_head_may_have_other_classes(tiny, kind, tmp_path):
     with torch.no_grad():
         for name, parameter in here.named_parameters():
             if not name.startswith("classifier"):
-                parameter.copy_(there.get_parameter(_inside(name, there)))
+                parameter.copy_(there.get_parameter(name))
     compose.attach(here, "a", tmp_path)
     activate(here, "a")
     assert all(torch.equal(a, b) for a, b in zip(tiny.logits(here, batch), expected, strict=True))
-
-
-def _inside(name, model):
-    """A parameter's name where a slot stands around its layer."""
-    path, _, last = name.rpartition(".")
-    wrapped = f"{path}.base_layer.{last}"
-    return wrapped if wrapped in dict(model.named_parameters()) else name

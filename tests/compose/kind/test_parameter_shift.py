@@ -82,7 +82,7 @@ def test_a_delta_is_not_rounded_into_a_base_of_another_precision(tiny, dtype):
         adapter.at(path, "weight").fill_(1e-5)
     slot_of.refresh()
     slot = slot_of.slot(path)
-    assert moved(slot.base_layer, *slot.program.moves) is None
+    assert moved(slot.layer, *slot.program.moves) is None
     assert not torch.equal(slot(x), before)
 
 

@@ -27,7 +27,7 @@ def near(a, b, bound=1e-5):
 
 def at_site(model, path, x):
     with torch.no_grad():
-        return model.get_submodule(path)(x), runtime(model).slot(path).base_layer(x)
+        return model.get_submodule(path)(x), runtime(model).slot(path).own(x)
 
 
 # -- formulas ------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_dora_takes_the_norm_of_the_changed_weight(tiny, family, dtype):
     model = tiny.model(family, dtype)
     path = {"llama": "model.layers.1.mlp.down_proj", "gpt2": "transformer.h.1.mlp.c_proj"}[family]
     a = tiny.adapter(model, "dora", "a", target_modules=(path,)).freeze()
-    weight = dense_weight(runtime(model).slot(path).base_layer).float()
+    weight = dense_weight(runtime(model).slot(path).layer).float()
     fresh = tiny.adapter(model, "dora", "fresh", noise=0.0, target_modules=(path,))
     assert near(fresh.at(path, "magnitude"), weight.norm(dim=1))
     activate(model, "a")
@@ -74,7 +74,7 @@ def test_dora_takes_the_norm_of_the_changed_weight(tiny, family, dtype):
     gain = a.at(path, "magnitude") / changed.norm(dim=1)
     x = torch.randn(2, 3, weight.shape[1])
     got, base = at_site(model, path, x)
-    bias = getattr(runtime(model).slot(path).base_layer, "bias", None)
+    bias = getattr(runtime(model).slot(path).layer, "bias", None)
     bias = torch.zeros(()) if bias is None else bias
     expected = gain * (base - bias + a.config.scale * x @ a.at(path, "A").T @ a.at(path, "B").T) + bias
     assert near(got, expected, {"fp32": 1e-5, "nf4": 1e-4, "int8": 3e-2}[dtype])
@@ -88,7 +88,7 @@ def test_dora_holds_the_norm_constant_in_backward(tiny):
     x = torch.randn(2, 3, 32)
     runtime(model).refresh()
     model.get_submodule(path)(x).square().sum().backward()
-    weight = dense_weight(runtime(model).slot(path).base_layer).detach()
+    weight = dense_weight(runtime(model).slot(path).layer).detach()
     low, up, m = (a.at(path, n).detach().clone().requires_grad_() for n in ("A", "B", "magnitude"))
     changed = weight + a.config.scale * up @ low
     gain = m / changed.norm(dim=1).detach()
@@ -106,7 +106,7 @@ def test_ia3_scales_keys_values_and_the_inner_activation(tiny):
     for name in ("self_attn.k_proj", "self_attn.v_proj"):
         got, base = at_site(model, stem + name, x)
         assert near(got, base * a.at(stem + name, "out").flatten())  # the bias too
-    layer = runtime(model).slot(stem + "fc2").base_layer
+    layer = runtime(model).slot(stem + "fc2").own
     x = torch.randn(2, 3, 48)
     got, _ = at_site(model, stem + "fc2", x)
     assert near(got, layer(x * a.at(stem + "fc2", "in").flatten()))
@@ -133,7 +133,7 @@ def test_bottleneck_styles(tiny, style, places, activation):
     path = "model.decoder.layers.0.fc2"
     with torch.no_grad():
         inner = layer.activation_fn(layer.fc1(x))
-        base = runtime(model).slot(path).base_layer(inner)
+        base = runtime(model).slot(path).own(inner)
         z = x if style == "parallel" else base
         hidden = activation(z @ a.at(path, "down").T + a.at(path, "down_b"))
         expected = base + 2.0 * (hidden @ a.at(path, "up").T + a.at(path, "up_b"))
@@ -379,7 +379,7 @@ def test_krona_b_stands_beside_the_block(tiny, family, residual):
     entry = model.get_submodule(runtime(model).sites.entry_beside(runtime(model).sites[path]).path)
     entry.register_forward_pre_hook(lambda _, args: seen.update(z=args[0].detach()))
     slot = runtime(model).slot(path)
-    slot.register_forward_hook(lambda m, args, out: seen.update(pair=(m.base_layer(args[0]), out)))
+    slot.layer.register_forward_hook(lambda _, args, out: seen.update(pair=(slot.own(args[0]), out)))
     tiny.logits(model, tiny.batch(family, tiny.rows(4)))
     before, after = seen["pair"]
     matrix = 0.5 * torch.kron(adapter.at(path, "L"), adapter.at(path, "R"))

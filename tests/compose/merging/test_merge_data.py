@@ -45,7 +45,7 @@ def inputs(lab: Any, name: str, path: str) -> Tensor:
     """What enters a layer with one adapter active, without padding, (n, d_in) in double precision."""
     seen: list[Tensor] = []
     compose.activate(lab.model, name)
-    layer = runtime(lab.model).slot(path).base_layer
+    layer = runtime(lab.model).slot(path).layer
     for batch in lab.data[name]:
         hook = layer.register_forward_pre_hook(lambda _, args, m=batch["attention_mask"]: seen.append(args[0][m == 1]))
         lab.model(**batch)
@@ -112,7 +112,7 @@ def test_fisher_is_its_formula(bench: Any) -> None:
     made = merge(
         bench.model, "fisher(a, b, weights=[1, 2], rank=16)", name="m", data=bench.data
     )  # 16 is all that V has
-    weight = runtime(bench.model).slot(V).base_layer.weight
+    weight = runtime(bench.model).slot(V).layer.weight
     information = []
     for name in "ab":
         compose.activate(bench.model, name)
@@ -149,7 +149,7 @@ def test_nothing_is_left_behind(bench: Any, name: str) -> None:
     assert set(runtime(bench.model).adapters) == residents
     assert str(runtime(bench.model).rows[0]) == "a"
     assert torch.equal(bench.logits("a"), before)
-    layer = runtime(bench.model).slot(Q).base_layer
+    layer = runtime(bench.model).slot(Q).layer
     assert not layer._forward_hooks
     assert not layer._forward_pre_hooks
 

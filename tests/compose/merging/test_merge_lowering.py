@@ -174,5 +174,5 @@ def test_folding_a_quantized_base_gives_its_dequantized_weight_changed(lab: Any)
     home = lab("llama", "nf4")
     home.add("lora", "a", target_modules=("attn.q",))
     found = next(f for f in fold(home.model, "a") if f.name == f"{Q}.weight")
-    layer = home.model.get_submodule(Q).base_layer
+    layer = home.model.get_submodule(Q)
     assert off(found.value, dense_weight(layer).float() + home.delta("a")) < 1e-6

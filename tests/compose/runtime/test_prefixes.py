@@ -265,7 +265,7 @@ def test_one_query_reads_prefix_and_cache_apart_or_together(mask, rows):
     prefixes = [(0.3 + i, Prefix(*torch.randn(2, 3 + i % 2, 2, 8, generator=generator))) for i in range(rows)]
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 3, True
-    module.moduloom_prefix = stack_prefixes([[p] for p in prefixes])
+    module.moduloom_prefix = lambda: stack_prefixes([[p] for p in prefixes])
     seen = torch.rand(4, 1, 1, 9, generator=generator) > 0.3
     seen = seen if mask == "bool" else torch.where(seen, 0.0, torch.finfo(torch.float32).min)
 

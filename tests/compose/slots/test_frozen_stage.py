@@ -154,7 +154,10 @@ def test_going_back_to_a_composition_lowers_nothing_and_sees_what_has_changed(ti
     fresh = logits("a")
     assert not torch.equal(fresh, first), "another adapter has the name now"
     home.adapters["a"].unfreeze()
-    assert not home._programs.restore(home._key()), "what trains is lowered in each call"
+    logits("a")
+    before = home.composition
+    logits("a")
+    assert home.composition is not before, "what trains is lowered in each call"
 
 
 def test_what_was_made_in_inference_mode_is_activated_and_merged_anew(tiny):
@@ -175,11 +178,15 @@ def test_what_was_made_in_inference_mode_is_activated_and_merged_anew(tiny):
         assert not torch.allclose(model(**batch).logits, inside, atol=1e-2)
 
 
-def test_another_kind_of_attention_is_not_served_what_the_last_one_had(tiny):
-    model = tiny.model("llama")
-    tiny.adapter(model, "lora", "a").freeze()
+def test_another_kind_of_attention_is_served_the_prefix_too(tiny):
+    model, batch = tiny.model("llama"), tiny.batch("llama", tiny.rows(5))
+    tiny.adapter(model, "prefix", "a").freeze()
+    bare = tiny.logits(model, batch)
     activate(model, "a")
-    home = runtime(model)
-    before = home._key()
-    model.set_attn_implementation("sdpa" if model.config._attn_implementation != "sdpa" else "eager")
-    assert home._key() != before
+    before = tiny.logits(model, batch)
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        torch.testing.assert_close(tiny.logits(model, batch), before, atol=1e-5, rtol=1e-4)
+        activate(model, None)
+        torch.testing.assert_close(tiny.logits(model, batch), bare, atol=1e-5, rtol=1e-4)
+        activate(model, "a")

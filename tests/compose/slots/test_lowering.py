@@ -39,7 +39,7 @@ class Reference:
 
     def __init__(self, model, path, weights=None):
         self.adapters, self.path, self.weights = runtime(model).adapters, path, weights or {}
-        layer = runtime(model).slot(path).base_layer
+        layer = runtime(model).slot(path).layer
         matrix, bias = dense_weight(layer).double(), bias_of(layer)
         self.base = matrix, torch.zeros(len(matrix)).double() if bias is None else bias.double()
 
@@ -120,7 +120,7 @@ def agrees(model, path, reference, x):
 
 
 def draw_input(model, path, batch=2, length=3):
-    width = dense_weight(runtime(model).slot(path).base_layer).shape[1]
+    width = dense_weight(runtime(model).slot(path).layer).shape[1]
     return torch.randn(batch, length, width, generator=torch.Generator().manual_seed(5))
 
 
@@ -232,7 +232,7 @@ def test_functions_chain_and_stand_side_by_side(tiny):
     path = SITES["opt"]
     makers = {name: tiny.adapter(model, "bottleneck", name, seed=i).freeze() for i, name in enumerate("ab")}
     scale = tiny.adapter(model, "ia3", "scale", seed=7, target_modules=(path,), feedforward_modules=()).freeze()
-    layer = runtime(model).slot(path).base_layer
+    layer = runtime(model).slot(path).layer
     x = torch.randn(2, 3, 48)
 
     def block(name, h):

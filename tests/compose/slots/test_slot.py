@@ -45,7 +45,7 @@ def test_heads_train_apart_and_mix_by_row(tiny, family, dtype, tmp_path):
     head = a.head(HEADS[family])
     assert out.logits.dtype == model.dtype
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in head.parameters())
-    assert all(p.grad is None for p in runtime(model).slot(HEADS[family]).base_layer.parameters())
+    assert all(p.grad is None for p in runtime(model).slot(HEADS[family]).layer.parameters())
 
     a.freeze(), b.freeze()
     alone = []
