@@ -78,6 +78,7 @@ class SiteMap:
         self.known_family = self.model_type in FAMILIES
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         modules = dict(model.named_modules())
+        # Linear layers in the blocks: the only places where adapters act unasked, so a model without any is refused.
         self.sites: dict[str, Site] = {s.path: s for s in self._find(modules)}
         if not self.sites:
             raise SiteError(
@@ -87,6 +88,7 @@ class SiteMap:
         # Parts of fused linears by the path of the whole; acted on where a target names them, never by default.
         self.parts: dict[str, tuple[Site, ...]] = {s.path: p for s in self if (p := tuple(self._cut(s)))}
         self.outside: dict[str, Site] = {s.path: s for s in self._find_outside(modules)}
+        # As the model was when this was read: slots that stand in it later are not among them.
         self.modules = tuple(path for path in modules if path)
         self.architecture = type(model).__name__
         # A prompt goes in where the text does: before the encoder, if there is one; a prefix acts in the decoder.
@@ -108,6 +110,7 @@ class SiteMap:
         if self.embedding in self.tables:
             rows, width = cast("nn.Embedding", modules[self.embedding]).weight.shape
             self.input_table = Site(self.embedding, "embed", None, "", int(rows), int(width))
+        # All that a path can name, for whoever asks by path.
         parts = {part.path: part for parts in self.parts.values() for part in parts}
         tables = {s.path: s for s in (self.input_table,) if s is not None}
         self._every: dict[str, Site] = {**self.sites, **parts, **self.outside, **tables}

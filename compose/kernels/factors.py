@@ -33,6 +33,7 @@ def gram(pairs: Sequence[Pair]) -> Tensor:
     b = torch.cat([p.B.float() for p in pairs], dim=1)  # (d_out, R)
     a = torch.cat([p.A.float() * p.scale for p in pairs])  # (R, d_in)
     owner = owner.to(a.device)
+    # <D_i, D_j> = sum over columns of i and of j of <b, b'> <a, a'>: summed over j's columns first, then over i's.
     half = torch.zeros(len(owner), len(pairs), dtype=torch.float64, device=a.device)  # (R, N)
     for rows in torch.arange(len(owner)).split(max(1, _SLICE // max(1, len(owner)))):  # type: ignore[no-untyped-call]
         products = (b[:, rows].T @ b).double() * (a[rows] @ a.T).double()  # (slice, R)
@@ -95,11 +96,13 @@ def from_dense(delta: Tensor, rank: int) -> tuple[Pair, float]:
         u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
         return Pair(vh[:rank], u[:, :rank] * s[:rank], 1.0), _left_out(s, rank)
     generator = torch.Generator().manual_seed(0)
+    # A basis of what delta does to random vectors, turned towards its largest directions by power iterations...
     q = delta @ torch.randn(delta.shape[1], width, generator=generator).to(delta)
     for _ in range(_ITERATIONS):
         q = torch.linalg.qr(delta.T @ torch.linalg.qr(q).Q).Q
         q = delta @ q
     q = torch.linalg.qr(q).Q  # (d_out, width)
+    # ... in which a small SVD finds them.
     u, s, vh = torch.linalg.svd(q.T @ delta, full_matrices=False)
     pair = Pair(vh[:rank], (q @ u[:, :rank]) * s[:rank], 1.0)
     return pair, residual(pair, delta)

@@ -61,11 +61,13 @@ class Fastfood:
         """The projection of this seed, the same on every machine."""
         n = 1 << (max(inputs, outputs) - 1).bit_length()
         key = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:16], "little")
+        # The raw bits of this generator are the same on every machine and in every numpy; its floats need not be.
         bits = np.random.Philox(key=key)
         signs = (bits.random_raw(n) >> np.uint64(63)).astype(np.int8) * 2 - 1
         order = np.argsort(bits.random_raw(n), kind="stable").astype(np.int32)
         uniform = ((bits.random_raw(2 * n) >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53  # in (0, 1]
         normal = np.sqrt(-2 * np.log(uniform[:n])) * np.cos(2 * np.pi * uniform[n:])  # Box-Muller
+        # Mean square 1 exactly, so that the length of P v does not depend on the seed.
         normal /= math.sqrt(float(np.mean(normal**2)))
         return cls(inputs, outputs, *(torch.from_numpy(a) for a in (signs, order, normal.astype(np.float32))))
 

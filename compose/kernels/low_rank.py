@@ -268,8 +268,10 @@ def grouped(pairs: Sequence[Pair], weights: Tensor) -> LowRankMixture:
             pair = pairs[e]
             return F.linear(F.linear(flat.index_select(0, at), pair.A) * (share * pair.scale), pair.B)
 
+        # Each expert's tokens, one after another: a run of `tokens` each, as those are sorted by expert.
         ats = torch.split(tokens, counts.tolist())
         parts = zip(used.tolist(), ats, torch.split(shares, counts.tolist()), strict=True)
+        # Autograd keeps every term anyway, so they are added at once; without it, one term is alive at a time.
         if torch.is_grad_enabled() and (
             x.requires_grad or w.requires_grad or y.requires_grad or pairs[0].A.requires_grad
         ):
@@ -307,11 +309,12 @@ class Routed:
         """`y` plus the mixture, by the backend that `choose` takes; all of the experts for a few tokens."""
         tiny = x.numel() * sum(self._ranks) <= _TINY
         owner, a, b = self._factors()
+        # Experts apart cost less where a token uses few of many, and are needed where one has diverged: 0 * inf is NaN.
         if self._diverged or (not tiny and choose(self._ranks, weights) == "grouped"):
             return grouped(self.pairs, weights)(y, x, fresh=fresh)
         w = _by_token(weights, x).to(x.dtype)  # (N, E)
         used = (w != 0).any(0)
-        if not bool(used.all()):
+        if not bool(used.all()):  # columns of experts that no token of this call uses
             kept = used[owner].nonzero().flatten()
             owner, a, b = owner[kept], a[kept], b[kept]
         if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or y.requires_grad):
@@ -319,6 +322,7 @@ class Routed:
             return _add_product(y, h, b, fresh=False)
         out = y if fresh and y.is_contiguous() else y.clone(memory_format=torch.contiguous_format)
         parts = (out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), w)
+        # In chunks of tokens: the products with all A, (N, sum r), never lie in memory whole.
         for out_, x_, w_ in zip(*(torch.split(t, _CHUNK) for t in parts), strict=True):
             out_.addmm_(F.linear(x_, a).mul_(w_[:, owner]), b)
         return out

@@ -71,6 +71,7 @@ class Shift(Adapter, ABC):
         self._tied: dict[tuple[str, str], tuple[str, str]] = {}
         self._modules_of: dict[str, Callable[[], nn.Module]] = {}
         owners: dict[tuple[int, FusedRows | None], tuple[str, str]] = {}
+        # A parameter that two modules share is created where it comes first; the second place points to that one.
         for path in self.paths:
             module, rows = original_module(model, sites.module_of(path)), sites.rows_of(path)
             for name, parameter in module.named_parameters(recurse=False):
@@ -89,6 +90,7 @@ class Shift(Adapter, ABC):
             return self
         options = {name: getattr(self.config, name) for name in cls.Config.model_fields}
         dense = cls(make_config(cls, options), sites, model, name=self.name).to(model.device)
+        # Tied parameters have one owner: each is written once, and moves in all its places.
         for owner in dict.fromkeys(self._tied.values()):
             shape = dense.at(*owner).shape
             module = original_module(model, sites.module_of(owner[0]))
@@ -148,6 +150,7 @@ def _shape(module: nn.Module, name: str, parameter: nn.Parameter) -> tuple[int, 
 def _chosen(config: ShiftConfig, sites: SiteMap, model: PreTrainedModel) -> list[str]:
     """Module paths in model order."""
     wanted, carried = config.target_modules, tuple(f".{name}." for name in config.modules_to_save)
+    # What can move: linears and norms of the blocks, linears outside them, and the table that texts are read with.
     blocks = {s.path: s.layer for s in sites} | {p: sites.layer_of(p) for p in sites.norms}
     everything = {**blocks, **dict.fromkeys(sites.outside)}
     tables: set[str] = set()
@@ -155,6 +158,7 @@ def _chosen(config: ShiftConfig, sites: SiteMap, model: PreTrainedModel) -> list
         table = original_module(model, sites.embedding).weight
         tables = {p for p in sites.tables if original_module(model, p).weight is table}
         everything |= dict.fromkeys(tables)
+    # What is asked for: by default what stands in a block.
     if wanted is None:
         chosen = {p for p, layer in blocks.items() if layer is not None}
     elif wanted == "all":
@@ -169,12 +173,13 @@ def _chosen(config: ShiftConfig, sites: SiteMap, model: PreTrainedModel) -> list
             }
     if config.layers is not None:
         chosen = {p for p in chosen if sites.layer_of(p) in config.layers}
+    # A module that is carried whole has no delta beside it.
     chosen = {p for p in chosen if p and not any(name in f".{p}." for name in carried)}
     if not chosen:
         raise SiteError(
             f"no module of {wanted or 'the blocks'!r} lies in layers {config.layers}", hint=f"layers: {sites.depth()}"
         )
     parts = {path: tuple(part.path for part in parts) for path, parts in sites.parts.items()}
-    if chosen & tables:
+    if chosen & tables:  # tied tables move together
         chosen |= tables
     return [p for whole in sites.modules for p in (whole, *parts.get(whole, ())) if p in chosen]

@@ -39,6 +39,7 @@ def as_dict(patterns: Iterable[tuple[str, float]], paths: Iterable[str]) -> dict
     a pattern of its own.
     """
     given, ordered, unset = tuple(patterns), sorted(patterns), float("nan")
+    # NaN marks a path that no pattern matches: it keeps the default and needs no entry.
     values = {path: value_at(given, path, unset) for path in paths} if given else {}
     known = {path: value for path, value in values.items() if value == value}  # noqa: PLR0124 - not NaN
     if all(value_at(ordered, path, unset) == value for path, value in known.items()):

@@ -137,6 +137,7 @@ class NamedTensors(nn.Module):
         KindError
             Names every missing and every unexpected key, or the first shape that differs. Nothing is changed then.
         """
+        # All that can be wrong is found before the first tensor is replaced.
         have = self.state()
         missing, extra = sorted(have.keys() - tensors.keys()), sorted(tensors.keys() - have.keys())
         if missing or extra:
@@ -149,6 +150,7 @@ class NamedTensors(nn.Module):
         with torch.no_grad():
             for attribute, key in self._keys.items():
                 own = cast("Tensor", getattr(self, attribute))
+                # A copy, so that the file's tensor may go; `.data`, so that optimizers keep their parameter.
                 value = tensors[key].to(device=own.device, copy=True)
                 if isinstance(own, nn.Parameter):
                     own.data = value
@@ -156,6 +158,7 @@ class NamedTensors(nn.Module):
                     setattr(self, attribute, value)
             for path, state in self._head_parts(tensors).items():
                 head = cast("nn.Module", self.head(path))
+                # A head may have other classes than the base's: it takes the file's number first.
                 here = next((t.device for t in head.state_dict().values()), None)
                 if (output := heads.output_layer(head)) is not None:
                     heads.widen(head, len(state[f"{output[0]}weight"]))

@@ -76,14 +76,17 @@ class Bottleneck(Adapter):
             )
         self._activation, self._act = name, ACT2FN[name]
         self._taps: dict[str, str | None] = {}
+        # Each place is a linear site or, with behind_norm, the norm behind it, which the adapter then takes in.
         chosen = self.targets(sites, default=_PLACES[self.config.style])
         self._places = {s.path if not self.config.behind_norm else _norm_behind(s, sites): s for s in chosen}
         self.paths = tuple(self._places)
         for path, site in self._places.items():
+            # A parallel adapter reads what enters the block, not what the site itself gives.
             self._taps[path] = sites.entry_beside(site).path if self.config.style == "parallel" else None
             d = site.out_features
             m = self.config.bottleneck_size or max(1, round(d / self.config.reduction_factor))
             down, up = torch.empty(m, d), torch.zeros(d, m)
+            # With LoRA's start (up is zero) it is the identity at first, with Houlsby's only near it, as published.
             if self._init() == "houlsby":
                 for weight in (down, up):
                     nn.init.trunc_normal_(weight, std=1e-3, a=-2e-3, b=2e-3, generator=self.generator)

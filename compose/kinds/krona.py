@@ -65,9 +65,11 @@ class Krona(Adapter):
         for site in chosen:
             r = int(value_at(self.config.rank_pattern, site.path, self.config.r))
             self._scale[site.path] = value_at(self.config.alpha_pattern, site.path, self.config.alpha) / r
+            # d_out = l1 r1 and d_in = l2 r2, as near to squares as the dimensions allow.
             l1, r1 = factors_of(site.out_features, self.config.decompose_factor)
             l2, r2 = factors_of(site.in_features, self.config.decompose_factor)
             self.add(site.path, "L", torch.zeros(l1, l2))
+            # LoKr's rule: R is a product of rank r where r is below half of its larger side, else whole.
             if r < max(r1, r2) / 2:
                 self.add(site.path, "R1", self._uniform(r1, r))
                 self.add(site.path, "R2", self._uniform(r, r2))

@@ -67,6 +67,7 @@ class Ladder(Adapter):
         d = sites.hidden_size
         m = max(1, round(d / self.config.reduction_factor))
         self._heads = math.gcd(m, max(1, m // 32))
+        # s_0 comes from the embeddings; each rung brings a layer's states down to m and mixes them in by its gate.
         self._add_matrix("in", m, d)
         for i in self.rungs:
             self._add_matrix(f"{i}.in", m, d)
@@ -76,7 +77,7 @@ class Ladder(Adapter):
                     self.add("", f"{i}.{name}", torch.ones(m))
                 else:
                     self._add_matrix(f"{i}.{name}", shape[0] * m, shape[1] * m)
-        self.add("", "out", torch.zeros(d, m))
+        self.add("", "out", torch.zeros(d, m))  # zero: the final states are the base's at first
 
     def _add_matrix(self, name: str, rows: int, columns: int) -> None:
         weight = torch.empty(rows, columns)
@@ -102,6 +103,7 @@ class Ladder(Adapter):
         width = s.shape[-1]
         parts = F.linear(F.layer_norm(s, (width,), norm1), qkv)
         q, k, v = parts.view(*s.shape[:2], 3, self._heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, m / heads)
+        # The side network decodes as the model does: its own keys and values are kept from call to call.
         k, v = trace.remember(f"{self.name}:{i}", k, v)
         mask = trace.visible(q.shape[2], k.shape[2], q.device)
         s = s + F.linear(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2), o)

@@ -266,10 +266,13 @@ def _schedule(expr: Expr, leaves: Mapping[str, Resolved]) -> tuple[nx.DiGraph[in
         return index[node]
 
     root = visit(expr)
+    # What comes out of the root is put into the model: one more node, which reads the root and nothing else.
     graph.add_node(len(index), operation="inject", expr=expr, kind=None)
     graph.add_edge(root, len(index))
+    # Any order in which inputs come first can run; of those the one by index, so that equal trees give equal plans.
     order = list(nx.lexicographical_topological_sort(graph))
     place = {node: at for at, node in enumerate(order)}
+    # A result may be freed after the last step that reads it.
     last_read = {node: max(graph.successors(node), key=place.__getitem__) for node in order if graph.out_degree(node)}
     steps = []
     for node in order:
