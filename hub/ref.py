@@ -1,7 +1,8 @@
 """How an adapter is named: ``ns/name@1.2.0``, ``@alias``, ``@sha256:...``, a range ``ns/name>=1,<2``, or bare.
 
 Laws: ``AdapterRef.parse(str(ref)) == ref`` for every ref, and ``str(AdapterRef.parse(text))`` is canonical
-(parsing and printing it again changes nothing).
+(parsing and printing it again changes nothing). Names are shown as they were written and compared without case, as on
+the Hugging Face Hub: ``Acme/Tone`` and ``acme/tone`` are one adapter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from hub.errors import RefError
 DEFAULT_NAMESPACE = "local"
 LATEST = "latest"  # the one computed alias: the highest version that is not yanked
 
-_NAME = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?\Z")
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?\Z")
+# What else stands first in an address of a registry or of the Hugging Face Hub.
+RESERVED = frozenset({"api", "datasets", "kernels", "lfs", "spaces", "static"})
 _ALIAS = re.compile(r"[a-z](?:[a-z0-9._-]*[a-z0-9])?\Z")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _SHAPE = re.compile(r"\s*(?P<id>[^@<>=!~\s]+)\s*(?:@\s*(?P<pin>\S+)|(?P<range>[<>=!~].*\S))?\s*\Z")
@@ -31,17 +34,27 @@ MAX_VERSION = 64
 def check_name(text: str, *, what: str = "name") -> str:
     """A namespace or name, unchanged, or RefError.
 
-    Lower-case letters, digits and ``. _ -`` between them. No ``..`` and no ``--``: the Hugging Face Hub
-    refuses both in a repository name, and ``..`` is a path.
+    Letters, digits and ``. _ -`` between them. No ``..``, no ``--`` and no ``.git`` at the end, since the Hugging Face
+    Hub refuses them in a repository's name; no namespace of `RESERVED`, no name ``resolve``: addresses have them.
     """
     if not _NAME.match(text) or ".." in text or "--" in text or len(text) > MAX_NAME:
-        better = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:MAX_NAME]
+        better = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")[:MAX_NAME]
         raise RefError(
-            f"{text[:MAX_NAME]!r} is not a {what}: lower-case letters and digits with single '.', '_' or '-' "
-            f"between them, at most {MAX_NAME} characters",
+            f"{text[:MAX_NAME]!r} is not a {what}: letters and digits with single '.', '_' or '-' between them, "
+            f"at most {MAX_NAME} characters",
             hint=f"try {better!r}" if better and better != text else _HINT,
         )
+    if text.lower().endswith(".git"):
+        raise RefError(f"a {what} cannot end in .git, as {text!r} does: addresses of git do", hint=f"try {text[:-4]!r}")
+    if text.lower() in (RESERVED if what == "namespace" else ("resolve",)):
+        hint = f"try {text + '-team'!r}" if what == "namespace" else "try 'resolver'"
+        raise RefError(f"{text!r} cannot be a {what}: it has a meaning in the addresses of registries", hint=hint)
     return text
+
+
+def name_key(text: str) -> str:
+    """What a name, a namespace or ``ns/name`` is compared by: itself without case."""
+    return text.lower()
 
 
 def check_alias(text: str) -> str:
@@ -108,9 +121,11 @@ def _is_version(text: str) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AdapterRef:
     """A name and at most one of version, alias, digest and range. Frozen, hashable, validated when made.
+
+    Two refs are equal when their names are, without case, and they pin the same.
 
     Examples
     --------
@@ -161,6 +176,16 @@ class AdapterRef:
     def id(self) -> str:
         """``ns/name``, without version, alias, digest or range."""
         return f"{self.namespace}/{self.name}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AdapterRef) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[str | None, ...]:
+        return name_key(self.id), self.version, self.alias, self.digest, self.range
 
     @property
     def pin(self) -> str | None:

@@ -21,6 +21,7 @@ from hub.errors import HubError, suggest
 from hub.lazy import load
 from hub.plugins import Registry
 from hub.project.named_remotes import Remotes
+from hub.ref import name_key
 from hub.store import Store
 
 __all__ = ["CHECKS", "Finding", "examine"]
@@ -150,13 +151,14 @@ def _store(store: Store) -> Iterator[Finding]:
     else:
         with store.lock():
             yield Finding("store", "ok", f"{store.where} can be locked and written")
-    logged = set[tuple[str, str]]()
+    live = dict[str, str]()
     for event, _ in store.ledger.read():  # and every link of its hash chain
         if event.op == "publish":
-            logged.add((event.name, str(event.digest)))
+            live[str(event.digest)] = name_key(event.name)
         elif event.op in _GONE:
-            logged.discard((event.name, str(event.digest)))
-    indexed = {(artifact.facts.name, artifact.digest) for artifact in store.list(yanked=True)}
+            live.pop(str(event.digest), None)
+    logged = {(name, digest) for digest, name in live.items()}
+    indexed = {(name_key(artifact.facts.name), artifact.digest) for artifact in store.list(yanked=True)}
     if logged == indexed:
         yield Finding("store", "ok", f"{len(logged)} artifacts; log and index agree")
     else:

@@ -25,7 +25,7 @@ from hub.errors import ManifestError, NotFound, RefError, StoreError, UsageError
 from hub.io import canonical_json as canonical
 from hub.io.files import atomic_write, read_capped
 from hub.manifest import Record, validate
-from hub.ref import DEFAULT_NAMESPACE, check_name
+from hub.ref import DEFAULT_NAMESPACE, check_name, name_key
 from hub.registry.errors import ApiError
 
 PREFIX = "mlm_"
@@ -81,11 +81,11 @@ class Caller:
 
     def may_read(self, namespace: str) -> bool:
         """Whether private repositories of a namespace are theirs to read; who may write may read."""
-        return not {EVERYTHING, namespace}.isdisjoint(self.read | self.write)
+        return _among(namespace, self.read | self.write)
 
     def may_write(self, namespace: str) -> bool:
         """Whether repositories of a namespace are theirs to change."""
-        return not {EVERYTHING, namespace}.isdisjoint(self.write)
+        return _among(namespace, self.write)
 
     @property
     def namespaces(self) -> list[str]:
@@ -157,6 +157,10 @@ class Tokens:
         stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
         if stamp != self._stamp:
             self._file, self._stamp = read(self.path), stamp
+
+
+def _among(namespace: str, scopes: frozenset[str]) -> bool:
+    return not {EVERYTHING, name_key(namespace)}.isdisjoint(map(name_key, scopes))
 
 
 def read(path: Path) -> TokenFile:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from hub.errors import Conflict, HubError, IntegrityError, NotFound, RemoteError, UsageError
 from hub.io import canonical_json as canonical
 from hub.io.files import CHUNK
-from hub.ref import AdapterRef, check_digest
+from hub.ref import AdapterRef, check_digest, name_key
 from hub.remotes.base import REMOTES
 from hub.storage.ledger import GENESIS, Event, Position, event_of, line_of, load_line
 from hub.storage.releases import Catalogue, refuse_aliased, refuse_conflict
@@ -95,13 +95,13 @@ class FsspecRemote:
         return fs, path.rstrip("/")
 
     def names(self) -> list[str]:
-        """All names that have a log."""
+        """All names that have a log, in small letters: that is what the folders are called."""
         spaces = self._list("log")
         return sorted(f"{space}/{name}" for space in spaces for name in self._list(f"log/{space}"))
 
     def catalogue(self, name: str) -> Catalogue:
         """Replay the log of a name."""
-        name = AdapterRef.parse(name).id
+        AdapterRef.parse(name)  # before it meets a path
         return Catalogue.fold(name, [event_of(load_line(line, what=self.url)) for line in self._log(name)])
 
     def manifest(self, name: str, digest: str) -> bytes:
@@ -226,7 +226,7 @@ class FsspecRemote:
             event = decide(self.catalogue(name))
             if event is None:
                 return False
-            lines = self._logs[name]
+            lines = self._logs[name_key(name)]
             line = line_of(event, Position(seq=len(lines), head=canonical.digest(lines[-1]) if lines else GENESIS))
             if self._create(self._event_path(name, len(lines) + 1), line):
                 return True
@@ -251,8 +251,8 @@ class FsspecRemote:
     def _log(self, name: str) -> list[bytes]:
         """Events of a name as they were written, each checked against the one before it."""
         fs, _ = self._place
-        known = self._logs.get(name, [])
-        names = self._list(f"log/{name}")
+        known = self._logs.get(name_key(name), [])
+        names = self._list(f"log/{name_key(name)}")
         expected = [self._event_name(seq + 1) for seq in range(len(names))]
         if names != expected:
             odd = next((a or b for a, b in zip(names, expected, strict=True) if a != b), name)
@@ -260,15 +260,17 @@ class FsspecRemote:
         wanted = [self._event_path(name, seq + 1) for seq in range(len(known), len(names))]
         with self._translated(f"the log of {name}"):
             read: dict[str, bytes] = fs.cat(wanted) if wanted else {}
-        self._logs[name] = self._chain(name, known, [read[path] for path in sorted(read)])
-        return self._logs[name]
+        lines = self._chain(name, known, [read[path] for path in sorted(read)])
+        self._logs[name_key(name)] = lines
+        return lines
 
     def _chain(self, name: str, known: list[bytes], new: list[bytes]) -> list[bytes]:
         lines = list(known)
         for line in new:
             value = load_line(line[:_MAX_EVENT], what=self.url)
             head = canonical.digest(lines[-1]) if lines else GENESIS
-            if (value.get("prev"), value.get("seq"), value["name"]) != (head, len(lines) + 1, name):
+            about = name_key(value["name"])
+            if (value.get("prev"), value.get("seq"), about) != (head, len(lines) + 1, name_key(name)):
                 raise IntegrityError(
                     f"the log of {name} in {self.url} does not chain at event {len(lines) + 1}",
                     hint="restore the object from a backup, or publish to a new folder",
@@ -299,7 +301,7 @@ class FsspecRemote:
         return f"{self._place[1]}/blobs/sha256/{check_digest(digest).removeprefix('sha256:')}"
 
     def _event_path(self, name: str, seq: int) -> str:
-        return f"{self._place[1]}/log/{name}/{self._event_name(seq)}"
+        return f"{self._place[1]}/log/{name_key(name)}/{self._event_name(seq)}"
 
     @staticmethod
     def _event_name(seq: int) -> str:

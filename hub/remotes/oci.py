@@ -27,6 +27,7 @@ from hub.io import canonical_json as canonical
 from hub.io.files import open_regular
 from hub.ref import (
     check_digest,
+    name_key,
     names_adapter,
     names_alias,
     names_version,
@@ -252,7 +253,8 @@ class OciRemote:
         return data
 
     def _repo(self, name: str) -> str:
-        repo = f"{self.prefix}/{name}" if self.prefix else name
+        plain = name_key(name)  # a registry's repositories have no capitals
+        repo = f"{self.prefix}/{plain}" if self.prefix else plain
         if not _REPOSITORY.match(repo):
             raise RefError(
                 f"{name} cannot be the name of an OCI repository",

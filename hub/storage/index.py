@@ -18,13 +18,13 @@ from hub.ref import version_key
 from hub.storage.ledger import Event, Position
 from hub.storage.releases import Catalogue, Release, Tombstone
 
-SCHEMA = 5  # raise it with any change below: an index of another schema is made anew
+SCHEMA = 6  # raise it with any change below: an index of another schema is made anew
 BUSY = 30.0  # seconds to wait for another process
 
 _TABLES = """
 CREATE TABLE state (offset INTEGER NOT NULL, seq INTEGER NOT NULL, head TEXT NOT NULL);
 CREATE TABLE artifacts (
-    id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, name TEXT NOT NULL, version TEXT NOT NULL,
+    id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, name TEXT NOT NULL COLLATE NOCASE, version TEXT NOT NULL,
     version_key TEXT NOT NULL, type TEXT NOT NULL, kind TEXT NOT NULL, method TEXT NOT NULL, task TEXT,
     base_repo TEXT, base_weights TEXT, base_arch TEXT, license TEXT, summary TEXT NOT NULL,
     tensors_digest TEXT NOT NULL, size INTEGER NOT NULL, created TEXT NOT NULL, yanked TEXT,
@@ -36,12 +36,12 @@ CREATE INDEX artifacts_by_task ON artifacts (task);
 CREATE INDEX artifacts_by_kind ON artifacts (kind);
 CREATE INDEX artifacts_by_created ON artifacts (created);
 CREATE TABLE aliases (
-    name TEXT NOT NULL, alias TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (name, alias)
+    name TEXT NOT NULL COLLATE NOCASE, alias TEXT NOT NULL, digest TEXT NOT NULL, PRIMARY KEY (name, alias)
 ) WITHOUT ROWID;
 CREATE INDEX aliases_by_digest ON aliases (digest);
 CREATE TABLE tombstones (
-    name TEXT NOT NULL, version_key TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL, reason TEXT,
-    final INTEGER NOT NULL, PRIMARY KEY (name, version_key)
+    name TEXT NOT NULL COLLATE NOCASE, version_key TEXT NOT NULL, version TEXT NOT NULL, digest TEXT NOT NULL,
+    reason TEXT, final INTEGER NOT NULL, PRIMARY KEY (name, version_key)
 ) WITHOUT ROWID;
 CREATE TABLE facets (artifact INTEGER NOT NULL, facet TEXT NOT NULL, value TEXT NOT NULL);
 CREATE INDEX facets_by_value ON facets (facet, value, artifact);
@@ -189,13 +189,16 @@ class Index:
             releases = db.execute(
                 "SELECT version, digest, yanked FROM artifacts WHERE name = ? ORDER BY version_key", (name,)
             ).fetchall()
+            last = db.execute("SELECT name FROM artifacts WHERE name = ? ORDER BY id DESC LIMIT 1", (name,)).fetchone()
             aliases = db.execute("SELECT alias, digest FROM aliases WHERE name = ?", (name,)).fetchall()
             gone = db.execute(
                 "SELECT version, digest, reason, final FROM tombstones WHERE name = ? ORDER BY version_key", (name,)
             ).fetchall()
         tombstones = tuple(Tombstone(version, digest, reason, bool(final)) for version, digest, reason, final in gone)
         in_order = tuple(Release(*_of_types(row, str, str)) for row in releases)
-        return Catalogue(name, in_order, dict(_of_types(row, str, str) for row in aliases), tombstones)
+        return Catalogue(
+            last[0] if last else name, in_order, dict(_of_types(row, str, str) for row in aliases), tombstones
+        )
 
     def count(self) -> int:
         """Number of artifacts."""
@@ -204,8 +207,10 @@ class Index:
 
     def names(self) -> list[str]:
         """All names, sorted."""
+        last = "SELECT max(id) FROM artifacts GROUP BY name"  # as it was written last
         with self.connect() as db:
-            return [row[0] for row in db.execute("SELECT DISTINCT name FROM artifacts ORDER BY name")]
+            query = f"SELECT name FROM artifacts WHERE id IN ({last}) ORDER BY name"  # noqa: S608  (our own text)
+            return [row[0] for row in db.execute(query)]
 
     def select(
         self, where: str = "1", arguments: Iterable[object] = (), order: str = "", limit: int = -1

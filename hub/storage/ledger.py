@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from hub.errors import IntegrityError
 from hub.io import canonical_json as canonical
+from hub.ref import name_key
 
 GENESIS = "sha256:" + "0" * 64
 Op = Literal["publish", "alias", "yank", "unyank", "delete", "evict"]
@@ -166,13 +167,13 @@ class Ledger:
                 yield event, at
 
     def about(self, name: str) -> Iterator[Event]:
-        """Events of one name, without the cost of reading the others."""
-        needle = b'"name":' + canonical.dumps(name)
+        """Events of one name, however it was written, without the cost of reading the others."""
+        needle = b'"name":' + canonical.dumps(name_key(name))
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
             for line in file:
-                if needle in line and line.endswith(b"\n"):
+                if needle in line.lower() and line.endswith(b"\n"):
                     yield event_of(self._load(line))
 
     def _step(self, line: bytes, at: Position) -> tuple[Position, Event]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hub.contents.manifest_outline import outline
 from hub.io import canonical_json as canonical
+from hub.ref import name_key
 
 LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 IMAGE_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -107,8 +108,8 @@ def read_index(data: bytes, *, seq: int) -> list[dict[str, Any]] | None:
 
 
 def of_name(entry: dict[str, Any], name: str) -> bool:
-    """Whether a descriptor belongs to ``ns/name``."""
-    return _tag(entry).rpartition(":")[0] == name
+    """Whether a descriptor belongs to ``ns/name``, however that is written."""
+    return name_key(_tag(entry).rpartition(":")[0]) == name_key(name)
 
 
 def _tag(entry: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hub.io import canonical_json as canonical
 from hub.io.files import atomic_write, read_capped
+from hub.ref import name_key
 from hub.storage import oci
 from hub.storage.blobs import Blobs
 from hub.storage.ledger import Event, Ledger, Position
@@ -62,7 +63,7 @@ def _catalogues(ledger: Ledger) -> Iterator[Catalogue]:
     """All names, from one pass over the log."""
     events: dict[str, list[Event]] = {}
     for event, _ in ledger.read():
-        events.setdefault(event.name, []).append(event)
+        events.setdefault(name_key(event.name), []).append(event)
     return (Catalogue.fold(name, of_name) for name, of_name in events.items())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hub.errors import UsageError, suggest
+from hub.ref import name_key
 
 _Term = tuple[str, tuple[object, ...]]
 
@@ -22,12 +23,14 @@ def _facet(name: str) -> Callable[[str], _Term]:
 
 def _name(value: str) -> _Term:
     if any(mark in value for mark in "*?["):
-        return "a.name GLOB ?", (value if "/" in value else f"*/{value}",)
-    return (
-        ("a.name = ?", (value,))
-        if "/" in value
-        else ("(a.name = ? OR a.name LIKE ?)", (f"local/{value}", f"%/{value}"))
-    )
+        return "lower(a.name) GLOB ?", (name_key(value if "/" in value else f"*/{value}"),)
+    if "/" in value:
+        return "a.name = ?", (value,)
+    return "lower(substr(a.name, instr(a.name, '/') + 1)) = ?", (name_key(value),)
+
+
+def _namespace(value: str) -> _Term:
+    return "(a.name >= ? AND a.name < ?)", (f"{value}/", f"{value}0")  # '0' comes right after '/'
 
 
 def _base(value: str) -> _Term:
@@ -72,7 +75,7 @@ def _alias(value: str) -> _Term:
 
 _FILTERS: dict[str, Callable[[str], _Term]] = {
     "name": _name,
-    "namespace": lambda value: ("a.name GLOB ?", (f"{value}/*",)),
+    "namespace": _namespace,
     "version": _column("version"),
     "digest": _column("digest"),
     "type": _column("type"),

@@ -76,13 +76,14 @@ class Catalogue:
 
     @classmethod
     def fold(cls, name: str, events: Iterable[Event]) -> Catalogue:
-        """Replay a name's events."""
+        """Replay a name's events; it is called as it was written when it was last published."""
         releases: dict[str, Release] = {}
         aliases: dict[str, str] = {}
         gone: dict[str, Tombstone] = {}
         for event in events:
             digest, version = str(event.digest), str(event.version)
             if event.op == "publish":
+                name = event.name
                 releases[digest] = Release(version, digest)
                 gone.pop(digest, None)
             elif event.op in ("delete", "evict"):

@@ -18,7 +18,7 @@ from hub.errors import HubError, IntegrityError, NotFound, StoreError, UsageErro
 from hub.io import canonical_json as canonical
 from hub.io.disk import disk_errors
 from hub.io.parallel import Workers
-from hub.ref import LATEST, AdapterRef, check_alias
+from hub.ref import LATEST, AdapterRef, check_alias, name_key
 from hub.storage import oci_index
 from hub.storage.blobs import Blobs
 from hub.storage.ledger import Event, Ledger, Op
@@ -121,13 +121,13 @@ class Vault:
 
     def names(self) -> list[str]:
         """All names with a release, sorted."""
-        live = set[tuple[str, str | None]]()
+        live = dict[str | None, str]()
         for event, _ in self.ledger.read():
             if event.op == "publish":
-                live.add((event.name, event.digest))
+                live[event.digest] = event.name
             elif event.op in ("delete", "evict"):
-                live.discard((event.name, event.digest))
-        return sorted({name for name, _ in live})
+                live.pop(event.digest, None)
+        return sorted({name_key(name): name for name in live.values()}.values(), key=name_key)
 
     def resolve(self, ref: str | AdapterRef) -> Release:
         """Pick the release a ref stands for; NotFound with did-you-mean."""
@@ -135,7 +135,7 @@ class Vault:
         catalogue = self.catalogue(ref.id)
         if not catalogue.releases:
             names = self.names()
-            same = [name for name in names if name.split("/")[1] == ref.name]
+            same = [name for name in names if name_key(name.split("/")[1]) == name_key(ref.name)]
             hint = suggest(ref.id, names) or (f"did you mean {' or '.join(same[:3])}?" if same else None)
             raise NotFound(f"there is no adapter {ref.id} in {self.where}", ref=ref, hint=hint or self.absent_hint)
         return choose(ref, catalogue, where=self.where)
@@ -296,7 +296,7 @@ class Vault:
                 raise NotFound(f"{ref.id} has no alias {alias!r}", ref=ref, hint=known)
             refuse_moved(catalogue, alias, expect)
             if before != target:
-                self._commit(Event("alias", ref.id, target, alias=alias))
+                self._commit(Event("alias", catalogue.name, target, alias=alias))
         return before
 
     def yank(self, ref: str | AdapterRef, reason: str | None, *, note: str | None = None) -> Release:

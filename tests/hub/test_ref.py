@@ -6,7 +6,7 @@ from packaging.version import Version
 from hub.errors import RefError
 from hub.ref import AdapterRef, version_key
 
-names = st.from_regex(r"[a-z0-9](?:[a-z0-9]|[._-](?=[a-z0-9])){0,20}", fullmatch=True)
+names = st.from_regex(r"[A-Za-z0-9](?:[A-Za-z0-9]|[._-](?=[A-Za-z0-9])){0,20}", fullmatch=True)
 numbers = st.integers(0, 10**6)
 versions = st.builds(
     lambda release, pre, post, dev: ".".join(map(str, release)) + pre + post + dev,
@@ -87,7 +87,14 @@ def test_canonical_text(text: str, canonical: str) -> None:
         "../etc",
         "acme/..",
         "a..b",
-        "Acme/tone",
+        "acme/tone.git",
+        "acme.git/tone",
+        "acme/Tone.Git",
+        "api/tone",
+        "Static/tone",
+        "lfs/tone",
+        "datasets/tone",
+        "acme/resolve",
         "acme/tone@",
         "acme/tone@1.0@2.0",
         "acme/tone@1.0+cpu",
@@ -110,10 +117,21 @@ def test_refused(text: str) -> None:
         AdapterRef.parse(text)
 
 
-def test_upper_case_gets_a_suggestion() -> None:
-    with pytest.raises(RefError) as caught:
-        AdapterRef.parse("My Tone".replace(" ", "_"))
-    assert caught.value.hint == "try 'my-tone'"
+def test_a_bad_name_gets_a_suggestion() -> None:
+    for text, hint in (("My--Tone_", "try 'My-Tone'"), ("acme/tone.git", "try 'tone'"), ("lfs/a", "try 'lfs-team'")):
+        with pytest.raises(RefError) as caught:
+            AdapterRef.parse(text)
+        assert caught.value.hint == hint
+
+
+def test_names_are_shown_as_written_and_compared_without_case() -> None:
+    written, other = AdapterRef.parse("Acme/Tone@1.0"), AdapterRef.parse("acme/tone@v1.0")
+    assert str(written) == "Acme/Tone@1.0"
+    assert written == other
+    assert (
+        len({written, other, AdapterRef.parse("acme/tone@1.1"), AdapterRef.parse("acme/Tone@sha256:" + "0" * 64)}) == 3
+    )
+    assert written != "Acme/Tone@1.0"
 
 
 def test_one_pin_only() -> None:

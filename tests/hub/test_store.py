@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hub.errors import Conflict, IntegrityError, NotFound, RefError, UsageError
+from hub.storage.vault import Vault
 from hub.store import ABSENT, Store, default_root
 
 
@@ -398,3 +399,39 @@ def test_eight_processes_on_one_store(store: Store, packed) -> None:
     assert sum(len(store.catalogue(name).aliases) for name in store.names()) == 8 * 2
     assert store.verify() == []
     assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_names_are_compared_without_case(store: Store, packed) -> None:
+    store.put(packed("Acme/my_Tone@1.0")[0])
+    other = packed("acme/My_tone@1.0", summary="other")[0]
+    with pytest.raises(Conflict, match=r"published in .* with other content"):
+        store.put(other)
+    store.put(packed("acme/my_tone@1.1")[0])
+    store.put(packed("acme/myxtone@1.0")[0])
+    base = packed("org/Mix@1.0", type="composition", kind="", expression="a", requires=[{"name": "acme/My_Tone"}])[0]
+    store.put(base)
+    for again in (store, Store(store.root)):
+        assert [str(again.get(ref).ref) for ref in ("ACME/my_tone@1.0", "acme/MY_TONE", "acme/my_tone>=1,<1.1")] == [
+            "Acme/my_Tone@1.0",
+            "acme/my_tone@1.1",
+            "Acme/my_Tone@1.0",
+        ]
+        assert again.names() == Vault(store.root).names() == ["acme/my_tone", "acme/myxtone", "org/Mix"]
+        for wanted in ({"name": "My_Tone"}, {"name": "acme/MY_*"}, {"name": "Acme/My_Tone"}):
+            assert [artifact.ref.version for artifact in again.list(**wanted)] == ["1.0", "1.1"], wanted
+        assert len(again.list(namespace="ACME")) == 3
+        assert [str(artifact.ref) for artifact in again.search("MY_Tone")] == ["acme/my_tone@1.1"]
+        again.rebuild_index()
+    store.tag("acme/my_tone@1.0", "prod")
+    assert store.catalogue("Acme/My_Tone").aliases == Vault(store.root).catalogue("ACME/MY_TONE").aliases
+    with pytest.raises(Conflict, match="required by org/Mix"):
+        store.delete("ACME/MY_TONE@1.1", "no")
+    assert str(store.untag("Acme/My_tone", "prod")) == store.get("acme/my_tone@1.0").digest
+    store.delete("ACME/MY_TONE@1.1", "wrong", force=True)
+    assert store.get("acme/my_tone").ref.version == "1.0"
+    listed = json.loads((store.root / "index.json").read_bytes())["manifests"]
+    tags = [entry["annotations"]["org.opencontainers.image.ref.name"] for entry in listed]
+    assert sorted(tags) == ["Acme/my_Tone:1.0", "acme/myxtone:1.0", "org/Mix:1.0"]
+    assert store.verify() == []
+    with pytest.raises(Conflict, match="never used again"):
+        store.put(packed("Acme/MY_tone@1.1")[0])

@@ -9,7 +9,8 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from hub.registry.context import caller_of, context_of, reading, repo_name, require_write, writing
+from hub.ref import AdapterRef, name_key
+from hub.registry.context import caller_of, context_of, reading, require_write, writing
 from hub.registry.errors import ApiError, repo_not_found
 from hub.registry.guard import unslash
 from hub.registry.protocol import infos
@@ -45,9 +46,9 @@ def list_models(
     order = "created" if sort in ("lastModified", "createdAt") else None
     enough = -1 if wanted or search else skip + limit + 1  # what only Python can decide needs all of them
     facts, total = context.search.select({"namespace": author, "base": base}, order, caller, recorded, enough)
-    items = [infos.listed(each, recorded.get(each.name)) for each in facts if _fits(each, search, wanted)]
+    items = [infos.listed(each, recorded.get(name_key(each.name))) for each in facts if _fits(each, search, wanted)]
     if not wanted and len(facts) == total:
-        items += _drafts(request, {each.name for each in facts}, search, author)
+        items += _drafts(request, {name_key(each.name) for each in facts}, search, author)
     headers = {}
     if len(items) > skip + limit:
         query = [(key, value) for key, value in request.query_params.multi_items() if key != "skip"]
@@ -57,7 +58,7 @@ def list_models(
 
 
 def _fits(facts: Facts, search: str | None, wanted: list[str]) -> bool:
-    return (not search or search.lower() in facts.name) and set(wanted) <= set(infos.tags_of(facts))
+    return (not search or search.lower() in facts.name.lower()) and set(wanted) <= set(infos.tags_of(facts))
 
 
 def _drafts(request: Request, published: set[str], search: str | None, author: str | None) -> list[dict[str, Any]]:
@@ -67,7 +68,7 @@ def _drafts(request: Request, published: set[str], search: str | None, author: s
     return [
         infos.listed_draft(recorded[name])
         for name in names
-        if (not search or search.lower() in name) and (not author or name.startswith(f"{author}/"))
+        if (not search or search.lower() in name) and (not author or name.startswith(name_key(f"{author}/")))
     ]
 
 
@@ -116,13 +117,7 @@ def create(request: Request, body: JsonBody) -> JSONResponse:
         raise ApiError(400, f"this registry holds adapters: no repositories of type {str(body['type'])[:20]!r}")
     namespace, short = str(body.get("organization") or caller.home), str(body.get("name", ""))
     require_write(caller, namespace)
-    name = repo_name(namespace, short)
-    if name is None:
-        raise ApiError(
-            400,
-            f"{namespace[:96]}/{short[:96]} is not a name here: lower-case letters and digits with single '.', '_' or "
-            "'-' between them",
-        )
+    name = AdapterRef(namespace, short).id  # what cannot be one is answered with what it could be
     url = f"{request.base_url}{name}"
     try:
         changes.create_repo(context.repos, name, visibility=_visibility(body) or "public")

@@ -21,42 +21,27 @@ from hub.registry.state.git_ids import File
 from hub.storage.blobs import Blobs
 from hub.storage.staging import Staging
 
-SCHEMA = 2
+SCHEMA = 3
 BUSY = 30.0  # seconds to wait for another writer
 GRACE = 3600.0  # seconds that a blob may wait for the transaction that names it
 KEEP = 30 * 86400.0  # seconds that a superseded draft, or an upload that no commit took, is kept
 
-_TABLES = """
-CREATE TABLE repos (
-    name TEXT PRIMARY KEY, visibility TEXT NOT NULL, gated TEXT NOT NULL, created REAL NOT NULL,
-    deleted INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE TABLE commits (
-    repo TEXT NOT NULL, oid TEXT NOT NULL, parent TEXT, tree TEXT NOT NULL, author TEXT NOT NULL, time REAL NOT NULL,
-    title TEXT NOT NULL, message TEXT NOT NULL, PRIMARY KEY (repo, oid)
-) WITHOUT ROWID;
-CREATE TABLE branches (repo TEXT NOT NULL, name TEXT NOT NULL, oid TEXT NOT NULL, PRIMARY KEY (repo, name))
-    WITHOUT ROWID;
-CREATE TABLE tags (repo TEXT NOT NULL, name TEXT NOT NULL, oid TEXT NOT NULL, PRIMARY KEY (repo, name)) WITHOUT ROWID;
-CREATE TABLE origins (repo TEXT NOT NULL, digest TEXT NOT NULL, oid TEXT NOT NULL, author TEXT NOT NULL,
-    PRIMARY KEY (repo, digest)) WITHOUT ROWID;
-CREATE TABLE uploads (repo TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL, time REAL NOT NULL,
-    PRIMARY KEY (repo, sha256)) WITHOUT ROWID;
-CREATE TABLE version_tags (repo TEXT NOT NULL, version TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (repo, version))
-    WITHOUT ROWID;
-"""
-# From the schema before, whose `gated` was a number and which knew versions by their canonical form alone.
-_MIGRATE = """
-ALTER TABLE repos RENAME TO repos_1;
-CREATE TABLE repos (
-    name TEXT PRIMARY KEY, visibility TEXT NOT NULL, gated TEXT NOT NULL, created REAL NOT NULL,
-    deleted INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-INSERT INTO repos SELECT name, visibility, CASE gated WHEN 0 THEN '' ELSE 'manual' END, created, deleted FROM repos_1;
-DROP TABLE repos_1;
-CREATE TABLE version_tags (repo TEXT NOT NULL, version TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (repo, version))
-    WITHOUT ROWID;
-"""
+# Names of repositories are compared without case, those of branches and tags are not.
+_TABLES = {
+    "repos": """name TEXT PRIMARY KEY COLLATE NOCASE, visibility TEXT NOT NULL, gated TEXT NOT NULL,
+        created REAL NOT NULL, deleted INTEGER NOT NULL DEFAULT 0""",
+    "commits": """repo TEXT NOT NULL COLLATE NOCASE, oid TEXT NOT NULL, parent TEXT, tree TEXT NOT NULL,
+        author TEXT NOT NULL, time REAL NOT NULL, title TEXT NOT NULL, message TEXT NOT NULL,
+        PRIMARY KEY (repo, oid)""",
+    "branches": "repo TEXT NOT NULL COLLATE NOCASE, name TEXT NOT NULL, oid TEXT NOT NULL, PRIMARY KEY (repo, name)",
+    "tags": "repo TEXT NOT NULL COLLATE NOCASE, name TEXT NOT NULL, oid TEXT NOT NULL, PRIMARY KEY (repo, name)",
+    "origins": """repo TEXT NOT NULL COLLATE NOCASE, digest TEXT NOT NULL, oid TEXT NOT NULL, author TEXT NOT NULL,
+        PRIMARY KEY (repo, digest)""",
+    "uploads": """repo TEXT NOT NULL COLLATE NOCASE, sha256 TEXT NOT NULL, size INTEGER NOT NULL, time REAL NOT NULL,
+        PRIMARY KEY (repo, sha256)""",
+    "version_tags": """repo TEXT NOT NULL COLLATE NOCASE, version TEXT NOT NULL, tag TEXT NOT NULL,
+        PRIMARY KEY (repo, version)""",
+}
 _OF_REPO = ("commits", "branches", "tags", "uploads", "version_tags")
 
 
@@ -111,11 +96,10 @@ class Drafts:
     def _create(self) -> None:
         with self.change() as db:
             schema = db.execute("PRAGMA user_version").fetchone()[0]
-            if schema in (0, 1):
-                for statement in (_TABLES if schema == 0 else _MIGRATE).split(";\n"):
-                    db.execute(statement)
+            if schema < SCHEMA:
+                _migrate(db)
                 db.execute(f"PRAGMA user_version = {SCHEMA}")
-            elif schema != SCHEMA:
+            elif schema > SCHEMA:
                 raise StoreError(
                     f"{self.path} has schema {schema}, this version reads {SCHEMA}",
                     path=self.path,
@@ -181,6 +165,20 @@ class Drafts:
                     path.unlink()
                     count += 1
         return count
+
+
+def _migrate(db: sqlite3.Connection) -> None:
+    """Make the tables, with the rows of those of an earlier schema."""
+    before = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    for table, columns in _TABLES.items():
+        if table in before:
+            db.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+        db.execute(f"CREATE TABLE {table} ({columns}) WITHOUT ROWID")
+        if table in before:
+            db.execute(f"INSERT INTO {table} SELECT * FROM old_{table}")  # noqa: S608  (our own names)
+            db.execute(f"DROP TABLE old_{table}")
+    # Schema 1 had a number there.
+    db.execute("UPDATE repos SET gated = CASE gated WHEN '0' THEN '' WHEN '1' THEN 'manual' ELSE gated END")
 
 
 def dump_tree(tree: Mapping[str, File]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hub.errors import NotFound
-from hub.ref import AdapterRef
+from hub.ref import AdapterRef, name_key
 from hub.storage.releases import choose
 from hub.store import Store
 
@@ -89,7 +89,7 @@ class Relations:
 
     def _below(self, digest: str) -> list[Edge]:
         here = self.store.list(digest=digest, yanked=True)
-        names = [digest, *(artifact.facts.name for artifact in here)]
+        names = [digest, *(name_key(artifact.facts.name) for artifact in here)]
         pointers = [pointer for name in names for pointer in self._in.get(name, ())]
         return [(each.source, digest, each.relation) for each in pointers if self._resolve(each) == digest]
 
@@ -111,5 +111,5 @@ class Relations:
         for source, relation, target, digest in self.store.edges():
             pointer = _Pointer(source, relation, target, digest)
             out[source].append(pointer)
-            into[digest or _NOT_NAME.split(target, maxsplit=1)[0]].append(pointer)
+            into[digest or name_key(_NOT_NAME.split(target, maxsplit=1)[0])].append(pointer)
         self._out, self._in, self._size = dict(out), dict(into), size

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
+from hub.ref import name_key
 from hub.storage.ledger import Event, Op, Position
 from hub.storage.releases import Catalogue
 from hub.store import Store
@@ -56,14 +57,15 @@ class Catalogues:
     def get(self, name: str) -> Catalogue:
         """Releases and aliases of a name, as the log has them now."""
         self._follow()
+        name = name_key(name)
         catalogue = self._found.get(name)
         if catalogue is not None:
             return catalogue
         start = self._at
         catalogue = self.store.catalogue(name)  # at least as new as `start`; it may have to wait for a writer
         with self._guard:
-            since = [event for event, _ in self.store.ledger.read(start) if event.name == name]
-            return self._found.put(name, Catalogue.fold(name, [*_events(catalogue), *since]))
+            since = [event for event, _ in self.store.ledger.read(start) if name_key(event.name) == name]
+            return self._found.put(name, Catalogue.fold(catalogue.name, [*_events(catalogue), *since]))
 
     def _follow(self) -> None:
         size = self.store.ledger.size
@@ -75,9 +77,9 @@ class Catalogues:
                 self._at = Position()
             # An event may be applied twice (a catalogue was asked for in between): the second time changes nothing.
             for event, at in self.store.ledger.read(self._at):
-                known = self._found.get(event.name)
+                known = self._found.get(name_key(event.name))
                 if known is not None:
-                    self._found.put(event.name, Catalogue.fold(event.name, [*_events(known), event]))
+                    self._found.put(name_key(event.name), Catalogue.fold(known.name, [*_events(known), event]))
                 self._at = at
 
 

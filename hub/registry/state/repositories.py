@@ -13,7 +13,7 @@ from pathlib import Path
 from hub.errors import IntegrityError, NotFound, RefError
 from hub.io.files import CHUNK, open_regular
 from hub.manifest import MANIFEST_NAME, Manifest
-from hub.ref import AdapterRef
+from hub.ref import AdapterRef, name_key
 from hub.registry.errors import ApiError, entry_not_found, revision_not_found
 from hub.registry.state import git_ids as gitids
 from hub.registry.state.drafts import Commit, Drafts, Repo, find_commit, find_name, find_repo, pairs, version_tags
@@ -79,21 +79,18 @@ class Repos:
             repo = find_repo(db, name)
         if repo is not None:
             return None if repo.deleted else repo
-        return Repo(name) if self.catalogue(name).releases else None
+        catalogue = self.catalogue(name)
+        return Repo(catalogue.name) if catalogue.releases else None
 
     def catalogue(self, name: str) -> Catalogue:
         """Releases and aliases of a name."""
         return self._catalogues.get(name)
 
     def recorded(self) -> dict[str, Repo]:
-        """All repositories with a row of their own, deleted ones too, by name."""
+        """All repositories with a row of their own, deleted ones too, by the key of their name (`hub.ref.name_key`)."""
         with self.drafts.read() as db:
             rows = db.execute("SELECT name, visibility, gated, created, deleted FROM repos").fetchall()
-        return {row[0]: Repo(row[0], row[1], row[2], row[3], bool(row[4])) for row in rows}
-
-    def hidden(self) -> dict[str, Repo]:
-        """Repositories that not everybody may see, deleted ones too."""
-        return {name: repo for name, repo in self.recorded().items() if repo.private or repo.deleted}
+        return {name_key(row[0]): Repo(row[0], row[1], row[2], row[3], bool(row[4])) for row in rows}
 
     def resolve(self, name: str, revision: str) -> Revision:
         """Return the revision that a branch, tag, version, alias, digest or commit id stands for."""
@@ -247,7 +244,7 @@ class Repos:
     def _build(self, name: str, release: Release) -> Revision:
         manifest = self.store.manifest(release.digest)
         tree = release_tree(manifest)
-        title, root = f"{name} {manifest.version}", gitids.trees(self.entry_oids(tree))[""]
+        title, root = f"{manifest.name} {manifest.version}", gitids.trees(self.entry_oids(tree))[""]
         # The id is that of the manifest everywhere, so it knows no time of this registry; what is shown does.
         oid = gitids.commit_oid(root, (), SYSTEM, manifest.created or EPOCH, f"{title}\n\n{manifest.digest}")
         published = datetime.fromisoformat(self.facts(name, release).created.replace("Z", "+00:00"))

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from hub.ref import name_key
 from hub.registry.state.drafts import Repo
 from hub.registry.tokens import Caller
 from hub.storage.index import Facts, Index
@@ -20,7 +21,7 @@ _CACHED = 64  # callers' sets of facets
 
 def visible(caller: Caller, name: str, recorded: Mapping[str, Repo]) -> bool:
     """Whether a caller may see a repository; one without a row of its own is public."""
-    repo = recorded.get(name)
+    repo = recorded.get(name_key(name))
     if repo is not None and repo.deleted:
         return False
     namespace = name.partition("/")[0]
@@ -105,7 +106,7 @@ class StoreSearch:
         return facts, len(facts)
 
     def _hidden(self, caller: Caller, recorded: Mapping[str, Repo]) -> str:
-        """Names that the caller may not see, as a JSON list."""
+        """Names that the caller may not see, as a JSON list; the index compares them without case."""
         names = recorded if caller.public else {*recorded, *self.store.names()}
         return json.dumps(sorted(name for name in names if not visible(caller, name, recorded)))
 

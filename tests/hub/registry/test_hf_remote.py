@@ -61,7 +61,7 @@ def test_a_namespace_holds_adapters_of_any_other(site, remote, store, second, pu
 
 
 @pytest.mark.parametrize(
-    "url", ["hf://acme/tone", "hf://acme?x=1", "hf://me@acme", "hf+http://", "hf+https://host/a/b", "hf://Acme"]
+    "url", ["hf://acme/tone", "hf://acme?x=1", "hf://me@acme", "hf+http://", "hf+https://host/a/b", "hf://Acme_"]
 )
 def test_urls_that_are_none(url: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -281,3 +281,13 @@ def test_a_registry_of_the_schema_before_goes_on(tmp_path: Path) -> None:
             assert find_repo(db, "acme/a") == Repo("acme/a", "private", "manual", 5.0)
             assert find_repo(db, "acme/b") == Repo("acme/b", "public", "", 6.0, deleted=True)
             assert version_tags(db, "acme/a") == {}
+
+
+def test_private_is_private_however_its_name_is_written(secret) -> None:
+    """Who may see what does not hang on capitals, neither of the address nor of the token's namespaces."""
+    names = ("acme/secret", "Acme/secret", "ACME/SECRET")
+    assert {secret.ask(f"/api/models/{name}").status for name in names} == {401}
+    assert {secret.ask(f"/api/models/{name}", token="alice").status for name in names} == {200}
+    assert {secret.ask(f"/api/models/{name}", token="bob").status for name in names} == {404}
+    seen = [model["id"] for model in secret.ask("/api/models").json()]
+    assert "acme/secret" not in [name.lower() for name in seen]

@@ -152,6 +152,38 @@ print(json.dumps(dict(tree=tree, some=[some["README.md"] == first.oid, some["aux
     assert site.store.catalogue("acme/tone").releases[0].yanked  # its tag is gone
 
 
+def test_capitals_in_names(site, files) -> None:
+    """Accounts and repositories of the Hub have them: kept as they were written, found however they are written."""
+    directory = files("tone")
+    found = site.stock(
+        f"""
+api.create_repo("Acme/My-Tone")
+api.create_repo("acme/my-tone", exist_ok=True)
+api.upload_folder(repo_id="acme/MY-tone", folder_path={str(directory)!r})
+draft = [m.id for m in api.list_models()]
+api.create_tag("acme/my-tone", tag="1.0.0")
+api.update_repo_settings("acme/my-tone", gated="auto")
+print(json.dumps(dict(draft=draft, models=[m.id for m in api.list_models(author="acme", search="TONE")],
+    info=[(i.id, i.sha, i.gated) for i in map(api.model_info, ("Acme/My-Tone", "acme/my-tone"))],
+    tags=[t.name for t in api.list_repo_refs("ACME/MY-TONE").tags])))
+"""
+    )
+    assert found["draft"] == found["models"] == ["Acme/My-Tone"]
+    assert found["info"][0] == found["info"][1]
+    assert found["info"][0][0::2] == ["Acme/My-Tone", "auto"]
+    assert found["tags"] == ["1.0.0"]
+    assert str(site.store.get("acme/my-tone").ref) == "Acme/My-Tone@1.0.0"
+    assert b"Acme/My-Tone" in site.ask("/acme/my-tone", headers={"Accept": "text/html"}).body
+
+
+@pytest.mark.parametrize("name", ["acme/tone.git", "api/tone", "static/tone", "LFS/tone"])
+def test_names_that_addresses_need_are_refused_by_name(site, name: str) -> None:
+    namespace, short = name.split("/")
+    answer = site.ask("/api/repos/create", "POST", {"organization": namespace, "name": short})
+    assert answer.status == 400
+    assert repr(short if short.endswith(".git") else namespace) in answer.json()["error"]
+
+
 def test_who_changed_a_file_is_known_across_versions(site, files) -> None:
     one, two = files("one", seed=1), files("two", seed=2)
     found = site.stock(
@@ -207,7 +239,7 @@ print(json.dumps([
         path_or_fileobj=b"---\\n[x\\n---\\n", path_in_repo="README.md", repo_id="acme/tone")),
     kind(lambda: api.delete_file("nope.txt", "acme/tone")),
     kind(lambda: api.create_repo("acme/data", repo_type="dataset")),
-    kind(lambda: api.create_repo("Acme/Tone")),
+    kind(lambda: api.create_repo("acme/tone_")),
     kind(lambda: api.delete_repo("acme/nope")),
     kind(lambda: api.create_branch("acme/tone", branch="main")),
     kind(lambda: api.delete_branch("acme/tone", branch="main")),

@@ -120,6 +120,30 @@ def test_pushing_and_pulling_again_is_a_no_op(url: str, store: Store, second: St
     assert len(from_url(url).catalogue("acme/tone").releases) == 1
 
 
+def test_names_are_compared_without_case(url: str, store: Store, second: Store, publish, packed) -> None:
+    """On the Hub accounts and repositories have capitals; whoever writes them otherwise means the same adapter."""
+    one = publish("Acme/Tone@1.0.0")
+    push(store, from_url(url), "acme/tone")
+    store.tag("ACME/tone@1.0.0", "prod")
+    push(store, from_url(url), "acme/TONE@prod")
+    publish("acme/tone@1.1.0")
+    push(store, from_url(url), "Acme/Tone@1.1.0")
+    remote = from_url(url)
+    assert [name.lower() for name in remote.names()] == ["acme/tone"]
+    for name in ("Acme/Tone", "acme/tone"):
+        catalogue = remote.catalogue(name)
+        assert [release.version for release in catalogue.releases] == ["1.0.0", "1.1.0"]
+        assert catalogue.aliases == {"prod": one.digest}
+    pulled = pull(second, remote, "acme/tone@prod")
+    assert (pulled.digest, str(pulled.ref)) == (one.digest, "Acme/Tone@1.0.0")  # shown as it was written
+    assert str(pull(second, remote, "ACME/TONE").ref) == "acme/tone@1.1.0"
+    assert second.verify() == []
+    third = Store(second.root.parent / "third")
+    third.put(packed("ACME/Tone@1.0.0", summary="other")[0])
+    with pytest.raises(Conflict):
+        push(third, from_url(url), "acme/tone")
+
+
 def test_only_what_is_missing_travels(url: str, store: Store, packed) -> None:
     # The second version has the same weights and card, and another config.
     directory, _ = packed("acme/tone@1.0.0")
