@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from hub.api.artifacts import diff as diff
     from hub.api.artifacts import export as export
     from hub.api.artifacts import import_ as import_
+    from hub.api.artifacts import import_each as import_each
     from hub.api.artifacts import pull as pull
     from hub.api.artifacts import push as push
     from hub.api.artifacts import tree as tree
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
-    "hub.api.artifacts": ("diff", "export", "import_", "pull", "push", "tree"),
+    "hub.api.artifacts": ("diff", "export", "import_", "import_each", "pull", "push", "tree"),
     "hub.api.projects": ("lock", "outdated", "sync"),
     "hub.api.versions": ("delete", "sign", "tag", "untag", "unyank", "verify", "yank"),
     "hub.errors": ("HubError", "HubWarning"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compose.artifacts.export_format import FORMATS
+from hub.contents.checks import TOKENIZER
 from hub.errors import Conflict, UsageError
 from hub.io.files import fsync_directory
 from hub.store import Store
@@ -84,6 +86,8 @@ def export(
         young = Path(room) / "young"
         young.mkdir()
         notes, measured = request.write(young)
+        for name in set(TOKENIZER).intersection(request.artifact.files):  # its own, where it came with one
+            shutil.copyfile(request.artifact.file(name), young / name)
         young.replace(out)
     fsync_directory(out.parent)
     return Exported(str(request.artifact.ref), format, str(out), tuple(notes), measured)

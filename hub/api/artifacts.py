@@ -206,6 +206,22 @@ def import_(
     return artifact if tag is None else store.tag(artifact.ref, tag)
 
 
+def import_each(
+    source: str | Path, *, probe: bool = False, store: Store | None = None, say: Say = silent, **facts: Any
+) -> list[Artifact]:
+    """Bring all adapters of a directory of several, each under ``name`` and its folder's: all of them, or none.
+
+    Parameters and errors as for `import_`.
+    """
+    from hub.foreign.intake import take_in_each
+    from hub.store import Store
+
+    artifacts = take_in_each(store or Store(), str(source), facts, probe=probe, say=say)
+    for artifact in artifacts:
+        warn_of(artifact)
+    return artifacts
+
+
 def export(ref: str, format: str, out: str | Path, **options: Any) -> Any:
     """Write an artifact for another engine; see `compose.export`, whose parameters these are."""
     return load("compose.artifacts.exporting:export")(ref, format, Path(out), **options)

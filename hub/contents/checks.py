@@ -21,6 +21,21 @@ from hub.manifest import Draft, FileEntry, Manifest, Role, TensorEntry
 WEIGHTS: Final = "adapter_model.safetensors"
 EXTRA: Final = "extra.safetensors"
 CONFIG: Final = "adapter_config.json"
+# What a tokenizer is made of, its chat template included; it may travel with an adapter, beside the weights.
+TOKENIZER: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "tokenizer.model",
+)
 IGNORED = frozenset({".DS_Store", ".git", ".gitattributes", ".gitignore", ".cache"})
 MAX_TEXT_FILE = 64 * 2**20  # bytes
 
@@ -38,6 +53,8 @@ _BARE = {"LICENSE", "NOTICE", "CITATION.cff"}
 _PICKLED = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".model"}
 _PICKLE_START = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
+_SENTENCEPIECE = {name for name in TOKENIZER if name.endswith(".model")}
+_PIECES_START = b"\n"  # protobuf: field 1 of a SentencePiece model, its pieces, as a message
 
 
 def role_of(path: str) -> Role:
@@ -55,6 +72,8 @@ def check_file_set(paths: Iterable[str], draft: Draft) -> None:
     names = list(paths)
     for path in names:
         suffix = Path(path).suffix.lower()
+        if path in _SENTENCEPIECE:
+            continue
         if suffix in _PICKLED:
             raise GateError(
                 f"{path} is a pickle or may be one; artifacts never hold pickles",
@@ -114,6 +133,10 @@ def _check_content(path: Path, name: str) -> None:
     with open_regular(path) as file:
         start = file.read(len(_PNG_START))
         _refuse_pickle(start, name)
+        if name in _SENTENCEPIECE:
+            if not start.startswith(_PIECES_START) or path.stat().st_size > MAX_TEXT_FILE:
+                raise GateError(f"{name} is no SentencePiece model of at most {MAX_TEXT_FILE} bytes", path=name)
+            return
         if name.endswith(".png"):
             if start != _PNG_START:
                 raise GateError(f"{name} is not a PNG image", path=name)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hub.errors import UsageError
+from hub.errors import NotFound, UsageError
 from hub.foreign import sources
 from hub.foreign.peft_config import facts_of
 from hub.lazy import load
 from hub.manifest import Draft, Lineage, validate
 from hub.pack import pack
+from hub.store import Store
 
 if TYPE_CHECKING:
     from hub.storage.artifact import Artifact
-    from hub.store import Store
 
 _CONVERT = "compose.artifacts.importing:convert"
 _IDENTITY = "compose.base.model:identity_of"
@@ -40,6 +42,31 @@ def take_in(
         if adapter.left:
             say(f"left out: {', '.join(adapter.left[:8])}{', ...' if len(adapter.left) > 8 else ''}")
         return _publish(store, adapter, stated, probe)
+
+
+def take_in_each(
+    store: Store, source: str, facts: Mapping[str, Any], *, probe: bool = False, say: Callable[[str], None]
+) -> list[Artifact]:
+    """Publish every adapter of a source, each under the given name and that of its folder: ``acme/tone-french``.
+
+    All facts are checked, and every adapter is read, before the first one is published.
+    """
+    folders = sources.folders(source)
+    if not folders:
+        raise NotFound(f"{source} holds no adapter", path=source, hint="check the path")
+    if "name" not in facts:
+        raise UsageError("--each needs a name that the folders' names are put behind", hint="add --name NS/NAME")
+    with tempfile.TemporaryDirectory(prefix="moduloom-import-") as room:
+        stores = Store(Path(room) / "store")  # where they are tried: all or none
+        named = {folder: {**facts, "name": _name_in(str(facts["name"]), folder)} for folder in folders}
+        for folder, own in named.items():
+            take_in(stores, source, own, subfolder=folder, probe=probe, say=say)
+        return [store.put(stores.get(own["name"]).materialize(Path(room) / folder)) for folder, own in named.items()]
+
+
+def _name_in(name: str, folder: str) -> str:
+    own = re.sub(r"[^A-Za-z0-9]+", "-", folder).strip("-")
+    return f"{name}-{own}" if own else name
 
 
 def _facts(source: str, adapter: sources.ForeignAdapter, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,5 +101,7 @@ def _publish(store: Store, source: sources.ForeignAdapter, facts: dict[str, Any]
             "base": load(_IDENTITY)(base),
             "lineage": Lineage(run=source.origin) if source.origin else None,
         }
+        for name in source.tokenizer:
+            shutil.copyfile(source.directory / name, out / name)
         pack(out, validate(Draft, {**draft.model_dump(exclude={"base"}), **measured}, what="the facts"))
         return store.put(out)

@@ -230,7 +230,7 @@ def test_warnings_are_shown(files, base_identity, tmp_path: Path) -> None:
         (["xyzzy"], 2, "`hub --help` lists all commands"),
         (["show", "acme/tonne"], 1, "did you mean acme/tone?"),
         (["show", "acme/tone@9"], 1, "there are 1.0.0, 1.1.0"),
-        (["show", "Acme/Tone"], 2, "is not a namespace"),
+        (["show", "Acme_/Tone"], 2, "is not a namespace"),
         (["show"], 2, "Missing argument"),
         (["list", "--knd", "x"], 2, "--kind"),
         (["push", "./absent"], 1, "is not a directory"),

@@ -141,6 +141,103 @@ def test_adapters_of_several_names(saved, cli, tmp_path: Path) -> None:
     assert cli("import", str(directory), *FACTS, "--subfolder", "tone").exit_code == 0
 
 
+def test_each_adapter_of_a_directory_of_several(saved, cli, tmp_path: Path) -> None:
+    root = tmp_path / "several"
+    for name in ("formal tone", "law"):
+        shutil.copytree(saved("lora", "tone")[0] / "tone", root / name)
+    result = cli("import", str(root), *FACTS, "--each", "--json")
+    assert result.exit_code == 0, result.output
+    assert [each["ref"] for each in json.loads(result.stdout)] == ["acme/tone-formal-tone@1.0.0", "acme/tone-law@1.0.0"]
+    assert cli("import", str(root), *FACTS, "--each", "--tag", "prod").exit_code == 2
+    # All of them or none: where one cannot be read, nothing is published.
+    config = root / "law" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": "VBLORA"}))
+    result = cli("import", str(root), "--name", "acme/again", *FACTS[2:], "--each")
+    assert result.exit_code == 1
+    assert "VBLORA" in result.stderr
+    assert [name for name in Store().names() if "again" in name] == []
+
+
+def test_adapters_below_the_one_that_is_taken_are_told(saved, cli, tmp_path: Path) -> None:
+    directory = shutil.copytree(saved("lora")[0], tmp_path / "a")
+    shutil.copytree(saved("lora", "tone")[0] / "tone", directory / "checkpoint-500")
+    result = cli("import", str(directory), *FACTS)
+    assert result.exit_code == 0
+    assert "left out: checkpoint-500/" in result.stderr
+
+
+def sharded(directory: Path, out: Path) -> Path:
+    """The weights in two files and an index, as transformers writes large ones."""
+    shutil.copytree(directory, out)
+    tensors = load_file(out / "adapter_model.safetensors")
+    (out / "adapter_model.safetensors").unlink()
+    names = {name: f"adapter_model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(names.values()):
+        save_file({name: tensors[name] for name in names if names[name] == file}, out / file)
+    index = {"metadata": {"total_size": 0}, "weight_map": names}
+    (out / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    return out
+
+
+def test_weights_in_several_files(saved, cli, tmp_path: Path) -> None:
+    directory, _ = saved("lora")
+    shards = sharded(directory, tmp_path / "shards")
+    before = {path.name: path.read_bytes() for path in shards.iterdir()}
+    for source in (shards, directory):  # the same adapter, however many files it lies in
+        assert cli("import", str(source), *FACTS).exit_code == 0
+    assert Store().verify() == []
+    assert before == {path.name: path.read_bytes() for path in shards.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda d, index: (d / "adapter_model-00002-of-00002.safetensors").unlink(), "lacks adapter_model-00002"),
+        (lambda d, index: index["weight_map"].popitem(), "do not hold each of the tensors that it lists once"),
+        (lambda d, index: index["weight_map"].update(x="../secret.safetensors"), "no safetensors file beside it"),
+        (lambda d, index: index["weight_map"].update(x="x.bin"), "no safetensors file beside it"),
+        (lambda d, index: index.update(weight_map=[]), "no weight_map"),
+        (
+            lambda d, index: shutil.copyfile(
+                d / "adapter_model-00001-of-00002.safetensors", d / "adapter_model-00002-of-00002.safetensors"
+            ),
+            "do not hold each",
+        ),
+    ],
+)
+def test_shards_that_are_not_whole_are_refused(saved, cli, tmp_path: Path, edit, words: str) -> None:
+    directory = sharded(saved("lora")[0], tmp_path / "shards")
+    path = directory / "adapter_model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    edit(directory, index)
+    path.write_text(json.dumps(index))
+    result = cli("import", str(directory), *FACTS)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert Store().names() == []
+
+
+def test_tokenizer_and_chat_template_travel(saved, cli, tmp_path: Path) -> None:
+    """What an adapter was trained to read is part of it: in the artifact, in what is pulled and exported."""
+    directory = shutil.copytree(saved("lora")[0], tmp_path / "a")
+    compose.tokenizer(TINY).save_pretrained(directory)
+    (directory / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (directory / "optimizer.pt").write_bytes(b"no")
+    result = cli("import", str(directory), *FACTS)
+    assert result.exit_code == 0, result.output
+    assert "left out: optimizer.pt" in result.stderr
+    artifact = Store().get("acme/tone")
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model"} <= set(artifact.files)
+    assert cli("export", "acme/tone", "--format", "peft", "--to", str(tmp_path / "out")).exit_code == 0
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert read.apply_chat_template([{"content": "hi"}], tokenize=False) == "hi"
+    (directory / "tokenizer.model").write_bytes(b"\x80\x04.")
+    result = cli("import", str(directory), "--name", "acme/pickled", *FACTS[2:])
+    assert result.exit_code == 1
+    assert "tokenizer.model holds a pickle" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("config", "word"),
     [
