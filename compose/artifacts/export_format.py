@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from compose.errors import KindError
-from compose.formats.files import CONFIG, WEIGHTS, write_config
+from compose.formats.files import write_config
+from hub.contents.checks import CONFIG, WEIGHTS
 from hub.errors import UsageError
 from hub.plugins import Registry
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from compose.errors import KindError
 from compose.formats import adapterhub
 from compose.formats.directory import config_fields, our_keys, read_adapter, save_adapter, without_base
-from compose.formats.files import CONFIG, EXTRA, WEIGHTS, peek, read_config, read_tensors, write_config, write_tensors
+from compose.formats.files import peek, read_config, read_tensors, write_config, write_tensors
 from compose.inspection.fake_base import FakeBase
 from compose.kind.adapter import Adapter
 from compose.planning.members import StoredAdapter
 from compose.planning.plan import Leaf
+from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 
 __all__ = ["ReadAdapter", "convert", "read_onto"]
 

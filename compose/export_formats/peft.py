@@ -10,10 +10,11 @@ from compose.base.model import name_of
 from compose.errors import KindError
 from compose.formats import peft as peft_layout
 from compose.formats.directory import export_peft
-from compose.formats.files import CONFIG, EXTRA, read_config
+from compose.formats.files import read_config
 from compose.kind.registry import get_kind
 from compose.merging.whole_layers import widen
 from compose.runtime.model_runtime import runtime
+from hub.contents.checks import CONFIG, EXTRA
 
 _PLAIN_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # PEFT adds no head of its own to these
 

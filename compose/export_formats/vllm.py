@@ -8,9 +8,10 @@ from compose.artifacts.export_format import FORMATS, ExportFormat, Written
 from compose.base.model import name_of
 from compose.errors import KindError
 from compose.formats.directory import export_peft
-from compose.formats.files import CONFIG, EXTRA, WEIGHTS, read_config
+from compose.formats.files import read_config
 from compose.merging.merge import lower_to_lora
 from compose.runtime.model_runtime import runtime
+from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 from hub.contents.tensor_files import read_header
 from hub.errors import GateError
 

@@ -18,22 +18,12 @@ from transformers import PreTrainedModel
 from compose.base.sites import SiteMap
 from compose.errors import KindError
 from compose.formats import adapterhub, peft
-from compose.formats.files import (
-    CONFIG,
-    EXTRA,
-    OWN_KIND,
-    WEIGHTS,
-    file_of,
-    kind_of,
-    read_config,
-    read_tensors,
-    write_config,
-    write_tensors,
-)
+from compose.formats.files import OWN_KIND, file_of, kind_of, read_config, read_tensors, write_config, write_tensors
 from compose.kind.adapter import Adapter, KindConfig, original_module
 from compose.kind.patterns import as_dict
 from compose.kind.registry import get_kind, make_config
 from compose.kind.tensors import PREFIX
+from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 from hub.foreign.peft_config import TASK_TYPES
 from hub.store import Artifact
 

@@ -18,21 +18,6 @@ from hub.store import Artifact
 if TYPE_CHECKING:  # what is asked of configs alone needs no torch
     from torch import Tensor
 
-__all__ = [
-    "CONFIG",
-    "EXTRA",
-    "OWN_KIND",
-    "WEIGHTS",
-    "file_of",
-    "has",
-    "kind_of",
-    "peek",
-    "read_config",
-    "read_tensors",
-    "write_config",
-    "write_tensors",
-]
-
 OWN_KIND = "moduloom_kind"  # field of a config that is ours and not PEFT's
 
 

@@ -12,9 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from compose.formats.files import CONFIG, EXTRA, WEIGHTS, file_of, has, peek, read_config
+from compose.formats.files import file_of, has, peek, read_config
 from compose.planning.plan import Leaf
 from compose.planning.unfold import Resolved
+from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 from hub.contents.tensor_files import DTYPES, TensorInfo, read_header
 from hub.errors import NotFound, UsageError
 from hub.manifest import MANIFEST_NAME, Manifest, read_manifest

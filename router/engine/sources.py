@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from compose.formats.directory import read_adapter
-from compose.formats.files import CONFIG, EXTRA, WEIGHTS, file_of, has, read_config
 from compose.kind.adapter import Adapter
 from compose.planning.members import AdapterFinder, AdapterSource, StoredAdapter
 from compose.planning.plan import Leaf
 from compose.planning.unfold import Resolved
-from hub.contents.tensor_files import read_header
 from hub.errors import NotFound, UsageError, did_you_mean
 from hub.manifest import Manifest
 from hub.ref import AdapterRef
@@ -153,7 +151,7 @@ class Sources:
             return KnownAdapter(text, source, Leaf.of(source), source.labels, task, None, front, size_of(source))
         stored = StoredAdapter.of(text, source)
         manifest = stored.manifest
-        labels = self._classes(source, ()) if manifest is None else self._labels(stored.ref, source, manifest)
+        labels = self._classes(stored, ()) if manifest is None else self._labels(stored, manifest)
         task = "regress" if manifest is not None and manifest.task == "regression" else _task_of(labels)
         return KnownAdapter(
             name=stored.ref if isinstance(source, Artifact) else self._resident_name(text),
@@ -162,30 +160,28 @@ class Sources:
             labels=labels,
             task=task,
             max_length=None if manifest is None else _max_length(manifest),
-            front=_front(read_config(file_of(source, CONFIG))),
-            bytes=source.facts.size if isinstance(source, Artifact) else _bytes(source),
+            front=_front(stored.config),
+            bytes=source.facts.size if isinstance(source, Artifact) else stored.size,
         )
 
     def _resident_name(self, text: str) -> str:
         return text if self._offers[text] < 2 else f"{text}#{self._offers[text]}"
 
-    def _labels(self, name: str, source: Artifact | Path, manifest: Manifest) -> tuple[str, ...]:
+    def _labels(self, stored: StoredAdapter, manifest: Manifest) -> tuple[str, ...]:
         """Classes of the head of an adapter that was made for a task with one."""
         if manifest.task not in _HEADED:
             return ()
         if self._host.translates:
             raise UsageError(
-                f"{name} is a head for {manifest.task}, and {self._host.name} is an encoder-decoder",
-                ref=name,
+                f"{stored.ref} is a head for {manifest.task}, and {self._host.name} is an encoder-decoder",
+                ref=stored.ref,
                 hint="compose.load(base, task='classification') runs it",
             )
-        return self._classes(source, manifest.labels)
+        return self._classes(stored, manifest.labels)
 
-    def _classes(self, source: Artifact | Path, named: tuple[str, ...]) -> tuple[str, ...]:
+    def _classes(self, stored: StoredAdapter, named: tuple[str, ...]) -> tuple[str, ...]:
         """Names of the classes: the given ones, or as many numbers as the head tells apart."""
-        files = [file_of(source, name) for name in (WEIGHTS, EXTRA) if has(source, name)]
-        shapes = {t.name: t.shape for file in files for t in read_header(file.resolve()).tensors}
-        count = self._host.heads.classes(shapes)
+        count = self._host.heads.classes({name: info.shape for name, info in stored.tensors.items()})
         if count is None:
             return ()
         return tuple(named) if len(named) == count else tuple(f"LABEL_{i}" for i in range(count))
@@ -205,10 +201,6 @@ def _front(fields: Mapping[str, Any]) -> int:
     """Virtual tokens of a kind's configuration."""
     count = fields.get("num_virtual_tokens")
     return count if isinstance(count, int) else 0
-
-
-def _bytes(directory: Path) -> int:
-    return sum((directory / name).stat().st_size for name in (WEIGHTS, EXTRA) if has(directory, name))
 
 
 def size_of(adapter: Adapter) -> int:

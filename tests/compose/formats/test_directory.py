@@ -15,10 +15,10 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from compose.errors import KindError
 from compose.formats.directory import export_peft, parse_config, read_adapter, save_adapter
-from compose.formats.files import CONFIG, EXTRA, WEIGHTS
 from compose.formats.peft import short_targets
 from compose.kind.registry import get_kind, kinds, make_config
 from compose.runtime.model_runtime import runtime
+from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 from hub.errors import HubError, IntegrityError, NotFound
 from hub.foreign.peft_config import PEFT_KINDS
 

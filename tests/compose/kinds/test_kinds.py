@@ -12,10 +12,11 @@ import compose
 from compose.base.weights import dense_weight
 from compose.errors import KindError, SiteError
 from compose.formats.directory import save_adapter
-from compose.formats.files import WEIGHTS, write_tensors
+from compose.formats.files import write_tensors
 from compose.kind.registry import get_kind, kinds, make_config
 from compose.kind.tensors import PREFIX
 from compose.runtime.model_runtime import activate, eject, runtime
+from hub.contents.checks import WEIGHTS
 from hub.errors import NotFound
 
 FAMILIES = ["llama", "qwen2", "gpt2", "bert", "roberta", "t5", "opt", "gpt_neox"]

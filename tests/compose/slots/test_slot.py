@@ -9,8 +9,8 @@ import torch
 
 from compose.errors import KindError, SiteError
 from compose.formats.directory import read_adapter, save_adapter
-from compose.formats.files import EXTRA
 from compose.runtime.model_runtime import activate, eject, runtime
+from hub.contents.checks import EXTRA
 
 HEADS = {"bert": "classifier", "roberta": "classifier", "llama": "score", "gpt2": "score", "opt": "score"}
 
