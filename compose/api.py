@@ -25,6 +25,7 @@ from compose.kind.registry import get_kind, make_config
 from compose.planning.members import AdapterFinder, AdapterSource, manifest_of, task_of
 from compose.planning.plan import plan
 from compose.runtime import model_runtime
+from compose.runtime.activation import Activation
 from compose.runtime.model_runtime import runtime
 from compose.slots.gate import Gate, Mixer
 from hub.manifest import BaseIdentity
@@ -170,14 +171,19 @@ def activate(
     expr: ExprLike | Sequence[ExprLike],
     *,
     weights: Mapping[str, float | Tensor] | None = None,
-) -> None:
+) -> Activation:
     """Make a composition of resident adapters active; None is the bare base.
 
     A list gives each row of the batch its own composition (a batch of k times as many rows repeats each entry k
     times in a row, as beams do). ``weights`` multiplies adapters by name: a number, one per row (B,), or one per
     token (B, T). What is active stays so if this raises.
+
+    Returns
+    -------
+    The merges that were carried out, each with the certificate of what it has lost: nothing, unless a rank was asked
+    for (``ties(a, b, rank=8)``) or a merge is too large to be held whole, of which a MergeWarning tells.
     """
-    model_runtime.activate(model, expr, weights=weights)
+    return model_runtime.activate(model, expr, weights=weights)
 
 
 def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixer) -> None:

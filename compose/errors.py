@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hub.errors import HubError, NotFound, UsageError
+from hub.errors import HubError, HubWarning, NotFound, UsageError
 
 
 class ExpressionError(UsageError):
@@ -39,6 +39,10 @@ class SiteBypassed(KindError):
 
 class IdleWarning(UserWarning):
     """Layers at which an active adapter acts did not run in a call."""
+
+
+class MergeWarning(HubWarning):
+    """A merge was written with a limited rank that nobody asked for; the message says what that lost."""
 
 
 class SiteError(HubError):

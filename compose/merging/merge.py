@@ -10,6 +10,8 @@ merge inside an expression that is activated.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PreTrainedModel
 
 from compose.algebra import parse
@@ -38,7 +40,8 @@ def merge(
     expr
         A merge such as ``ties(a, b)``, or a sum, which is written as one adapter exactly where its kind allows.
     name
-        Of the new adapter.
+        Of the new adapter. A result of a higher rank than its members' is a dense delta, unless a rank is asked for
+        (``rank=8``) or it does not fit (``compose.parameter_space.deltas.DENSE_BUDGET``): see the certificate.
     progress
         Called with what is done, how many places are done, and how many there are.
     data
@@ -55,7 +58,7 @@ def merge(
     if isinstance(tree, Call):
         return carry_out(workspace, tree, name, progress)
     whole = Call("cat", [without_merges(workspace, tree)])
-    return execute(workspace, whole, name, str(tree), progress)
+    return replace(execute(workspace, whole, name, str(tree), progress), inner=dict(workspace.certificates))
 
 
 def lower_to_lora(
@@ -85,7 +88,7 @@ def lower_to_lora(
     for adapter in job.adapters:
         if not adapter.averages_in_weight:
             raise job.refuse(f"{adapter.kind} {adapter.name!r} is no change of weights, so no LoRA does what it does")
-    merged = Merged(*deltas.merge_to_lora(job))
+    merged = Merged(*deltas.merge_to_lora(job), inner=dict(workspace.certificates))
     merged.adapter.labels = labels_of(job)
     return merged
 

@@ -1,6 +1,8 @@
 """Merging changes of weights, site by site: in factors where the method allows, else on one dense layer at a time.
 
-The result is a LoRA, or a DoRA where a gain on W takes part (a sum of DoRAs is a DoRA: gains add, factors stack).
+The result is a LoRA, or a DoRA where a gain on W takes part (a sum of DoRAs is a DoRA: gains add, factors stack). What
+has a higher rank than its members (TIES, DARE, ...) stays whole, as a dense delta, unless a rank is asked for or the
+matrices do not fit ``DENSE_BUDGET``.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compose.base.sites import linear_shape
 from compose.base.weights import row_norm_squared
 from compose.kernels import factors
 from compose.kernels.low_rank import Pair
@@ -22,6 +25,8 @@ from compose.parameter_space.effect import Effect, effect_of
 from compose.parameter_space.job import Job
 from compose.parameter_space.method import Elementwise, Factored, Linear
 from compose.parameter_space.tensors import merge_heads, saved_modules
+
+DENSE_BUDGET = 2**32  # bytes of float32 matrices that one merge may take; without a rank, a larger one is cut
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ def merge(job: Job) -> tuple[Adapter, Certificate]:
     Raises
     ------
     KindError
-        Names the merge, the adapter and the site: an effect that is no change of a weight, a bias that moves (no LoRA
-        holds one), or a full-rank result without a rank to write it in.
+        Names the merge, the adapter and the site: an effect that is no change of a weight, or a bias that moves (which
+        no LoRA holds).
     """
     return _finish(job, dict(zip(job.paths, _results(job, job.paths), strict=True)))
 
@@ -70,7 +75,8 @@ def _finish(job: Job, results: dict[str, SiteResult]) -> tuple[Adapter, Certific
 
 def _results(job: Job, paths: Sequence[str]) -> list[SiteResult]:
     if isinstance(job.method, Elementwise):
-        return [_in_factors(job, effects, dense) for _, effects, dense in _elementwise(job, job.method, paths)]
+        whole = fits(job)
+        return [_written(job, effects, dense, whole) for _, effects, dense in _elementwise(job, job.method, paths)]
     return [_at_site(job, path) for path in job.steps(paths, "merge")]
 
 
@@ -80,6 +86,12 @@ def _at_site(job: Job, path: str) -> SiteResult:
         return _factored(job, job.method, path, effects)
     assert isinstance(job.method, Linear)  # noqa: S101 - the third form is handled apart
     return _linear(job, job.method, effects)
+
+
+def fits(job: Job) -> bool:
+    """Whether the matrices of all sites, whole, are within ``DENSE_BUDGET``."""
+    shapes = (linear_shape(job.home.slot(path).layer) for path in job.paths)
+    return sum(4 * shape[0] * shape[1] for shape in shapes if shape is not None) <= DENSE_BUDGET
 
 
 @torch.no_grad()
@@ -162,15 +174,18 @@ def _measured(job: Job, path: str, effects: Sequence[Effect]) -> Sequence[Tensor
     return job.statistics(path)
 
 
-def _in_factors(job: Job, effects: Sequence[Effect], dense: Tensor) -> SiteResult:
+def _written(job: Job, effects: Sequence[Effect], dense: Tensor, whole: bool) -> SiteResult:
+    """The delta in factors: of the rank asked for, or of the members' where that holds it; else whole if it fits."""
     gain: tuple[Tensor, Effect] | None = None
     if any(e.gain is not None for e in effects) and not any(e.node is not None for e in effects):
         # The diagonal part would need full rank: it goes into a gain, merged by the same rule.
         assert isinstance(job.method, Elementwise)  # noqa: S101 - narrows the type
         vectors = torch.stack([torch.zeros(e.rows, device=e.device) if e.gain is None else e.gain for e in effects])
         gain = job.method.combine(vectors[:, None], job.options)[0], effects[0]
-    whole = any(e.node is not None for e in effects)
-    return from_dense(dense, gain, job.rank or (0 if whole else max(e.rank for e in effects)))
+    if job.rank or any(e.node is not None for e in effects):
+        return from_dense(dense, gain, job.rank)
+    result = from_dense(dense, gain, max(1, *(e.rank for e in effects)))
+    return from_dense(dense, None, None) if result.loss.discarded and whole else result
 
 
 def from_dense(dense: Tensor, gain: tuple[Tensor, Effect] | None, rank: int | None) -> SiteResult:

@@ -6,6 +6,8 @@ Inside an expression a merge is carried out when it is activated (:func:`resolve
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, cast
@@ -13,7 +15,7 @@ from typing import TypeAlias, cast
 from transformers import PreTrainedModel
 
 from compose.base.sites import SiteMap
-from compose.errors import KindError
+from compose.errors import KindError, MergeWarning
 from compose.expr.tree import Call, Expr, Ref, Scale, Seq, add, seq
 from compose.function import bind, get_function
 from compose.kernels.coefficients import Coefficient
@@ -30,6 +32,8 @@ from compose.slots.lowering import site_program, unsupported
 from compose.slots.slot import Slot
 from hub.console.progress import Steps
 
+_LOG = logging.getLogger("compose.merges")
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -37,6 +41,7 @@ class Merged:
 
     adapter: Adapter
     certificate: Certificate = field(default_factory=Certificate)
+    inner: Mapping[str, Certificate] = field(default_factory=dict)  # of the merges among its members, by their text
 
 
 Measure: TypeAlias = Callable[[Job, type[Statistic]], Statistics]  # what is measured of a job's members on data
@@ -51,6 +56,7 @@ class Workspace:
         self.sites: SiteMap = home.sites
         self.adapters: dict[str, Adapter] = dict(home.adapters)
         self.weights: Mapping[str, Coefficient] = {}
+        self.certificates: dict[str, Certificate] = {}  # of what was merged on the way, by its text
         self._home = home
 
     def adapter(self, name: str) -> Adapter:
@@ -119,7 +125,9 @@ def without_merges(workspace: Workspace, expr: Expr) -> Expr:
         refuse_without_data(expr)
 
     def keep(call: Call, make: Callable[[], Merged]) -> None:
-        workspace.adapters[str(call)] = make().adapter
+        made = make()
+        workspace.adapters[str(call)] = made.adapter
+        workspace.certificates |= {**made.inner, str(call): made.certificate}
 
     return resolve(workspace, expr, {}, keep)
 
@@ -131,7 +139,21 @@ def carry_out(workspace: Workspace, call: Call, name: str, progress: Steps | Non
     if get_function(call.function).family != "merge":
         raise unsupported(call)
     inner = Call(call.function, [without_merges(workspace, arg) for arg in call.args], call.options)
-    return execute(workspace, inner, name, str(call), progress)
+    made = execute(workspace, inner, name, str(call), progress)
+    return replace(made, inner=dict(workspace.certificates))
+
+
+def warn_of_loss(call: Call, made: Merged) -> None:
+    """Say what a merge has lost: as a warning where nobody asked for a rank, else in the log alone."""
+    ranks = {str(node): getattr(bind(node), "rank", None) for node in call.walk() if isinstance(node, Call)}
+    for text, certificate in {**made.inner, str(call): made.certificate}.items():
+        if certificate.exact:
+            continue
+        _LOG.info("%s: %s", text, certificate)
+        if ranks.get(text) is None:
+            room = f"{deltas.DENSE_BUDGET / 2**30:.3g} GiB"
+            told = f"{text} is too large to be held whole ({room}), so it is cut: {certificate}"
+            warnings.warn(f"{told}; rank=R chooses the rank", MergeWarning, stacklevel=2)
 
 
 def execute(workspace: Workspace, call: Call, name: str, text: str, progress: Steps | None) -> Merged:
@@ -162,12 +184,15 @@ def labels_of(job: Job) -> tuple[str, ...]:
 
 
 def dense_merge(workspace: Workspace, expr: Expr) -> Job | None:
-    """The job of a merge whose result is no low-rank change of weights (TIES, DARE, ...); None for anything else."""
+    """The job of a merge whose result is no low-rank change of weights (TIES, DARE, ...); None for anything else.
+
+    Nor is it one where a rank is asked for: then the merge is what that rank holds.
+    """
     if not isinstance(expr, Call) or get_function(expr.function).family != "merge":
         return None
     inner = Call(expr.function, [without_merges(workspace, arg) for arg in expr.args], expr.options)
     job = make_job(workspace, inner, str(expr), str(expr), None)
-    if all(isinstance(a, Shift) for a in job.adapters):  # the result is dense itself
+    if job.rank is not None or all(isinstance(a, Shift) for a in job.adapters):  # the latter's result is dense itself
         return None
     return job if isinstance(job.method, Elementwise) and _in_weights(workspace, job) else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,8 @@ from compose.base.sites import FINAL
 from compose.expr.tree import Call, Expr
 from compose.kernels.coefficients import Coefficient
 from compose.kind.adapter import Adapter
-from compose.parameter_space.execute import Merged, Workspace, carry_out, resolve
+from compose.parameter_space.certificate import Certificate
+from compose.parameter_space.execute import Merged, Workspace, carry_out, resolve, warn_of_loss
 from compose.parameter_space.method import refuse_without_data
 from compose.runtime.composition import Composition, Origin
 from compose.runtime.inputs import Row, is_zero
@@ -26,7 +28,18 @@ from compose.slots.slot import Program, Slot
 if TYPE_CHECKING:
     from compose.runtime.model_runtime import Runtime
 
-Merges = dict[str, tuple[Call, Origin]]  # by the text of the merge: the merge, and what its members were
+
+@dataclass(frozen=True)
+class ResidentMerge:
+    """A merge whose result is resident under its text: what its members were, and what writing it so has lost."""
+
+    call: Call
+    origin: Origin
+    certificate: Certificate
+    inner: Mapping[str, Certificate]  # of the merges among its members
+
+
+Merges = dict[str, ResidentMerge]  # by the text of the merge
 
 
 class Draft:
@@ -66,17 +79,19 @@ class Draft:
     def repeat_merges(self, rows: Sequence[Expr]) -> None:
         """Carry out once more the merges in these lowered rows whose members have changed."""
         for name in dict.fromkeys(name for row in rows for name in row.refs if name in self.merges):
-            call = self.merges[name][0]
+            call = self.merges[name].call
             if all(member in self.adapters for member in call.refs):
                 self._keep(call, partial(carry_out, Workspace(self), call, name, None))
 
     def _keep(self, call: Call, make: Callable[[], Merged]) -> None:
         """Make a merged adapter resident under the call's text, unless it is there and its members are as they were."""
         name = str(call)
-        if name not in self.adapters or name not in self.merges or self.merges[name][1].changed(self.adapters):
+        if name not in self.adapters or name not in self.merges or self.merges[name].origin.changed(self.adapters):
             origin = Origin({}, {n: self.adapters[n] for n in call.refs})
-            self.adapters[name] = make().adapter
-            self.merges[name] = call, origin
+            made = make()
+            self.adapters[name] = made.adapter
+            self.merges[name] = ResidentMerge(call, origin, made.certificate, made.inner)
+            warn_of_loss(call, made)
 
     # -- the composition -------------------------------------------------------------------------------------------
 
@@ -133,7 +148,7 @@ class Draft:
         return [(c[i] if isinstance(c, Tensor) else c, n) for c, n in pairs]
 
     def _origin(self, named: dict[str, Adapter], active: Mapping[str, Adapter], weights: list[Tensor]) -> Origin:
-        members = {n: a for name in named if name in self.merges for n, a in self.merges[name][1].members.items()}
+        members = {n: a for name in named if name in self.merges for n, a in self.merges[name].origin.members.items()}
         read = [p for a in active.values() if a.reads_below for p in a.module_paths]
         base = [p for path in read for p in self.slot(path).layer.parameters(recurse=False)]
         return Origin(named, members, [*base, *weights])

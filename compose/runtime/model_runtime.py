@@ -24,7 +24,9 @@ from compose.errors import KindError
 from compose.expr.tree import Expr, add
 from compose.kernels.coefficients import Coefficient, check_coefficients
 from compose.kind.adapter import Adapter
+from compose.parameter_space.certificate import Certificate
 from compose.planning.plan import Leaf, plan
+from compose.runtime.activation import Activation
 from compose.runtime.bank import BANK, Bank
 from compose.runtime.calls import ModelCalls
 from compose.runtime.composition import Composition
@@ -154,14 +156,20 @@ class Runtime:
 
     def activate(
         self, rows: Sequence[Expr], weights: Mapping[str, Coefficient], routing: Routing | None = None
-    ) -> None:
+    ) -> Activation:
         """Make these rows active (one: for all rows of any batch). On an error what was active stays active."""
         for name in weights:
             self.adapter(name)
         check_coefficients(len(rows), weights)
         with self._lock:
             draft = Draft(self, weights, {})
-            self._activate(draft, draft.lower(rows), routing)
+            lowered = draft.lower(rows)
+            self._activate(draft, lowered, routing)
+            return Activation(self._certificates(lowered))
+
+    def _certificates(self, lowered: Sequence[Expr]) -> dict[str, Certificate]:
+        active = (self.merges[name] for row in lowered for name in row.refs if name in self.merges)
+        return {text: loss for m in active for text, loss in (*m.inner.items(), (str(m.call), m.certificate))}
 
     def route(self, experts: Sequence[Expr], gate: Gate | Mixer) -> None:
         """Make these experts active, weighed by a gate at each site. On an error what was active stays active."""
@@ -343,12 +351,12 @@ def runtime(model: PreTrainedModel) -> Runtime:
 
 def activate(
     model: PreTrainedModel, expr: ExprLike | Sequence[ExprLike], *, weights: Mapping[str, Coefficient] | None = None
-) -> None:
+) -> Activation:
     """Make a composition active; see :func:`compose.activate`."""
     rows = as_rows(expr)
     home = runtime(model)
     plans = {row: plan(row, lambda name: Leaf.of(home.adapter(name))) for row in dict.fromkeys(rows)}
-    home.activate([plans[row].expression for row in rows], dict(weights or {}))
+    return home.activate([plans[row].expression for row in rows], dict(weights or {}))
 
 
 def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixer) -> None:
