@@ -285,6 +285,11 @@ class Runtime:
         """Whether an active adapter is training."""
         return any(self.adapters[name].trainable for row in self.rows for name in row.refs)
 
+    def prompt_places(self, batch: int) -> Tensor | None:
+        """Which of the n places in front of the texts of a batch the active prompts take, (B, n); None without any."""
+        prompt = self.composition.prompt
+        return None if prompt is None else prompt.on(batch).mask()
+
     def slot(self, path: str) -> Slot:
         """The slot at ``path``; it stands in the layer's forward once a composition acts there."""
         if path == FINAL:

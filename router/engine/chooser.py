@@ -51,4 +51,4 @@ class Chooser:
 
 def asks(row: PreparedRow) -> bool:
     """Whether a router is to be asked before the row is computed."""
-    return row.open or (row.target.routing is not None and row.request.weights)
+    return row.open or (row.target.routing is not None and row.request.weights and not row.weights)

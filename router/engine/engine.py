@@ -31,6 +31,7 @@ from router.engine.sources import KnownAdapter, Sources
 from router.engine.targets import Targets
 
 T = TypeVar("T")
+TOKENS = 16_384  # places of the caches, where a base does not read more
 
 
 class Engine:
@@ -47,7 +48,9 @@ class Engine:
     resident
         Bytes of adapters kept in memory; None keeps all that were used.
     rows, tokens
-        Bounds of a batch: its rows, and its rows times its longest text.
+        Bounds: rows of a batch (each expert of an ensemble counts as one), and places of all caches together: rows
+        times the tokens that the longest of them reads and may write (None: 16,384, or a longer base's context).
+        With them a cache takes tokens x layers x 2 x kv_heads x head_dim x itemsize bytes at most.
     allow_base_drift
         Accept adapters trained on other weights of the same architecture.
     """
@@ -64,15 +67,15 @@ class Engine:
         tokenizer: Any = None,
         resident: int | None = None,
         rows: int = 32,
-        tokens: int = 16_384,
+        tokens: int | None = None,
         allow_base_drift: bool = False,
     ) -> None:
         self.host = Host(base, quantize=quantize, dtype=dtype, device=device, tokenizer=tokenizer)
         self.sources = Sources(self.host, store or Store(), adapters)
         self.targets = Targets(self.host, self.sources, allow_base_drift=allow_base_drift)
         self.residency = Residency(self.host, budget=resident)
-        self.rows, self.tokens = rows, tokens
-        self.scheduler = Scheduler(self.host, self.sources, self.residency, rows=rows, tokens=tokens)
+        self.rows, self.tokens = rows, max(TOKENS, self.host.context or 0) if tokens is None else tokens
+        self.scheduler = Scheduler(self.host, self.sources, self.residency, rows=rows, tokens=self.tokens)
 
     def prepare(self, request: Request) -> PreparedRow:
         """Look up what a row names and encode it. Raises HubError for this row alone; from any thread."""
@@ -155,7 +158,7 @@ class Engine:
 
     def route(self, rows: Sequence[PreparedRow]) -> list[PreparedRow | HubError]:
         """Let routers choose for the rows that are open; the others come back as they are."""
-        return self.call(lambda: self.scheduler.chooser.route(rows)) if any(map(asks, rows)) else list(rows)
+        return self.call(lambda: self.scheduler.admission.chooser.route(rows)) if any(map(asks, rows)) else list(rows)
 
     def batches(self, rows: Sequence[PreparedRow]) -> list[list[int]]:
         """Which rows are computed together, by index."""
@@ -176,7 +179,7 @@ class Engine:
 
     def needed(self, rows: Sequence[PreparedRow]) -> list[KnownAdapter]:
         """Adapters that rows use, each once."""
-        return self.scheduler.needed(rows)
+        return self.scheduler.admission.needed(rows)
 
     def _fit(self, names: Collection[str]) -> bool:
         return self.residency.fits(self.sources.named(name) for name in names)

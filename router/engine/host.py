@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -23,6 +25,8 @@ from compose.expr.tree import Expr
 from compose.runtime.model_runtime import runtime
 from router.engine.row_heads import Heads
 from router.ensemble.experts import context_of
+
+_PLAIN = {"full_attention", "sliding_attention"}  # attention that a mask over columns describes wherever they begin
 
 
 class Host:
@@ -39,6 +43,8 @@ class Host:
         How its weights are held: quantization and dtype.
     context
         Tokens it reads at most, or None.
+    is_plain
+        Whether a cache of its texts can be cut, joined and filled in pieces: every layer is attention over columns.
     """
 
     def __init__(
@@ -68,7 +74,8 @@ class Host:
         self.backbone = self.model.base_model
         self._takes = set(inspect.signature(self.model.forward).parameters)
         self.context = _context(self.model)
-        self._active: tuple[Expr, ...] | None = None
+        self.is_plain = self.decodes and not self.translates and _is_plain(self.model)
+        self._active: object = None  # rows of expressions, or what made something else active
 
     @property
     def pad(self) -> int:
@@ -99,8 +106,17 @@ class Host:
         wanted = tuple(rows) if len(set(rows)) > 1 else tuple(rows[:1])
         if wanted != self._active:
             self.forget()
-            self.runtime.activate(wanted, {})  # planned once, in `Targets`
+            with torch.inference_mode(False), torch.no_grad():  # a merge makes an adapter, which outlives this call
+                self.runtime.activate(wanted, {})  # planned once, in `Targets`
             self._active = wanted
+
+    def activate_by(self, gate: object, activate: Callable[[PreTrainedModel], None]) -> None:
+        """Make active what a gate does, unless it is."""
+        if self._active is not gate:
+            self.forget()
+            with torch.inference_mode(False), torch.no_grad():
+                activate(self.model)
+            self._active = gate
 
     def forget(self) -> None:
         """Something else may have become active."""
@@ -119,6 +135,14 @@ def _task(base: str | Path) -> str:
     if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return "seq2seq"
     return "classification" if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal_lm"
+
+
+def _is_plain(model: PreTrainedModel) -> bool:
+    types = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or _PLAIN)
+    layers = DynamicCache(config=model.config).layers
+    return (
+        bool(layers) and types <= _PLAIN and all(type(a) in (DynamicLayer, DynamicSlidingWindowLayer) for a in layers)
+    )
 
 
 def _context(model: PreTrainedModel) -> int | None:

@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 from hub.errors import HubError
 from router.engine.prepare import PreparedRow
 from router.engine.request import Result
-from router.engine.running_batch import RunningRow
+from router.engine.running_row import RunningRow
 
 Answer: TypeAlias = Result | HubError
 # What a library may raise over one batch (out of memory among them): it belongs to some row, and not to the others.
@@ -44,6 +44,10 @@ class Job:
         What is computed. Its ``on_piece``, and `on_done`, are called in the engine's thread.
     since, began, ended
         When it was submitted, when its prompt began to be read, and when it was answered.
+    together
+        The jobs of a file's batch that it is one of.
+    passed, unready
+        How many others began while it did not fit, and turns in which its adapters were not there.
     following
         Rows that will be submitted next: their adapters are read while this one is computed.
     """
@@ -54,6 +58,9 @@ class Job:
     began: float | None = None
     ended: float | None = None
     acquired: bool = False
+    together: list[Job] | None = None
+    passed: int = 0
+    unready: int = 0
     following: Sequence[PreparedRow] = ()
 
     def tell(self, answer: Answer) -> None:

@@ -6,19 +6,20 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compose.expr.tree import Call, Expr
 from compose.function import bind
 from hub.errors import UsageError
 from router.engine.host import Host
-from router.engine.request import Request
-from router.ensemble.demix import Ensemble
+from router.ensemble import posterior as bayes
+from router.ensemble.belief import Belief, belief
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """An ``ensemble.demix`` or ``ensemble.mean`` over residents; its rows are computed by themselves.
+    """An ``ensemble.demix`` or ``ensemble.mean`` over residents; each expert of a row is a lane of its batch.
 
     Attributes
     ----------
@@ -52,22 +53,45 @@ class Mixture:
         how = {"gamma": options.gamma, "temperature": options.temperature, "hedge": options.hedge}
         return cls(call.args, {"prior": prior, **how})
 
-    @staticmethod
-    def check(request: Request) -> None:
-        """Refuse what an ensemble does not do."""
-        if request.temperature > 0 or request.scores:
-            raise UsageError("an ensemble decodes greedily and gives no scores", hint="temperature 0, scores 0")
+    def begin(self, device: torch.device) -> RunningMixture:
+        """What is believed of one row before its first token."""
+        options = {name: value for name, value in self.options.items() if name != "prior"}
+        prior = self.options.get("prior", "uniform")
+        log_prior = bayes.log_prior(None if isinstance(prior, str) else prior, len(self.experts))
+        return RunningMixture(belief(log_prior.to(device), 1, **options))
 
-    def generate(
-        self, host: Host, ids: Tensor, mask: Tensor, room: int
-    ) -> tuple[list[list[int]], list[dict[str, float]]]:
-        """Tokens after the prompts (B, T), padded on the left, and each expert's weight when the row had been read."""
-        host.forget()
-        ensemble = Ensemble(host.model, self.experts, **self.options)
-        generated = ensemble.generate(ids, mask, max_new_tokens=room, do_sample=False)
-        first = generated.posterior[:, 0].tolist()
-        weights = [{str(e): w for e, w in zip(self.experts, row, strict=True)} for row in first]
-        return generated.sequences[:, ids.shape[1] :].tolist(), weights
+    def named(self, weights: Tensor) -> dict[str, float]:
+        """Weights (E,) by the experts' names."""
+        return {str(expert): w for expert, w in zip(self.experts, weights.tolist(), strict=True)}
+
+
+class RunningMixture:
+    """The weights of one row's experts, which move with every token."""
+
+    def __init__(self, start: Belief) -> None:
+        self.belief = start
+        self._log_probs: Tensor | None = None  # (E, V) of the next token
+
+    @property
+    def weights(self) -> Tensor:
+        """Of the next token (E,)."""
+        return self.belief.log_weights[0].exp()
+
+    def hear(self, log_probs: Tensor) -> None:
+        """Learn from what the experts said of tokens that came, (T, E)."""
+        if len(log_probs):
+            heard = torch.ones(1, len(log_probs), dtype=torch.bool, device=log_probs.device)
+            _, self.belief = self.belief.read(log_probs[None], heard)
+
+    def mix(self, logits: Tensor) -> Tensor:
+        """Log of the mixture's probabilities (V,) from the experts' logits (E, V)."""
+        self._log_probs = logits.float().log_softmax(-1)
+        return torch.logsumexp(self.belief.log_weights[0][:, None] + self._log_probs.double(), 0)
+
+    def take(self, token: int) -> None:
+        """Learn from the token that was chosen."""
+        assert self._log_probs is not None  # noqa: S101 - it was chosen from them
+        self.hear(self._log_probs[:, token][None])
 
 
 def refuse_mixture(host: Host, text: str, task: str) -> None:

@@ -42,8 +42,18 @@ class PreparedRow:
 
     @property
     def gate(self) -> Any:
-        """The ensemble, or the router that weighs each token: rows of one are computed by themselves. Else None."""
-        return self.target.mixture or (None if self.open else self.target.routing)
+        """The router that weighs each token: rows of one are computed by themselves. Else None."""
+        return None if self.open else self.target.routing
+
+    @property
+    def places(self) -> int:
+        """The most places of a cache that its text takes: what is in front, what is read and what may be written."""
+        return self.target.front + len(self.ids) + (self.room if self.generates else 0)
+
+    @property
+    def lanes(self) -> int:
+        """Rows of a batch that it takes: one, or one for each expert of an ensemble."""
+        return 1 if self.target.mixture is None else len(self.target.mixture.experts)
 
     @property
     def generates(self) -> bool:
@@ -76,8 +86,6 @@ def _prepared(host: Host, request: Request, target: Target) -> PreparedRow:
             ref=target.text or None,
             hint="name an adapter that was trained with task: classification",
         )
-    if target.mixture is not None:
-        target.mixture.check(request)
     ids, types = _encode(host, request, target)
     if not ids:
         raise HubError("the text is empty", hint="give at least one token")

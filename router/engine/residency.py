@@ -7,7 +7,7 @@ copy, waits for the base to be at rest.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +48,7 @@ class Residency:
         self._lock = Lock()  # of what is coming: any thread may ask for it
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="moduloom-reader")
         self.counts = ResidencyCounts()
+        self.on_read: Callable[[], None] = lambda: None  # called, in the reading thread, when one has been read
 
     @property
     def bytes(self) -> int:
@@ -77,13 +78,20 @@ class Residency:
                 if due and last is not None and self._is_full(known.bytes):
                     del self._coming[last]
                 if not self._is_full(known.bytes):
-                    self._coming[known.name] = known.bytes, self._reader.submit(known.read, self._host)
+                    reading = self._reader.submit(known.read, self._host)
+                    reading.add_done_callback(lambda _: self.on_read())
+                    self._coming[known.name] = known.bytes, reading
 
     def ready(self, wanted: Iterable[KnownAdapter]) -> bool:
         """Whether :meth:`acquire` would not wait for a disk."""
         there = self._host.runtime.adapters
         with self._lock:
             return all(known.name in there or self._is_read(known.name) for known in wanted)
+
+    def reading(self, wanted: Iterable[KnownAdapter]) -> bool:
+        """Whether some of these are being read just now."""
+        with self._lock:
+            return any(known.name in self._coming and not self._is_read(known.name) for known in wanted)
 
     def _is_read(self, name: str) -> bool:
         return name in self._coming and self._coming[name][1].done()

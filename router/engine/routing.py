@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from router.engine.host import Host
 from router.engine.sources import KnownAdapter
 from router.router import Router
 
+_NO_ROWS: Any = None  # a router of tokens looks at none beforehand
 NO_TASK = "this is no router that is asked for a task"
 
 
@@ -56,6 +58,10 @@ class Routing:
         if task not in self.router.experts:
             near = suggest(task, self.router.experts)
             raise NotFound(f"the task is {task!r}, which is no member of the router", hint=near or f"one of {experts}")
+
+    def activate(self, host: Host) -> None:
+        """Make it weigh its experts at each token."""
+        host.activate_by(self, lambda model: self.router.activate(model, _NO_ROWS))
 
     def weigh(self, host: Host, rows: Sequence[Sequence[int]], tasks: Sequence[str | None]) -> list[dict[str, float]]:
         """Weights of the residents, and of the base by its name, for each row of token ids; zeros are left out.

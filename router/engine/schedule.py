@@ -23,9 +23,9 @@ def batches(
     Parameters
     ----------
     most
-        Rows in a batch.
+        Rows in a batch; each expert of an ensemble's row counts as one.
     tokens
-        Rows times the longest row's tokens in a batch; a row that is longer stands alone.
+        Rows times the longest row's places in a batch, with those that it may write; a row that is longer stands alone.
     fits
         Whether adapters, by name, can be resident together.
     """
@@ -37,13 +37,14 @@ def batches(
     names: set[str] = set()
     for i in order:
         row = rows[i]
-        longest = max((len(rows[k].ids) for k in cut[-1]), default=0) if cut else 0
+        longest = max((rows[k].places for k in cut[-1]), default=0) if cut else 0
+        lanes = sum(rows[k].lanes for k in cut[-1]) if cut else 0
         wanted = names | set(row.target.names)
         full = (
             not cut
             or rows[cut[-1][0]].gate is not row.gate
-            or len(cut[-1]) == most
-            or (len(cut[-1]) + 1) * max(longest, len(row.ids)) > tokens
+            or lanes + row.lanes > most
+            or (lanes + row.lanes) * max(longest, row.places) > tokens
         )
         # A row whose adapters do not fit beside the others' begins a batch of its own.
         if full or (wanted != names and not fits(wanted)):

@@ -1,4 +1,4 @@
-"""The thread that owns the base: requests that wait are computed together, and join between two steps."""
+"""The thread that owns the base: rows come in, take turns, and leave when they have ended."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from time import monotonic
 from typing import TypeVar
 
 from hub.errors import HubError
-from router.engine.chooser import Chooser
+from router.engine.admission import Admission
 from router.engine.host import Host
-from router.engine.job import BREAKDOWNS, Answer, Job, ServerBusy, ServerStopped, Watcher, as_hub_error
+from router.engine.job import BREAKDOWNS, Answer, Job, ServerBusy, ServerStopped, Watcher
 from router.engine.prepare import PreparedRow
 from router.engine.request import Piece
 from router.engine.residency import Residency
-from router.engine.running_batch import RunningBatch, RunningRow
-from router.engine.sources import KnownAdapter, Sources
+from router.engine.running_row import RunningRow
+from router.engine.sources import Sources
+from router.engine.work import Work
 
 T = TypeVar("T")
 _LINGER = 5.0  # seconds without work after which the thread ends; the next request starts another
+_LOOK = 0.1  # seconds to wait for an adapter to be read, where there is nothing else to do
+_DRAINING = 0.02  # seconds between two looks whether all has ended
 
 
 class Scheduler:
@@ -38,18 +41,18 @@ class Scheduler:
     def __init__(
         self, host: Host, sources: Sources, residency: Residency, *, rows: int, tokens: int, waiting: int = 1024
     ) -> None:
-        self.host, self.sources, self.residency = host, sources, residency
-        self.rows, self.tokens, self.waiting = rows, tokens, waiting
-        self.chooser = Chooser(host, residency, rows=rows, tokens=tokens)
+        self.host, self.waiting = host, waiting
         self.watchers: list[Watcher] = []
+        self.work = Work(host, self._joined)
+        self.admission = Admission(host, sources, residency, self.work, rows=rows, tokens=tokens)
         self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
-        self._ended: list[Job] = []
         self._calls: deque[Callable[[], None]] = deque()
         self._change = threading.Condition()
-        self._ending = self._held = False
-        self._batch = RunningBatch(host)
+        self._ending = self._held = self._draining = False
         self._thread: threading.Thread | None = None
+        residency.on_read = self._look
+
+    # -- from any thread -------------------------------------------------------------------------------------------
 
     def hold(self) -> None:
         """Let requests wait until :meth:`start`."""
@@ -60,6 +63,15 @@ class Scheduler:
         with self._change:
             self._held = False
             self._wake()
+
+    def drain(self, grace: float) -> bool:
+        """Take no more requests, and end those there are within so many seconds; whether all have ended."""
+        with self._change:
+            self._draining = True
+        until = monotonic() + grace
+        while any(self.counts) and monotonic() < until:
+            threading.Event().wait(_DRAINING)
+        return not any(self.counts)
 
     def stop(self) -> None:
         """End; what is under way is given up."""
@@ -75,22 +87,23 @@ class Scheduler:
     @property
     def alive(self) -> bool:
         """Whether requests are taken."""
-        return not self._ending
+        return not (self._ending or self._draining)
 
     @property
     def counts(self) -> tuple[int, int]:
         """Requests that are computed, and that wait."""
-        return len(self._running), len(self._waiting)
+        return len(self.work.running), len(self._waiting)
 
     def submit(
         self, prepared: PreparedRow, on_done: Callable[[Answer], None], on_piece: Callable[[Piece], None] | None = None
     ) -> Job:
-        """Queue a row; its adapters begin to be read now. Raises ServerBusy or ServerStopped."""
+        """Queue a row; its adapters begin to be read now. Raises TooLarge, ServerBusy or ServerStopped."""
+        self.admission.refuse_too_large(prepared)
         with self._change:
             if len(self._waiting) >= self.waiting:
                 raise ServerBusy(f"{self.waiting} requests are waiting already", hint="try again later")
             (job,) = self._queue([Job(RunningRow(prepared, self.host.tokenizer, on_piece), on_done, monotonic())])
-        self.residency.prefetch(self.needed([prepared]))
+        self.admission.prefetch([prepared])
         return job
 
     def submit_together(
@@ -99,11 +112,13 @@ class Scheduler:
         """Queue rows of a file, however many wait: whoever submits them waits for them before the next."""
         told = zip(rows, on_done, strict=True)
         jobs = [Job(RunningRow(row, self.host.tokenizer), done, monotonic(), following=following) for row, done in told]
+        for job in jobs:
+            job.together = jobs
         with self._change:
             return self._queue(jobs)
 
     def _queue(self, jobs: list[Job]) -> list[Job]:
-        if self._ending:
+        if self._ending or self._draining:
             raise ServerStopped("the engine has stopped")
         self._waiting += jobs
         self._wake()
@@ -115,6 +130,11 @@ class Scheduler:
             self._thread = threading.Thread(target=self._loop, name="moduloom-engine", daemon=True)
             self._thread.start()
         self._change.notify_all()
+
+    def _look(self) -> None:
+        """An adapter has been read."""
+        with self._change:
+            self._change.notify_all()
 
     def cancel(self, job: Job) -> None:
         """Compute a row no more, and say nothing more of it; its place is free at once."""
@@ -139,10 +159,6 @@ class Scheduler:
             self._wake()
         return done
 
-    def needed(self, rows: Sequence[PreparedRow]) -> list[KnownAdapter]:
-        """Adapters that rows use, each once."""
-        return [self.sources.named(name) for name in dict.fromkeys(n for row in rows for n in row.target.names)]
-
     # -- the thread ------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
@@ -156,135 +172,56 @@ class Scheduler:
             if self._ending:
                 self._give_up()
 
-    def _give_up(self) -> None:
-        with self._change:
-            self._ending = True
-            left = [*self._running, *self._waiting]
-            self._running.clear()
-            self._waiting.clear()
-        for job in left:
-            job.tell(ServerStopped("the engine has stopped"))
-
-    def _turn(self) -> None:
-        while self._calls:
-            self._calls.popleft()()
-        try:
-            self._admit_waiting()
-            self._batch.step()
-        except (HubError, *BREAKDOWNS) as error:
-            self._fail_running(as_hub_error(error))
-        self._report_ended()
-
     def _wait(self) -> bool:
         """Whether there is something to do; the thread ends where there is nothing for a while."""
         with self._change:
-            while not (self._ending or self._waiting or self._running or self._ended or self._calls):
+            while not (self._ending or self._waiting or self.work.held or self._calls):
                 if not self._change.wait(_LINGER):
                     self._thread = None
                     return False
             return not self._ending
 
-    def _admit_waiting(self) -> None:
-        """Take in as many waiting rows as fit beside those under way; the first that does not holds up the rest.
-
-        While rows are under way, one whose adapters are not read yet lets the others go first.
-        """
-        jobs: list[Job] = []
-        with self._change:
-            room = self.rows - self._batch.running
-            for job in list(self._waiting):
-                needed = self.needed([job.row.prepared])
-                # Waiting for a disk would hold up the rows under way, so this one is read and passed over.
-                if self._running and not self.residency.ready(needed):
-                    self.residency.prefetch(needed, due=True)
-                    continue
-                rows = [j.row.prepared for j in (*self._running, *jobs, job)]
-                # Nobody overtakes a row that does not fit, or it might wait for ever.
-                if len(jobs) >= room or (len(rows) > 1 and not self._fits(rows)):
-                    break
-                self._waiting.remove(job)
-                jobs.append(job)
-        if jobs := self._routed(jobs):
-            self._admit(jobs)
-
-    def _routed(self, jobs: list[Job]) -> list[Job]:
-        """The jobs with what routers have chosen for them."""
-        chosen: list[Job] = []
-        for job, routed in zip(jobs, self.chooser.route([job.row.prepared for job in jobs]), strict=True):
-            if isinstance(routed, HubError):
-                self._tell(job, routed)
-            else:
-                job.row.prepared = routed
-                chosen.append(job)
-        return chosen
-
-    def _fits(self, rows: list[PreparedRow]) -> bool:
-        tokens = len(rows) * max(len(row.ids) for row in rows)
-        together = all(row.gate is rows[0].gate for row in rows) and self._batch.takes_more()
-        return together and tokens <= self.tokens and self.residency.fits(self.needed(rows))
-
-    def _admit(self, jobs: list[Job]) -> None:
-        """Read rows; where the batch fails each is tried alone, so that an error belongs to the row that causes it."""
-        ready: list[Job] = []
-        for job in jobs:
-            try:
-                self.residency.acquire(self.needed([job.row.prepared]))
-            except (HubError, *BREAKDOWNS) as error:
-                self._tell(job, as_hub_error(error))
-                continue
-            job.acquired, job.began = True, monotonic()
-            ready.append(job)
-        self._running += ready
-        if ready:
-            self.residency.prefetch(self.needed(ready[-1].following))
-        rows = [job.row for job in ready]
-        if not rows:
-            return
-        if not self._batch.joins(rows):
-            self._take_out(ready)
+    def _turn(self) -> None:
+        """Errands, admissions, and then one step of one batch or one chunk of one prompt."""
+        while self._calls:
+            self._calls.popleft()()
+        for job in self.work.sweep():
+            self.admission.release(job)
+        self._admit()
+        if not self.work.turn():
             with self._change:
-                self._waiting.extendleft(reversed(ready))  # until the others have ended
-            return
-        try:
-            self._batch.admit(rows)
-            for watcher in self.watchers:
-                watcher.joined(max(len(rows), self._batch.running))
-        except (HubError, *BREAKDOWNS) as error:
-            if len(ready) == 1:
-                rows[0].error = as_hub_error(error)
-                return
-            self._take_out(ready)
-            for job in ready:
-                self._admit([job])
-
-    def _take_out(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            self._release(job)
-            self._running.remove(job)
-
-    def _report_ended(self) -> None:
-        """Tell the rows that have ended; what they used is let go once they have left the batch."""
-        for job in [job for job in self._running if job.row.over]:
-            self._running.remove(job)
-            self._ended.append(job)
+                if self._waiting and not (self._calls or self._ending or self.work.running):
+                    self._change.wait(_LOOK)
+        for job in self.work.ended():
             if not job.row.cancelled:
                 self._tell(job, job.row.answer)
-        for job in [job for job in self._ended if job.row not in self._batch.rows]:
-            self._ended.remove(job)
-            self._release(job)
+
+    def _admit(self) -> None:
+        with self._change:
+            waiting = list(self._waiting)
+        if not waiting:
+            return
+        for job, error in self.admission.admit(waiting):
+            with self._change, suppress(ValueError):
+                self._waiting.remove(job)
+            if error is not None:
+                self._tell(job, error)
+
+    def _joined(self, rows: int) -> None:
+        for watcher in self.watchers:
+            watcher.joined(rows)
 
     def _tell(self, job: Job, answer: Answer) -> None:
-        job.tell(answer)
-        for watcher in self.watchers:
-            watcher.ended(job)
+        if not job.row.cancelled:
+            job.tell(answer)
+            for watcher in self.watchers:
+                watcher.ended(job)
 
-    def _release(self, job: Job) -> None:
-        if job.acquired:
-            self.residency.release(self.needed([job.row.prepared]))
-            job.acquired = False
-
-    def _fail_running(self, error: HubError) -> None:
-        self._batch.leave()
-        for job in self._running:
-            if not job.row.over:
-                job.row.error = error
+    def _give_up(self) -> None:
+        with self._change:
+            left = [*self.work.running, *self._waiting]
+            self.work.running.clear()
+            self._waiting.clear()
+        for job in left:
+            if not job.row.cancelled:
+                job.tell(ServerStopped("the engine has stopped"))

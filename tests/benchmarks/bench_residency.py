@@ -27,10 +27,12 @@ from bench_tools import interleave, llama, machine, ratio, report, shape_options
 from peft import PeftModel
 
 import compose
+from router.engine.decoding import DecodingBatch
 from router.engine.engine import Engine
+from router.engine.prefill import Reading
 from router.engine.prepare import PreparedRow
 from router.engine.request import Request
-from router.engine.running_batch import RunningBatch, RunningRow
+from router.engine.running_row import RunningRow
 
 # Milliseconds are of the processor, which a busy machine does not change; only a GPU's have to be read off the wall.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -50,6 +52,15 @@ def main(argv: list[str] | None = None) -> None:
         rows = [bench.measure(count) for count in counts]
     found = {"machine": machine(), "model": vars(options), "adapter_bytes": bench.size, "rows": rows}
     report(found, ("resident", "memory", "read_ms", "put_ms", "swap_ms", "peft_ms", "step"), options.json, sys.stdout)
+
+
+def read(engine: Engine, rows: list[RunningRow]) -> DecodingBatch:
+    """The batch of rows that have been read."""
+    reading = Reading(engine.host, rows, steady=True)
+    while not reading.advance(4096):
+        pass
+    assert reading.batch is not None
+    return reading.batch
 
 
 class Bench:
@@ -111,10 +122,8 @@ class Bench:
         adapters = [names[i % count] for i in range(self.options.rows)]
         rows = [RunningRow(self._endless(self.engine, name), self.engine.host.tokenizer) for name in adapters]
         bare = [RunningRow(self._endless(self.bare, None), self.bare.host.tokenizer) for _ in rows]
-        ours, base = RunningBatch(self.engine.host), RunningBatch(self.bare.host)
         with self.engine.residency.in_use(self.engine.needed([row.prepared for row in rows])):
-            ours.admit(rows)
-            base.admit(bare)
+            ours, base = read(self.engine, rows), read(self.bare, bare)
             times = interleave({"ours": ours.step, "base": base.step}, self.options.rounds)
         return ratio(times["ours"], times["base"])
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -140,8 +143,45 @@ def test_an_ensemble_is_answered_beside_other_rows(engine):
     made = Ensemble(engine.host.model, experts, gamma=0.9).generate(ids, max_new_tokens=6, do_sample=False)
     assert answers[0].text == engine.host.tokenizer.decode(made.sequences[0, ids.shape[1] :], skip_special_tokens=True)
     assert list(answers[0].weights.values()) == pytest.approx(made.posterior[0, 0].tolist(), abs=1e-4)
-    with pytest.raises(UsageError, match="greedily"):
-        engine.run([Request(text=text, adapter=expr, temperature=1.0)])
+
+
+def test_an_ensemble_samples_scores_streams_and_stops_like_other_rows(engine):
+    asked = [
+        Request(
+            text="The parties agree",
+            adapter="ensemble.demix(law, code)",
+            max_new_tokens=8,
+            temperature=1.0,
+            top_p=0.9,
+            seed=seed,
+            scores=2,
+        )
+        for seed in range(4)
+    ]
+    answers = engine.run(asked)
+    assert all(same(a, engine.run([r])[0]) for a, r in zip(answers, asked, strict=True))
+    assert len({a.text for a in answers}) > 1
+    model = engine.host.model
+    ids = engine.host.tokenizer("The parties agree", return_tensors="pt")["input_ids"]
+    said = engine.host.tokenizer(answers[0].text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    score = Ensemble(model, ["local/law@1.0.0", "local/code@1.0.0"]).score(torch.cat([ids, said], 1))
+    assert answers[0].tokens[0].log_prob == pytest.approx(float(score.log_probs[0, ids.shape[1] - 1]), abs=1e-4)
+    pieces = []
+    ended = threading.Event()
+    job = engine.submit(
+        Request(text="To be", adapter="ensemble.mean(law, tone)", max_new_tokens=400),
+        lambda _: ended.set(),
+        pieces.append,
+    )
+    while not pieces:
+        assert not ended.wait(0.01)
+    engine.cancel(job)
+    assert engine.run([Request(text="To be", adapter="law", max_new_tokens=1)])[0].written == 1
+    assert not ended.is_set()
+    stop = answers[0].text[4:7]
+    cut = engine.run([replace(asked[0], stop=(stop,))])[0]
+    assert cut.finish == "stop"
+    assert cut.text == answers[0].text[: answers[0].text.index(stop)]
 
 
 def test_texts_that_do_not_fit(engine):

@@ -1,0 +1,112 @@
+"""A row under way: what was written for it so far, and how its next token is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from compose.expr.tree import Expr
+from hub.errors import HubError
+from router.engine.detokenize import Detokenizer
+from router.engine.mixture import RunningMixture
+from router.engine.prepare import PreparedRow
+from router.engine.request import Piece, Result, Token
+from router.engine.sampling import Sampler, best_tokens
+
+
+class RunningRow:
+    """A row of a running batch.
+
+    ``on_piece`` is called with each piece of text as it comes. ``result`` is there when it has ended, or ``error``.
+    """
+
+    def __init__(self, prepared: PreparedRow, tokenizer: Any, on_piece: Callable[[Piece], None] | None = None) -> None:
+        request = prepared.request
+        self.prepared, self.on_piece = prepared, on_piece
+        self.result: Result | None = None
+        self.error: HubError | None = None
+        self.cancelled = False
+        self.written = 0
+        self.last = 0
+        self.mix: RunningMixture | None = None  # of an ensemble, once its prompt is being read
+        self.decoding = self.lanes  # without the prompts that its cache holds, once it has been read
+        self._tokenizer = tokenizer
+        self._tokens: list[Token] = []
+        self._reported = 0  # of the tokens
+        self._detokenizer = Detokenizer(tokenizer, prepared.before, request.stop)
+        self.sampler = Sampler(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
+
+    @property
+    def lanes(self) -> tuple[Expr, ...]:
+        """What is applied to it: one composition, or that of each of an ensemble's experts."""
+        return self._lanes_of(self.prepared)
+
+    @staticmethod
+    def _lanes_of(prepared: PreparedRow) -> tuple[Expr, ...]:
+        mixture = prepared.target.mixture
+        return (prepared.expr,) if mixture is None else mixture.experts
+
+    def choose(self, prepared: PreparedRow) -> None:
+        """Take what a router has chosen; it has not begun yet."""
+        request = prepared.request
+        self.prepared, self.decoding = prepared, self._lanes_of(prepared)
+        self._detokenizer = Detokenizer(self._tokenizer, prepared.before, request.stop)
+
+    def take(self, token: int, logits: Tensor, ends: frozenset[int]) -> None:
+        """Append a token chosen from logits (V,); ends the row where it has to."""
+        self.last = token
+        self.written += 1
+        request = self.prepared.request
+        if self.mix is not None:
+            mixture = self.prepared.target.mixture
+            if mixture is not None and self.written == 1 and request.weights:
+                self.prepared = replace(self.prepared, weights=mixture.named(self.mix.weights))
+            self.mix.take(token)
+        if token in ends:
+            return self._end("stop")
+        if request.scores:
+            log_prob, best = best_tokens(logits, token, request.scores)
+            named = tuple((self._tokenizer.decode([t]), p) for t, p in best)
+            self._tokens.append(Token(self._tokenizer.decode([token]), log_prob, named))
+        self._say(self._detokenizer.push(token))
+        if self._detokenizer.stopped:
+            self._end("stop")
+        elif self.written == self.prepared.room:
+            self._end("length")
+        return None
+
+    def _end(self, why: str) -> None:
+        self._say(self._detokenizer.close(), last=True)
+        self.result = Result(
+            text=self._detokenizer.text,
+            finish=why,
+            tokens=tuple(self._tokens),
+            weights=self.prepared.weights,
+            read=len(self.prepared.ids),
+            written=self.written,
+        )
+
+    def _say(self, text: str, *, last: bool = False) -> None:
+        if self.on_piece is not None and (text or (last and self._reported < len(self._tokens))):
+            self.on_piece(Piece(text, tuple(self._tokens[self._reported :])))
+            self._reported = len(self._tokens)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be computed for it."""
+        return self.result is not None or self.error is not None or self.cancelled
+
+    @property
+    def answer(self) -> Result | HubError:
+        """What became of it."""
+        answer = self.result or self.error
+        assert answer is not None  # noqa: S101 - asked for once it is over
+        return answer
+
+    def fail(self) -> None:
+        """End the row: the model gives NaN for it."""
+        name = self.prepared.target.text or "the base"
+        self.error = HubError(f"{name} gives NaN", ref=name, hint="`hub verify` it, or compute in fp32")
