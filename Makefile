@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 QUICK  := tests/compose/algebra tests/compose/expr tests/compose/planning tests/contracts/test_contract_laws.py \
+          tests/contracts/test_contract_rows.py tests/contracts/test_contract_coverage.py \
           tests/hub/test_ref.py tests/hub/test_manifest.py tests/hub/test_store.py tests/hub/storage tests/hub/project \
           tests/router/test_gating.py tests/router/test_routing_laws.py tests/train/test_train_config.py
 
