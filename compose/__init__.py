@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from compose.api import save as save
     from compose.api import tokenizer as tokenizer
     from compose.artifacts.exporting import export as export
+    from compose.inspection.descriptions import describe_functions as describe_functions
+    from compose.inspection.descriptions import describe_kinds as describe_kinds
+    from compose.inspection.descriptions import describe_sites as describe_sites
     from compose.merging.merge import lower_to_lora as lower_to_lora
     from compose.merging.merge import merge as merge
     from compose.verbs import check as check
@@ -43,6 +46,7 @@ _HOMES = {
     ),
     "compose.artifacts.exporting": ("export",),
     "compose.algebra": ("parse",),
+    "compose.inspection.descriptions": ("describe_functions", "describe_kinds", "describe_sites"),
     "compose.merging.merge": ("lower_to_lora", "merge"),
     "compose.verbs": ("check", "diagnose", "explain", "interference", "publish", "publish_merge"),
 }

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from hub.api.artifacts import pull as pull
     from hub.api.artifacts import push as push
     from hub.api.artifacts import tree as tree
+    from hub.api.projects import doctor as doctor
+    from hub.api.projects import gc as gc
     from hub.api.projects import lock as lock
     from hub.api.projects import outdated as outdated
     from hub.api.projects import sync as sync
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "hub.api.artifacts": ("diff", "export", "import_", "import_each", "pull", "push", "tree"),
-    "hub.api.projects": ("lock", "outdated", "sync"),
+    "hub.api.projects": ("doctor", "gc", "lock", "outdated", "sync"),
     "hub.api.versions": ("delete", "sign", "tag", "untag", "unyank", "verify", "yank"),
     "hub.errors": ("HubError", "HubWarning"),
     "hub.manifest": ("Draft", "Manifest"),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
-from compose.commands.functions import fields
 from hub.console.output import columns, json_option, print_json
 
 
@@ -19,7 +17,9 @@ def kinds(name: str | None, as_json: bool) -> None:
 
     PEFT is the type under which PEFT reads and writes it, where it has the kind.
     """
-    facts = rows(name)
+    from compose.inspection.descriptions import describe_kinds
+
+    facts = describe_kinds(name)
     if as_json:
         print_json(facts)
     elif name is not None:
@@ -35,31 +35,6 @@ def kinds(name: str | None, as_json: bool) -> None:
     else:
         table = [(k["kind"], k["peft_type"] or "-", k["paper"] or "-", ", ".join(_own(k)), k["what"]) for k in facts]
         click.echo(columns(("KIND", "PEFT", "PAPER", "OPTIONS", "WHAT IT IS"), table))
-
-
-def rows(name: str | None = None) -> list[dict[str, Any]]:
-    """Facts of all kinds, or of the one called ``name``, from the registry."""
-    from compose.kind.registry import get_kind
-    from compose.kind.registry import kinds as known
-
-    classes = [get_kind(name)] if name is not None else list(known().values())
-    return [
-        {
-            "kind": cls.kind,
-            "what": _first(sys.modules[cls.__module__].__doc__),
-            "formula": _first(cls.__doc__),
-            "paper": cls.paper,
-            "peft_type": cls.peft_type,
-            "default_targets": list(cls.default_targets),
-            "options": fields(cls.Config),
-        }
-        for cls in classes
-    ]
-
-
-def _first(doc: str | None) -> str:
-    """First paragraph of a docstring, on one line."""
-    return " ".join((doc or "").strip().split("\n\n")[0].split()).replace("``", "`")
 
 
 def _own(row: dict[str, Any]) -> list[str]:

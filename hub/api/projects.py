@@ -1,8 +1,8 @@
-"""``modules.lock``: make it, bring what it says, see what is newer."""
+"""A project and its machine: ``modules.lock``, what is newer, what is broken, what nothing needs any more."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,8 @@ from hub.errors import UsageError
 
 if TYPE_CHECKING:
     from hub.console.progress import Progress
+    from hub.project.doctor import Finding
+    from hub.project.gc import Plan
     from hub.project.lock import Lock
     from hub.project.outdated import Newer
     from hub.storage.artifact import Artifact
@@ -88,3 +90,28 @@ def outdated(path: str | Path = LOCK, *, from_: str | None = None, store: Store 
     from hub.store import Store
 
     return compare(store or Store(), open_place(from_), Path(path))
+
+
+def doctor(*, offline: bool = False, store: Store | None = None) -> Iterator[Finding]:
+    """Look for what is broken in the environment, the store and, unless ``offline``, the remotes; one by one."""
+    from hub.project.doctor import examine
+    from hub.store import Store
+
+    return examine(store or Store(), offline=offline)
+
+
+def gc(
+    *, run: bool = False, superseded: bool = False, grace: float = 3600.0, store: Store | None = None
+) -> tuple[Plan, int]:
+    """What nothing needs any more; with ``run`` it is removed. See `hub.project.gc.plan` for ``superseded``, ``grace``.
+
+    Returns
+    -------
+    What goes, and the bytes that were freed (0 without ``run``).
+    """
+    from hub.project.gc import collect, plan
+    from hub.store import Store
+
+    store = store or Store()
+    removal = plan(store, superseded=superseded, grace=grace)
+    return removal, collect(store, removal, grace=grace) if run else 0

@@ -18,11 +18,10 @@ def doctor(ctx: click.Context, /, offline: bool, as_json: bool) -> None:
 
     Each problem comes with what to do. The bytes of the store are `hub verify`'s to read.
     """
-    from hub.project import doctor as checks
-    from hub.store import Store
+    import hub
 
     findings = []
-    for finding in checks.examine(Store(), offline=offline):
+    for finding in hub.doctor(offline=offline):
         findings.append(finding)
         if not as_json:
             word, colour = _MARKS[finding.level]

@@ -21,12 +21,9 @@ def gc(run: bool, superseded: bool, grace: float, as_json: bool) -> None:
     are not the newest of their name, and that no alias, lock file, requirement or descendant leads to; they can be
     pulled again.
     """
-    from hub.project.gc import collect, plan
-    from hub.store import Store
+    import hub
 
-    store, seconds = Store(), grace * 60
-    removal = plan(store, superseded=superseded, grace=seconds)
-    freed = collect(store, removal, grace=seconds) if run else 0
+    removal, freed = hub.gc(run=run, superseded=superseded, grace=grace * 60)
     if as_json:
         print_json(
             {
