@@ -149,6 +149,36 @@ def fsync_directory(path: Path) -> None:
         os.close(handle)
 
 
+def group_mode(directory: Path, mode: int) -> int:
+    """A mode for something new in a directory: where its group may write there, it may do so with this, too.
+
+    A team's directory is ``chmod g+ws``; whoever works in it would otherwise have to remember a umask. Others may read
+    what is new where they may read the directory.
+    """
+    theirs = directory.stat().st_mode
+    return mode | (theirs & 0o064) if theirs & 0o020 else mode
+
+
+def share(path: Path) -> None:
+    """Give a file or directory that was just made the rights of the group of its directory; another user's stays."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    wanted = group_mode(path.parent, mode)
+    if path.is_dir() and wanted != mode:
+        wanted |= path.parent.stat().st_mode & 0o2011
+    if wanted != mode:
+        with suppress(PermissionError):
+            path.chmod(wanted)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it that are missing, each with the rights that `share` gives."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    for place in reversed(missing):
+        with suppress(FileExistsError):  # another thread was faster; it may not have come to its rights yet
+            place.mkdir()
+        share(place)
+
+
 def atomic_write(path: Path, data: bytes) -> None:
     """Write a whole file or nothing: temporary file in the same directory, fsync, replace, fsync."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -157,6 +187,7 @@ def atomic_write(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        share(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

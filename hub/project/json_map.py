@@ -10,7 +10,7 @@ from pathlib import Path
 from hub.errors import HubError, StoreError
 from hub.io import canonical_json as canonical
 from hub.io.disk import disk_errors
-from hub.io.files import atomic_write, read_capped
+from hub.io.files import atomic_write, group_mode, make_directory, read_capped
 
 _MAX = 2**24  # bytes
 
@@ -49,8 +49,9 @@ class JsonMap:
         from filelock import FileLock
 
         with disk_errors(self.path.parent):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_name(f".{self.path.stem}.lock"), timeout=30):
+            make_directory(self.path.parent)
+            mode = group_mode(self.path.parent, 0o644)
+            with FileLock(self.path.with_name(f".{self.path.stem}.lock"), timeout=30, mode=mode):
                 table = self.read()
                 yield table
                 atomic_write(self.path, json.dumps(table, indent=2, sort_keys=True).encode() + b"\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hub.errors import NotFound
+from hub.io.files import share
 from hub.ref import version_key
 from hub.storage.ledger import Event, Position
 from hub.storage.releases import Catalogue, Release, Tombstone
@@ -120,6 +121,9 @@ class Index:
     @contextmanager
     def connect(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         """One connection, in one transaction where it writes."""
+        if write and not self.exists:  # made here, for the group of its directory; SQLite's other files follow it
+            self.path.touch()
+            share(self.path)
         mode = "ro&immutable=1" if self.frozen else "rwc"
         uri = f"{self.path.absolute().as_uri()}?mode={mode}"
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY, isolation_level=None)

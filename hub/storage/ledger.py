@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from hub.errors import IntegrityError
 from hub.io import canonical_json as canonical
+from hub.io.files import group_mode, share
 from hub.ref import name_key
 
 GENESIS = "sha256:" + "0" * 64
@@ -197,7 +198,11 @@ class Ledger:
         """
         line = line_of(event, at)
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        with os.fdopen(os.open(self.path, flags, 0o644), "r+b", buffering=0) as file:
+        mode = group_mode(self.path.parent, 0o644)
+        new = not self.path.exists()
+        with os.fdopen(os.open(self.path, flags, mode), "r+b", buffering=0) as file:
+            if new:  # whatever the umask of the first one: the others write to it, too
+                share(self.path)
             file.truncate(at.offset)
             file.seek(at.offset)
             try:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hub.errors import HubError
-from hub.io.files import atomic_write, read_capped
+from hub.io.files import atomic_write, make_directory, read_capped
 from hub.ref import check_digest
 
 MAX_SIGNATURE = 4 * 2**20  # bytes; it holds one sha256 a file
@@ -54,7 +54,7 @@ class Signatures:
         """Keep a signature that came with an artifact; one that is here stays, since it may be the good one."""
         path = self.path(digest, key)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             atomic_write(path, data)
 
     def _folder(self, digest: str) -> Path:

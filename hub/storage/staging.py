@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hub.errors import IntegrityError
-from hub.io.files import flushing, sha256_file
+from hub.io.files import flushing, group_mode, make_directory, sha256_file, share
 from hub.ref import check_digest
 
 if TYPE_CHECKING:
@@ -44,16 +44,16 @@ class Staging:
         """Give an own empty directory, gone afterwards; dead processes' directories are swept first."""
         from filelock import FileLock
 
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.partial.mkdir(exist_ok=True)
+        make_directory(self.directory)
+        make_directory(self.partial)
         if time.monotonic() - self._swept >= _PAUSE:
             self._swept = time.monotonic()
             self.sweep()
         # Made under a hidden name and renamed once it is locked, so that no sweeper takes it for a dead one's.
         name = uuid.uuid4().hex[:16]
         young = self.directory / f".{name}"
-        young.mkdir()
-        lock = FileLock(young / "lock")
+        make_directory(young)
+        lock = FileLock(young / "lock", mode=group_mode(young, 0o644))
         lock.acquire()
         room = young.rename(self.directory / name)
         try:
@@ -95,6 +95,9 @@ class Staging:
         target = room / f"{name}.part"
         with suppress(FileNotFoundError):
             (self.partial / name).replace(target)
+            if target.stat().st_uid != room.stat().st_uid:  # another user's: what becomes a blob must be our own
+                copy = shutil.copyfile(target, target.with_suffix(".copy"))
+                copy.replace(target)
         return target
 
     def complete(self, entry: FileEntry, part: Path, read: Read, advance: Advance) -> None:
@@ -159,6 +162,7 @@ class Staging:
         with suppress(FileNotFoundError):
             for path in room.glob("*.part"):
                 if path.stat().st_size:
+                    share(path)  # another user may go on with it
                     path.replace(self.partial / path.name.removesuffix(".part"))
 
 

@@ -70,16 +70,16 @@ class Vault:
 
     def create(self) -> None:
         """Make the layout where it is not there yet. Raises StoreError (no permission, read-only, full)."""
-        from hub.io.files import atomic_write
+        from hub.io.files import atomic_write, make_directory
         from hub.storage.oci import LAYOUT
 
         with disk_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_directory(self.root)
             if not (
                 mark := self.root / "oci-layout"
             ).exists():  # first, so that nobody takes it for a foreign directory
                 atomic_write(mark, LAYOUT)
-            self.blobs.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.blobs.directory)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -92,9 +92,13 @@ class Vault:
         """
         from filelock import FileLock, Timeout
 
+        from hub.io.files import group_mode
+
         with _one_lock_each:
             if self._lock is None:
-                self._lock = FileLock(self.root / ".lock", timeout=LOCK_TIMEOUT, poll_interval=0.01)
+                self.create()
+                mode = group_mode(self.root, 0o644)
+                self._lock = FileLock(self.root / ".lock", timeout=LOCK_TIMEOUT, poll_interval=0.01, mode=mode)
         locked = StoreError(
             f"{self.root} is locked by another process", path=self.root, hint="wait for it, then try again"
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hub.errors import StoreError
 from hub.io.disk import disk_errors
+from hub.io.files import make_directory, share
 from hub.registry.state.git_ids import File
 from hub.storage.blobs import Blobs
 from hub.storage.staging import Staging
@@ -90,7 +91,7 @@ class Drafts:
         self.blobs = Blobs(root)
         self.staging = Staging(root)
         with disk_errors(root):
-            self.blobs.directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self.blobs.directory)
             self._create()
 
     def _create(self) -> None:
@@ -124,6 +125,9 @@ class Drafts:
         # joins its transaction.
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
+            if not self.path.exists():
+                self.path.touch()
+                share(self.path)
             connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
