@@ -62,18 +62,48 @@ class Runtime:
         self._bank = Bank()
         self._calls = ModelCalls(model, self.sites, self.context, self._before_call)
         self._lock = threading.RLock()
+        self._owner: tuple[str, int] | None = None  # who alone may use it, and in which thread
         self._asked = Composition()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model (copy.deepcopy, pickle) makes its composition anew, at its first call.
         asked = Composition(self.rows, self.weights, self.routing)
-        return {**self.__dict__, "_lock": None, "merges": {}, "_asked": asked}
+        return {**self.__dict__, "_lock": None, "_owner": None, "merges": {}, "_asked": asked}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
         for adapter in self.adapters.values():
             adapter.home = weakref.ref(self)
+
+    # -- whose it is -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def owned_by(self, owner: str) -> Iterator[None]:
+        """Until the end only this thread may change what is active or call the model; others are refused.
+
+        Owners wait for each other.
+        """
+        with self._lock:
+            before, self._owner = self._owner, (owner, threading.get_ident())
+            try:
+                yield
+            finally:
+                self._owner = before
+
+    @contextmanager
+    def _mine(self) -> Iterator[None]:
+        self._refuse_others()
+        with self._lock:
+            yield
+
+    def _refuse_others(self) -> None:
+        owner = self._owner
+        if owner is not None and owner[1] != threading.get_ident():
+            raise KindError(
+                f"{owner[0]} computes on this model",
+                hint="ask it (Engine.run, Engine.call), or wait until it is at rest",
+            )
 
     # -- residents -------------------------------------------------------------------------------------------------
 
@@ -91,7 +121,7 @@ class Runtime:
                 f"adapter {name!r} acts at {absent[0]}, which this {self.sites.model_type} model does not have",
                 hint="it was made for another model",
             )
-        with self._lock:
+        with self._mine():
             draft = Draft(self, self.weights, {name: self._settled(adapter, name)})
             if name in self.composition.origin.members or any(name in row.refs for row in self.rows):
                 draft.repeat_merges(self.rows)
@@ -110,7 +140,7 @@ class Runtime:
 
     def remove(self, name: str) -> None:
         """Let a resident adapter go. It must not be active."""
-        with self._lock:
+        with self._mine():
             self.adapter(name)
             if any(name in row.refs for row in self.rows):
                 raise KindError(f"adapter {name!r} is active", hint="activate something else first")
@@ -161,7 +191,7 @@ class Runtime:
         for name in weights:
             self.adapter(name)
         check_coefficients(len(rows), weights)
-        with self._lock:
+        with self._mine():
             draft = Draft(self, weights, {})
             lowered = draft.lower(rows)
             self._activate(draft, lowered, routing)
@@ -173,7 +203,7 @@ class Runtime:
 
     def route(self, experts: Sequence[Expr], gate: Gate | Mixer) -> None:
         """Make these experts active, weighed by a gate at each site. On an error what was active stays active."""
-        with self._lock:
+        with self._mine():
             draft = Draft(self, {}, {})
             lowered = draft.lower(experts)
             for name in dict.fromkeys(name for expert in lowered for name in expert.refs):
@@ -252,7 +282,7 @@ class Runtime:
 
     def refresh(self) -> None:
         """Make the active composition anew."""
-        with self._lock:
+        with self._mine():
             active = self.composition
             draft = Draft(self, active.weights, {})
             draft.repeat_merges(active.rows)
@@ -267,7 +297,7 @@ class Runtime:
         if torch.compiler.is_compiling() and self.composition.device is not None and not self.composition.trains:
             return  # a look at adapters would compile each of them; they tell when they change
         if self._is_stale():
-            with self._lock:
+            with self._mine():
                 if self._is_stale():
                     self.refresh()
 
@@ -315,7 +345,7 @@ class Runtime:
 
     def close(self) -> None:
         """Put everything back; on an interruption all is as it was."""
-        with self._lock:
+        with self._mine():
             idle = self.context.idle
             try:
                 self.context.take(Composition())

@@ -45,11 +45,11 @@ def apply_heads(host: Host, rows: Sequence[RunningRow], output: Any, mask: Tenso
 
 def _classified(prepared: PreparedRow, logits: Tensor) -> Result:
     """Result of a classified row from its logits (classes,)."""
-    target, read = prepared.target, len(prepared.ids)
+    target = prepared.target
+    told: dict[str, Any] = {"weights": prepared.weights, "read": len(prepared.ids)}
+    told |= {"adapter": target.text, "digest": target.digest}
     if target.task == "regress":
-        return Result(value=float(logits[0]), weights=prepared.weights, read=read)
+        return Result(value=float(logits[0]), **told)
     p, order = logits.double().softmax(-1).sort(descending=True, stable=True)
     named = [(target.labels[i], float(q)) for q, i in zip(p.tolist(), order.tolist(), strict=True)]
-    return Result(
-        label=named[0][0], scores=tuple(named[: prepared.request.scores]), weights=prepared.weights, read=read
-    )
+    return Result(label=named[0][0], scores=tuple(named[: prepared.request.scores]), **told)

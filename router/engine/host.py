@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -117,6 +118,13 @@ class Host:
             with torch.inference_mode(False), torch.no_grad():
                 activate(self.model)
             self._active = gate
+
+    @contextmanager
+    def in_hand(self) -> Iterator[None]:
+        """Own the base: nobody else may use it until the end."""
+        with self.runtime.owned_by("an Engine"):
+            self.forget()
+            yield
 
     def forget(self) -> None:
         """Something else may have become active."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import monotonic
 from typing import Protocol, TypeAlias
 
 from hub.errors import HubError
@@ -65,7 +64,6 @@ class Job:
 
     def tell(self, answer: Answer) -> None:
         """Say what became of it, unless nobody listens any more."""
-        self.ended = monotonic()
         if not self.row.cancelled:
             self.on_done(answer)
 

@@ -100,9 +100,8 @@ def with_members(host: Host, row: PreparedRow, weights: dict[str, float]) -> Pre
     members = {n: known for n, known in row.target.routing.members.items() if n in weights}  # the base is none of them
     shares = torch.tensor([[weights[name] for name in members]]).double()
     (expr,) = row_expressions([Ref(name) for name in members], shares)
-    target = Target(
-        row.target.text, expr or IDENTITY, tuple(members), front=sum(known.front for known in members.values())
-    )
+    front = sum(known.front for known in members.values())
+    target = Target(row.target.text, expr or IDENTITY, tuple(members), front=front, digest=row.target.digest)
     first = members.get(max(weights, key=weights.__getitem__))
     if first is not None:
         target = replace(target, labels=first.labels, task=first.task, max_length=first.max_length)

@@ -97,6 +97,9 @@ class Result:
         What the router gave each adapter (a ref to a number); empty without a router.
     read, written
         Tokens of the prompt and of the continuation.
+    adapter, digest
+        What answered, as it was asked for ("": the bare base), and the digest that this stood for when the row was
+        submitted: of an artifact, or of an expression with its members' digests; None where a member has none.
     """
 
     text: str | None = None
@@ -108,3 +111,5 @@ class Result:
     weights: Mapping[str, float] = field(default_factory=dict)
     read: int = 0
     written: int = 0
+    adapter: str = ""
+    digest: str | None = None

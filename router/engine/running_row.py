@@ -87,6 +87,8 @@ class RunningRow:
             weights=self.prepared.weights,
             read=len(self.prepared.ids),
             written=self.written,
+            adapter=self.prepared.target.text,
+            digest=self.prepared.target.digest,
         )
 
     def _say(self, text: str, *, last: bool = False) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from time import monotonic
 from typing import TypeVar
 
@@ -50,6 +51,7 @@ class Scheduler:
         self._change = threading.Condition()
         self._ending = self._held = self._draining = False
         self._thread: threading.Thread | None = None
+        self._to_say: list[Callable[[], None]] = []  # once nothing is in hand that whoever hears it may want
         residency.on_read = self._look
 
     # -- from any thread -------------------------------------------------------------------------------------------
@@ -148,9 +150,9 @@ class Scheduler:
 
         def run() -> None:
             try:
-                done.set_result(function())
+                self._to_say.append(partial(done.set_result, function()))
             except (HubError, *BREAKDOWNS) as error:
-                done.set_exception(error)
+                self._to_say.append(partial(done.set_exception, error))
 
         with self._change:
             if self._ending:
@@ -164,18 +166,31 @@ class Scheduler:
     def _loop(self) -> None:
         try:
             while self._wait():
-                self._turn()
+                with self.host.in_hand():
+                    while self._is_busy():
+                        self._say()
+                        self._turn()
+                self._say()  # whoever is told that all is done may use the base at once
         except BaseException:
             self._ending = True
             raise
         finally:
+            self._say()
             if self._ending:
                 self._give_up()
+
+    def _is_busy(self) -> bool:
+        return not self._ending and bool(self._waiting or self.work.held or self._calls)
+
+    def _say(self) -> None:
+        said, self._to_say = self._to_say, []
+        for say in said:
+            say()
 
     def _wait(self) -> bool:
         """Whether there is something to do; the thread ends where there is nothing for a while."""
         with self._change:
-            while not (self._ending or self._waiting or self.work.held or self._calls):
+            while not (self._ending or self._is_busy()):
                 if not self._change.wait(_LINGER):
                     self._thread = None
                     return False
@@ -185,8 +200,7 @@ class Scheduler:
         """Errands, admissions, and then one step of one batch or one chunk of one prompt."""
         while self._calls:
             self._calls.popleft()()
-        for job in self.work.sweep():
-            self.admission.release(job)
+        self._sweep()
         self._admit()
         if not self.work.turn():
             with self._change:
@@ -195,6 +209,12 @@ class Scheduler:
         for job in self.work.ended():
             if not job.row.cancelled:
                 self._tell(job, job.row.answer)
+        if not self.work.running:
+            self._sweep()
+
+    def _sweep(self) -> None:
+        for job in self.work.sweep():
+            self.admission.release(job)
 
     def _admit(self) -> None:
         with self._change:
@@ -212,10 +232,9 @@ class Scheduler:
             watcher.joined(rows)
 
     def _tell(self, job: Job, answer: Answer) -> None:
-        if not job.row.cancelled:
-            job.tell(answer)
-            for watcher in self.watchers:
-                watcher.ended(job)
+        job.ended = monotonic()
+        self._to_say.append(partial(job.tell, answer))
+        self._to_say += [partial(watcher.ended, job) for watcher in self.watchers]
 
     def _give_up(self) -> None:
         with self._change:

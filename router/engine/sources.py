@@ -66,7 +66,10 @@ class Sources:
     store
         Where refs are looked up.
     pins
-        Text of a ref -> digest: what each ref has stood for; refs found in it are read so (see `hub run`'s journal).
+        Text of a ref -> digest: what each ref stands for; refs found in it are read so (see `hub run`'s journal).
+    pinned
+        Whether a ref stands for what it stood for when it was first asked for, whatever is published since: one run of
+        one file. Otherwise it is looked up anew whenever the store has changed.
     """
 
     def __init__(self, host: Host, store: Store, given: Mapping[str, AdapterSource] | None = None) -> None:
@@ -78,6 +81,18 @@ class Sources:
         self._known: dict[str, KnownAdapter] = {}
         self._named: dict[str, KnownAdapter] = {}
         self.pins: dict[str, str] = {}
+        self.pinned = False
+        self._head = store.ledger.size
+
+    def follow(self) -> bool:
+        """Look refs up anew from now on if the store has changed since the last call; whether it has."""
+        head = self._head if self.pinned else self.store.ledger.size  # append-only: it has grown or is as it was
+        if head == self._head:
+            return False
+        self._head = head
+        self.pins.clear()
+        self._known = {text: k for text, k in self._known.items() if not isinstance(k.source, Artifact)}
+        return True
 
     def offer(self, name: str, source: AdapterSource) -> None:
         """Make a source known under a name of its own."""

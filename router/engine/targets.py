@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from threading import RLock
 
 from compose.algebra import parse
 from compose.base.compatibility import compare
@@ -28,6 +30,8 @@ class Target:
     ----------
     text
         As it was asked for.
+    digest
+        Of the artifact that answers, or of the expression with its members' digests; None where a member has none.
     expr
         Over the names of residents.
     names
@@ -49,15 +53,17 @@ class Target:
     front: int = 0
     routing: Routing | None = None
     mixture: Mixture | None = None
+    digest: str | None = None
 
 
 class Targets:
-    """Targets by their text, made once each."""
+    """Targets by their text, made once each as long as the store does not change; from any thread."""
 
     def __init__(self, host: Host, sources: Sources, *, allow_base_drift: bool = False) -> None:
         self._host, self.sources = host, sources
         self._allow_drift = allow_base_drift
         self._made: dict[str, Target] = {}
+        self._lock = RLock()
         self.bare = Target("", IDENTITY, ())
 
     def get(self, text: str | None) -> Target:
@@ -71,13 +77,17 @@ class Targets:
         text = self._local(text or "")
         if not text:
             return self.bare
-        if text not in self._made:
-            self._made[text] = self._make(text)
-        return self._made[text]
+        with self._lock:
+            if self.sources.follow():
+                self._made.clear()
+            if text not in self._made:
+                self._made[text] = self._make(text)
+            return self._made[text]
 
     def forget(self) -> None:
         """Look everything up anew from now on."""
-        self._made.clear()
+        with self._lock:
+            self._made.clear()
 
     def _local(self, text: str) -> str:
         """Without the base's name in front, or nothing for the base itself."""
@@ -113,8 +123,9 @@ class Targets:
         front = sum({leaf.name: leaf.front for leaf in leaves}.values())
         if mixture is not None:
             refuse_mixture(self._host, text, task)
-            return Target(text, IDENTITY, names, front=front, mixture=mixture)
-        return Target(text, expr, names, labels, task, min(lengths, default=None), front)
+            return Target(text, IDENTITY, names, front=front, mixture=mixture, digest=_digest(expr, leaves))
+        digest = _digest(expr, leaves)
+        return Target(text, expr, names, labels, task, min(lengths, default=None), front, digest=digest)
 
     def _router(self, text: str, artifact: Artifact) -> Target:
         refs = [need.name + "@" + need.digest for need in artifact.manifest.requires if need.digest is not None]
@@ -123,10 +134,22 @@ class Targets:
             if member.facts.base is not None:
                 self._check(member.name, member.facts.base)
         chooser = routing(artifact, self.sources.store, {member.name: member for member in members})
-        return Target(text, IDENTITY, tuple(chooser.members) if chooser.by_token else (), routing=chooser)
+        names = tuple(chooser.members) if chooser.by_token else ()
+        return Target(text, IDENTITY, names, routing=chooser, digest=artifact.digest)
 
     def _check(self, text: str, made_for: BaseIdentity) -> None:
         compare(made_for, self._host.identity, ref=text, allow_drift=self._allow_drift)
+
+
+def _digest(expr: Expr, leaves: Sequence[KnownAdapter]) -> str | None:
+    """The digest of a single artifact, or one of the expression and its leaves' digests."""
+    digests = {leaf.name: leaf.source.digest for leaf in leaves if isinstance(leaf.source, Artifact)}
+    if len(digests) < len({leaf.name for leaf in leaves}):
+        return None
+    if isinstance(expr, Ref):
+        return digests[expr.text]
+    told = "\n".join([str(expr), *(f"{name}={digest}" for name, digest in sorted(digests.items()))])
+    return "sha256:" + sha256(told.encode()).hexdigest()
 
 
 def _mixture(expr: Expr) -> Mixture | None:

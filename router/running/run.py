@@ -81,6 +81,7 @@ def run(
             if isinstance(sink, Journal) and sink.resumed:
                 _go_on(lines, sink, engine)
                 on_resume(sink.mark.rows)
+            engine.sources.pinned = True  # one run is of one state of the store
             check_adapters(engine, named, lines.name)
             with progress() as bar:
                 total = 0 if file is None else file.stat().st_size - lines.offset
