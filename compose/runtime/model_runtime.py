@@ -296,8 +296,9 @@ class Runtime:
     def _before_call(self) -> None:
         if torch.compiler.is_compiling() and self.composition.device is not None and not self.composition.trains:
             return  # a look at adapters would compile each of them; they tell when they change
+        self._refuse_others()
         if self._is_stale():
-            with self._mine():
+            with self._lock:
                 if self._is_stale():
                     self.refresh()
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from time import monotonic
 
+from router.engine.admission import Admission
 from router.engine.engine import Engine
 from router.engine.job import Answer, Job
 from router.engine.request import Request
 from router.engine.running_row import RunningRow
+from router.engine.work import Work
 
 KINDS = {
     "lora": {"r": 2},
@@ -42,7 +44,9 @@ class Steps:
     """An engine whose steps are taken by hand: no thread, no clock."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.work, self.admission = engine, engine.scheduler.work, engine.scheduler.admission
+        self.engine, self.work = engine, Work(engine.host, lambda _rows: None)
+        bounds = {"rows": engine.rows, "tokens": engine.tokens}
+        self.admission = Admission(engine.host, engine.sources, engine.residency, self.work, **bounds)
         self.waiting: list[Job] = []
         self.answers: dict[int, Answer] = {}
 
