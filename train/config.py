@@ -71,8 +71,9 @@ class TrainConfig(BaseModel):
     )
     data: dict[str, str | float | bool] = Field(
         default_factory=dict,
-        description="train: a jsonl, csv, parquet or text file, a folder of texts, or hf:NAME[@CONFIG][:SPLIT]; eval: "
-        "another one, or the fraction of the training rows to hold out (0.1), or absent; packing: true puts several "
+        description="train: a jsonl, csv, parquet or text file, a folder of texts, or hf:NAME[@CONFIG][:SPLIT]; of a "
+        "folder, files called test, dev, valid, ... are left out; eval: another one, or the "
+        "fraction of the training rows to hold out (0.1), or absent; packing: true puts several "
         "rows of completions or messages into one of max_length, apart from each other",
     )
     columns: dict[str, str] = Field(

@@ -39,9 +39,7 @@ def reparametrize(adapter: Adapter, path: str, name: str, module: nn.Module) -> 
 
 def function(adapter: Adapter, path: str, name: str) -> nn.Module:
     """The module that makes a reparametrized tensor."""
-    chain = adapter.get_submodule("parametrizations")._modules[attribute(path, name)]
-    assert chain is not None  # noqa: S101 - narrows the type
-    return chain.get_submodule("0")
+    return adapter.get_submodule(f"parametrizations.{attribute(path, name)}.0")
 
 
 def original(adapter: Adapter, path: str, name: str) -> nn.Parameter:
@@ -57,7 +55,7 @@ def fold(adapter: Adapter) -> None:
     training = adapter.training
     adapter.eval()
     if parametrize.is_parametrized(adapter):
-        for name in list(adapter.get_submodule("parametrizations")._modules):
+        for name, _ in list(adapter.get_submodule("parametrizations").named_children()):
             parametrize.remove_parametrizations(adapter, name, leave_parametrized=True)
     adapter.train(training)
     adapter.revision += 1
