@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import compose
+from compose.expr.tree import IDENTITY
 from compose.kind.registry import kinds
 from hub.errors import UsageError
 from train.data.batches import Dataset, Ragged
@@ -141,7 +142,7 @@ def test_each_stops_by_itself_and_has_its_own_loss(tiny, config):
     assert len(seen) == 12
     first = [results[name].history[0]["loss"] for name in ("better", "still")]
     assert first[0] == pytest.approx(2 * first[1], rel=1e-5)
-    assert compose.runtime.model_runtime.runtime(model).rows == (compose.runtime.model_runtime.IDENTITY,)
+    assert compose.runtime.model_runtime.runtime(model).rows == (IDENTITY,)
 
 
 def test_a_job_that_breaks_is_named(tiny, config):
