@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from compose.api import eject as eject
     from compose.api import identity as identity
     from compose.api import load as load
+    from compose.api import refresh as refresh
     from compose.api import route as route
     from compose.api import save as save
     from compose.api import tokenizer as tokenizer
@@ -40,6 +41,7 @@ _HOMES = {
         "eject",
         "identity",
         "load",
+        "refresh",
         "route",
         "save",
         "tokenizer",

@@ -201,13 +201,23 @@ def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixe
     model_runtime.route(model, experts, gate)
 
 
+def refresh(model: PreTrainedModel) -> None:
+    """Read the adapters anew: for values written where torch does not see it.
+
+    Every operation of torch on an adapter's tensors is seen, ``.data`` too, and the next call answers with the new
+    values. Not seen is what is written through memory that others share with them (``numpy()``, DLPack, other kernels),
+    through a ``.data`` that was kept from before, or to a model inside ``torch.compile``.
+    """
+    runtime(model).refresh(anew=True)
+
+
 def detach(model: PreTrainedModel, name: str) -> None:
     """Let a resident adapter go; it must not be active."""
     runtime(model).remove(name)
 
 
 def eject(model: PreTrainedModel) -> None:
-    """Restore modules, parameters and requires_grad flags exactly as they were before the first adapter."""
+    """Restore forwards and requires_grad flags exactly as they were before the first adapter."""
     model_runtime.eject(model)
 
 

@@ -47,6 +47,12 @@ class Origin:
     def _of_each(self) -> list[int]:
         return [t.times_asked for t in self._tensors if isinstance(t, Watched)]
 
+    def outdated(self) -> Origin:
+        """The same, as of another time."""
+        other = Origin(self.adapters, self.members)
+        other._tensors, other._versions = [], [0]
+        return other
+
     def changed(self, resident: Mapping[str, Adapter]) -> bool:
         """Whether an adapter has other values since, or another one has its name."""
         if any(a.revision != revision for a, revision in self._revisions):

@@ -88,9 +88,8 @@ class Inputs:
     def enter(self, paths: Iterable[str], *, moves: bool) -> None:
         """Be at these attention modules, and if a prefix moves positions where those come in."""
         for path in paths:
-            if path not in self._attentions:
-                self._attentions[path] = module = self._model.get_submodule(path)
-                module.moduloom_prefix = PrefixPlace(path, self._context)
+            module = self._attentions[path] = self._model.get_submodule(path)
+            module.__dict__.setdefault("moduloom_prefix", PrefixPlace(path, self._context))
         if moves:
             if not self._positions:
                 modules = [self._model.get_submodule(path) for path in self._sites.positions]

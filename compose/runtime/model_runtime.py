@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -280,10 +281,13 @@ class Runtime:
             for name in self.adapters.keys() - residents:
                 self.remove(name)
 
-    def refresh(self) -> None:
-        """Make the active composition anew."""
+    def refresh(self, *, anew: bool = False) -> None:
+        """Make the active composition anew; ``anew``: also what seems to be as it was."""
         with self._mine():
             active = self.composition
+            if anew:
+                self._recent = RecentCompositions()
+                self.merges = {name: replace(m, origin=m.origin.outdated()) for name, m in self.merges.items()}
             draft = Draft(self, active.weights, {})
             draft.repeat_merges(active.rows)
             self._take(draft, draft.compose(active.rows, active.routing))

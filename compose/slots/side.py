@@ -6,7 +6,6 @@ enters and leaves the blocks; the model's code is untouched, and nothing of it r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,15 +63,33 @@ class Trace:
         return seen
 
 
+class _Block(Standing):
+    """Shows a block's states to the trace of the call."""
+
+    def __init__(self, layer: nn.Module, context: Context) -> None:
+        super().__init__(layer)
+        self._context = context
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's output."""
+        trace = self._context.call.trace
+        if trace is not None and not trace.hidden:  # of the first one; a block that is shared is called once a layer
+            trace.hidden.append((args[0] if args else kwargs["hidden_states"]).detach())
+        output = self.own(*args, **kwargs)
+        if trace is not None:  # there is none while a checkpointed block is computed again
+            trace.hidden.append((output if isinstance(output, Tensor) else output[0]).detach())
+        return output
+
+
 class SideSlot(Standing):
-    """What acts at the final states of one model: it stands in its backbone, with hooks on the blocks."""
+    """What acts at the final states of one model: it stands in its backbone and in the blocks."""
 
     def __init__(self, model: PreTrainedModel, sites: SiteMap, context: Context) -> None:
-        container, self._blocks = backbone(model, sites)
+        container, blocks = backbone(model, sites)
         super().__init__(container)
         self.context = context
+        self._blocks = [_Block(block, context) for block in blocks]
         self._causal = sites.reads_causally or sites.is_encoder_decoder
-        self._hooks: list[Any] = []
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a module's parameters are inside the backbone, where side networks let no gradient in."""
@@ -93,20 +110,16 @@ class SideSlot(Standing):
         return Program(node, per_row=per_row)
 
     def enter(self) -> None:
-        """Stand in the backbone, with hooks on the blocks."""
+        """Stand in the backbone and the blocks."""
+        for block in self._blocks:
+            block.enter()
         super().enter()
-        if not self._hooks:
-            self._hooks = [
-                self._blocks[0].register_forward_pre_hook(self._first, with_kwargs=True),
-                *(block.register_forward_hook(self._after) for block in self._blocks),
-            ]
 
     def leave(self) -> None:
         """Leave the backbone and the blocks."""
         super().leave()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        for block in self._blocks:
+            block.leave()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's output with other final states."""
@@ -130,16 +143,6 @@ class SideSlot(Standing):
         finally:
             call.trace = None
         return self._put(output, before, after)
-
-    def _first(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        trace = self.context.call.trace
-        if trace is not None and not trace.hidden:  # a shared block is called once a layer
-            trace.hidden.append((args[0] if args else kwargs["hidden_states"]).detach())
-
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        trace = self.context.call.trace
-        if trace is not None:  # not while a checkpointed block is computed again
-            trace.hidden.append((output if isinstance(output, Tensor) else output[0]).detach())
 
     def _put(self, output: Any, before: Tensor, after: Tensor) -> Any:
         """The output with other final states; what the pooler makes of them is made anew."""

@@ -17,7 +17,7 @@ def test_the_backbone_has_no_graph(tiny, kind, family):
     activate(model, "a")
     model.enable_input_require_grads()  # as gradient checkpointing asks for
     inside = []
-    block = runtime(model).side._blocks[0]
+    block = runtime(model).side._blocks[0].layer
     block.register_forward_hook(lambda m, a, out: inside.append(out if torch.is_tensor(out) else out[0]))
     loss = model(**tiny.batch(family, tiny.rows(5, 3))).logits.square().mean()
     assert not inside[0].requires_grad
