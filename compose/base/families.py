@@ -232,14 +232,17 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+_CROSS = ("cross", "encoder_attn", "encoder_attention", "encdec", "src_attn")
+
+
 def guess_role(suffix: str) -> str | None:
     """Role of a linear whose family is unknown, from the last part of its path; ``None`` if the name says nothing.
 
-    Cross-attention is recognised by ``cross`` or ``encoder_attn`` in the path.
+    Cross-attention is recognised by what its module is called.
     """
     last = suffix.rsplit(".", 1)[-1].lower()
     for role, names in _NAMES.items():
         if last in names:
-            crossing = "cross" in suffix.lower() or "encoder_attn" in suffix.lower()
+            crossing = any(word in suffix.lower() for word in _CROSS)
             return role.replace("attn.", "cross.") if crossing else role
     return None

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import cast
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -58,9 +60,40 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """Return ``(d_in, d_out)`` of a linear-like module (nn.Linear, its quantized forms, GPT-2's Conv1D), else None."""
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0]), int(module.nf)
-    if isinstance(module, nn.Linear):  # bitsandbytes' Linear4bit and Linear8bitLt derive from it
+    if isinstance(module, nn.Linear) and _is_linear(module):
         return module.in_features, module.out_features
     return None
+
+
+def _is_linear(module: nn.Linear) -> bool:
+    """Whether it does what its name says: routers of experts derive from nn.Linear, and choose experts as well."""
+    cls = type(module)
+    # bitsandbytes' Linear4bit and Linear8bitLt compute the product in their own way.
+    if cls.forward is nn.Linear.forward or cls.__module__.startswith("bitsandbytes."):
+        return True
+    weight, training = module.weight, module.training
+    if not weight.is_floating_point():
+        return False
+    module.training = False
+    try:
+        with torch.no_grad():
+            x = torch.linspace(-1, 1, 2 * module.in_features).reshape(2, -1).to(weight)
+            y, expected = module(x), nn.functional.linear(x, weight, module.bias)
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes something else
+        return False
+    finally:
+        module.training = training
+    same = isinstance(y, Tensor) and y.shape == expected.shape
+    return same and (weight.is_meta or isinstance(weight.data, FakeTensor) or torch.allclose(y, expected))
+
+
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that looks up a model's tokens; None for models of images or sounds, and some others."""
+    try:
+        found = cast("PreTrainedModel", model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # transformers says of some models that they have none to tell
+        found = getattr(model, "embed_tokens", None)
+    return found if isinstance(found, nn.Module) else None
 
 
 class SiteMap:
@@ -92,8 +125,8 @@ class SiteMap:
         self.modules = tuple(path for path in modules if path)
         self.architecture = type(model).__name__
         # A prompt goes in where the text does: before the encoder, if there is one; a prefix acts in the decoder.
-        reader = model.get_encoder() if self.is_encoder_decoder else model
-        self.embedding = next((p for p, m in modules.items() if m is reader.get_input_embeddings()), "")
+        table = input_embeddings(model.get_encoder() if self.is_encoder_decoder else model)
+        self.embedding = next((p for p, m in modules.items() if m is table), "")
         self.positions = tuple(
             p
             for p in modules
@@ -103,7 +136,6 @@ class SiteMap:
         first = next((modules[p] for _, p in self.attention_modules()), None)
         self.reads_causally = not self.is_encoder_decoder and bool(getattr(first, "is_causal", model.can_generate()))
         self.norms = tuple(p for p, m in modules.items() if type(m).__name__.endswith(("Norm", "NormWrapper")))
-        self.hidden_size = int(self.config.hidden_size)
         # Tables of embeddings: the input's can be adapted by kinds that say so, the others (positions) by none.
         self.tables = tuple(p for p, m in modules.items() if isinstance(m, nn.Embedding))
         self.input_table: Site | None = None
@@ -153,6 +185,23 @@ class SiteMap:
             shape = linear_shape(module)
             if shape is not None and not _BLOCK.match(path):
                 yield Site(path, "outside." + path, None, "", *shape)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states.
+
+        Raises
+        ------
+        SiteError
+            They have different widths in different layers.
+        """
+        width = getattr(self.config, "hidden_size", None)
+        if not isinstance(width, int):
+            raise SiteError(
+                f"{self.architecture} has no one width of its hidden states, which this kind needs",
+                hint="hub kinds lists those that act at linear layers",
+            )
+        return width
 
     @property
     def paths(self) -> tuple[str, ...]:

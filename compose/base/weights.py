@@ -86,3 +86,22 @@ def row_norm_squared(layer: nn.Module, *, rows: int = 1024) -> Tensor:
 def bias_of(layer: nn.Module) -> Tensor | None:
     """The bias (d_out,) of a linear-like layer, or None."""
     return cast("Tensor | None", getattr(layer, "bias", None))
+
+
+def acts_on_features(module: nn.Module) -> bool:
+    """Whether a module acts on the last dimension of whatever comes in: linear layers do, and most normalizations.
+
+    Some of those for images do not: they have the channels in front.
+    """
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
+        return False
+    shape = 2, len(weight) + 1, len(weight)
+    try:
+        with torch.no_grad():
+            y = module(weight.new_zeros(shape))
+    except (RuntimeError, TypeError, ValueError):  # it takes images only
+        return False
+    return isinstance(y, Tensor) and y.shape == shape

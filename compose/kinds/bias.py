@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from compose.atoms import Atoms, Below
 from compose.base.sites import SiteMap
-from compose.base.weights import bias_of
+from compose.base.weights import acts_on_features, bias_of
 from compose.kind.adapter import Adapter, KindConfig, original_module
 from compose.kind.registry import register
 
@@ -33,7 +33,8 @@ class Bias(Adapter):
             modules = [s.path for s in sites if self.config.layers is None or s.layer in self.config.layers]
             biased = [p for p in modules if bias_of(original_module(model, p)) is not None]
             if biased and self.config.layers is None:
-                biased += [p for p in sites.norms if bias_of(original_module(model, p)) is not None]
+                norms = {p: original_module(model, p) for p in sites.norms}
+                biased += [p for p, m in norms.items() if bias_of(m) is not None and acts_on_features(m)]
             chosen = biased or modules
         else:
             chosen = [s.path for s in self.targets(sites)]

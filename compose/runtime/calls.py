@@ -8,8 +8,9 @@ by an error or by Ctrl-C, nothing of it is left.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ from compose.runtime.composition import Composition
 from compose.runtime.idle import Watch
 from compose.runtime.prompts import Entrance, PromptState
 from compose.slots.call import Call, Context, Standing
+
+Prepare: TypeAlias = Callable[[nn.Module, Mapping[str, Any]], None]  # by the module called and its arguments
+IDS = ("input_ids", "decoder_input_ids")
+STATES = ("inputs_embeds", "decoder_inputs_embeds")
 
 
 class Doorway(Standing):
@@ -47,7 +52,7 @@ class Doorway(Standing):
 class ModelCalls:
     """The calls of one model. ``prepare`` makes the active composition anew where that is due."""
 
-    def __init__(self, model: PreTrainedModel, sites: SiteMap, context: Context, prepare: Callable[[], None]) -> None:
+    def __init__(self, model: PreTrainedModel, sites: SiteMap, context: Context, prepare: Prepare) -> None:
         self._model, self._context, self._prepare = model, context, prepare
         self._encoder = model.get_encoder() if sites.is_encoder_decoder else None
         self._entrance = _entrance(model, sites)
@@ -75,12 +80,12 @@ class ModelCalls:
             if door.layer is not self._encoder or call.composition.prompt is None:
                 return door.own(*args, **kwargs)
             return self._prompted(door, call, _bound(door, args, kwargs), outermost=False)
-        self._prepare()
+        given = _bound(door, args, kwargs)
+        self._prepare(door.layer, given)
         call = context.new()
         try:
             context.begin(call)
-            given = _bound(door, args, kwargs)
-            self._measure(call, given)
+            self._measure(call, door.layer, given)
             with self.watch.over(call):
                 if call.composition.prompt is None:
                     return door.own(*args, **kwargs)
@@ -91,13 +96,16 @@ class ModelCalls:
             finally:
                 context.end(call)  # Ctrl-C may have come in the midst of it
 
-    def _measure(self, call: Call, kwargs: Mapping[str, Any]) -> None:
+    def _measure(self, call: Call, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         composition: Composition = call.composition
-        call.batch = batch = _batch(kwargs)
+        call.batch = batch = _batch(module, kwargs)
+        lengths = _lengths(kwargs)
+        extra = () if composition.prompt is None else tuple(n + composition.prompt.length for n in lengths)
+        call.lengths = (*lengths, *extra)
         if composition.measures_past:
             cache = kwargs.get("past_key_values")
             call.past = 0 if cache is None else int(cache.get_seq_length())
-        if composition.count > 1 and batch % composition.count:
+        if composition.count > 1 and (not batch or batch % composition.count):
             raise KindError(
                 f"the active composition has {composition.count} rows and the batch has {batch}",
                 hint="activate one expression per row, or one for all",
@@ -161,12 +169,19 @@ def _bound(door: Doorway, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _batch(kwargs: Mapping[str, Any]) -> int:
-    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "encoder_outputs")
-    source = next((kwargs[n] for n in names if kwargs.get(n) is not None), None)
+def _batch(module: nn.Module, kwargs: Mapping[str, Any]) -> int:
+    named = getattr(module, "main_input_name", "input_ids")
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", named)
+    source = next((kwargs[n] for n in (*names, "encoder_outputs") if kwargs.get(n) is not None), None)
     if source is None:
         return 0
     return int(source.shape[0] if isinstance(source, Tensor) else source[0].shape[0])
+
+
+def _lengths(kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many tokens each row of the texts of a call has, by ids (B, T) or states (B, T, d)."""
+    texts = [(kwargs.get(name), end) for names, end in ((IDS, None), (STATES, -1)) for name in names]
+    return tuple(math.prod(text.shape[1:end]) for text, end in texts if isinstance(text, Tensor))
 
 
 def _wants_tuple(model: PreTrainedModel, kwargs: Mapping[str, Any]) -> bool:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -44,6 +44,12 @@ class Watch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._busy = threading.Lock()
+
+    @contextmanager
+    def kept_out(self) -> Iterator[None]:
+        """No call is under watch for a while, in any thread."""
+        with self._busy:
+            yield
 
     def over(self, call: Call) -> AbstractContextManager[None]:
         """Watch a call, if some place of its composition is unknown."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.algebra import ExprLike, as_rows
@@ -35,7 +35,9 @@ from compose.runtime.draft import Draft, Merges
 from compose.runtime.inputs import Inputs
 from compose.runtime.prefixes import use_interface
 from compose.runtime.recent import RecentCompositions
-from compose.slots.call import Context
+from compose.runtime.row_places import RowPlaces
+from compose.runtime.row_trials import untouched
+from compose.slots.call import Call, Context
 from compose.slots.gate import Gate, Mixer, Routing, refuse_outside
 from compose.slots.side import SideSlot
 from compose.slots.slot import Slot
@@ -62,6 +64,7 @@ class Runtime:
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._bank = Bank()
         self._calls = ModelCalls(model, self.sites, self.context, self._before_call)
+        self._places = RowPlaces(model, self.sites, self._at_rest)
         self._lock = threading.RLock()
         self._owner: tuple[str, int] | None = None  # who alone may use it, and in which thread
         self._asked = Composition()
@@ -230,6 +233,7 @@ class Runtime:
     def _take(self, draft: Draft, composition: Composition | None) -> None:
         """Make a draft's residents the model's own, and its composition active."""
         if composition is not None:
+            self._places.before(composition, self.slot)
             self._stand_where(composition)
         for name, adapter in draft.adapters.items():
             if self.adapters.get(name) is not adapter:
@@ -297,7 +301,23 @@ class Runtime:
         if self.composition.device is not None and not self.live and self._is_stale():
             self.refresh()
 
-    def _before_call(self) -> None:
+    def _before_call(self, module: nn.Module, given: Mapping[str, Any]) -> None:
+        self._renew()
+        self._places.before_call(module, given)
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """The bare base for a while, as if nothing were active, for a call that leaves nothing behind."""
+        idle = self.context.idle
+        call = Call(Composition(), idle.batch, idle.lengths)
+        with self._lock, self._calls.watch.kept_out(), untouched(self.model):
+            try:
+                self.context.begin(call)
+                yield
+            finally:
+                self.context.end(call)
+
+    def _renew(self) -> None:
         if torch.compiler.is_compiling() and self.composition.device is not None and not self.composition.trains:
             return  # a look at adapters would compile each of them; they tell when they change
         self._refuse_others()

@@ -140,6 +140,8 @@ def _with_prefix(
     if isinstance(bias, Tensor):
         options["position_bias"] = torch.cat([_virtual_bias(state, bias), bias], dim=-1)
     mask = _extend_mask(_filled(attention_mask, module, query, key, options), state, batch, query)
+    if mask.dtype == torch.bool and inner is not sdpa_attention_forward:  # eager attention adds its mask
+        mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     key = torch.cat([repeat(state.key, batch).to(key.dtype), key], dim=2)
     value = torch.cat([repeat(state.value, batch).to(value.dtype), value], dim=2)
     options["is_causal"] = False

@@ -44,9 +44,10 @@ class _Nothing:
 class Call:
     """A forward under way."""
 
-    def __init__(self, composition: Any, batch: int = 0) -> None:
+    def __init__(self, composition: Any, batch: int = 0, lengths: tuple[int, ...] = ()) -> None:
         self.composition = composition
         self.batch = batch  # its rows
+        self.lengths = lengths  # tokens that a row may have, with and without a prompt
         self.past = 0  # tokens that its cache holds
         self.inputs: dict[str, Tensor] = {}  # of the sites that another one taps, by path, until they are read
         self.prompt: tuple[Tensor, Tensor] | None = None  # for the embedding: where (B, T, 1) it stands, and it
@@ -94,7 +95,7 @@ class Context:
 
     def take(self, composition: Composed) -> None:
         """Make a composition the one that calls begin with from now on."""
-        self.idle = Call(composition, self.idle.batch)
+        self.idle = Call(composition, self.idle.batch, self.idle.lengths)
 
     def new(self) -> Call:
         """A call with the composition that is active now; what is traced knows no threads and shares the idle one."""
@@ -112,7 +113,7 @@ class Context:
         if getattr(self._own, "call", None) is call:
             del self._own.call
         self.running.discard(call)
-        self.idle.batch = call.batch
+        self.idle.batch, self.idle.lengths = call.batch, call.lengths
         call.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -209,7 +210,7 @@ class _Site:
         own = part is not None and path == part.path
         atoms = adapter.lower(path, BelowView(self.slot, under.nodes, part.rows if part is not None and own else None))
         if atoms is not None and isinstance(atoms.function, Function) and atoms.function.tap:
-            source = self.context.slot(atoms.function.tap).input
+            source = partial(self.context.slot(atoms.function.tap).input, self.path)
             atoms = replace(atoms, function=replace(atoms.function, source=source))
         if atoms is not None and isinstance(atoms.function, Side):
             atoms = replace(atoms, function=replace(atoms.function, trace=cast("SideSlot", self.slot).trace_of_call))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compose.atoms import Function
-from compose.base.weights import bias_of, row_norm_squared, with_parameters
+from compose.base.weights import acts_on_features, bias_of, row_norm_squared, with_parameters
 from compose.errors import KindError
 from compose.kernels.fused_rows import FusedRows
 from compose.slots import low_rank_autograd as learning
@@ -19,6 +19,7 @@ from compose.slots.branches import Chain, stages
 from compose.slots.call import Call, Context, Standing
 from compose.slots.frozen_stage import FrozenStage, frozen_stage
 from compose.slots.gate import GatedExperts
+from compose.slots.row_layout import ROWS_FIRST, RowLayout
 from compose.slots.stage import Node, Stage, State
 
 
@@ -39,6 +40,8 @@ class Slot(Standing):
     def __init__(self, layer: nn.Module, path: str, context: Context) -> None:
         super().__init__(layer)
         self.path, self.context = path, context
+        self.on_features = acts_on_features(layer)
+        self.layout: RowLayout | None = None  # where rows stand in the input; None: unknown
         self.takes_prompt = False
         self._row_norm: tuple[tuple[int, int], Tensor] | None = None
 
@@ -53,15 +56,16 @@ class Slot(Standing):
         """Where the layer lives."""
         return next(self.layer.parameters()).device
 
-    def input(self) -> Tensor:
-        """The input of the call under way, kept for a function that taps this site."""
-        kept = self.context.call.inputs.get(self.path)
+    def input(self, reader: str) -> Tensor:
+        """The input of the call under way, kept for a function at the path ``reader`` that taps this site."""
+        call = self.context.call
+        kept = call.inputs.get(self.path)
         if kept is None:
             raise KindError(
                 f"{self.path} has not run in this call, and an adapter reads what enters it",
                 hint="choose another place for the adapter: hub compose sites BASE lists them",
             )
-        return kept
+        return self._rows_first(call, kept)[1] if call.composition.programs[reader].per_row else kept
 
     def __call__(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """The base layer's output with the composition of this call applied."""
@@ -80,21 +84,43 @@ class Slot(Standing):
                 call.inputs.pop(path, None)  # read: a layer's activations must not outlive it
         if self.takes_prompt and call.prompt is not None:
             (places, embeddings), call.prompt = call.prompt, None
-            y = torch.where(places, embeddings.to(y.dtype), y)
+            y = self._with_prompt(y, places, embeddings)
         return cast("Tensor", y)
 
+    def _with_prompt(self, y: Tensor, places: Tensor, embeddings: Tensor) -> Tensor:
+        if self.layout is not None and self.layout.dim == 1:
+            places, embeddings = places.transpose(0, 1), embeddings.transpose(0, 1)
+        if places.shape[:2] != y.shape[:2]:
+            raise KindError(
+                f"a prompt makes room for {places.shape[1]} tokens, and {y.shape[1]} come to {self.path}",
+                hint="this model pads its texts itself: pad them to a length that it takes as it is",
+            )
+        return torch.where(places, embeddings.to(y.dtype), y)
+
     def _adapted(self, program: Program, call: Call, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if program.per_row:
+            layout, rows = self._rows_first(call, x)
+            return layout.back(self._run(program, call, own, rows), x, self)
         if x.dim() != 2 or not x.is_floating_point():  # (B, T, d), or (B, T) token ids
             return self._run(program, call, own, x)
-        batch = call.batch if program.per_row else 1
-        whole = x.reshape(batch, -1, x.shape[-1])  # was (B * T, d) or pooled (B, d)
-        return self._run(program, call, own, whole).flatten(0, 1)
+        return self._run(program, call, own, x[None])[0]  # was (B * T, d) or pooled (B, d)
+
+    def _rows_first(self, call: Call, x: Tensor) -> tuple[RowLayout, Tensor]:
+        layout = self.layout
+        if layout is None:
+            raise KindError(
+                f"nothing says which rows what comes to {self.path} belongs to",
+                hint="activate one composition for the whole batch, or keep adapters off there with at(...)",
+            )
+        if not call.batch and x.dim() == 3:  # called by itself, outside of any call of the model
+            return ROWS_FIRST, x
+        return layout, layout.rows_first(x, call.batch, call.lengths, self)
 
     def _run(self, program: Program, call: Call, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         node, tokens = cast("Node", program.node), call.composition.tokens
-        if tokens and program.per_row and x.shape[1] != tokens:
+        if tokens and program.per_row and (x.shape[1] != tokens or not cast("RowLayout", self.layout).tokens):
             raise KindError(
-                f"weights were given for {tokens} tokens a row, and {x.shape[1]} come here",
+                f"weights were given for {tokens} tokens a row, and {x.shape[1]} come to {self.path}",
                 hint="activate again with weights for the tokens of this call",
             )
         if isinstance(node, Stage | GatedExperts) and node.simple:
