@@ -14,7 +14,14 @@ from torch import Tensor
 
 from compose.errors import KindError
 from compose.formats import adapterhub
-from compose.formats.directory import config_fields, our_keys, read_adapter, save_adapter, without_base
+from compose.formats.directory import (
+    config_fields,
+    of_the_base,
+    our_keys,
+    read_adapter,
+    save_adapter,
+    without_base,
+)
 from compose.formats.files import peek, read_config, read_tensors, write_config, write_tensors
 from compose.inspection.fake_base import FakeBase
 from compose.kind.adapter import Adapter
@@ -50,10 +57,10 @@ def read_onto(
     kind, _ = peek(directory)
     adapter = outline.put("imported", StoredAdapter(str(directory), Leaf(kind), directory))
     tensors = read_tensors(directory)
-    if any(".base_layer." in key for key in tensors):  # copies of the base's weights, to be compared with them
+    if of_the_base(tensors, adapter, outline.sites):  # copies, to be compared with what the base has
         from compose.base.model import load_base
 
-        tensors = without_base(tensors, load_base(base, task=task, labels=labels or None))
+        tensors = without_base(tensors, adapter, outline.sites, load_base(base, task=task, labels=labels or None))
     return ReadAdapter(adapter, our_keys(adapter, tensors), outline)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.api import eject, tokenizer
@@ -45,13 +45,15 @@ class MergedModel(ExportFormat):
         eject(model)
         bare = probes.logits(model, ids)
         whole, measured = _dense(self, model)
-        _put(whole, folded)
+        untied = _put(whole, folded)
         merged = probes.logits(whole, ids)
         measured["rounding"] = max((part.rounding for part in folded), default=0.0)
         measured["effect"] = probes.relative_error(merged - bare, active - bare, active)
         notes = [
             f"{len(folded)} tensors of {name_of(model)} changed, up to {measured['rounding']:.1%} lost by rounding"
         ]
+        if untied:
+            notes.append(f"{untied} was tied to the embeddings, which changed alone: the model is saved untied")
         trained = self.artifact.manifest.trained_on
         if trained is not None and trained.quantization not in ("none", quantize):
             measured["training"] = _against_training(self, ids, merged, trained.quantization)
@@ -85,21 +87,40 @@ def _dense(request: ExportFormat, model: PreTrainedModel) -> tuple[PreTrainedMod
     return whole, {"base_shift": (shift / size) ** 0.5 if size else 0.0}
 
 
-def _put(model: PreTrainedModel, folded: Sequence[Folded]) -> None:
+def _put(model: PreTrainedModel, folded: Sequence[Folded]) -> str:
+    """Put new values into the model; the name of the embeddings' twin where the two had to be untied, or nothing."""
     values = {part.name: part.value for part in folded}
     holders: dict[int, list[str]] = {}  # names by the parameter they stand for, each module once
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append(f"{path}.{name}")
+    untied = ""
     for part in folded:
         parameter = model.get_parameter(part.name)
         for other in holders[id(parameter)]:
-            if other not in values or not torch.equal(values[other], part.value):
+            if other in values and torch.equal(values[other], part.value):
+                continue
+            if not _untie(model, part.name, other):
                 raise KindError(
                     f"{part.name} is tied to {other} in this base, which would change with it",
                     hint="adapt both or none of them, or export --format peft",
                 )
-        parameter.data.copy_(part.value)
+            untied = untied or (other if other not in values else part.name)
+        model.get_parameter(part.name).data.copy_(part.value)
+    return untied
+
+
+def _untie(model: PreTrainedModel, *names: str) -> bool:
+    """Give the input and the output embeddings a weight each; False where these names are something else."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    if {id(owner) for owner in owners} != {id(end) for end in ends}:
+        return False
+    for end in ends:
+        end.weight = nn.Parameter(end.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    return True
 
 
 def _against_training(request: ExportFormat, ids: Tensor, merged: Tensor, quantization: str) -> float:

@@ -170,31 +170,56 @@ def build(
     broken = next((key for key, value in tensors.items() if not bool(value.isfinite().all())), None)
     if broken is not None:
         raise KindError(f"{broken} of adapter {name!r} holds NaN or infinite values", hint="train it again")
-    adapter.load_state(our_keys(adapter, without_base(tensors, model)))
+    adapter.load_state(our_keys(adapter, without_base(tensors, adapter, sites, model)))
     return adapter.freeze()
 
 
-def without_base(tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Leave out copies of the base's own weights: PEFT writes those of an adapted ``lm_head`` or embedding."""
-    kept: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        path, copied, name = key.removeprefix(PREFIX).rpartition(".base_layer.")
-        if not copied:
-            kept[key] = value
+def of_the_base(tensors: Mapping[str, Tensor], adapter: Adapter, sites: SiteMap) -> dict[str, tuple[str, str]]:
+    """Keys that hold weights of the base itself, with the module and the name there.
+
+    PEFT writes those of an adapted ``lm_head`` or embedding (``.base_layer.``), and the whole embeddings where
+    `save_embedding_layers` says so, or where it takes the vocabulary for resized.
+    """
+    have, modules, copies = adapter.state(), set(sites.modules), dict[str, tuple[str, str]]()
+    for key in tensors:
+        path, _, name = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+        if ".base_layer." in key or (path in modules and peft.our_key(key, have) not in have):
+            copies[key] = path, name
+    return copies
+
+
+def without_base(
+    tensors: Mapping[str, Tensor], adapter: Adapter, sites: SiteMap, model: PreTrainedModel
+) -> dict[str, Tensor]:
+    """Leave out copies of the base's own weights (see `of_the_base`).
+
+    Raises
+    ------
+    KindError
+        A copy differs from what the base has: it was made on another one, or on a vocabulary of another size.
+    """
+    copies = of_the_base(tensors, adapter, sites)
+    modules = dict(model.named_modules()) if copies else {}
+    for key, (path, name) in copies.items():
+        own = original_module(model, path).state_dict().get(name) if path in modules else None
+        value = tensors[key]
+        if own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype)):
             continue
-        layer = original_module(model, path) if path in dict(model.named_modules()) else None
-        own = None if layer is None else layer.state_dict().get(name)
-        if own is None or own.shape != value.shape or not torch.equal(own.cpu(), value.to(own.dtype)):
-            raise KindError(
-                f"the file replaces the base's own weight {path}.{name} by another",
-                hint="it was made on a base with another vocabulary or other weights",
-            )
-    return kept
+        resized = own is not None and own.dim() == value.dim() and own.shape[1:] == value.shape[1:] != own.shape
+        tokens = f"load it, model.resize_token_embeddings({len(value)}), save it, and give that directory as the base"
+        raise KindError(
+            f"the file replaces the base's own weight {path}.{name} by another",
+            hint=f"the base has {len(own)} rows there, the file {len(value)}: {tokens}"
+            if own is not None and resized
+            else "it was made on a base with another vocabulary or other weights",
+        )
+    return {key: value for key, value in tensors.items() if key not in copies}
 
 
 def our_keys(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """PEFT's spellings of one tensor: wrappers around heads, prompts of an encoder-decoder stored twice."""
     have = adapter.state()
+    tensors = {key: value for key, value in tensors.items() if not peft.beside_its_twin(key, tensors)}
     renamed = {peft.our_key(key, have): value for key, value in tensors.items()}
     if len(renamed) < len(tensors):
         raise KindError(f"adapter {adapter.name!r} holds a tensor twice, under two spellings of its key")

@@ -115,8 +115,13 @@ def read_tensors(where: Artifact | Path) -> dict[str, Tensor]:
             raise IntegrityError(f"{path} is no readable safetensors file: {error}", path=path) from None
         if twice := sorted(tensors.keys() & read.keys()):
             raise IntegrityError(f"{path} and {WEIGHTS} both hold {twice[0]}", path=path)
-        tensors.update(read)
+        tensors.update({key: _widened(value) for key, value in read.items()})
     return tensors
+
+
+def _widened(value: Tensor) -> Tensor:
+    """8-bit floats as bfloat16, which holds each of them exactly: torch computes nothing in 8 bits."""
+    return value.bfloat16() if value.dtype.is_floating_point and value.dtype.itemsize == 1 else value
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

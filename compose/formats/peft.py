@@ -6,12 +6,15 @@ that says something this project cannot express is refused by the name of the fi
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import regex
 
+from compose.base.compatibility import BaseWarning
 from compose.base.sites import SiteMap
 from compose.errors import KindError
 from compose.kind.adapter import Adapter
@@ -39,27 +42,79 @@ _COMMON = frozenset(
         "modules_to_save",
     ]
 )
+# How it was trained or how it started: a finished adapter computes the same whatever they say.
+_TRAINING = frozenset(
+    ["eva_config", "corda_config", "lora_ga_config", "loftq_config", "runtime_config", "velora_config"]
+)
+# Fields that change what is computed and that some kind here does not read.
+_KNOWN_TO_MATTER = frozenset(
+    [
+        "alora_invocation_tokens",
+        "arrow_config",
+        "bias",
+        "layer_replication",
+        "lora_bias",
+        "megatron_config",
+        "kasa_config",
+        "monteclora_config",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        "ensure_weight_tying",
+    ]
+)
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared")
 _PLACEMENT = frozenset(["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"])
 _PATIENCE = 1.0  # seconds for one match of a pattern from outside: some take exponential time by design
+_NAMED = re.compile(r"\.default(?=\.|$)")  # what PEFT calls an adapter that was given no name
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
 
 def refuse_unread(kind: type[Adapter], fields: Mapping[str, Any]) -> None:
     """Refuse a config with a field that is set and that this kind does not read: PEFT would compute something else.
 
+    A field that has the default of the PEFT installed here means nothing. Where PEFT is not installed, a field that no
+    PEFT known here has is told of by a warning: nobody can say whether it has an effect.
+
     Raises
     ------
     KindError
         Names every such field.
     """
-    read = _COMMON | kind.peft_fields | (frozenset() if kind.peft_type in PROMPT_LEARNING else _PLACEMENT)
+    read = _COMMON | _TRAINING | kind.peft_fields | (frozenset() if kind.peft_type in PROMPT_LEARNING else _PLACEMENT)
     odd = sorted(f for f, value in fields.items() if f not in read and value not in (None, False, "", [], {}))
+    if not fields.get("modules_to_save") and not any(t in _EMBEDDINGS for t in fields.get("target_modules") or ()):
+        odd = [f for f in odd if f != "ensure_weight_tying"]  # there is nothing to tie
+    if odd and (defaults := _defaults(str(kind.peft_type))) is not None:
+        odd = [f for f in odd if f not in defaults or fields[f] != defaults[f]]
+    elif unknown := [f for f in odd if f not in _KNOWN_TO_MATTER]:
+        odd = [f for f in odd if f in _KNOWN_TO_MATTER]
+        warnings.warn(
+            f"this PEFT {kind.peft_type} config sets {', '.join(unknown)}, which no PEFT known here has; whether that "
+            "changes the outputs cannot be said (install the PEFT that wrote it, whose defaults tell)",
+            BaseWarning,
+            stacklevel=2,
+        )
     if odd:
         unread = ", ".join(f"{f}={fields[f]!r}"[:80] for f in odd)
         raise KindError(
             f"this PEFT {kind.peft_type} config sets {unread}, which kind {kind.kind!r} cannot express",
             hint="remove a field only if it is sure to have no effect on the outputs",
         )
+
+
+def _defaults(peft_type: str) -> dict[str, Any] | None:
+    """What the installed PEFT gives the fields of a type's config that nobody sets; None without PEFT."""
+    try:
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
+    except ImportError:
+        return None
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(peft_type)]
+    given = {f.name: f.default for f in dataclasses.fields(config) if f.default is not dataclasses.MISSING}
+    made = {f.name: f.default_factory() for f in dataclasses.fields(config) if callable(f.default_factory)}
+    return {**given, **made}
 
 
 def check_types(fields: Mapping[str, Any]) -> None:
@@ -225,9 +280,16 @@ def heads_to_write(own: Sequence[str], task_type: str | None, sites: SiteMap) ->
 
 
 def our_key(key: str, known: Mapping[str, Any]) -> str:
-    """Our spelling of a key in a PEFT file: wrappers' names taken out, one prefix."""
+    """Our spelling of a key in a PEFT file: wrappers' names and PEFT's name for the adapter taken out, one prefix."""
     plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
-    for prefix in (PREFIX, PROMPT_PREFIX, ""):
-        if plain.startswith(prefix) and PREFIX + plain.removeprefix(prefix) in known:
-            return PREFIX + plain.removeprefix(prefix)
+    for spelling in (plain, _NAMED.sub("", plain)):
+        for prefix in (PREFIX, PROMPT_PREFIX, ""):
+            if spelling.startswith(prefix) and PREFIX + spelling.removeprefix(prefix) in known:
+                return PREFIX + spelling.removeprefix(prefix)
     return plain
+
+
+def beside_its_twin(key: str, keys: Container[str]) -> bool:
+    """Whether a key is the untrained module that PEFT keeps beside a trained one; no output depends on it."""
+    twins = (".", ".modules_to_save.", ".modules_to_save.default.")
+    return ".original_module." in key and any(key.replace(".original_module.", twin) in keys for twin in twins)

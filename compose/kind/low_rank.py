@@ -18,7 +18,7 @@ from compose.kind.patterns import Patterns, as_dict, value_at, whole
 
 # Initializations that leave the base alone. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) move part of its weight
 # into A and B, so the pair means nothing on the plain base.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
 class LowRankConfig(KindConfig):
@@ -83,13 +83,7 @@ class LowRank(Adapter):
         self.paths = tuple(s.path for s in chosen)
         self.scales = {path: self.config.scale_at(path) for path in self.paths}
         for site in chosen:
-            rank, most = self.config.rank_at(site.path), min(site.in_features, site.out_features)
-            if rank > most:
-                raise KindError(
-                    f"r = {rank} is above the smaller dimension of {site.path}, {most}",
-                    hint=f"choose r <= {most}, or rank_pattern for this module",
-                )
-            self.add_pair(site, rank)
+            self.add_pair(site, self.config.rank_at(site.path))  # PEFT trains ranks above a layer's smaller side, too
 
     def add_pair(self, site: Site, rank: int) -> None:
         """A and B of one site."""

@@ -30,13 +30,13 @@ class Stock:
         self.model = compose.load(TINY, dtype="fp32")
         self.base = compose.identity(self.model)
 
-    def adapter(self, name: str, seed: int = 0) -> Any:
-        """A trained-looking adapter of the stock: every parameter has moved."""
+    def adapter(self, name: str, seed: int = 0, made: tuple[str, dict[str, Any]] | None = None) -> Any:
+        """A trained-looking adapter of the stock, or of any kind and options: every parameter has moved."""
         import torch
 
         import compose
 
-        kind, options = _STOCK[name]
+        kind, options = made or _STOCK[name]
         adapter = compose.create(self.model, kind, options, name=name, seed=seed)
         generator = torch.Generator().manual_seed(ord(name) + 1000 * seed)
         with torch.no_grad():
@@ -44,14 +44,14 @@ class Stock:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         return adapter.freeze()
 
-    def publish(self, store: Any, ref: str, out: Path, seed: int = 0, **facts: Any) -> Any:
-        """Publish the adapter that the last letter of the name says."""
+    def publish(self, store: Any, ref: str, out: Path, seed: int = 0, made: Any = None, **facts: Any) -> Any:
+        """Publish the adapter that the last letter of the name says, or one of the kind and options ``made``."""
         import compose
         from hub.manifest import Draft
         from hub.pack import pack
 
         name, _, version = ref.partition("@")
-        adapter = self.adapter(name[-1], seed)
+        adapter = self.adapter(name[-1], seed, made)
         compose.save(adapter, out, model=self.model, task="causal_lm")
         facts = {"base": self.base, "task": "causal_lm", "license": "apache-2.0", **facts}
         paths = tuple(adapter.paths)

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import compose
@@ -68,6 +69,42 @@ def test_vllm_takes_plain_loras(store, export, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "served"
     assert isinstance(config["target_modules"], list)
+
+
+def test_vllm_is_given_one_rank_and_one_scale(store, stock, export, logits, tmp_path: Path) -> None:
+    """It scales every pair by `lora_alpha / r` of the config: read by that rule, the file must say the same."""
+    ranks, alphas = {"q_proj": 6, "0.mlp.down_proj": 3}, {"v_proj": 2.5, "1.self_attn.q_proj": 20}
+    places = {"target_modules": ("q_proj", "v_proj", "down_proj"), "layers": (0, 1)}
+    for name, rslora in (("plain", False), ("rooted", True)):
+        options = {"r": 4, "lora_alpha": 10, "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": rslora}
+        stock.publish(store, f"ns/{name}@1.0.0", tmp_path / name, made=("lora", {**options, **places}))
+        done = export(f"ns/{name}", "vllm")
+        out = (tmp_path / "out").rename(tmp_path / f"out-{name}")
+        config = json.loads((out / "adapter_config.json").read_text())
+        scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+        tensors = load_file(out / "adapter_model.safetensors")
+        model = compose.load(TINY, dtype="fp32")
+        for key, a in tensors.items():
+            if key.endswith("lora_A.weight"):
+                assert len(a) == config["r"] == 6
+                weight = model.get_submodule(
+                    key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                ).weight
+                weight.data += scale * tensors[key.replace("lora_A", "lora_B")] @ a
+        torch.testing.assert_close(logits(model), adapted(logits, f"ns/{name}"), atol=2e-4, rtol=2e-4)
+        assert any("filled with zeros" in note for note in done["notes"])
+
+
+def test_a_merged_model_is_untied_where_one_end_changed(store, stock, export, logits, tmp_path: Path) -> None:
+    stock.publish(
+        store, "ns/ends@1.0.0", tmp_path / "ends", made=("lora", {"r": 2, "target_modules": ("embed_tokens",)})
+    )
+    done = export("ns/ends", "merged")
+    assert any("lm_head.weight was tied" in note for note in done["notes"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    bare, wanted = logits(compose.load(TINY, dtype="fp32")), adapted(logits, "ns/ends")
+    assert float((logits(model) - wanted).norm() / (wanted - bare).norm()) < 0.1
 
 
 def test_compositions_and_other_kinds_become_one_lora(store, cli, export, logits, tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""What PEFT writes and computes with is read and computes the same: odd keys, copies, ranks, fields; or is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import compose
+from compose.base.compatibility import BaseWarning
+from compose.errors import KindError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+IDS = torch.arange(5, 25)[None]
+PLAIN = {"r": 4, "target_modules": ["q_proj"]}
+
+
+def llama(*, tied: bool = False, rows: int = 96) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)
+    model = LlamaForCausalLM(config).eval()
+    if rows != len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+def trained(directory: Path, base: LlamaForCausalLM, *, embeddings: bool | str = "auto", **options) -> torch.Tensor:
+    """Save what PEFT has of an adapter all of whose tensors have moved; its logits."""
+    model = peft.get_peft_model(base, peft.LoraConfig(**{**PLAIN, **options}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(directory, save_embedding_layers=embeddings)
+        return model.eval()(IDS).logits
+
+
+def ours(directory: Path, base: LlamaForCausalLM) -> torch.Tensor:
+    compose.attach(base, "a", directory)
+    compose.activate(base, "a")
+    with torch.no_grad():
+        return base(IDS).logits
+
+
+def rename(directory: Path, change) -> None:
+    tensors = {change(key): value for key, value in load_file(directory / WEIGHTS).items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit(directory: Path, **fields) -> None:
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps({**config, **fields}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"embeddings": True},
+        {"embeddings": True, "target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"ensure_weight_tying": True},
+        {"r": 64, "target_modules": "all-linear"},
+        {"init_lora_weights": "mica"},
+        {"rank_pattern": {"k_proj": 40}, "target_modules": ["q_proj", "k_proj"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_computes_what_peft_does(options, tied, tmp_path: Path) -> None:
+    want = trained(tmp_path, llama(tied=tied), **options)
+    torch.testing.assert_close(ours(tmp_path, llama(tied=tied)), want, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_that_name_the_adapter(tmp_path: Path) -> None:
+    want = trained(tmp_path, llama(), modules_to_save=["lm_head"])
+    rename(tmp_path, lambda key: key.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."))
+    rename(tmp_path, lambda key: key.replace("lm_head.", "lm_head.modules_to_save.default."))
+    torch.testing.assert_close(ours(tmp_path, llama()), want)
+
+
+def test_the_untrained_twin_of_a_trained_module_counts_for_nothing(tmp_path: Path) -> None:
+    want = trained(tmp_path, llama(), modules_to_save=["lm_head"])
+    twin = {"base_model.model.lm_head.original_module.weight": torch.zeros(96, 32)}
+    save_file({**load_file(tmp_path / WEIGHTS), **twin}, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    torch.testing.assert_close(ours(tmp_path, llama()), want)
+
+
+def test_eight_bit_floats_are_read_as_they_are(tmp_path: Path) -> None:
+    trained(tmp_path, llama())
+    exact = {key: value.to(torch.float8_e4m3fn) for key, value in load_file(tmp_path / WEIGHTS).items()}
+    save_file({key: value.float() for key, value in exact.items()}, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    want = ours(tmp_path, llama())
+    save_file(exact, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    torch.testing.assert_close(ours(tmp_path, llama()), want)
+
+
+def test_a_resized_vocabulary_is_named_with_what_to_do(tmp_path: Path) -> None:
+    want = trained(tmp_path, llama(rows=100), embeddings=True)
+    with pytest.raises(KindError, match="replaces the base's own weight") as told:
+        ours(tmp_path, llama())
+    assert "resize_token_embeddings(100)" in str(told.value.hint)
+    torch.testing.assert_close(ours(tmp_path, llama(rows=100)), want)
+
+
+def test_copies_of_another_base_are_refused(tmp_path: Path) -> None:
+    trained(tmp_path, llama(), embeddings=True)
+    other = llama()
+    other.get_input_embeddings().weight.data += 1
+    with pytest.raises(KindError, match=r"embed_tokens\.weight by another"):
+        ours(tmp_path, other)
+
+
+def test_a_tied_weight_that_is_trained_stays_refused(tmp_path: Path) -> None:
+    trained(tmp_path, llama(tied=True), modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(KindError, match="ensure_weight_tying"):
+        ours(tmp_path, llama(tied=True))
+
+
+def test_fields_of_a_newer_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = trained(tmp_path, llama())
+    edit(tmp_path, qalora_group_size=16, velora_config={"rank": 2}, megatron_core="megatron.core")
+    torch.testing.assert_close(ours(tmp_path, llama()), want)
+    edit(tmp_path, brand_new=3)
+    with pytest.raises(KindError, match="brand_new=3"):  # this PEFT has no such field: it computes something else
+        ours(tmp_path, llama())
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.warns(BaseWarning, match="brand_new"):
+        torch.testing.assert_close(ours(tmp_path, llama()), want)
+    edit(tmp_path, alora_invocation_tokens=[5, 6])
+    with pytest.raises(KindError, match="alora_invocation_tokens"), pytest.warns(BaseWarning):
+        ours(tmp_path, llama())
