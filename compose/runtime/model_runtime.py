@@ -214,6 +214,15 @@ class Runtime:
                 refuse_outside(draft.adapters[name])
             self._activate(draft, (add(*lowered),), Routing(lowered, gate))
 
+    def activate_again(self, composition: Composition) -> bool:
+        """Make active what was so before, if its adapters are as they were and do not train; whether it is."""
+        with self._mine():
+            changed = composition.trains or composition.device != self.model.device
+            if changed or composition.origin.changed(self.adapters):
+                return False
+            self._take(Draft(self, composition.weights, {}), composition)
+            return True
+
     def _activate(self, draft: Draft, rows: tuple[Expr, ...], routing: Routing | None) -> None:
         # Going back to a composition of late is common (a batch each), and what it has laid out is still good.
         key = self._key(rows, draft.weights, routing)

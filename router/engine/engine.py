@@ -144,6 +144,13 @@ class Engine:
         """Compute a row no more and say nothing more of it."""
         self.scheduler.cancel(job)
 
+    def drain(self, grace: float) -> bool:
+        """Take no more rows, and end those there are within so many seconds; whether all have ended.
+
+        What is left after it is told ServerStopped by :meth:`close`.
+        """
+        return self.scheduler.drain(grace)
+
     async def answer(self, request: Request) -> Result:
         """The result of one row. A task that is cancelled gives its row up. Raises HubError."""
         return await answer_of(self.scheduler, self.prepare, request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,12 @@ from compose.base.location import locate
 from compose.base.model import identity_of, load_base, name_of, tokenizer_of
 from compose.base.quantization import quantization_of
 from compose.expr.tree import Expr
+from compose.runtime.composition import Composition
 from compose.runtime.model_runtime import runtime
 from router.engine.row_heads import Heads
 from router.ensemble.experts import context_of
 
+_RECENT = 4  # compositions that are gone back to; each holds what was laid out for it
 _PLAIN = {"full_attention", "sliding_attention"}  # attention that a mask over columns describes wherever they begin
 
 
@@ -77,6 +80,7 @@ class Host:
         self.context = _context(self.model)
         self.is_plain = self.decodes and not self.translates and _is_plain(self.model)
         self._active: object = None  # rows of expressions, or what made something else active
+        self._recent: OrderedDict[object, Composition] = OrderedDict()
 
     @property
     def pad(self) -> int:
@@ -105,19 +109,25 @@ class Host:
     def activate(self, rows: Sequence[Expr]) -> None:
         """Make one composition per row active, unless just these are."""
         wanted = tuple(rows) if len(set(rows)) > 1 else tuple(rows[:1])
-        if wanted != self._active:
-            self.forget()
-            with torch.inference_mode(False), torch.no_grad():  # a merge makes an adapter, which outlives this call
-                self.runtime.activate(wanted, {})  # planned once, in `Targets`
-            self._active = wanted
+        self._make_active(wanted, lambda: self.runtime.activate(wanted, {}))  # planned once, in `Targets`
 
     def activate_by(self, gate: object, activate: Callable[[PreTrainedModel], None]) -> None:
         """Make active what a gate does, unless it is."""
-        if self._active is not gate:
-            self.forget()
-            with torch.inference_mode(False), torch.no_grad():
-                activate(self.model)
-            self._active = gate
+        self._make_active(gate, lambda: activate(self.model))
+
+    def _make_active(self, wanted: object, activate: Callable[[], object]) -> None:
+        if wanted == self._active:
+            return
+        self._active = None
+        recent = self._recent.pop(wanted, None)
+        if recent is None or not self.runtime.activate_again(recent):
+            with torch.inference_mode(False), torch.no_grad():  # a merge makes an adapter, which outlives this call
+                activate()
+        # Those that take turns are gone back to at every step, and what they have laid out is still good.
+        self._recent[wanted] = self.runtime.composition
+        if len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+        self._active = wanted
 
     @contextmanager
     def in_hand(self) -> Iterator[None]:
@@ -129,6 +139,7 @@ class Host:
     def forget(self) -> None:
         """Something else may have become active."""
         self._active = None
+        self._recent.clear()
 
     def rest(self) -> None:
         """Make nothing active."""

@@ -57,7 +57,7 @@ class Scheduler:
     # -- from any thread -------------------------------------------------------------------------------------------
 
     def hold(self) -> None:
-        """Let requests wait until :meth:`start`."""
+        """Let requests, and what is under way, wait until :meth:`start`."""
         self._held = True
 
     def start(self) -> None:
@@ -180,7 +180,7 @@ class Scheduler:
                 self._give_up()
 
     def _is_busy(self) -> bool:
-        return not self._ending and bool(self._waiting or self.work.held or self._calls)
+        return not (self._ending or self._held) and bool(self._waiting or self.work.held or self._calls)
 
     def _say(self) -> None:
         said, self._to_say = self._to_say, []

@@ -176,7 +176,7 @@ def test_an_engine_drains_what_it_has_and_takes_no_more(store):
     answers = [Future() for _ in range(3)]
     for answer in answers:
         engine.submit(Request(text="To be", adapter="lora", max_new_tokens=20), answer.set_result)
-    assert engine.scheduler.drain(LONG)
+    assert engine.drain(LONG)
     assert [answer.result(1).written for answer in answers] == [20, 20, 20]
     with pytest.raises(ServerStopped):
         engine.submit(Request(text="To be"), print)
@@ -185,6 +185,6 @@ def test_an_engine_drains_what_it_has_and_takes_no_more(store):
     engine = Engine(BASE, store=store.store, dtype="fp32", rows=4)
     cut = Future()
     engine.submit(Request(text="To be", adapter="lora", max_new_tokens=500), cut.set_result)
-    assert not engine.scheduler.drain(0.05)
+    assert not engine.drain(0.05)
     engine.close()
     assert isinstance(cut.result(LONG), ServerStopped)
