@@ -61,7 +61,7 @@ def read_onto(
         from compose.base.model import load_base
 
         tensors = without_base(tensors, adapter, outline.sites, load_base(base, task=task, labels=labels or None))
-    return ReadAdapter(adapter, our_keys(adapter, tensors), outline)
+    return ReadAdapter(adapter, our_keys(adapter, tensors, outline.model), outline)
 
 
 def convert(

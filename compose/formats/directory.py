@@ -170,7 +170,7 @@ def build(
     broken = next((key for key, value in tensors.items() if not bool(value.isfinite().all())), None)
     if broken is not None:
         raise KindError(f"{broken} of adapter {name!r} holds NaN or infinite values", hint="train it again")
-    adapter.load_state(our_keys(adapter, without_base(tensors, adapter, sites, model)))
+    adapter.load_state(our_keys(adapter, without_base(tensors, adapter, sites, model), model))
     return adapter.freeze()
 
 
@@ -216,11 +216,17 @@ def without_base(
     return {key: value for key, value in tensors.items() if key not in copies}
 
 
-def our_keys(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PEFT's spellings of one tensor: wrappers around heads, prompts of an encoder-decoder stored twice."""
+def our_keys(adapter: Adapter, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """PEFT's spellings of one tensor: wrappers around heads, prompts of an encoder-decoder stored twice.
+
+    Modules may bear the names that an older transformers gave them.
+    """
     have = adapter.state()
     tensors = {key: value for key, value in tensors.items() if not peft.beside_its_twin(key, tensors)}
     renamed = {peft.our_key(key, have): value for key, value in tensors.items()}
+    if unknown := [key for key in renamed if key not in have]:
+        newer = peft.newer_names(unknown, model)
+        renamed = {peft.our_key(newer.get(key, key), have): value for key, value in renamed.items()}
     if len(renamed) < len(tensors):
         raise KindError(f"adapter {adapter.name!r} holds a tensor twice, under two spellings of its key")
     prompt = renamed.get("prompt_embeddings")

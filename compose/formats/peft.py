@@ -13,6 +13,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import regex
+from transformers import PreTrainedModel
 
 from compose.base.compatibility import BaseWarning
 from compose.base.sites import SiteMap
@@ -287,6 +288,15 @@ def our_key(key: str, known: Mapping[str, Any]) -> str:
             if spelling.startswith(prefix) and PREFIX + spelling.removeprefix(prefix) in known:
                 return PREFIX + spelling.removeprefix(prefix)
     return plain
+
+
+def newer_names(keys: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
+    """Keys with the names that modules have today, by the renamings with which transformers loads old checkpoints."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    return {key: PREFIX + rename_source_key(key.removeprefix(PREFIX), renamings, [])[0] for key in keys}
 
 
 def beside_its_twin(key: str, keys: Container[str]) -> bool:

@@ -123,7 +123,7 @@ class FakeBase:
                 for key, info in stored.tensors.items()
                 if ".base_layer." not in key
             }
-            adapter.load_state(our_keys(adapter, shapes))
+            adapter.load_state(our_keys(adapter, shapes, self.model))
         return self._keep(name, adapter.freeze())
 
     def _keep(self, name: str, adapter: Adapter) -> Adapter:

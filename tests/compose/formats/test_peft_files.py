@@ -8,7 +8,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import compose
 from compose.base.compatibility import BaseWarning
@@ -91,6 +97,22 @@ def test_the_untrained_twin_of_a_trained_module_counts_for_nothing(tmp_path: Pat
     twin = {"base_model.model.lm_head.original_module.weight": torch.zeros(96, 32)}
     save_file({**load_file(tmp_path / WEIGHTS), **twin}, tmp_path / WEIGHTS, metadata={"format": "pt"})
     torch.testing.assert_close(ours(tmp_path, llama()), want)
+
+
+def llava() -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = LlamaConfig(**sizes, vocab_size=96, num_key_value_heads=2)
+    sight = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=sight)).eval()
+
+
+def test_modules_under_their_old_names(tmp_path: Path) -> None:
+    """LLaVA's language model was `language_model.model` up to transformers 4.51."""
+    want = trained(tmp_path, llava(), exclude_modules=".*vision.*")
+    rename(tmp_path, lambda key: key.replace("model.language_model.", "language_model.model."))
+    assert all(key.startswith("base_model.model.language_model.model.") for key in load_file(tmp_path / WEIGHTS))
+    torch.testing.assert_close(ours(tmp_path, llava()), want, atol=1e-5, rtol=1e-5)
 
 
 def test_eight_bit_floats_are_read_as_they_are(tmp_path: Path) -> None:
