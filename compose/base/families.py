@@ -216,6 +216,16 @@ FUSED: Mapping[str, Mapping[str, Cut]] = {
     "modernbert": {"attn.qkv": _end_to_end, "mlp.gate_up": _halves},
 }
 
+# Linears whose weight the module around them reads itself, as (its class, their name): their forward never runs, so
+# nothing acts there unasked.
+UNCALLED = frozenset(
+    [
+        ("MultiheadAttention", "out_proj"),  # of torch
+        *((f"{family}Mixer", "dt_proj") for family in ("Mamba", "FalconMamba", "JambaMamba")),
+        *(("WavLMAttention", name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    ]
+)
+
 # Suffixes of the modules that turn position ids into embeddings or rotations.
 POSITIONS = ("rotary_emb", "wpe", "position_embeddings", "embed_positions", "rotary_emb_local")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import cast
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from compose.base.families import FAMILIES, FUSED, PARTS, POSITIONS, guess_role
+from compose.base.families import FAMILIES, FUSED, PARTS, POSITIONS, UNCALLED, guess_role
 from compose.errors import SiteError
 from compose.kernels.fused_rows import FusedRows
 
@@ -96,6 +96,11 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def _is_uncalled(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    parent, _, name = path.rpartition(".")
+    return (type(modules[parent]).__name__, name) in UNCALLED
+
+
 class SiteMap:
     """All sites of one model, and the modules around them that input-side kinds need.
 
@@ -120,6 +125,8 @@ class SiteMap:
             )
         # Parts of fused linears by the path of the whole; acted on where a target names them, never by default.
         self.parts: dict[str, tuple[Site, ...]] = {s.path: p for s in self if (p := tuple(self._cut(s)))}
+        # Left out of roles and of all-linear: an adapter there would do nothing.
+        self.uncalled = frozenset(s.path for s in self if _is_uncalled(s.path, modules))
         self.outside: dict[str, Site] = {s.path: s for s in self._find_outside(modules)}
         # As the model was when this was read: slots that stand in it later are not among them.
         self.modules = tuple(path for path in modules if path)
@@ -261,7 +268,7 @@ class SiteMap:
             Names the target that matches nothing, what would be near it, and what there is.
         """
         if targets == "all-linear":
-            chosen = list(self)
+            chosen = [s for s in self if s.path not in self.uncalled]
         else:
             names = (targets,) if isinstance(targets, str) else tuple(targets)
             if not names:
@@ -293,7 +300,13 @@ class SiteMap:
         return ", ".join(f"{k or 'blocks'} 0-{max(v)}" for k, v in stacks.items())
 
     def _matching(self, name: str) -> list[Site]:
-        return [s for s in self._every.values() if name in (s.role, s.path, s.name) or s.path.endswith("." + name)]
+        return [
+            s
+            for s in self._every.values()
+            if name in (s.path, s.name)
+            or s.path.endswith("." + name)
+            or (name == s.role and s.path not in self.uncalled)
+        ]
 
     def nothing_for(self, name: str) -> SiteError:
         """The error for a target that matches nothing, with what is near it."""
