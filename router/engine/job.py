@@ -18,7 +18,11 @@ BREAKDOWNS = (RuntimeError, ValueError, TypeError, LookupError, OSError)
 
 def as_hub_error(error: Exception) -> HubError:
     """The error as one of ours."""
-    return error if isinstance(error, HubError) else HubError(f"it broke down: {type(error).__name__}: {error}")
+    return error if isinstance(error, HubError) else BrokeDown(f"it broke down: {type(error).__name__}: {error}")
+
+
+class BrokeDown(HubError):
+    """Something failed that nothing in the request explains."""
 
 
 class ServerBusy(HubError):

@@ -11,7 +11,7 @@ from compose.expr.tree import IDENTITY, Expr, Ref
 from hub.errors import HubError, UsageError
 from router.dispatch import row_expressions
 from router.engine.host import Host
-from router.engine.request import Request
+from router.engine.request import ContextExceeded, Request
 from router.engine.routing import NO_TASK
 from router.engine.targets import Target
 
@@ -109,13 +109,13 @@ def with_members(host: Host, row: PreparedRow, weights: dict[str, float]) -> Pre
 
 
 def _room(host: Host, request: Request, read: int) -> int:
-    """Tokens that may be written. Raises HubError where they and the places read are more than the base has."""
+    """Tokens that may be written. Raises ContextExceeded where they and the places read are more than the base has."""
     if host.context is None:
         return request.max_new_tokens or MOST
     behind = len(host.starts) if host.translates else read  # a decoder of its own has all its places to itself
     wanted = request.max_new_tokens or max(1, min(host.context - behind, MOST))
     if max(read, behind + wanted) > host.context:
-        raise HubError(
+        raise ContextExceeded(
             f"{read} tokens and {wanted} new ones are more than the {host.context} that {host.name} reads",
             hint="shorten the text, or lower max_new_tokens",
         )

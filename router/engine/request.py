@@ -6,9 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hub.errors import UsageError
+from hub.errors import HubError, UsageError
 
 MAX_SCORES = 1000
+
+
+class ContextExceeded(HubError):
+    """A text and its continuation that are longer than what the base reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,17 @@ class Request:
             raise UsageError(f"scores is {self.scores}; it must lie in 0..{MAX_SCORES}")
         if not all(self.stop):
             raise UsageError("a stop text is empty", hint="leave it out")
+        for text in (self.text, self.pair or "", *self.stop):
+            _refuse_half_characters(text)
+
+
+def _refuse_half_characters(text: str) -> None:
+    """UsageError for what has no UTF-8, which a tokenizer cannot read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"half a character (a lone surrogate) at place {error.start + 1}"
+        raise UsageError(f"the text holds {where}", hint="leave it out") from None
 
 
 @dataclass(frozen=True)

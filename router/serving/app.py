@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from hub.errors import HubError, UsageError
 from router.engine.engine import Engine
@@ -23,6 +24,7 @@ from router.engine.request import Request as RowRequest
 from router.engine.request import Result
 from router.serving import wire
 from router.serving.catalogue import Catalogue
+from router.serving.errors import Errors, FieldError, may_retry, refusal
 from router.serving.metrics import Metrics
 from router.serving.streams import CHAT, COMPLETION, AnswerFormat, events
 from router.serving.waiting import Rows
@@ -30,6 +32,7 @@ from router.serving.waiting import Rows
 MAX_BODY = 8 * 2**20  # bytes
 BodyT = TypeVar("BodyT", bound=wire.Body)
 _OPEN = ("/health",)
+_TEXT_FIELDS = {"/v1/chat/completions": "messages", "/v1/classify": "input"}
 _LATER = {"Retry-After": "1"}  # seconds; a place becomes free whenever a row ends
 
 
@@ -42,6 +45,7 @@ class Server:
         engine.scheduler.waiting = waiting
         engine.scheduler.watchers.append(self.metrics)
         self.catalogue = Catalogue(engine, directories=directories)
+        self.errors = Errors([str(engine.sources.store.root)])
 
     async def body(self, request: Request, model: type[BodyT]) -> BodyT:
         """A JSON body of bounded size. Raises UsageError or pydantic's ValidationError."""
@@ -51,7 +55,8 @@ class Server:
             if len(data) > MAX_BODY:
                 raise UsageError(f"the body is larger than {MAX_BODY // 2**20} MiB")
         try:
-            value = json.loads(data)
+            value = json.loads(data, parse_constant=_no_number)
+            _refuse_half_characters(value)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"the body is not JSON: {error}") from error
         body = model.model_validate(value)
@@ -74,7 +79,7 @@ class Server:
         """The continuations of one request, whole or in pieces."""
         rows = await self.rows(wanted, "generate")
         if asked.stream:
-            parts = events(rows, asked, shape, lambda results: self.count(results, asked.n))
+            parts = events(rows, asked, shape, lambda results: self.count(results, asked.n), self.errors)
             return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         results = await rows.results(request)
         choices = [shape.choice(i, result) for i, result in enumerate(results)]
@@ -174,6 +179,7 @@ def create_app(engine: Engine, *, token: str | None = None, directories: bool = 
         await run_in_threadpool(engine.close)
 
     app = FastAPI(lifespan=life, openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.engine = engine
     for method, path, endpoint in (
         ("POST", "/v1/completions", server.completions),
         ("POST", "/v1/chat/completions", server.chat),
@@ -189,12 +195,12 @@ def create_app(engine: Engine, *, token: str | None = None, directories: bool = 
 
     async def unknown(_request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
-            found, body = wire.error_of(error)
+            found, body = server.errors.of(error)
             return JSONResponse(body, status_code=found)
         status = error.status_code
         what = "no such path" if status == 404 else "this path takes another method" if status == 405 else "refused"
-        found, body = wire.refusal(status, what, "not_found" if status == 404 else "refused")
-        return JSONResponse(body, status_code=found)
+        found, body = refusal(status, what, "not_found" if status == 404 else "refused")
+        return JSONResponse(body, status_code=found, headers=error.headers)
 
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(Exception, unknown)
@@ -209,19 +215,36 @@ def _guarded(
     async def run(request: Request) -> Response:
         try:
             if server.token is not None and path not in _OPEN and not _allowed(request, server.token):
-                status, body = wire.refusal(
-                    401, "a valid token is needed (Authorization: Bearer ...)", "invalid_api_key"
-                )
+                status, body = refusal(401, "a valid token is needed (Authorization: Bearer ...)", "invalid_api_key")
                 response: Response = JSONResponse(body, status_code=status)
             else:
                 response = await endpoint(request)
+        except ClientDisconnect:  # nobody is there to answer
+            response = Response(status_code=499)
         except (HubError, ValidationError) as error:
-            status, body = wire.error_of(error)
-            response = JSONResponse(body, status_code=status, headers=_LATER if status in (429, 503) else None)
+            status, body = server.errors.of(error, _TEXT_FIELDS.get(path, "prompt"))
+            later = _LATER if may_retry(body["error"]["code"]) else None
+            response = JSONResponse(body, status_code=status, headers=later)
         server.metrics.requests[path, response.status_code] += 1
         return response
 
     return run
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _refuse_half_characters(value: object) -> None:
+    """FieldError for a body that holds a lone surrogate, which no answer could repeat."""
+    fields = value.items() if isinstance(value, dict) else [("the body", value)]
+    for name, part in fields:
+        try:
+            json.dumps([name, part], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            field = ascii(name).strip("'")
+            message = f"{field} holds half a character (a lone surrogate)"
+            raise FieldError(field, message, hint="leave it out") from None
 
 
 def _allowed(request: Request, token: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from hub.errors import HubError
 from router.engine.request import Piece, Result
 from router.serving import wire
+from router.serving.errors import Errors
 from router.serving.waiting import Rows
 
 
@@ -29,7 +30,11 @@ CHAT = AnswerFormat("chatcmpl", "chat.completion", "chat.completion.chunk", wire
 
 
 async def events(
-    rows: Rows, asked: wire.Sampled, shape: AnswerFormat, count: Callable[[list[Result]], dict[str, int]]
+    rows: Rows,
+    asked: wire.Sampled,
+    shape: AnswerFormat,
+    count: Callable[[list[Result]], dict[str, int]],
+    errors: Errors,
 ) -> AsyncIterator[str]:
     """Server-sent events: a piece of text each with its tokens' scores, the reasons why rows ended, and [DONE].
 
@@ -53,7 +58,7 @@ async def events(
     try:
         async for index, news in rows.news():
             if isinstance(news, HubError):
-                yield _event(wire.error_of(news)[1])
+                yield _event(errors.of(news, "messages" if shape is CHAT else "prompt")[1])
                 return
             if isinstance(news, Piece):
                 yield part(index, news, ends[index])

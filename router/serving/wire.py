@@ -7,11 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hub.errors import Conflict, HubError, NotFound, UsageError, suggest
-from router.engine.job import ServerBusy, ServerStopped
+from hub.errors import UsageError, suggest
+from router.engine.job import BREAKDOWNS
 from router.engine.request import Piece, Request, Result, Token
+from router.serving.errors import FieldError
 
 MOST_ROWS = 256  # prompts times n of one request
 
@@ -43,13 +45,19 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, value: Any) -> Any:
+        """A field that is null is one that was left out."""
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
     def refuse(self) -> None:
-        """Refuse what would be ignored silently. Raises UsageError with the field's name, and the nearest known one."""
+        """Refuse what would be ignored silently. Raises FieldError with the field's name, and the nearest known one."""
         for name, value in (self.model_extra or {}).items():
             near = None if name in _AS_IT_IS else suggest(name, type(self).model_fields)
             idle = name in _IDLE or value is None or value in _AS_IT_IS.get(name, ())
             if not idle and (value or near):  # a misspelt `temperatur: 0` asks for something
-                raise UsageError(f"{name} is not supported", hint=near or "leave it out")
+                raise FieldError(name, f"{name} is not supported", hint=near or "leave it out")
 
 
 class Sampled(Body):
@@ -105,14 +113,25 @@ class Message(Body):
     content: str | list[dict[str, Any]] | None = None
 
     def plain(self) -> dict[str, str]:
-        """With its content as text. Raises UsageError for images, calls of tools and the like."""
+        """With its content as text. Raises FieldError for images, calls of tools and the like."""
         self.refuse()
-        parts = self.content
-        if isinstance(parts, list):
-            if other := [p.get("type") for p in parts if p.get("type") != "text"]:
-                raise UsageError(f"content of type {other[0]!r} is not supported", hint="send text")
-            parts = "".join(str(p.get("text", "")) for p in parts)
-        return {"role": self.role, "content": parts or ""}
+        if isinstance(self.content, list):
+            return {"role": self.role, "content": "".join(map(_part, self.content))}
+        if self.content is None and self.role != "assistant":
+            raise FieldError("messages", f"a turn of {self.role!r} has no content", hint='content: "..."')
+        return {"role": self.role, "content": self.content or ""}
+
+
+def _part(part: Mapping[str, Any]) -> str:
+    """The text of a part of a turn's content."""
+    kind, text = part.get("type"), part.get("text")
+    if kind != "text":
+        raise FieldError("messages", f"content of type {kind!r} is not supported", hint="send text")
+    if not isinstance(text, str):
+        raise FieldError("messages", "a part of type 'text' has no text", hint='{"type": "text", "text": "..."}')
+    if other := [name for name, value in part.items() if name not in ("type", "text") and value]:
+        raise FieldError("messages", f"{other[0]} of a part is not supported", hint="leave it out")
+    return text
 
 
 class Chat(Sampled):
@@ -127,13 +146,16 @@ class Chat(Sampled):
     def requests(self, tokenizer: Any) -> list[Request]:
         """One row a copy, its text made by the tokenizer's chat template."""
         if self.top_logprobs and not self.logprobs:
-            raise UsageError("top_logprobs are given with logprobs", hint="logprobs: true")
+            raise FieldError("top_logprobs", "top_logprobs are given with logprobs", hint="logprobs: true")
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(
                 "this base has no chat template", hint="POST /v1/completions, or serve --chat-template FILE"
             )
         turns = [message.plain() for message in self.messages]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, AttributeError, ArithmeticError, *BREAKDOWNS) as error:
+            raise FieldError("messages", f"the base's chat template refuses them: {error}") from error
         room = self.max_completion_tokens or self.max_tokens
         scores = max(1, self.top_logprobs or 0) if self.logprobs else 0
         return [self.request(text, room, scores, i, special=False) for i in range(self.n)]
@@ -254,44 +276,3 @@ def said(result: Result) -> str:
 
 def _routed(choice: dict[str, Any], result: Result) -> dict[str, Any]:
     return {**choice, "route_weights": dict(result.weights)} if result.weights else choice
-
-
-# -- errors --------------------------------------------------------------------------------------------------------
-
-
-# The first class that an error is of: status, type, parameter, code.
-_ERRORS: tuple[tuple[type[HubError], int, str, str | None, str | None], ...] = (
-    (ServerBusy, 429, "rate_limit_error", None, "rate_limit_exceeded"),
-    (ServerStopped, 503, "server_error", None, "stopped"),
-    (NotFound, 404, "invalid_request_error", "model", "model_not_found"),
-    (Conflict, 409, "invalid_request_error", None, None),
-    (HubError, 400, "invalid_request_error", None, None),
-)
-
-
-def error_of(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Status and body of an error, in OpenAI's shape."""
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"]) or None
-        return 400, _error(f"{param or 'the body'}: {first['msg']}", param=param)
-    for cls, status, kind, param, code in _ERRORS:
-        if isinstance(error, cls):
-            return status, _error(_sentence(error), kind=kind, param=param, code=code)
-    return 500, _error(type(error).__name__, kind="server_error", code="internal_error")
-
-
-def refusal(status: int, message: str, code: str) -> tuple[int, dict[str, Any]]:
-    """A refusal that no exception stands for."""
-    kind = "authentication_error" if status == 401 else "invalid_request_error"
-    return status, _error(message, kind=kind, code=code)
-
-
-def _error(
-    message: str, *, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None
-) -> dict[str, Mapping[str, Any]]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _sentence(error: HubError) -> str:
-    return f"{error.message} ({error.hint})" if error.hint else error.message
