@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from time import monotonic
 
 from hub.errors import HubError
+from router.engine.batches.running_row import RunningRow
 from router.engine.chooser import Chooser, asks
 from router.engine.host import Host
 from router.engine.job import BREAKDOWNS, Job, TooLarge, as_hub_error
 from router.engine.prepare import PreparedRow
 from router.engine.residency import Residency
-from router.engine.running_row import RunningRow
 from router.engine.sources import KnownAdapter, Sources
 from router.engine.work import Work
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from hub.errors import HubError
+from router.engine.batches.running_row import RunningRow
 from router.engine.prepare import PreparedRow
 from router.engine.request import Result
-from router.engine.running_row import RunningRow
 
 Answer: TypeAlias = Result | HubError
 # What a library may raise over one batch (out of memory among them): it belongs to some row, and not to the others.

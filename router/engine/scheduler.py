@@ -13,12 +13,12 @@ from typing import TypeVar
 
 from hub.errors import HubError
 from router.engine.admission import Admission
+from router.engine.batches.running_row import RunningRow
 from router.engine.host import Host
 from router.engine.job import BREAKDOWNS, Answer, Job, ServerBusy, ServerStopped, Watcher
 from router.engine.prepare import PreparedRow
 from router.engine.request import Piece
 from router.engine.residency import Residency
-from router.engine.running_row import RunningRow
 from router.engine.sources import Sources
 from router.engine.work import Work
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from hub.errors import HubError
-from router.engine.decoding import DecodingBatch
+from router.engine.batches.decoding import DecodingBatch
+from router.engine.batches.prefill import Reading
+from router.engine.batches.running_row import RunningRow
 from router.engine.host import Host
 from router.engine.job import BREAKDOWNS, Job, as_hub_error
-from router.engine.prefill import Reading
 from router.engine.routing import Routing
-from router.engine.running_row import RunningRow
 from router.engine.turns import Pace, Turns
 
 STEADY = 512  # tokens of a chunk where a run must give the same bits each time

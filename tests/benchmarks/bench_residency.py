@@ -27,12 +27,12 @@ from bench_tools import interleave, llama, machine, ratio, report, shape_options
 from peft import PeftModel
 
 import compose
-from router.engine.decoding import DecodingBatch
+from router.engine.batches.decoding import DecodingBatch
+from router.engine.batches.prefill import Reading
+from router.engine.batches.running_row import RunningRow
 from router.engine.engine import Engine
-from router.engine.prefill import Reading
 from router.engine.prepare import PreparedRow
 from router.engine.request import Request
-from router.engine.running_row import RunningRow
 
 # Milliseconds are of the processor, which a busy machine does not change; only a GPU's have to be read off the wall.
 clock = time.perf_counter if torch.cuda.is_available() else time.process_time

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 import compose
+from router.engine.batches.kv_cache import BlockLayer
 from router.engine.engine import Engine
-from router.engine.kv_cache import BlockLayer
 from router.engine.request import Request
 
 spec = importlib.util.spec_from_file_location("traffic", Path(__file__).with_name("traffic.py"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from time import monotonic
 
 from router.engine.admission import Admission
+from router.engine.batches.running_row import RunningRow
 from router.engine.engine import Engine
 from router.engine.job import Answer, Job
 from router.engine.request import Request
-from router.engine.running_row import RunningRow
 from router.engine.work import Work
 
 KINDS = {

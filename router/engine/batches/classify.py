@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from hub.errors import HubError
+from router.engine.batches.running_row import RunningRow
 from router.engine.host import Host
 from router.engine.prepare import PreparedRow
 from router.engine.request import Result
 from router.engine.row_heads import blend, heads_of, pick
-from router.engine.running_row import RunningRow
 
 
 def apply_heads(host: Host, rows: Sequence[RunningRow], output: Any, mask: Tensor, *, last: bool) -> None:

@@ -15,12 +15,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from compose.algebra import normalize
 from compose.expr.tree import IDENTITY, Add, Call, Expr, Ref, Scale, add, seq
-from router.engine.classify import apply_heads
-from router.engine.decoding import DecodingBatch, activate, longest
+from router.engine.batches.classify import apply_heads
+from router.engine.batches.decoding import DecodingBatch, activate, longest
+from router.engine.batches.kv_cache import CausalState, read_by_encoder
+from router.engine.batches.running_row import RunningRow
 from router.engine.host import Host
-from router.engine.kv_cache import CausalState, read_by_encoder
 from router.engine.prepare import PreparedRow
-from router.engine.running_row import RunningRow
 
 MOST_LOGITS = 2**24  # alive at once, where every place's are wanted: 64 MiB in float32
 _LEAST_COLUMNS = 8  # of each row in one chunk

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from compose.expr.tree import Expr
+from router.engine.batches.kv_cache import CausalState, DecodingState
+from router.engine.batches.running_row import RunningRow
+from router.engine.batches.sampling import choose
 from router.engine.host import Host
-from router.engine.kv_cache import CausalState, DecodingState
 from router.engine.routing import Routing
-from router.engine.running_row import RunningRow
-from router.engine.sampling import choose
 
 
 class DecodingBatch:

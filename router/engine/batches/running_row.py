@@ -10,11 +10,11 @@ from torch import Tensor
 
 from compose.expr.tree import Expr
 from hub.errors import HubError
-from router.engine.detokenize import Detokenizer
+from router.engine.batches.detokenize import Detokenizer
+from router.engine.batches.sampling import Sampler, best_tokens
 from router.engine.mixture import RunningMixture
 from router.engine.prepare import PreparedRow
 from router.engine.request import Piece, Result, Token
-from router.engine.sampling import Sampler, best_tokens
 
 
 class RunningRow:
