@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from compose.base.compatibility import BaseWarning
 from compose.base.location import weight_files
-from compose.base.quantization import bitsandbytes_config, warn_of_dense_layers
+from compose.base.quantization import bitsandbytes_config, warn_of_dense_weights
 from compose.base.request import TASKS, BaseRequest
 from hub.contents.tensor_files import read_header
 from hub.errors import GateError
@@ -64,7 +64,7 @@ def load_files(directory: Path, request: BaseRequest) -> PreTrainedModel:
             ) from error
     _check_missing(directory, config, model, report["missing_keys"])
     if request.quantize != "none":
-        warn_of_dense_layers(model, request.quantize)
+        warn_of_dense_weights(model, request.quantize)
     return cast("PreTrainedModel", model if request.quantize != "none" else model.to(request.torch_device))
 
 

@@ -107,20 +107,46 @@ def bits_per_parameter(model: nn.Module) -> float:
     return bits / parameters if parameters else 0.0
 
 
-def warn_of_dense_layers(model: nn.Module, quantize: str) -> None:
-    """Name the linear layers inside the blocks that were left as they were (T5's wo, subclasses of nn.Linear)."""
+def warn_of_dense_weights(model: nn.Module, quantize: str) -> None:
+    """Say which weights inside the blocks were left as they were, and what share of all parameters that is.
+
+    bitsandbytes replaces plain linear layers: subclasses of nn.Linear, T5's wo and experts that a layer holds in one
+    tensor for all (most of a mixture of experts) stay dense.
+    """
     done = quantized_layers(model)
-    linear = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and re.search(r"\.\d+\.", p)}
-    dense = {path: type(module).__name__ for path, module in linear.items() if path not in done}
+    total = sum(_count(module) for module in done.values())
+    total += sum(p.numel() for path, p in model.named_parameters() if path.rpartition(".")[0] not in done)
+    dense: dict[str, int] = {}  # parameters, by where they are
+    dtypes: dict[torch.dtype, None] = {}
+    for path, module in model.named_modules():
+        if path in done or not re.search(r"\.\d+\.", path):
+            continue
+        linear = isinstance(module, nn.Linear | Conv1D)
+        for name, weight in module.named_parameters(recurse=False):
+            # Gains, biases, gates of experts and short convolutions are no weights that a quantization is about.
+            if weight.dim() >= 2 and (linear or weight.numel() > total / 1000):
+                where = re.sub(r"[.][0-9]+(?=[.])", ".*", path if linear else f"{path}.{name}")
+                place = f"{where} ({type(module).__name__})"
+                dense[place] = dense.get(place, 0) + weight.numel()
+                dtypes[weight.dtype] = None
     if not dense:
         return
-    kinds = sorted({f"{re.sub(r'[.][0-9]+[.]', '.*.', path)} ({kind})" for path, kind in dense.items()})
+    largest = sorted(dense, key=lambda place: -dense[place])
+    kinds = ", ".join(f"{place}, {dense[place] / total:.1%}" for place in largest[:6])
     warnings.warn(
-        f"{quantize} of {type(model).__name__} quantizes {len(done)} linear layers and leaves {len(dense)} "
-        f"in {linear[next(iter(dense))].weight.dtype}: {', '.join(kinds[:6])}",
+        f"{quantize} of {type(model).__name__} quantizes {len(done)} linear layers and leaves "
+        f"{sum(dense.values()) / total:.1%} of all parameters, inside the blocks, in "
+        f"{' and '.join(map(str, dtypes))}: {kinds}" + (f" and {len(dense) - 6} more" if len(dense) > 6 else ""),
         BaseWarning,
         stacklevel=4,
     )
+
+
+def _count(layer: nn.Module) -> int:
+    """How many numbers a quantized layer stands for, its bias included."""
+    weight, bias = cast("Any", layer.weight), cast("Any", getattr(layer, "bias", None))
+    state = getattr(weight, "quant_state", None)
+    return int(weight.numel() if state is None else state.shape.numel()) + (0 if bias is None else bias.numel())
 
 
 class _Once(logging.Filter):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from compose.atoms import Function, Side
+from compose.atoms import Function, Replace, Side
 from compose.kernels.coefficients import Coefficient, shield, weigh
 from compose.kernels.low_rank import expand
 from compose.kind.heads import level
@@ -106,6 +107,25 @@ def stages(node: Node | None) -> list[Stage]:
     if isinstance(node, Stage):
         return [node]
     return [stage for part in getattr(node, "inside", ()) for stage in stages(part)]
+
+
+def without_functions(node: Node) -> Node:
+    """The node with the same y - c at every x, without the functions in it: all they add is in c as well.
+
+    A function may read what is there in a forward only; the linear map that a node makes of W is there at any time.
+    """
+    if isinstance(node, Stage):
+        return Stage(
+            [
+                e if isinstance(e.atoms.function, Replace) else replace(e, atoms=replace(e.atoms, function=None))
+                for e in node.entries
+            ]
+        )
+    if isinstance(node, Chain):
+        return Chain([without_functions(part) for part in node.parts])
+    if isinstance(node, Mix):
+        return Mix([(c, without_functions(inner)) for c, inner in node.terms])
+    return node
 
 
 def weighs_rows(node: Node) -> bool:

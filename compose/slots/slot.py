@@ -15,7 +15,7 @@ from compose.base.weights import acts_on_features, bias_of, row_norm_squared, wi
 from compose.errors import KindError
 from compose.kernels.fused_rows import FusedRows
 from compose.slots import low_rank_autograd as learning
-from compose.slots.branches import Chain, stages
+from compose.slots.branches import Chain, stages, without_functions
 from compose.slots.call import Call, Context, Standing
 from compose.slots.frozen_stage import FrozenStage, frozen_stage
 from compose.slots.gate import GatedExperts
@@ -195,7 +195,7 @@ class BelowView:
     """
 
     def __init__(self, slot: Slot, before: Sequence[Node], rows: FusedRows | None = None) -> None:
-        self._slot, self._before, self._rows = slot, tuple(before), rows
+        self._slot, self._before, self._rows = slot, tuple(without_functions(node) for node in before), rows
 
     def apply(self, x: Tensor) -> Tensor:
         """`W' x`, bias left out; x (n, d_in)."""
