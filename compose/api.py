@@ -17,16 +17,17 @@ from transformers import PreTrainedModel
 
 from compose.algebra import ExprLike, as_rows
 from compose.base.compatibility import compare
-from compose.base.model import check_base, identity_of, load_base, name_of, tokenizer_of
+from compose.base.model import check_base, identity_of, known_identity, load_base, name_of, tokenizer_of
 from compose.expr.tree import Expr
 from compose.formats.directory import read_adapter, save_adapter
+from compose.formats.peft_models import on_disk
 from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.registry import get_kind, make_config
 from compose.planning.members import AdapterFinder, AdapterSource, manifest_of, task_of
 from compose.planning.plan import plan
 from compose.runtime import model_runtime
 from compose.runtime.activation import Activation
-from compose.runtime.model_runtime import runtime
+from compose.runtime.model_runtime import Runtime, runtime
 from compose.slots.gate import Gate, Mixer
 from hub.manifest import BaseIdentity
 from hub.store import Artifact, Store
@@ -52,7 +53,8 @@ def load(
     Parameters
     ----------
     base
-        ``builtin:tiny-lm``, a model directory, a Hugging Face id, or a model already loaded.
+        ``builtin:tiny-lm``, a model directory, a Hugging Face id, or a model already loaded (compiled or wrapped, too:
+        that is what is returned then).
     expr
         What to apply: ``"a"``, ``"0.5 * a + b >> c"``, ``"average(a, b)"``, a list with one per row, or None.
         Leaves are names from ``adapters`` or refs found in ``store``.
@@ -61,9 +63,9 @@ def load(
     task, labels
         Which head the base is loaded with (``causal_lm`` unless an adapter of the expression says otherwise).
     adapters
-        Adapters by the name the expression uses: in memory, an artifact, a directory or a ref.
+        Adapters by the name the expression uses: in memory, an artifact, a directory, a ref or a PeftModel.
     allow_base_drift
-        Accept an adapter trained on other weights of the same architecture.
+        Accept an adapter trained on other weights of the same architecture, and a quantized model of unknown origin.
 
     Returns
     -------
@@ -75,34 +77,53 @@ def load(
         An unknown ref, another base, a kind the base cannot carry, an expression that does not parse: named, and
         before anything is changed.
     """
+    with on_disk(adapters or {}) as sources:
+        model = _load(
+            base,
+            expr,
+            AdapterFinder(store, sources),
+            allow_base_drift,
+            quantize=quantize,
+            double_quant=double_quant,
+            dtype=dtype,
+            device=device,
+            task=task,
+            labels=labels,
+            attn_implementation=attn_implementation,
+        )
+    return model if isinstance(base, str | Path) else base
+
+
+def _load(
+    base: str | Path | PreTrainedModel,
+    expr: ExprLike | Sequence[ExprLike],
+    finder: AdapterFinder,
+    allow_base_drift: bool,
+    *,
+    task: str | None,
+    labels: Sequence[str] | None,
+    **options: Any,
+) -> PreTrainedModel:
     one = expr is None or isinstance(expr, str | Expr)
     rows = as_rows(expr)
-    finder = AdapterFinder(store, adapters)
-    known = identity_of(base)
+    known = known_identity(base, allow_drift=allow_base_drift)
     plans = {
         row: plan(
             row,
             finder.resolve,
-            check_base=lambda text, made_for: compare(made_for, known, ref=text, allow_drift=allow_base_drift),
+            check_base=lambda text, made_for: (
+                None if known is None else compare(made_for, known, ref=text, allow_drift=allow_base_drift)
+            ),
             allow_base_drift=allow_base_drift,
         )
         for row in dict.fromkeys(rows)
     }
     leaves = {text: leaf for made in plans.values() for text, leaf in made.leaves.items()}
-    if task is None:
+    if task is None and isinstance(base, str | Path):  # a model in memory has its task
         task, labels = task_of(leaves.values(), labels)
-    model = load_base(
-        base,
-        quantize=quantize,
-        double_quant=double_quant,
-        dtype=dtype,
-        device=device,
-        task=task,
-        labels=labels,
-        attn_implementation=attn_implementation,
-    )
+    model = load_base(base, task=task, labels=labels, **options)
     for name in {**leaves, **finder.given}:
-        attach(model, name, finder.source(name), store=store, allow_base_drift=allow_base_drift)
+        attach(model, name, finder.source(name), allow_base_drift=allow_base_drift)
     composed = [plans[row].expression for row in rows]
     activate(model, composed[0] if one else composed)
     return model
@@ -118,8 +139,9 @@ def attach(
 ) -> Adapter:
     """Make an adapter resident on ``model`` under ``name``, frozen and not yet active.
 
-    ``source`` is an adapter in memory, a hub artifact, an adapter directory (ours or one saved by PEFT), or the text
-    of a ref. An artifact's base is compared with the model's, tensor by tensor.
+    ``source`` is an adapter in memory, a hub artifact, an adapter directory (ours or one saved by PEFT), the text of a
+    ref, or a PeftModel, whose active adapter is read. An artifact's base is compared with the model's, tensor by
+    tensor.
 
     Raises
     ------
@@ -129,7 +151,12 @@ def attach(
         The files do not make an adapter of this base; the model is as before.
     """
     home = runtime(model)
-    where = AdapterFinder(store, {name: source}).source(name)
+    with on_disk({name: source}) as sources:
+        return _attach(home, name, AdapterFinder(store, sources).source(name), allow_base_drift)
+
+
+def _attach(home: Runtime, name: str, where: Adapter | Artifact | Path, allow_base_drift: bool) -> Adapter:
+    model = home.model
     if isinstance(where, Adapter):
         return home.add(name, where)
     manifest = manifest_of(where)

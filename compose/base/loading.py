@@ -88,11 +88,7 @@ def model_config(directory: Path, request: BaseRequest) -> Any:
             path=directory,
         ) from error
     if getattr(config, "quantization_config", None) is not None:
-        raise GateError(
-            f"{directory} holds weights that are quantized already; adapters are made for the unquantized files",
-            path=directory,
-            hint='give the original model and quantize="nf4" or "int8"',
-        )
+        raise quantized_files(directory)
     if request.labels is not None:
         config.num_labels = len(request.labels)
         config.id2label = dict(enumerate(request.labels))
@@ -102,6 +98,15 @@ def model_config(directory: Path, request: BaseRequest) -> Any:
     elif request.task == "classification":
         config.problem_type = getattr(config, "problem_type", None) or "single_label_classification"
     return config
+
+
+def quantized_files(directory: Path) -> GateError:
+    """The error for a model directory whose weights are quantized already."""
+    return GateError(
+        f"{directory} holds weights that are quantized already; adapters are made for the unquantized files",
+        path=directory,
+        hint='give the original model and quantize="nf4" or "int8"',
+    )
 
 
 def _check_missing(directory: Path, config: Any, model: nn.Module, missing: Any) -> None:

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +18,10 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from compose.base.compatibility import Rung, compare
+from compose.base.compatibility import BaseWarning, Rung, compare
 from compose.base.fingerprint import base_tensors, directory_identity, model_identity, tensor_hex16
-from compose.base.loading import load_files
+from compose.base.given import bare_model
+from compose.base.loading import load_files, quantized_files
 from compose.base.location import BUILTIN, Location, locate
 from compose.base.quantization import keep_differentiable, quantization_of
 from compose.base.request import BaseRequest
@@ -99,8 +102,8 @@ def load_base(
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
-    if isinstance(base, PreTrainedModel):
-        return _adopt(base, request)
+    if not isinstance(base, str | Path):
+        return _adopt(bare_model(base), request)
     where = locate(base)
     model = load_files(where.directory, request)
     model.requires_grad_(False).eval()
@@ -154,8 +157,8 @@ def tokenizer_of(base: str | Path | PreTrainedModel, *, trust_remote_code: bool 
     NotFound, GateError
         There is no such base, or it has no tokenizer.
     """
-    if isinstance(base, PreTrainedModel):
-        location = _source(base).location
+    if not isinstance(base, str | Path):
+        location = _source(bare_model(base)).location
         if location is None:
             raise GateError(
                 f"this {type(base).__name__} was made in memory and has no tokenizer",
@@ -191,14 +194,31 @@ def identity_of(base: str | Path | PreTrainedModel) -> BaseIdentity:
     GateError
         A quantized model whose unquantized files are not at hand.
     """
-    if not isinstance(base, PreTrainedModel):
-        return directory_identity(locate(base))
+    if isinstance(base, str | Path):
+        where = locate(base)
+        if _holds_quantized(where):
+            raise quantized_files(where.directory)
+        return directory_identity(where)
+    base = bare_model(base)
     source = _source(base)
     key = 0 if source.location else _tensors_key(base)
     if source.identity is None or source.seen != key:
         source = replace(source, identity=_read_identity(base, source), seen=key)
         _remember(base, source)
     return cast("BaseIdentity", source.identity)
+
+
+def known_identity(base: str | Path | PreTrainedModel, *, allow_drift: bool) -> BaseIdentity | None:
+    """As :func:`identity_of`; with ``allow_drift`` None, and a warning, for a quantized model of unknown origin."""
+    if isinstance(base, str | Path):
+        return identity_of(base)
+    try:
+        return identity_of(base)
+    except GateError as error:
+        if not allow_drift or quantization_of(bare_model(base)) == "none":
+            raise
+        warnings.warn(f"{error.message}: adapters are not compared with it", BaseWarning, stacklevel=3)
+        return None
 
 
 def name_of(base: PreTrainedModel) -> str:
@@ -215,10 +235,16 @@ def check_base(
     ref: str | None = None,
     allow_drift: bool = False,
 ) -> Rung:
-    """Compare the base an adapter was made for with a loaded one; see :func:`compose.base.compatibility.compare`."""
+    """Compare the base an adapter was made for with a loaded one; see :func:`compose.base.compatibility.compare`.
+
+    One of unknown identity counts as drift.
+    """
+    known = known_identity(model, allow_drift=allow_drift)
+    if known is None:
+        return "drift"
     return compare(
         made_for,
-        identity_of(model),
+        known,
         trained_on=trained_on,
         quantization=quantization_of(model),
         ref=ref,
@@ -237,7 +263,8 @@ def _source(model: PreTrainedModel) -> BaseOrigin:
 
 
 def _tensors_key(model: PreTrainedModel) -> int:
-    return hash(tuple((n, t.data_ptr(), 0 if t.is_inference() else t._version) for n, t in base_tensors(model).items()))
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return hash(tuple((n, t.data_ptr(), 0 if t.is_inference() else t._version) for n, t in tensors))
 
 
 def _read_identity(model: PreTrainedModel, source: BaseOrigin) -> BaseIdentity:
@@ -245,11 +272,12 @@ def _read_identity(model: PreTrainedModel, source: BaseOrigin) -> BaseIdentity:
         return directory_identity(source.location)
     where = _files_of(source.name)
     if quantization_of(model) != "none":
-        if where is None:
+        if where is None or _holds_quantized(where):
             raise GateError(
                 f"this {type(model).__name__} is quantized and its unquantized files are not at hand, "
                 "so its identity is unknown",
-                hint=f'load it with load(directory_or_id, quantize="{quantization_of(model)}")',
+                hint=f'load it with load(directory_or_id, quantize="{quantization_of(model)}"), '
+                "or pass allow_base_drift=True: then it is compared with nothing",
             )
         return directory_identity(where)
     if where is not None:
@@ -267,6 +295,11 @@ def _files_of(name: str) -> Location | None:
         return locate(name, offline=True)
     except HubError:
         return None  # then the tensors in memory are what is fingerprinted
+
+
+def _holds_quantized(where: Location) -> bool:
+    config = where.directory / "config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("quantization_config") is not None
 
 
 def _equals_files(model: nn.Module, stored: BaseIdentity, where: Location) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.algebra import ExprLike, as_rows
+from compose.base.given import bare_model
 from compose.base.quantization import keep_differentiable
 from compose.base.sites import FINAL, SiteMap
 from compose.errors import KindError
@@ -411,7 +412,10 @@ class Runtime:
 
 def runtime(model: PreTrainedModel) -> Runtime:
     """The runtime of ``model``; the first call injects it and freezes the base."""
-    found = model.__dict__.get(_HOME)
+    found = getattr(model, "__dict__", {}).get(_HOME)
+    if found is None:
+        model = bare_model(model)
+        found = model.__dict__.get(_HOME)
     if found is None:
         found = Runtime(model)
         found.open()
@@ -438,6 +442,6 @@ def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixe
 
 def eject(model: PreTrainedModel) -> None:
     """Restore forwards and requires_grad flags as they were before the first adapter."""
-    found = model.__dict__.get(_HOME)
+    found = bare_model(model).__dict__.get(_HOME)
     if found is not None:
         found.close()
