@@ -1,7 +1,7 @@
 """The algebra of expressions: text and JSON to tree and back, normal form, digest, carets under errors."""
 
 from collections.abc import Sequence
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 from compose.algebra.grammar import parse
 from compose.algebra.normal_form import digest, normalize
@@ -16,7 +16,7 @@ ExprLike: TypeAlias = Expr | str | None
 
 def as_rows(expr: ExprLike | Sequence[ExprLike]) -> list[Expr]:
     """One tree for all rows, or one a row; an empty list is refused."""
-    rows = list(expr) if isinstance(expr, Sequence) and not isinstance(expr, str) else [cast("ExprLike", expr)]
+    rows = list(expr) if isinstance(expr, Sequence) and not isinstance(expr, str) else [expr]
     if not rows:
         raise KindError("an empty list of rows was given", hint="give one expression per row, or None for the base")
     return [as_expr(row) for row in rows]

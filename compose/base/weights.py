@@ -10,10 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hub.errors import GateError
+
 
 def dense_weight(layer: nn.Module) -> Tensor:
     """The weight as (d_out, d_in) floats, dequantized if need be (a temporary, except for a plain nn.Linear)."""
     weight = cast("Tensor", layer.weight)
+    if weight.device.type == "meta":
+        raise offloaded(f"a layer {tuple(weight.shape)}")
     if isinstance(layer, Conv1D):
         return weight.T
     if hasattr(weight, "quant_state"):
@@ -26,6 +30,15 @@ def dense_weight(layer: nn.Module) -> Tensor:
             scale = cast("Any", layer).state.SCB
         return weight.data.float() * (cast("Tensor", scale).float()[:, None] / 127.0)
     return weight
+
+
+def offloaded(what: str) -> GateError:
+    """The error for weights that are needed and are not in memory."""
+    return GateError(
+        f"{what} is offloaded: its weights are in memory only while it runs, and adapters need them at other times",
+        hint='load the model on one device (device_map={"": "cpu"}), hold it smaller (quantize="nf4"), '
+        "or let adapters act elsewhere (layers=...)",
+    )
 
 
 @torch.no_grad()
@@ -99,9 +112,11 @@ def acts_on_features(module: nn.Module) -> bool:
     if not isinstance(weight, Tensor) or weight.dim() != 1:
         return False
     shape = 2, len(weight) + 1, len(weight)
+    # An offloaded module fetches its weights for the call, and leaves them where they are if the call fails.
+    device = "cpu" if weight.device.type == "meta" else weight.device
     try:
         with torch.no_grad():
-            y = module(weight.new_zeros(shape))
+            y = module(torch.zeros(shape, dtype=weight.dtype, device=device))
     except (RuntimeError, TypeError, ValueError):  # it takes images only
         return False
     return isinstance(y, Tensor) and y.shape == shape

@@ -22,6 +22,7 @@ from compose.algebra import ExprLike, as_rows
 from compose.base.given import bare_model
 from compose.base.quantization import keep_differentiable
 from compose.base.sites import FINAL, SiteMap
+from compose.base.weights import offloaded
 from compose.errors import KindError
 from compose.expr.tree import Expr, add
 from compose.kernels.coefficients import Coefficient, check_coefficients
@@ -417,6 +418,8 @@ def runtime(model: PreTrainedModel) -> Runtime:
         model = bare_model(model)
         found = model.__dict__.get(_HOME)
     if found is None:
+        if model.device.type == "meta":
+            raise offloaded(f"this {type(model).__name__}")
         found = Runtime(model)
         found.open()
     return cast("Runtime", found)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compose.atoms import Function
-from compose.base.weights import acts_on_features, bias_of, row_norm_squared, with_parameters
+from compose.atoms import Function, Moved
+from compose.base.weights import acts_on_features, bias_of, offloaded, row_norm_squared, with_parameters
 from compose.errors import KindError
 from compose.kernels.fused_rows import FusedRows
 from compose.slots import low_rank_autograd as learning
@@ -157,6 +157,9 @@ class Slot(Standing):
         weight = getattr(self.layer, "weight", None)
         if isinstance(node, GatedExperts) or not isinstance(weight, Tensor) or weight.dtype == torch.int8:
             return program  # int8 takes whatever comes
+        if weight.device.type == "meta":
+            self._refuse_offloaded(found)
+            return program
         like = torch.empty(0, dtype=compute_dtype(self.layer), device=weight.device)
         if program.frozen is not None and not cast("Stage", node).simple:
             program.frozen.on(self.layer, like)
@@ -164,6 +167,13 @@ class Slot(Standing):
             for stage in found:
                 stage.lay_out(like)
         return program
+
+    def _refuse_offloaded(self, found: Sequence[Stage]) -> None:
+        """Only what is added without a look at the layer's own parameters works where these come and go."""
+        for stage in found:
+            moved_ = [e for e in stage.functions if isinstance(e.atoms.function, Moved)]
+            for e in (*stage.gains, *stage.inputs, *stage.biases, *moved_):
+                raise offloaded(f"{self.path}, where adapter {e.name!r} acts,")
 
     def row_norm_squared(self) -> Tensor:
         """`||W||^2` of each row, computed once for the weight that is there."""
