@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hub.errors import UsageError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+# Ends what is under way before the server does, and returns at once when the event is set.
+Drain: TypeAlias = Callable[[threading.Event], None]
 
 _EXTRA = ("fastapi", "uvicorn", "jinja2", "markdown_it", "nh3")
 
@@ -34,8 +38,25 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def listen(app: FastAPI, host: str, port: int, *, access_log: bool, announce: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C. ``announce`` is told the address once connections are taken; port 0 is a free one."""
+def listen(
+    app: FastAPI,
+    host: str,
+    port: int,
+    *,
+    access_log: bool,
+    announce: Callable[[str], None],
+    drain: Drain | None = None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Parameters
+    ----------
+    announce
+        Is told the address once connections are taken; port 0 is a free one.
+    drain
+        Called in a thread of its own at the first signal. The server answers until it returns; a second signal sets
+        the event it was given.
+    """
     import uvicorn
 
     config = uvicorn.Config(
@@ -56,4 +77,26 @@ def listen(app: FastAPI, host: str, port: int, *, access_log: bool, announce: Ca
         address, taken = listener.getsockname()[:2]
         announce(f"http://{f'[{address}]' if ':' in address else address}:{taken}")
         with suppress(KeyboardInterrupt):  # Ctrl-C is how a server is told to end
-            uvicorn.Server(config).run(sockets=[listener])
+            server = uvicorn.Server(config)
+            if drain is not None:
+                server.handle_exit = _drained(server.handle_exit, drain)  # type: ignore[method-assign]
+            server.run(sockets=[listener])
+
+
+def _drained(end: Callable[[int, Any], None], drain: Drain) -> Callable[[int, Any], None]:
+    """A handler of signals that ends a server once it is drained."""
+    hurry = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def finish(signal: int) -> None:
+        drain(hurry)
+        end(signal, None)
+
+    def handle(signal: int, _frame: Any) -> None:
+        if threads:
+            hurry.set()
+            return
+        threads.append(threading.Thread(target=finish, args=(signal,), name="moduloom-drain", daemon=True))
+        threads[0].start()
+
+    return handle

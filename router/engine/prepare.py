@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,7 +87,10 @@ def _prepared(host: Host, request: Request, target: Target) -> PreparedRow:
             ref=target.text or None,
             hint="name an adapter that was trained with task: classification",
         )
+    if request.prompt_scores and (not generates or target.mixture is not None or host.translates):
+        raise UsageError(f"{target.text or host.name} gives no scores of its prompt", hint="leave prompt_scores out")
     ids, types = _encode(host, request, target)
+    _check_tokens(host, [*(request.ids or ()), *(token for token, _ in request.logit_bias)])
     if not ids:
         raise HubError("the text is empty", hint="give at least one token")
     types = None if generates else types
@@ -122,7 +126,16 @@ def _room(host: Host, request: Request, read: int) -> int:
     return wanted
 
 
+def _check_tokens(host: Host, tokens: Sequence[int]) -> None:
+    """UsageError for one that the base does not have."""
+    most = int(host.model.config.get_text_config(decoder=True).vocab_size)
+    if wrong := [token for token in tokens if not 0 <= token < most]:
+        raise UsageError(f"{host.name} has no token {wrong[0]}", hint=f"its tokens are 0 to {most - 1}")
+
+
 def _encode(host: Host, request: Request, target: Target) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    if request.ids is not None:
+        return request.ids, None
     options: dict[str, Any] = {"add_special_tokens": request.special, "verbose": False}
     context = None if host.context is None else max(1, host.context - target.front)
     limit = min((n for n in (target.max_length, context) if n is not None), default=None)

@@ -23,6 +23,8 @@ class Request:
     ----------
     text
         The prompt, or the text to classify; `pair` is the second text of a pair.
+    ids
+        A prompt's tokens, instead of a text.
     adapter
         A ref, an expression, a router or a name given to the engine; None is the bare base.
     task
@@ -34,13 +36,22 @@ class Request:
         texts (left out).
     temperature, top_p, seed
         0 is greedy decoding. A row draws from its own stream, so its text does not depend on its neighbours.
+    top_k, min_p
+        Only the k best tokens (0: all), and those of at least min_p times the best one's probability, may be drawn.
+    repetition_penalty, frequency_penalty, presence_penalty, logit_bias
+        Changes of the logits before a token is chosen: logits of all tokens so far are divided by the first (multiplied
+        where they are negative); those of written tokens lose the second for each time, and the third once; and
+        each (token, number) is added. Scores are those of the model, without them.
     scores
         How many of the best labels, or of the best tokens at each place, come back with their (log) probabilities.
+    prompt_scores
+        Whether the prompt's tokens come back with theirs as well.
     weights
         Whether the weights of a router that weighs each token are wanted: their mean costs a pass of its own.
     """
 
-    text: str
+    text: str = ""
+    ids: tuple[int, ...] | None = None
     pair: str | None = None
     adapter: str | None = None
     task: str | None = None
@@ -50,7 +61,14 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     scores: int = 0
+    prompt_scores: bool = False
     weights: bool = False
 
     def __post_init__(self) -> None:
@@ -60,6 +78,15 @@ class Request:
             raise UsageError(f"temperature is {self.temperature}", hint="0 is greedy; 1 samples from the model")
         if not 0.0 < self.top_p <= 1.0:
             raise UsageError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if self.top_k < 0 or not 0.0 <= self.min_p <= 1.0:
+            raise UsageError(f"top_k is {self.top_k} and min_p {self.min_p}", hint="top_k is 0 or more, min_p in [0, 1]")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
+            raise UsageError(f"repetition_penalty is {self.repetition_penalty}", hint="1 changes nothing")
+        added = (self.frequency_penalty, self.presence_penalty, *(bias for _, bias in self.logit_bias))
+        if not all(map(math.isfinite, added)):
+            raise UsageError("penalties and biases must be finite")
+        if self.prompt_scores and not self.scores:
+            raise UsageError("prompt_scores are given with scores", hint="scores=1")
         if not 0 <= self.scores <= MAX_SCORES:
             raise UsageError(f"scores is {self.scores}; it must lie in 0..{MAX_SCORES}")
         if not all(self.stop):
@@ -102,8 +129,9 @@ class Result:
     ----------
     text, finish
         Of a generated row: the continuation, and why it ended ("stop" or "length").
-    tokens
-        Of a generated row that asked for scores.
+    tokens, prompt
+        Of a generated row that asked for scores; of its prompt if it asked for those. The first of a prompt stands
+        behind nothing, so it has none.
     label, scores
         Of a classified row: the best label, and as many (label, probability) as were asked for, best first.
     value
@@ -120,6 +148,7 @@ class Result:
     text: str | None = None
     finish: str | None = None
     tokens: tuple[Token, ...] = ()
+    prompt: tuple[Token, ...] = ()
     label: str | None = None
     scores: tuple[tuple[str, float], ...] = ()
     value: float | None = None

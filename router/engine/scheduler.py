@@ -92,6 +92,11 @@ class Scheduler:
         return not (self._ending or self._draining)
 
     @property
+    def draining(self) -> bool:
+        """Whether what is under way is ended, and nothing else is taken."""
+        return self._draining and not self._ending
+
+    @property
     def counts(self) -> tuple[int, int]:
         """Requests that are computed, and that wait."""
         return len(self.work.running), len(self._waiting)

@@ -65,6 +65,7 @@ class Targets:
         self._made: dict[str, Target] = {}
         self._lock = RLock()
         self.bare = Target("", IDENTITY, ())
+        self.bases = {host.name}  # names of the base itself
 
     def get(self, text: str | None) -> Target:
         """The target of a text.
@@ -94,9 +95,10 @@ class Targets:
         text = text.strip()
         if text in self.sources.given:
             return text
-        if text == self._host.name:
+        if text in self.bases:
             return ""
-        return text.removeprefix(self._host.name + ":")
+        base = next((base for base in self.bases if text.startswith(base + ":")), None)
+        return text if base is None else text.removeprefix(base + ":")
 
     def _make(self, text: str) -> Target:
         tree = Ref(text) if text in self.sources.given else parse(text)

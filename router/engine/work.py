@@ -50,7 +50,8 @@ class Work:
 
     def _alike(self, row: RunningRow) -> object:
         prepared = row.prepared
-        use = prepared.generates, prepared.gate, row.prepared.target.mixture is not None
+        request = prepared.request
+        use = prepared.generates, prepared.gate, prepared.target.mixture is not None, request.prompt_scores
         if not (self.host.decodes and not self.host.translates):
             return use
         # A prompt stands right in front of its text, so texts behind prompts are of one length.

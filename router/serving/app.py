@@ -31,7 +31,7 @@ from router.serving.waiting import Rows
 
 MAX_BODY = 8 * 2**20  # bytes
 BodyT = TypeVar("BodyT", bound=wire.Body)
-_OPEN = ("/health",)
+_OPEN = ("/health", "/ready")
 _TEXT_FIELDS = {"/v1/chat/completions": "messages", "/v1/classify": "input"}
 _LATER = {"Retry-After": "1"}  # seconds; a place becomes free whenever a row ends
 
@@ -137,8 +137,13 @@ class Server:
         return PlainTextResponse(f"{asked.lora_name} is unloaded")
 
     async def health(self, _request: Request) -> Response:
-        """GET /health: 200 while requests are computed."""
-        return Response(status_code=200) if self.engine.scheduler.alive else Response(status_code=503, headers=_LATER)
+        """GET /health: 200 while the engine lives, also while it ends what is under way."""
+        scheduler = self.engine.scheduler
+        return _state(scheduler.alive or scheduler.draining)
+
+    async def ready(self, _request: Request) -> Response:
+        """GET /ready: 200 while requests are taken."""
+        return _state(self.engine.scheduler.alive)
 
     async def prometheus(self, _request: Request) -> Response:
         """GET /metrics."""
@@ -189,6 +194,7 @@ def create_app(engine: Engine, *, token: str | None = None, directories: bool = 
         ("POST", "/v1/load_lora_adapter", server.load),
         ("POST", "/v1/unload_lora_adapter", server.unload),
         ("GET", "/health", server.health),
+        ("GET", "/ready", server.ready),
         ("GET", "/metrics", server.prometheus),
     ):
         app.add_route(path, _guarded(server, path, endpoint), methods=[method])
@@ -229,6 +235,10 @@ def _guarded(
         return response
 
     return run
+
+
+def _state(good: bool) -> Response:
+    return Response(status_code=200) if good else Response(status_code=503, headers=_LATER)
 
 
 def _no_number(name: str) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +12,8 @@ import click
 from hub.console.options import quantize_option
 
 if TYPE_CHECKING:
+    from threading import Event
+
     from fastapi import FastAPI
 
 
@@ -31,13 +35,17 @@ if TYPE_CHECKING:
 @click.option("--chat-template", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A Jinja template.")
 @click.option("--allow-directories", is_flag=True, help="Let clients load adapters from directories of this machine.")
 @click.option("--allow-base-drift", is_flag=True, help="Take adapters of other weights of the same architecture.")
+@click.option(
+    "--grace", type=click.FloatRange(0), default=20.0, show_default=True, help="Seconds to end rows in at SIGTERM."
+)
 @click.option("--access-log", is_flag=True, help="Log every request to stderr.")
-def serve(base: str, host: str, port: int, token: str | None, access_log: bool, **given: Any) -> None:
+def serve(base: str, host: str, port: int, token: str | None, grace: float, access_log: bool, **given: Any) -> None:
     """Serve BASE and its adapters: the OpenAI API, one batch for requests of any adapters.
 
     `model` in a request names an adapter of the store (ns/name@1.2.0), one given here, an expression
     ("0.5 * legal + tone"), a router, or BASE; BASE:ADAPTER is understood too. The address is printed to stdout once
-    the server answers.
+    the server answers. At SIGTERM it takes no more requests (503, and /ready says so), and rows under way have --grace
+    seconds to end; a second signal ends them at once.
 
     \b
     hub serve builtin:tiny-lm --port 8001
@@ -50,7 +58,17 @@ def serve(base: str, host: str, port: int, token: str | None, access_log: bool, 
     if token is None and not is_loopback(host):
         raise UsageError(f"without a token the server serves this machine only, not {host}", hint="--token TEXT")
     require_extra()
-    listen(_app(base, token, given), host, port, access_log=access_log, announce=click.echo)
+    app = _app(base, token, given)
+    listen(app, host, port, access_log=access_log, announce=click.echo, drain=partial(_drain, app, grace))
+
+
+def _drain(app: FastAPI, grace: float, hurry: Event) -> None:
+    """Let rows under way end within the time given; whose have not are told."""
+    scheduler, until = app.state.engine.scheduler, monotonic() + grace
+    scheduler.drain(0)
+    while any(scheduler.counts) and monotonic() < until and not hurry.wait(0.05):
+        pass
+    scheduler.stop()
 
 
 def _app(base: str, token: str | None, given: dict[str, Any]) -> FastAPI:

@@ -62,6 +62,11 @@ class Reading:
         return (self.length - self._read) * len(self.lanes)
 
     @property
+    def _hears(self) -> bool:
+        """Whether logits of all places are wanted."""
+        return self.rows[0].mix is not None or self.rows[0].prepared.request.prompt_scores
+
+    @property
     def bytes(self) -> int:
         """Of the cache."""
         return 0 if self._state is None else self._state.bytes
@@ -96,7 +101,7 @@ class Reading:
         self._state = CausalState(self.host, self._mask[:, :0], longest(self.rows))
 
     def _columns(self, tokens: int) -> int:
-        if self.rows[0].mix is not None:
+        if self._hears:
             tokens = min(tokens, MOST_LOGITS // int(self.host.model.get_output_embeddings().weight.shape[0]))
         columns = max(_LEAST_COLUMNS, tokens // len(self.lanes))
         # A prompt that is made from a text reads its beginning, so that has to be in the first chunk.
@@ -117,10 +122,12 @@ class Reading:
     def _read_to_write(self, end: int) -> None:
         assert self._state is not None  # noqa: S101
         mixed = self.rows[0].mix is not None
-        only_last = {} if mixed else self.host.takes(logits_to_keep=1)
+        only_last = {} if self._hears else self.host.takes(logits_to_keep=1)
         logits = self.host.model(**self._options(end), **only_last).logits
         if mixed:
             self._hear(logits.float(), end)
+        elif self._hears:
+            self._score(logits.float(), end)
         self._read = end
         if end < self.length:
             return
@@ -146,6 +153,17 @@ class Reading:
             at = slice(top, top + len(row.lanes))
             row.mix.hear(log_probs[at].T[real[top]].double())
             top += len(row.lanes)
+
+    def _score(self, logits: Tensor, end: int) -> None:
+        """What the model said of the prompts' tokens, for rows that want to know it."""
+        said = logits if self._before is None else torch.cat([self._before[:, None], logits], 1)
+        begin = self._read - (self._before is not None)
+        self._before = logits[:, -1]
+        for i, row in enumerate(self.rows):
+            ids = row.prepared.ids
+            empty = self.length - len(ids)
+            for place in range(max(begin, empty) + 1, end):
+                row.read(ids[place - empty], said[i, place - 1 - begin])
 
     def _read_to_classify(self, end: int) -> None:
         options = self._options(end)

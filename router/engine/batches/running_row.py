@@ -36,8 +36,9 @@ class RunningRow:
         self._tokenizer = tokenizer
         self._tokens: list[Token] = []
         self._reported = 0  # of the tokens
+        self._prompt: list[Token] = []
         self._detokenizer = Detokenizer(tokenizer, prepared.before, request.stop)
-        self.sampler = Sampler(request.temperature, request.top_p, request.seed) if request.temperature > 0 else None
+        self.sampler = Sampler.of(request, prepared.before)
 
     @property
     def lanes(self) -> tuple[Expr, ...]:
@@ -68,9 +69,7 @@ class RunningRow:
         if token in ends:
             return self._end("stop")
         if request.scores:
-            log_prob, best = best_tokens(logits, token, request.scores)
-            named = tuple((self._tokenizer.decode([t]), p) for t, p in best)
-            self._tokens.append(Token(self._tokenizer.decode([token]), log_prob, named))
+            self._tokens.append(self._scored(token, logits))
         self._say(self._detokenizer.push(token))
         if self._detokenizer.stopped:
             self._end("stop")
@@ -78,12 +77,24 @@ class RunningRow:
             self._end("length")
         return None
 
+    def read(self, token: int, logits: Tensor) -> None:
+        """The prompt's next token, and the logits (V,) that the model gave before it."""
+        first = self.prepared.ids[0]
+        self._prompt = self._prompt or [Token(self._tokenizer.decode([first]), 0.0)]
+        self._prompt.append(self._scored(token, logits))
+
+    def _scored(self, token: int, logits: Tensor) -> Token:
+        log_prob, best = best_tokens(logits, token, self.prepared.request.scores)
+        named = tuple((self._tokenizer.decode([t]), p) for t, p in best)
+        return Token(self._tokenizer.decode([token]), log_prob, named)
+
     def _end(self, why: str) -> None:
         self._say(self._detokenizer.close(), last=True)
         self.result = Result(
             text=self._detokenizer.text,
             finish=why,
             tokens=tuple(self._tokens),
+            prompt=tuple(self._prompt),
             weights=self.prepared.weights,
             read=len(self.prepared.ids),
             written=self.written,
