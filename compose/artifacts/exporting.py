@@ -90,4 +90,10 @@ def export(
             shutil.copyfile(request.artifact.file(name), young / name)
         young.replace(out)
     fsync_directory(out.parent)
+    manifest = request.artifact.manifest
+    certificate = manifest.hyperparameters.get("certificate")
+    lost = certificate.get("discarded") if isinstance(certificate, dict) else None
+    if manifest.type == "merge" and isinstance(lost, float) and lost > 0:  # before this step, which has its own
+        notes = [*notes, f"{request.artifact.ref} was published with {lost:.2%} of the energy of its merge left out"]
+        measured = {**measured, "merge_discarded": lost}
     return Exported(str(request.artifact.ref), format, str(out), tuple(notes), measured)

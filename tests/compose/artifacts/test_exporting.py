@@ -173,3 +173,13 @@ def test_formats_are_named_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_merge_that_was_cut_says_so_when_it_is_exported(store: Store, tmp_path: Path) -> None:
+    for rank, format in {2: "peft", 3: "merged"}.items():
+        _, made = compose.publish_merge(f"ties(ns/a, ns/b, rank={rank})", f"ns/cut{rank}@1.0.0")
+        done = compose.export(f"ns/cut{rank}", format, tmp_path / format)
+        assert 0.01 < done.measured["merge_discarded"] == pytest.approx(made.certificate.share)
+        assert any("of its merge left out" in note for note in done.notes)
+    compose.publish_merge("ties(ns/a, ns/b)", "ns/whole@1.0.0")
+    assert "merge_discarded" not in compose.export("ns/whole", "merged", tmp_path / "whole").measured
