@@ -88,7 +88,7 @@ def run(
     config: TrainConfig | Mapping[str, Any],
     *,
     ref: str | AdapterRef | None = None,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     store: Store | None = None,
     publishing: bool = True,
     resume: bool = False,
@@ -122,7 +122,7 @@ def run(
     accelerator, store = Accelerator(), store or Store()
     _, config = make_method(config if isinstance(config, TrainConfig) else make_config(config))
     ref = AdapterRef.parse(ref or f"local/{config.method.replace('_', '-')}")
-    folder = folder or Path("runs") / ref.name
+    folder = Path(folder or Path("runs") / ref.name)
     ref = _version(store, ref) if publishing else ref.at(version=ref.version or "0.1.0")
     console = console or Console(stderr=True)
     progress = new_progress(console, accelerator)

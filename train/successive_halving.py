@@ -49,7 +49,7 @@ def race(
     config: TrainConfig,
     names: Sequence[str],
     budget: float = 600.0,
-    folder: Path = Path("race"),
+    folder: str | Path = "race",
     *,
     say: Callable[[str], None] = lambda _text: None,
 ) -> list[Runner]:
@@ -71,6 +71,7 @@ def race(
         Fewer than two methods, no evaluation data, options of a method that does not race or has no such option; the
         folder holds something.
     """
+    folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         hint = f"--out another folder, or remove {folder}"
         raise UsageError(f"{folder} holds an earlier race", path=folder, hint=hint)

@@ -9,7 +9,14 @@ from pages import ROOT, SHELL, blocks, commands, inline, problem
 
 GUIDES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in ("cli.md", "coverage.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES]
-RUNS = [page for page in PAGES if any(block.language in ("python", *SHELL) for block in blocks(page.read_text()))]
+
+
+def runs(block):
+    """Whether a block is run."""
+    return block.needs is None and block.language in ("python", *SHELL)
+
+
+RUNS = [page for page in PAGES if any(runs(block) for block in blocks(page.read_text()))]
 
 
 @pytest.mark.parametrize("page", RUNS, ids=lambda page: page.name)
