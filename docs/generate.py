@@ -56,9 +56,9 @@ def api(package: str) -> str:
     shown = [(name, getattr(face, name)) for name in face.__all__]
     parts = [f"# {package}", str(inspect.getdoc(face))]
     for name, thing in sorted(shown, key=lambda item: (inspect.isclass(item[1]), item[0])):
-        parts.append(f"::: {thing.__module__}.{thing.__qualname__}")
         if thing.__name__ != name:
             raise SystemExit(f"{package}.{name} is called {thing.__name__} where it is written")
+        parts.append(f"::: {package}.{name}")
     return "\n\n".join(parts) + "\n"
 
 
