@@ -79,7 +79,7 @@ class Request:
         if not 0.0 < self.top_p <= 1.0:
             raise UsageError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         if self.top_k < 0 or not 0.0 <= self.min_p <= 1.0:
-            raise UsageError(f"top_k is {self.top_k} and min_p {self.min_p}", hint="top_k is 0 or more, min_p in [0, 1]")
+            raise UsageError(f"top_k is {self.top_k}, min_p {self.min_p}", hint="top_k is 0 or more, min_p in [0, 1]")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
             raise UsageError(f"repetition_penalty is {self.repetition_penalty}", hint="1 changes nothing")
         added = (self.frequency_penalty, self.presence_penalty, *(bias for _, bias in self.logit_bias))
