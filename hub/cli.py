@@ -7,6 +7,7 @@ neither torch nor transformers.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -107,6 +108,10 @@ ERRORS: dict[str, ErrorRow] = {
 }
 
 
+# An expression such as '-1 * ns/a', which click would take for an option.
+_NEGATIVE = re.compile(r"-\s*(?:\d+(?:\.\d*)?|\.\d+)\s*\*")
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called, and whose errors end in the next step."""
 
@@ -152,11 +157,15 @@ class LazyGroup(click.Group):
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         warnings.showwarning = _warn
+        given = list(sys.argv[1:] if args is None else args)
+        given = [f" {text}" if _NEGATIVE.match(text) else text for text in given]  # no option begins with a blank
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            code = super().main(given, prog_name, complete_var, standalone_mode=False, **extra)
             sys.stdout.flush()
         except click.ClickException as error:
             error.show()
+            if example := _example(error):
+                _hint(f"for example: {example}")
             sys.exit(error.exit_code)
         except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -203,8 +212,19 @@ def _tell(error: Exception, row: ErrorRow) -> None:
     click.secho("error: ", fg="red", bold=True, nl=False, err=True)
     click.echo(_sentence(error), err=True)
     if hint:
-        click.secho("hint: ", fg="yellow", nl=False, err=True)
-        click.echo(hint, err=True)
+        _hint(hint)
+
+
+def _hint(text: str) -> None:
+    click.secho("hint: ", fg="yellow", nl=False, err=True)
+    click.echo(text, err=True)
+
+
+def _example(error: click.ClickException) -> str | None:
+    """The first example in the help of a command that was called with other words than it takes."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    lines = (context.command.help or "").splitlines() if context else []
+    return next((line.strip() for line in lines if line.strip().startswith("hub ")), None)
 
 
 def _sentence(error: Exception) -> str:

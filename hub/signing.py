@@ -122,11 +122,15 @@ def _library(part: str) -> Any:
 
 def _key_name(path: Path, *, private: bool) -> str:
     """Hex sha256 of the public key's PEM: what the bundle calls the key."""
+    _library("signing")  # an extra, which brings cryptography
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    data = read_capped(path.expanduser().resolve(), _MAX_KEY)
+    place = path.expanduser().resolve()
+    if not place.exists():
+        raise NotFound(f"there is no key {path}", path=path, hint=_MAKE_KEY)
+    data = read_capped(place, _MAX_KEY)
     kind = "private" if private else "public"
     try:
         if private:

@@ -55,7 +55,7 @@ def check_positive(call: Call, options: Any) -> None:
         raise CallError(
             f"the weights of {call.function} are positive",
             option="weights",
-            hint="to subtract an adapter write -1 * b among the arguments",
+            hint=f"to subtract an adapter, do it outside: {call.function}(a, c) + -1 * b",
         )
 
 

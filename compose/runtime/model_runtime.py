@@ -43,7 +43,7 @@ from compose.slots.call import Call, Context
 from compose.slots.gate import Gate, Mixer, Routing, refuse_outside
 from compose.slots.side import SideSlot
 from compose.slots.slot import Slot
-from hub.errors import NotFound, did_you_mean
+from hub.errors import NotFound, UsageError, did_you_mean, suggest
 
 _HOME = "moduloom"  # attribute of the model that holds the runtime
 
@@ -432,7 +432,20 @@ def activate(
     rows = as_rows(expr)
     home = runtime(model)
     plans = {row: plan(row, lambda name: Leaf.of(home.adapter(name))) for row in dict.fromkeys(rows)}
+    _check_weights(home, rows, weights or {})
     return home.activate([plans[row].expression for row in rows], dict(weights or {}))
+
+
+def _check_weights(home: Runtime, rows: Sequence[Expr], weights: Mapping[str, Coefficient]) -> None:
+    """Refuse a weight of an adapter that stands in no row: it would change nothing."""
+    named = {name for row in dict.fromkeys(rows) for name in row.refs}
+    for name in weights:
+        home.adapter(name)
+        if name not in named:
+            raise UsageError(
+                f"there is a weight for {name!r}, which is not in the expression",
+                hint=suggest(name, named) or f"the expression names {', '.join(sorted(named)) or 'no adapter'}",
+            )
 
 
 def route(model: PreTrainedModel, experts: Sequence[ExprLike], gate: Gate | Mixer) -> None:

@@ -40,7 +40,8 @@ def lock(
     NotFound
         A ref that nothing fits.
     """
-    from hub.project.lock import Lock, Resolver, Roots, read_wishes
+    from hub.project.lock import Lock, Resolver, Roots, as_written, beside, read_wishes
+    from hub.project.named_remotes import Remotes
     from hub.ref import AdapterRef
     from hub.store import Store
 
@@ -51,8 +52,9 @@ def lock(
     wanted = wanted or (list(locked.requires) if locked else [])
     if not wanted:
         raise UsageError("what shall be locked?", hint="write refs, or a modules.yaml with `requires: [acme/tone>=1]`")
-    remote = open_place(from_ or (wishes[1] if wishes else None))
-    pinned = Resolver(store, remote, None if upgrade else locked).lock(wanted)
+    place = from_ or (beside(wishes[1], path.parent) if wishes and wishes[1] else None)
+    named = as_written(place if place is None else Remotes().url(place), path.parent)
+    pinned = Resolver(store, open_place(place), None if upgrade else locked, named).lock(wanted)
     pinned.save(path)
     Roots(store).add(store, path)
     return pinned
@@ -79,7 +81,7 @@ def sync(
     locked, wishes = locks.Lock.load(path), locks.read_wishes(path.parent)
     if wishes is not None and set(wishes[0]) != set(locked.requires):
         raise UsageError(f"{path} is not the lock of what is asked for beside it", hint="run `hub lock` first")
-    artifacts = list(locks.sync(locked, store, open_place(from_), **moving(progress, jobs)))
+    artifacts = list(locks.sync(locked, store, open_place(from_), directory=path.parent, **moving(progress, jobs)))
     locks.Roots(store).add(store, path)
     return artifacts
 

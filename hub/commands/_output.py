@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from hub.console.output import bytes_text, columns, json_option, print_json, say, warn
+from hub.console.output import bytes_text, columns, fitted, json_option, print_json, say, warn
 
 if TYPE_CHECKING:
     from hub.storage.artifact import Artifact
@@ -66,4 +66,4 @@ def table(store: Store, artifacts: Sequence[Artifact], metric: str | None, ascen
             values = [score.value for score in scores.get(artifact.digest, ())]
             row.append(f"{best(values):.4g}" if values else "")
         rows.append([*row, " ".join(marks)])
-    return columns(header, rows)
+    return fitted(header, rows, cut=("BASE", "TASK", "ALIASES"))

@@ -22,7 +22,12 @@ def sign(target: str, key: Path, signature: Path | None, as_json: bool) -> None:
     hub sign acme/tone@1.0.0 --key author.pem --out tone.sig
     hub verify acme/tone@1.0.0 --key author.pub.pem --signature tone.sig
 
-    The signature lists the sha256 of every file, in the format of model-signing.
+    The signature lists the sha256 of every file, in the format of model-signing, which is an extra: pip install
+    'moduloom[sign]'. A pair of keys is made once; the .pub.pem is for all who check, the other for you alone:
+
+    \b
+    openssl ecparam -name prime256v1 -genkey -noout -out author.pem
+    openssl ec -in author.pem -pubout -out author.pub.pem
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     import hub
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+WIDTH = 80  # columns of a table
 
 
 def json_option(function: FunctionT) -> FunctionT:
@@ -64,6 +65,26 @@ def columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def fitted(header: Sequence[str], rows: Iterable[Sequence[str]], cut: Iterable[str], *, width: int = WIDTH) -> str:
+    """As `columns`, within a width: columns without a cell are left out, then the widest of those in ``cut`` gives way.
+
+    Cells of other columns stay whole, as what one copies into the next command must.
+    """
+    table = [list(header), *(list(row) for row in rows)]
+    table = [list(row) for row in zip(*(col for col in zip(*table, strict=True) if any(col[1:])), strict=True)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    room = {i: len(name) for i, name in enumerate(table[0]) if name in set(cut)}  # never narrower than the heading
+    while sum(widths) + 2 * (len(widths) - 1) > width and any(widths[i] > least for i, least in room.items()):
+        widths[max((i for i in room if widths[i] > room[i]), key=widths.__getitem__)] -= 1
+    return columns(table[0], [_cut(row, widths) for row in table[1:]])
+
+
+def _cut(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Cells that are too long lose their beginning: the name of a model is at its end."""
+    fits = zip(row, widths, strict=True)
+    return [cell if len(cell) <= room else f"…{cell[len(cell) - room + 1 :]}" for cell, room in fits]
 
 
 def bytes_text(count: int) -> str:

@@ -12,6 +12,7 @@ that fits is taken, and two versions of one name may stand side by side, since a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -41,7 +42,10 @@ _MAX = 2**20  # bytes of a file of wishes
 
 
 class Pin(Record):
-    """One artifact of a lock: digest, the fingerprint of its base's weights, where it is, and what it needs."""
+    """One artifact of a lock: digest, the fingerprint of its base's weights, where it is, and what it needs.
+
+    A ``source`` that begins with ``./`` or ``../`` starts from the directory of the lock, wherever that is checked out.
+    """
 
     name: Name
     version: VersionText
@@ -141,6 +145,19 @@ def _yaml(data: bytes) -> object:
         raise ValueError(str(error)) from error
 
 
+def beside(source: str, directory: Path) -> str:
+    """The place that a relative path leads to from a directory; any other place as it is."""
+    return str(directory / source) if source.startswith(("./", "../")) else source
+
+
+def as_written(source: str | None, directory: Path) -> str | None:
+    """A relative path as a lock keeps it: from the directory of the lock. None for any other place."""
+    if source is None or "://" in source or not (path := Path(source)).parts or path.is_absolute():
+        return None
+    relative = Path(os.path.relpath(path, directory)).as_posix()
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
 class Resolver:
     """From refs to a lock.
 
@@ -150,10 +167,14 @@ class Resolver:
         Where to look: at the remote first, where there is one.
     locked
         A lock whose decisions stay as they are.
+    source
+        What the lock calls the remote, where that is not its URL.
     """
 
-    def __init__(self, store: Store, remote: Remote | None, locked: Lock | None = None) -> None:
-        self.store, self.remote = store, remote
+    def __init__(
+        self, store: Store, remote: Remote | None, locked: Lock | None = None, source: str | None = None
+    ) -> None:
+        self.store, self.remote, self.source = store, remote, source
         self.locked = locked or Lock()
         self._decided = self.locked.decided()
         self._pins: dict[str, Pin] = {}
@@ -197,7 +218,7 @@ class Resolver:
             version=manifest.version,
             digest=manifest.digest,
             base=manifest.base.weights_fingerprint if manifest.base else None,
-            source=at.url if at else None,
+            source=(self.source or at.url) if at else None,
         )
         self._pins[pin.digest] = pin  # before its requirements, so that a cycle ends
         refs = [requirement_ref(need) for need in manifest.requires]
@@ -206,9 +227,20 @@ class Resolver:
 
 
 def sync(
-    lock: Lock, store: Store, remote: Remote | None, progress: Progress, *, jobs: int = JOBS
+    lock: Lock,
+    store: Store,
+    remote: Remote | None,
+    progress: Progress,
+    *,
+    jobs: int = JOBS,
+    directory: Path = Path(),
 ) -> Iterator[tuple[Artifact, bool]]:
     """Bring exactly what a lock says into the store; each artifact, and whether it had to be fetched.
+
+    Parameters
+    ----------
+    directory
+        Of the lock, where its relative sources start.
 
     Raises
     ------
@@ -229,7 +261,7 @@ def sync(
                     hint="name a remote that has it: hub sync --from REMOTE",
                 )
             if remote is None and pin.source not in opened:
-                opened[str(pin.source)] = from_url(str(pin.source))
+                opened[str(pin.source)] = from_url(beside(str(pin.source), directory))
             place = remote or opened[str(pin.source)]
             pull(store, place, pin.ref, progress=progress, requires=False, jobs=jobs)
         artifact = store.get(pin.ref)

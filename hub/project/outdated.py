@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hub.errors import NotFound, UsageError
-from hub.project.lock import Lock, Pin
+from hub.project.lock import Lock, Pin, beside
 from hub.ref import AdapterRef, version_key
 from hub.remotes import from_url
 from hub.storage.releases import choose
@@ -50,7 +50,7 @@ def outdated(store: Store, remote: Remote | None, path: Path) -> list[Newer]:
     """
     if path.exists():
         held = Lock.load(path)
-        rows = [_locked(pin, held, _catalogue(store, remote, pin)) for pin in held.modules]
+        rows = [_locked(pin, held, _catalogue(store, remote, pin, path.parent)) for pin in held.modules]
     elif remote is not None:
         rows = [_stored(store, remote, name) for name in store.names()]
     else:
@@ -58,9 +58,9 @@ def outdated(store: Store, remote: Remote | None, path: Path) -> list[Newer]:
     return [row for row in rows if row.matters]
 
 
-def _catalogue(store: Store, remote: Remote | None, pin: Pin) -> Catalogue:
+def _catalogue(store: Store, remote: Remote | None, pin: Pin, directory: Path) -> Catalogue:
     if remote is not None or pin.source is not None:
-        return (remote or from_url(str(pin.source))).catalogue(pin.name)
+        return (remote or from_url(beside(str(pin.source), directory))).catalogue(pin.name)
     return store.catalogue(pin.name)
 
 

@@ -325,3 +325,29 @@ TARGETS = {
 def test_what_a_text_names_is_there(target: str) -> None:
     """What is imported by its name when it is needed: no import checks those."""
     assert load(target) is not None, TARGETS[target]
+
+
+def test_other_words_than_a_command_takes_end_in_an_example(files) -> None:
+    result = run("import", str(files()), "acme/tone")
+    assert result.exit_code == 2
+    assert "for example: hub import ./peft --name acme/tone --version 1.0.0 --base builtin:tiny-lm" in result.stderr
+    assert "--key author.pem" in run("sign", "acme/tone").stderr
+
+
+def test_an_expression_that_begins_with_a_minus_is_no_option(tmp_path: Path) -> None:
+    """It is read, and ends at the adapter that is not there: not at click's "no such option"."""
+    for words in (["compose", "check", "-1 * acme/tone"], ["compose", "-0.5*acme/tone", "-o", "acme/minus@1.0"]):
+        result = run(*words)
+        assert "acme/tone" in result.stderr
+        assert "option" not in result.stderr
+
+
+def test_keys_are_explained_where_one_is_missing(hub_home: Path, packed) -> None:
+    pytest.importorskip("model_signing", reason="the extra `sign` is not installed")
+    Store(hub_home).put(packed()[0])
+    result = run("sign", "acme/tone", "--key", "none.pem")
+    assert result.exit_code == 1
+    assert "openssl ecparam -name prime256v1" in result.stderr
+    help_text = run("sign", "--help").stdout
+    assert "openssl ecparam" in help_text
+    assert "moduloom[sign]" in help_text

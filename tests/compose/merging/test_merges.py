@@ -23,6 +23,7 @@ from compose.merging.fold import fold
 from compose.merging.merge import lower_to_lora, merge
 from compose.parameter_space.method import linear, methods
 from compose.runtime.model_runtime import runtime
+from hub.errors import HubError, UsageError
 
 WEIGHTS = ("lora", "dora")  # kinds that add a matrix to a weight
 VECTORS = ("ia3", "bias")
@@ -304,6 +305,26 @@ def test_a_weight_inside_a_merge_is_refused(lab: Any) -> None:
     compose.activate(home.model, "average(a, b)", weights={"a": 0.5})  # a weighted sum: it means something
     with pytest.raises(KindError, match="stands inside ties"):
         compose.activate(home.model, "ties(a, b)", weights={"a": 0.5})
+
+
+def test_a_weight_of_what_is_not_in_the_expression_is_refused(lab: Any) -> None:
+    home = lab()
+    home.add("lora", "a", "b")
+    compose.activate(home.model, "a")
+    before = home.logits("a")
+    with pytest.raises(UsageError, match="'b', which is not in the expression"):
+        compose.activate(home.model, "a", weights={"b": 0.5})
+    assert torch.equal(torch.cat(home.tiny.logits(home.model, home.batch)), before)
+
+
+def test_an_adapter_is_subtracted_as_the_hint_says(lab: Any) -> None:
+    home = lab()
+    home.add("lora", "a", "b", "c")
+    with pytest.raises(HubError) as caught:
+        parse("ties(a, c, weights=[1, -1])")
+    expression = caught.value.hint.partition(": ")[2]
+    assert expression == "ties(a, c) + -1 * b"
+    compose.activate(home.model, expression)
 
 
 def test_unknown_names_are_named(lab: Any) -> None:

@@ -1,5 +1,7 @@
 import pytest
+from click.testing import CliRunner
 
+from hub.cli import main
 from hub.errors import UsageError
 from hub.store import Store
 
@@ -90,3 +92,16 @@ def test_injection_stays_text(full: Store) -> None:
     assert full.list(kind="x' OR '1'='1") == []
     assert full.list(sort="accuracy) --") == []
     assert len(full.list()) == 6
+
+
+def test_the_table_fits_80_columns_and_names_stay_whole(store: Store, publish, base_identity, monkeypatch) -> None:
+    base = base_identity.model_copy(update={"repo": "meta-llama/Llama-3.2-Vision-11B-Instruct"})
+    publish("acme/a-long-name-of-an-adapter@1.0", base=base)
+    store.tag("acme/a-long-name-of-an-adapter@1.0", "production-of-the-week")
+    monkeypatch.setenv("HUB_HOME", str(store.root))
+    result = CliRunner().invoke(main, ["list"], catch_exceptions=False)
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[1].startswith("acme/a-long-name-of-an-adapter  1.0 ")
+    assert "nstruct" in lines[1]  # the end of a model's name tells more than its beginning
+    assert "TASK" not in lines[0]  # nobody has one

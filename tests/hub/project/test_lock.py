@@ -189,3 +189,21 @@ def test_an_edited_lock(project: Path, hub_home: Path) -> None:
         with pytest.raises(HubError) as caught:
             Lock.load(path)
         assert caught.value.hint
+
+
+@pytest.mark.parametrize("how", ["modules.yaml", "--from"])
+def test_a_relative_remote_stays_relative_to_the_lock(
+    project: Path, place: str, hub_home: Path, tmp_path: Path, monkeypatch, how: str
+) -> None:
+    """A checkout that moved, with the remote beside it, goes on working from any folder."""
+    (project / "modules.yaml").write_text("requires: ['acme/both']\n" + "from: ../remote\n" * (how == "modules.yaml"))
+    monkeypatch.chdir(tmp_path)
+    words = ["--file", "project/modules.lock", *(["--from", "remote"] if how == "--from" else [])]
+    locked = data("lock", *words)
+    assert {pin["source"] for pin in locked["modules"]} == {"../remote"}
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    project.rename(moved / "project")
+    Path(place).rename(moved / "remote")
+    assert len(data("sync", "--file", "elsewhere/project/modules.lock")) == 3
+    assert data("outdated", "--file", "elsewhere/project/modules.lock")
