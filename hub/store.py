@@ -123,7 +123,7 @@ class Store(Vault):
             An alias stands on it; or, unless `force` is given, another artifact requires it.
         """
         release = self.resolve(ref)
-        needed = sorted(self._requiring(release.digest))
+        needed = sorted(self.requiring(release.digest))
         if needed and not force:
             raise Conflict(
                 f"{ref} is required by {', '.join(needed[:5])}",
@@ -133,7 +133,7 @@ class Store(Vault):
             )
         return self.bury(ref, reason)
 
-    def _requiring(self, digest: str) -> set[str]:
+    def requiring(self, digest: str) -> set[str]:
         """Refs of the artifacts whose requirements lead to a digest."""
 
         def target_of(ref: str) -> str | None:

@@ -28,6 +28,7 @@ def push(
     repack: bool = False,
     bump: str | None = None,
     trial: bool = True,
+    private: bool = False,
     requires: bool = True,
     jobs: int | None = None,
     store: Store | None = None,
@@ -51,6 +52,8 @@ def push(
         ``auto``, ``major``, ``minor`` or ``patch``: the next version, instead of a given one. Implies ``repack``.
     trial
         Try a directory on its base, which must be on this machine: does every tensor have its place there?
+    private
+        Make the repository at ``to`` private, where that is a registry or the Hugging Face Hub.
     requires
         Whether the artifacts it requires are sent as well.
     jobs
@@ -72,6 +75,10 @@ def push(
 
     store, directory = store or Store(), Path(target).expanduser()
     remote = open_place(to)
+    if private and remote is None:
+        raise UsageError("--private is how a registry keeps it", hint="add --to REMOTE")
+    if private and remote is not None:
+        remote.keep_private()
     if directory.is_dir():
         artifact = _from_directory(store, directory, facts, repack, bump, remote, trial, say)
         ref = str(artifact.ref)

@@ -37,6 +37,7 @@ from hub.commands._output import json_option, print_json, say, summary
     help="Try it on its base first (the default): every tensor must have its place there.",
 )
 @click.option("--tag", help="Let this alias stand for it.")
+@click.option("--private", is_flag=True, help="Keep it private there: a registry's, or the Hub's.")
 @click.option("--requires/--no-requires", default=True, help="Send what it requires as well (the default).")
 @jobs_option
 @json_option

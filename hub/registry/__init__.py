@@ -22,7 +22,12 @@ One repository is one name (``ns/name``); a tag that is a PEP 440 version is a p
   never published is refused.
 - **Immutability.** A version never changes its bytes: committing to it is refused, tagging it again is a conflict
   (409), deleting its tag yanks it, tagging the same bytes again takes the yank back. Yanked versions are listed
-  among the refs' ``converts``. Deleting a repository that has versions yanks them all and leaves the name dead.
+  among the refs' ``converts``. Deleting a repository deletes its versions for good (409 where another artifact requires
+  one) and leaves the name dead; the bytes go with the next ``hub gc``. Renaming works until there is a version.
+- **As written.** A client reads what it wrote: the tag ``v1.0`` of version 1.0, ``gated="auto"``, names with capitals
+  (which are compared without case), the commit that changed each file last, the YAML of its card.
+- **Visibility.** Where there are tokens, a repository about which nobody has said it is private (``--visibility``).
+- **Pins.** A commit that a client may have pinned is kept for ever, unless ``--keep-drafts`` says for how long.
 - **Other tags** are aliases when they point at a release, and fixed names of a commit when they point at a draft.
 - **Lost updates.** ``parentCommit`` must be the head of the branch (412 otherwise); a draft and the release made
   from it count as one.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -16,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from hub.errors import HubError
 from hub.registry.context import Context
-from hub.registry.errors import ApiError, from_hub
+from hub.registry.errors import ApiError, from_hub, without_paths
 from hub.registry.guard import LOOPBACK, Guard
 from hub.registry.limits import Limits
 from hub.registry.protocol import account, files, repos, uploads
@@ -29,7 +32,14 @@ from hub.store import Store
 logger = logging.getLogger("hub.registry")
 
 
-def create_app(store: Store, *, authority: Authority | None = None, limits: Limits | None = None) -> FastAPI:
+def create_app(
+    store: Store,
+    *,
+    authority: Authority | None = None,
+    limits: Limits | None = None,
+    visibility: str | None = None,
+    keep: float | None = None,
+) -> FastAPI:
     """Registry over a store.
 
     Parameters
@@ -40,6 +50,11 @@ def create_app(store: Store, *, authority: Authority | None = None, limits: Limi
         Who may do what; None lets everyone do everything, and answers to the names of this machine only.
     limits
         How much is taken in.
+    visibility
+        ``public`` or ``private``: of repositories about which nobody has said it. Private where there are tokens,
+        unless given.
+    keep
+        Seconds after which a draft that no branch and no tag stands for is forgotten; None keeps all of them.
 
     Raises
     ------
@@ -47,9 +62,10 @@ def create_app(store: Store, *, authority: Authority | None = None, limits: Limi
         The store cannot be written.
     """
     store.create()
-    drafts = Drafts(store.root / "registry")
+    drafts = Drafts(store.root / "registry", keep)
     open_house = authority is None
-    context = Context(Repos(store, drafts), authority or Everyone(), limits or Limits())
+    visibility = visibility or ("public" if open_house else "private")
+    context = Context(Repos(store, drafts, visibility), authority or Everyone(), limits or Limits())
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -61,6 +77,9 @@ def create_app(store: Store, *, authority: Authority | None = None, limits: Limi
     app.add_middleware(Guard, hosts=LOOPBACK if open_house else None)
     app.mount("/static", StaticFiles(directory=views.STATIC), name="static")
     for router in (account.router, uploads.router, files.router, repos.router, views.router):
+        for route in router.routes:  # whatever can be read can be asked for its head
+            if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+                route.methods.add("HEAD")
         app.include_router(router)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(HubError, _refused)
@@ -81,7 +100,15 @@ async def _refused(request: Request, error: Exception) -> Response:
         api_error = ApiError(400, _first_problem(error))
     if api_error.status >= 500:
         logger.error("%s %s: %s", request.method, request.url.path, api_error.message)
-    return views.refusal(request, api_error)
+        if isinstance(error, HubError):  # what is wrong with the disk here is nobody else's business
+            api_error = ApiError(api_error.status, "the registry cannot use its store just now; its log says why")
+    return views.refusal(request, without_paths(api_error, _paths(request)))
+
+
+def _paths(request: Request) -> list[Path]:
+    """Directories of this machine that a message may name."""
+    root = request.app.state.registry.repos.store.root
+    return [root, root.absolute(), root.resolve(), Path(tempfile.gettempdir())]
 
 
 def _first_problem(error: Exception) -> str:

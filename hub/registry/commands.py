@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,17 +15,32 @@ import click
 @click.option(
     "--tokens", type=click.Path(path_type=Path, dir_okay=False), help="Tokens file; see `hub registry token`."
 )
+@click.option(
+    "--visibility",
+    type=click.Choice(["public", "private"]),
+    help="Of repositories about which nobody has said it [private with --tokens, else public].",
+)
+@click.option(
+    "--keep-drafts",
+    type=click.FloatRange(0, min_open=True),
+    metavar="DAYS",
+    help="Forget drafts that no branch and no tag stands for after so long [never: a commit may be pinned].",
+)
 @click.option("--max-file", metavar="SIZE", default="20GiB", show_default=True, help="Largest file taken in.")
+@click.option(
+    "--max-connections", type=click.IntRange(1), default=512, show_default=True, help="Connections at a time."
+)
 @click.option("--access-log", is_flag=True, help="Log every request to stderr.")
 @click.pass_context
 def registry(
     ctx: click.Context,
+    /,
     port: int,
     host: str,
     store: Path | None,
     tokens: Path | None,
     max_file: str,
-    access_log: bool,
+    **options: Any,
 ) -> None:
     """Serve a store as a registry: the Hugging Face protocol, and a web catalogue.
 
@@ -48,10 +64,21 @@ def registry(
             hint="make some with `hub registry token add NAME --write NS --tokens FILE`, then give --tokens FILE",
         )
     require_extra()
-    _serve(host, port, store, tokens, parse_size(max_file), access_log)
+    _serve(host, port, store, tokens, parse_size(max_file), **options)
 
 
-def _serve(host: str, port: int, root: Path | None, tokens: Path | None, max_file: int, access_log: bool) -> None:
+def _serve(
+    host: str,
+    port: int,
+    root: Path | None,
+    tokens: Path | None,
+    max_file: int,
+    *,
+    visibility: str | None,
+    keep_drafts: float | None,
+    max_connections: int,
+    access_log: bool,
+) -> None:
     from hub.io.listen import listen
     from hub.registry.app import create_app
     from hub.registry.limits import Limits
@@ -62,9 +89,18 @@ def _serve(host: str, port: int, root: Path | None, tokens: Path | None, max_fil
     app = create_app(
         store,
         authority=Tokens(tokens) if tokens else None,
+        visibility=visibility,
+        keep=None if keep_drafts is None else keep_drafts * 86400,
         limits=Limits(file=max_file, commit=2 * max_file, inline=min(Limits.inline, max_file)),
     )
-    listen(app, host, port, access_log=access_log, announce=lambda url: _announce(url, store, tokens))
+    listen(
+        app,
+        host,
+        port,
+        access_log=access_log,
+        connections=max_connections,
+        announce=lambda url: _announce(url, store, tokens),
+    )
 
 
 def _announce(url: str, store: object, tokens: Path | None) -> None:

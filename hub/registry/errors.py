@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
 from hub.errors import (
     Conflict,
     GateError,
@@ -62,6 +66,18 @@ def from_hub(error: HubError) -> ApiError:
     status = next(_STATUS[base] for base in type(error).__mro__ if base in _STATUS)
     message = f"{error.message} ({error.hint})" if error.hint else error.message
     return ApiError(status, message)
+
+
+def without_paths(error: ApiError, roots: Iterable[Path]) -> ApiError:
+    """The same answer without directories of the server: of a path below one of them, its last part is left."""
+    message = error.message
+    for root in sorted({str(root) for root in roots}, key=len, reverse=True):
+        below = re.escape(root) + r"((?:/[^/\s'\":;,()]+)*)/?"
+        message = re.sub(below, lambda match: match[1].rpartition("/")[2] or "the store", message)
+    if message == error.message:
+        return error
+    headers = {name: value for name, value in error.headers.items() if name != "X-Error-Message"}
+    return ApiError(error.status, message, headers=headers)
 
 
 def header_text(text: str) -> str:

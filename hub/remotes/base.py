@@ -33,6 +33,10 @@ class Remote(Protocol):
     checks_uploads: bool
     """Whether `write` compares the bytes with the digest while it reads them; else they are checked before."""
 
+    def keep_private(self) -> None:
+        """Let what is made here from now on be private. Raises UsageError where this place knows no such thing."""
+        ...
+
     def names(self) -> list[str]:
         """All ``ns/name`` here, sorted; for did-you-mean and search."""
         ...
@@ -105,6 +109,11 @@ def from_url(url: str) -> Remote:
         hint = suggest(scheme, REMOTES) or f"known are {', '.join(REMOTES)}, and plain paths"
         raise UsageError(f"there is no remote for {scheme}:// ({url})", hint=hint)
     return REMOTES.get(scheme)(url)
+
+
+def no_privacy(url: str, hint: str) -> UsageError:
+    """What `Remote.keep_private` raises where the place itself says who may read it."""
+    return UsageError(f"{url} has no private adapters: who may read it sees all of them", hint=hint)
 
 
 def refuse_secrets(url: str) -> None:

@@ -11,7 +11,7 @@ from hub.errors import NotFound, UsageError
 from hub.io.disk import disk_errors
 from hub.io.files import CHUNK, open_regular
 from hub.ref import AdapterRef
-from hub.remotes.base import REMOTES
+from hub.remotes.base import REMOTES, no_privacy
 from hub.storage.releases import Catalogue
 from hub.storage.staging import Advance
 from hub.storage.vault import Vault
@@ -38,6 +38,10 @@ class DirectoryRemote:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is not a directory")
         self._vault = Vault(self.path)
+
+    def keep_private(self) -> None:
+        """Refuse."""
+        raise no_privacy(self.url, "the modes of the directory say who may read it: chmod")
 
     def names(self) -> list[str]:
         """All names in the log."""

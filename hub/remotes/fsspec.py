@@ -24,7 +24,7 @@ from hub.errors import Conflict, HubError, IntegrityError, NotFound, RemoteError
 from hub.io import canonical_json as canonical
 from hub.io.files import CHUNK
 from hub.ref import AdapterRef, check_digest, name_key
-from hub.remotes.base import REMOTES
+from hub.remotes.base import REMOTES, no_privacy
 from hub.storage.ledger import GENESIS, Event, Position, event_of, line_of, load_line
 from hub.storage.releases import Catalogue, refuse_aliased, refuse_conflict
 from hub.storage.signatures import MAX_KEYS, MAX_SIGNATURE, names_key
@@ -93,6 +93,10 @@ class FsspecRemote:
         except ValueError as error:
             raise UsageError(f"{self.url} cannot be opened: {error}") from error
         return fs, path.rstrip("/")
+
+    def keep_private(self) -> None:
+        """Refuse."""
+        raise no_privacy(self.url, "the bucket's policy says who may read it")
 
     def names(self) -> list[str]:
         """All names that have a log, in small letters: that is what the folders are called."""

@@ -66,10 +66,24 @@ class HuggingFaceRemote:
         self.url = url
         self.endpoint, self.namespace = parse(url)
         self._client = Client(self.endpoint)
+        self._private = False
         self._creating = threading.Lock()  # of several files that are sent at once, the first one makes the repository
         self._tags: dict[str, dict[str, Tag]] = {}  # repository -> digest -> where it is
         self._signed: dict[str, str | None] = {}  # repository -> head of the branch of signatures
         self._staged: dict[str, dict[str, Path]] = {}  # digest -> path in the repository -> where its bytes are
+
+    def keep_private(self) -> None:
+        """Make repositories private from now on; one that is public already is refused when something is sent to it."""
+        self._private = True
+
+    def _make(self, repo: str) -> None:
+        """Let there be a repository; called where the client's errors are translated."""
+        self._client.api.create_repo(repo, exist_ok=True, private=self._private or None)
+        if self._private and not self._client.api.repo_info(repo).private:
+            raise Conflict(
+                f"{repo} in {self.url} is public already, so nothing was sent to it",
+                hint=f"hf repos settings {repo} --private hides it; or push without --private",
+            )
 
     def names(self) -> list[str]:
         """All names of the namespace, or of a registry of one's own; none where that would be the whole Hub."""
@@ -174,7 +188,7 @@ class HuggingFaceRemote:
         with self._client.translated(repo):
             with self._creating:
                 if manifest.digest not in self._staged:
-                    self._client.api.create_repo(repo, exist_ok=True)
+                    self._make(repo)
                     self._staged[manifest.digest] = {}
             self._client.api.preupload_lfs_files(repo, [CommitOperationAdd(entry.path, str(source))])
         self._staged[manifest.digest][entry.path] = source
@@ -185,6 +199,9 @@ class HuggingFaceRemote:
         repo, catalogue = self._repo(manifest.name), self.catalogue(manifest.name)
         if refuse_conflict(manifest.ref, manifest.digest, catalogue, where=self.url):
             return False
+        if self._private:  # whatever had to be sent before
+            with self._client.translated(repo):
+                self._make(repo)
         commit = self._commit(manifest)
         try:
             with self._client.translated(repo):

@@ -33,7 +33,7 @@ from hub.ref import (
     names_version,
     version_key,
 )
-from hub.remotes.base import REMOTES
+from hub.remotes.base import REMOTES, no_privacy
 from hub.storage import oci
 from hub.storage.releases import Catalogue, Release, Tombstone, in_order, refuse_aliased, refuse_conflict
 from hub.storage.signatures import MAX_KEYS, names_key
@@ -87,6 +87,10 @@ class OciRemote:
         from hub.clients.oci import Wire
 
         return Wire(self.host, self.url)
+
+    def keep_private(self) -> None:
+        """Refuse."""
+        raise no_privacy(self.url, "the registry's own settings say who may read a repository")
 
     def names(self) -> list[str]:
         """All names below the prefix; none where the registry does not list its repositories."""

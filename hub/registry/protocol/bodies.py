@@ -21,28 +21,31 @@ _DRAIN = 8 * MIB  # bytes of a refused body that are read and thrown away, so th
 T = TypeVar("T")
 
 
-async def read_capped(request: Request, limit: int) -> bytes:
-    """Whole body of at most `limit` bytes; ApiError (413) beyond."""
+async def read_capped(request: Request, limit: int, idle: float) -> bytes:
+    """Whole body of at most `limit` bytes; ApiError (413) beyond, (408) where it takes over `idle` seconds."""
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
         raise too_large("the body", limit)
     parts, size = [], 0
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise too_large("the body", limit)
-            parts.append(chunk)
+        with anyio.fail_after(idle):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise too_large("the body", limit)
+                parts.append(chunk)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {idle:.0f} seconds") from None
     except ClientDisconnect:
         raise ApiError(400, "the client went away") from None
     return b"".join(parts)
 
 
-async def read_object(request: Request, limit: int) -> dict[str, Any]:
+async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
     """Body that is a JSON object; an empty one is ``{}``."""
-    data = await read_capped(request, limit)
+    data = await read_capped(request, limits.json, limits.idle)
     try:
-        value = canonical.loads(data, what="the body", limit=limit) if data.strip() else {}
+        value = canonical.loads(data, what="the body", limit=limits.json) if data.strip() else {}
     except ManifestError as error:
         raise ApiError(400, error.message) from error
     if not isinstance(value, dict):
@@ -50,15 +53,15 @@ async def read_object(request: Request, limit: int) -> dict[str, Any]:
     return value
 
 
-async def read_form(request: Request, limit: int) -> dict[str, list[str]]:
+async def read_form(request: Request, limits: Limits) -> dict[str, list[str]]:
     """Body that is a form (or a JSON object), as name -> values."""
     if request.headers.get("content-type", "").startswith("application/json"):
-        value = await read_object(request, limit)
+        value = await read_object(request, limits)
         return {
             name: [str(item) for item in entry] if isinstance(entry, list) else [str(entry)]
             for name, entry in value.items()
         }
-    data = await read_capped(request, limit)
+    data = await read_capped(request, limits.json, limits.idle)
     try:
         return parse_qs(data.decode(), keep_blank_values=True, max_num_fields=2000)
     except (UnicodeDecodeError, ValueError) as error:

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -63,8 +64,9 @@ def _tree(
 
 
 async def paths_form(request: Request) -> dict[str, list[str]]:
-    """Form of a paths-info request."""
-    return await read_form(request, context_of(request).limits.json)
+    """Form of a paths-info request, read when the caller may see the repository."""
+    await run_in_threadpool(reading, request, request.path_params["ns"], request.path_params["name"])
+    return await read_form(request, context_of(request).limits)
 
 
 @router.post("/api/models/{ns}/{name}/paths-info/{revision}")

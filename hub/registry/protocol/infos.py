@@ -46,15 +46,15 @@ def tags_of(facts: Facts) -> list[str]:
     return list(dict.fromkeys(tag for tag in tags if tag))
 
 
-def listed(facts: Facts, repo: Repo | None) -> dict[str, Any]:
+def listed(facts: Facts, repo: Repo) -> dict[str, Any]:
     """Entry of a list for a repository, from its newest release."""
     return {
         "_id": facts.digest.removeprefix("sha256:")[:24],
         "id": facts.name,
         "modelId": facts.name,
         "author": facts.name.split("/")[0],
-        "private": repo.private if repo else False,
-        "gated": (repo and repo.gated) or False,
+        "private": repo.private,
+        "gated": repo.gated or False,
         "createdAt": _canonical(facts.created),
         "lastModified": _canonical(facts.created),
         "pipeline_tag": pipeline(facts.task),

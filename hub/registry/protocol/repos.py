@@ -46,7 +46,7 @@ def list_models(
     order = "created" if sort in ("lastModified", "createdAt") else None
     enough = -1 if wanted or search else skip + limit + 1  # what only Python can decide needs all of them
     facts, total = context.search.select({"namespace": author, "base": base}, order, caller, recorded, enough)
-    items = [infos.listed(each, recorded.get(name_key(each.name))) for each in facts if _fits(each, search, wanted)]
+    items = [infos.listed(each, recorded.of(each.name)) for each in facts if _fits(each, search, wanted)]
     if not wanted and len(facts) == total:
         items += _drafts(request, {name_key(each.name) for each in facts}, search, author)
     headers = {}
@@ -120,7 +120,7 @@ def create(request: Request, body: JsonBody) -> JSONResponse:
     name = AdapterRef(namespace, short).id  # what cannot be one is answered with what it could be
     url = f"{request.base_url}{name}"
     try:
-        changes.create_repo(context.repos, name, visibility=_visibility(body) or "public")
+        changes.create_repo(context.repos, name, visibility=_visibility(body) or context.repos.visibility)
     except ApiError as error:
         if error.status != 409:
             raise
@@ -155,9 +155,12 @@ def settings(request: Request, ns: str, name: str, body: JsonBody) -> JSONRespon
 
 @router.post("/api/repos/move")
 def move(request: Request, body: JsonBody) -> JSONResponse:
-    """Refuse: a name is part of the identity of what was published under it."""
-    require_write(caller_of(request), str(body.get("fromRepo", "")).split("/")[0])
-    raise ApiError(400, "names are part of what was published and do not change: publish under the new name")
+    """Rename a repository; one with versions keeps its name, which is part of the identity of what was published."""
+    old, new = (AdapterRef.parse(str(body.get(field, ""))) for field in ("fromRepo", "toRepo"))
+    access = writing(request, old.namespace, old.name)
+    require_write(access.caller, new.namespace)
+    changes.move_repo(access.repos, access.name, new.id)
+    return JSONResponse({})
 
 
 @router.post("/api/models/{ns}/{name}/branch/{branch}")

@@ -11,11 +11,11 @@ from hub.contents.checks import check_file_set
 from hub.errors import GateError
 from hub.io.files import MAX_FILES, check_relative
 from hub.manifest import Draft
-from hub.ref import AdapterRef
+from hub.ref import AdapterRef, name_key
 from hub.registry.errors import ApiError, revision_not_found
 from hub.registry.state import git_ids as gitids
 from hub.registry.state.commit_stream import CommitRequest, Operation, ignored
-from hub.registry.state.drafts import Commit, Repo, find_repo, forget, pairs, save_commit, save_repo
+from hub.registry.state.drafts import Commit, Repo, find_repo, forget, pairs, rename, save_commit, save_repo
 from hub.registry.state.git_ids import File
 from hub.registry.state.repositories import MAIN, Repos, Revision
 from hub.registry.tokens import Caller
@@ -44,6 +44,7 @@ def create_repo(repos: Repos, name: str, *, visibility: str, gated: str = "") ->
         if present is not None or released:
             raise ApiError(409, f"You already created this model repo: {name}")
         save_repo(db, repo)
+        db.execute("DELETE FROM moves WHERE old = ?", (name,))
     return repo
 
 
@@ -60,17 +61,55 @@ def change_settings(repos: Repos, name: str, *, visibility: str | None, gated: s
     return repo
 
 
-def delete_repo(repos: Repos, name: str, *, who: str) -> None:
-    """Delete the drafts of a repository; yank its versions, and leave its name dead if there were any."""
+def move_repo(repos: Repos, name: str, new: str) -> None:
+    """Give a repository that has no version another name; the old one leads there until it is taken again.
+
+    Raises
+    ------
+    ApiError
+        400 where it has versions, 409 where the new name is taken, 410 where that is dead.
+    """
     catalogue = repos.catalogue(name)
+    if catalogue.releases or catalogue.tombstones:
+        raise ApiError(
+            400,
+            f"{name} has versions, and its name is part of what was published: make {new} and publish there; "
+            "yank the versions here",
+        )
+    released = bool(repos.catalogue(new).releases)
+    with repos.drafts.change() as db:
+        present = find_repo(db, new)
+        if present is not None and present.deleted:
+            raise ApiError(410, f"{new} was deleted and its name stays dead")
+        if released or (present is not None and name_key(new) != name_key(name)):
+            raise ApiError(409, f"there is a repository {new} already")
+        rename(db, name, new)
+
+
+def delete_repo(repos: Repos, name: str, *, who: str) -> None:
+    """Delete a repository for good: its drafts, and its versions with all aliases; of those, the name stays dead.
+
+    Their bytes go with the next `hub gc` of the store.
+
+    Raises
+    ------
+    ApiError
+        409 where another artifact requires one of its versions.
+    """
+    catalogue, store = repos.catalogue(name), repos.store
+    needed = {ref for release in catalogue.releases for ref in store.requiring(release.digest)}
+    if others := sorted(ref for ref in needed if name_key(AdapterRef.parse(ref).id) != name_key(name)):
+        shown = ", ".join(others[:5])
+        raise ApiError(409, f"{name} is required by {shown}: delete those first, or delete its tags, which yanks it")
+    for alias in catalogue.aliases:
+        store.untag(AdapterRef.parse(name), alias)
     with repos.drafts.change() as db:
         forget(db, name)
         db.execute("DELETE FROM repos WHERE name = ?", (name,))
         if catalogue.releases:
             save_repo(db, Repo(name, "private", created=time.time(), deleted=True))
     for release in catalogue.releases:
-        if release.yanked is None:
-            repos.store.yank(AdapterRef.parse(name).at(digest=release.digest), f"repository deleted by {who}")
+        store.bury(AdapterRef.parse(name).at(digest=release.digest), f"repository deleted by {who}")
     repos.drafts.sweep()
 
 

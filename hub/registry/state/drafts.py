@@ -18,14 +18,15 @@ from pathlib import Path
 from hub.errors import StoreError
 from hub.io.disk import disk_errors
 from hub.io.files import make_directory, share
+from hub.ref import name_key
 from hub.registry.state.git_ids import File
 from hub.storage.blobs import Blobs
 from hub.storage.staging import Staging
 
-SCHEMA = 3
+SCHEMA = 4
 BUSY = 30.0  # seconds to wait for another writer
 GRACE = 3600.0  # seconds that a blob may wait for the transaction that names it
-KEEP = 30 * 86400.0  # seconds that a superseded draft, or an upload that no commit took, is kept
+STRAY = 30 * 86400.0  # seconds that an upload that no commit took is kept
 
 # Names of repositories are compared without case, those of branches and tags are not.
 _TABLES = {
@@ -42,8 +43,9 @@ _TABLES = {
         PRIMARY KEY (repo, sha256)""",
     "version_tags": """repo TEXT NOT NULL COLLATE NOCASE, version TEXT NOT NULL, tag TEXT NOT NULL,
         PRIMARY KEY (repo, version)""",
+    "moves": "old TEXT PRIMARY KEY COLLATE NOCASE, repo TEXT NOT NULL COLLATE NOCASE",
 }
-_OF_REPO = ("commits", "branches", "tags", "uploads", "version_tags")
+_OF_REPO = ("commits", "branches", "tags", "uploads", "version_tags", "moves")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,18 @@ class Repo:
         return self.visibility != "public"
 
 
+class Recorded(dict[str, Repo]):
+    """Repositories with a row of their own, by the key of their name, and the visibility of all others."""
+
+    def __init__(self, repos: Mapping[str, Repo], visibility: str) -> None:
+        super().__init__(repos)
+        self.visibility = visibility
+
+    def of(self, name: str) -> Repo:
+        """Repository of a name, which may have no row."""
+        return self.get(name_key(name)) or Repo(name, self.visibility)
+
+
 @dataclass(frozen=True, slots=True)
 class Commit:
     """One draft revision."""
@@ -80,9 +94,19 @@ class Commit:
 
 
 class Drafts:
-    """The SQLite file and the blobs of a registry, below the directory ``registry`` of its store."""
+    """The SQLite file and the blobs of a registry, below the directory ``registry`` of its store.
 
-    def __init__(self, root: Path) -> None:
+    Parameters
+    ----------
+    root
+        That directory.
+    keep
+        Seconds after which a draft that no branch and no tag stands for is forgotten; None keeps all, since somebody
+        may have pinned its commit.
+    """
+
+    def __init__(self, root: Path, keep: float | None = None) -> None:
+        self.keep = keep
         self.root = root
         self.path = root / "registry.sqlite"
         self._local = threading.local()
@@ -149,16 +173,17 @@ class Drafts:
             self.sweep()
 
     def sweep(self, now: float | None = None) -> int:
-        """Forget superseded drafts and stray uploads that are old, and blobs that nothing names; counts the blobs."""
+        """Forget stray uploads, superseded drafts where `keep` says so, and blobs that nothing names; counts those."""
         now, self._swept = time.time() if now is None else now, time.monotonic()
         with self.change() as db:
-            db.execute(
-                """DELETE FROM commits WHERE time < ?
-                AND NOT EXISTS (SELECT 1 FROM branches b WHERE b.repo = commits.repo AND b.oid = commits.oid)
-                AND NOT EXISTS (SELECT 1 FROM tags t WHERE t.repo = commits.repo AND t.oid = commits.oid)""",
-                (now - KEEP,),
-            )
-            db.execute("DELETE FROM uploads WHERE time < ?", (now - KEEP,))
+            if self.keep is not None:
+                db.execute(
+                    """DELETE FROM commits WHERE time < ?
+                    AND NOT EXISTS (SELECT 1 FROM branches b WHERE b.repo = commits.repo AND b.oid = commits.oid)
+                    AND NOT EXISTS (SELECT 1 FROM tags t WHERE t.repo = commits.repo AND t.oid = commits.oid)""",
+                    (now - self.keep,),
+                )
+            db.execute("DELETE FROM uploads WHERE time < ?", (now - STRAY,))
             named = {row[0] for row in db.execute("SELECT sha256 FROM uploads")}
             for row in db.execute("SELECT tree FROM commits"):
                 named.update(file.sha256 for file in load_tree(row[0]).values())
@@ -211,6 +236,21 @@ def forget(db: sqlite3.Connection, name: str) -> None:
     """Drop all drafts of a repository."""
     for table in _OF_REPO:
         db.execute(f"DELETE FROM {table} WHERE repo = ?", (name,))  # noqa: S608  (our own names)
+
+
+def rename(db: sqlite3.Connection, old: str, new: str) -> None:
+    """Let all that is kept of a repository be of another name, and the old name lead there."""
+    for table in _OF_REPO:
+        db.execute(f"UPDATE {table} SET repo = ? WHERE repo = ?", (new, old))  # noqa: S608  (our own names)
+    db.execute("UPDATE repos SET name = ? WHERE name = ?", (new, old))
+    db.execute("DELETE FROM moves WHERE old = ?", (new,))
+    db.execute("INSERT OR REPLACE INTO moves VALUES (?, ?)", (old, new))
+
+
+def moved_to(db: sqlite3.Connection, name: str) -> str | None:
+    """Name that a repository bears now, where it once bore this one."""
+    row = db.execute("SELECT repo FROM moves WHERE old = ?", (name,)).fetchone()
+    return row[0] if row else None
 
 
 def find_commit(db: sqlite3.Connection, repo: str, oid: str) -> Commit | None:

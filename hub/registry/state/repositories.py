@@ -16,7 +16,18 @@ from hub.manifest import MANIFEST_NAME, Manifest
 from hub.ref import AdapterRef, name_key
 from hub.registry.errors import ApiError, entry_not_found, revision_not_found
 from hub.registry.state import git_ids as gitids
-from hub.registry.state.drafts import Commit, Drafts, Repo, find_commit, find_name, find_repo, pairs, version_tags
+from hub.registry.state.drafts import (
+    Commit,
+    Drafts,
+    Recorded,
+    Repo,
+    find_commit,
+    find_name,
+    find_repo,
+    moved_to,
+    pairs,
+    version_tags,
+)
 from hub.registry.state.git_ids import File
 from hub.registry.state.recent import Catalogues, Recent
 from hub.storage.index import Facts
@@ -62,9 +73,18 @@ class Refs:
 
 
 class Repos:
-    """Repositories of a store and its drafts."""
+    """Repositories of a store and its drafts.
 
-    def __init__(self, store: Store, drafts: Drafts) -> None:
+    Parameters
+    ----------
+    store, drafts
+        What is published, and what is not yet.
+    visibility
+        ``public`` or ``private``: of a repository about which nobody has said it.
+    """
+
+    def __init__(self, store: Store, drafts: Drafts, visibility: str = "public") -> None:
+        self.visibility = visibility
         self.store = store
         self.drafts = drafts
         self._releases = Recent[str, Revision](_CACHED)  # by digest
@@ -74,23 +94,26 @@ class Repos:
         self._catalogues = Catalogues(store, _CACHED)
 
     def find(self, name: str) -> Repo | None:
-        """Return a repository, None where there is none (or it was deleted); one with only releases is public."""
+        """Return a repository, by the name it bears or once bore; None where there is none, or it was deleted."""
         with self.drafts.read() as db:
             repo = find_repo(db, name)
+            if repo is None and (new := moved_to(db, name)) is not None:
+                repo = find_repo(db, new)
         if repo is not None:
             return None if repo.deleted else repo
         catalogue = self.catalogue(name)
-        return Repo(catalogue.name) if catalogue.releases else None
+        return Repo(catalogue.name, self.visibility) if catalogue.releases else None
 
     def catalogue(self, name: str) -> Catalogue:
         """Releases and aliases of a name."""
         return self._catalogues.get(name)
 
-    def recorded(self) -> dict[str, Repo]:
+    def recorded(self) -> Recorded:
         """All repositories with a row of their own, deleted ones too, by the key of their name (`hub.ref.name_key`)."""
         with self.drafts.read() as db:
             rows = db.execute("SELECT name, visibility, gated, created, deleted FROM repos").fetchall()
-        return {name_key(row[0]): Repo(row[0], row[1], row[2], row[3], bool(row[4])) for row in rows}
+        repos = {name_key(row[0]): Repo(row[0], row[1], row[2], row[3], bool(row[4])) for row in rows}
+        return Recorded(repos, self.visibility)
 
     def resolve(self, name: str, revision: str) -> Revision:
         """Return the revision that a branch, tag, version, alias, digest or commit id stands for."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hub.ref import name_key
-from hub.registry.state.drafts import Repo
+from hub.registry.state.drafts import Recorded
 from hub.registry.tokens import Caller
 from hub.storage.index import Facts, Index
 from hub.storage.query import build
@@ -19,13 +18,11 @@ PAGE = 24  # artifacts on a page
 _CACHED = 64  # callers' sets of facets
 
 
-def visible(caller: Caller, name: str, recorded: Mapping[str, Repo]) -> bool:
-    """Whether a caller may see a repository; one without a row of its own is public."""
-    repo = recorded.get(name_key(name))
-    if repo is not None and repo.deleted:
-        return False
+def visible(caller: Caller, name: str, recorded: Recorded) -> bool:
+    """Whether a caller may see a repository."""
+    repo = recorded.of(name)
     namespace = name.partition("/")[0]
-    return caller.may_read(namespace) or (caller.public and (repo is None or not repo.private))
+    return not repo.deleted and (caller.may_read(namespace) or (caller.public and not repo.private))
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class StoreSearch:
         self._facets: dict[tuple[int, str], Facets] = {}
         self._guard = threading.Lock()
 
-    def find(self, query: Query, caller: Caller, recorded: Mapping[str, Repo]) -> Results:
+    def find(self, query: Query, caller: Caller, recorded: Recorded) -> Results:
         """Newest release of each adapter that fits; by a metric where one is asked for, the best first."""
         filters = {
             "text": query.text or None,
@@ -88,7 +85,7 @@ class StoreSearch:
         filters: dict[str, str | None],
         sort: str | None,
         caller: Caller,
-        recorded: Mapping[str, Repo],
+        recorded: Recorded,
         count: int,
     ) -> tuple[list[Facts], int]:
         """Newest releases of what the caller may see: the first `count` (-1: all), and how many there are."""
@@ -105,12 +102,13 @@ class StoreSearch:
                 return facts, int(db.execute(query, arguments[: where.count("?")]).fetchone()[0])
         return facts, len(facts)
 
-    def _hidden(self, caller: Caller, recorded: Mapping[str, Repo]) -> str:
+    def _hidden(self, caller: Caller, recorded: Recorded) -> str:
         """Names that the caller may not see, as a JSON list; the index compares them without case."""
-        names = recorded if caller.public else {*recorded, *self.store.names()}
+        everything = caller.public and recorded.visibility == "public"
+        names = recorded if everything else {*recorded, *self.store.names()}
         return json.dumps(sorted(name for name in names if not visible(caller, name, recorded)))
 
-    def facets(self, caller: Caller, recorded: Mapping[str, Repo]) -> Facets:
+    def facets(self, caller: Caller, recorded: Recorded) -> Facets:
         """Values of all that the caller may see; kept until the store's log grows."""
         hidden = self._hidden(caller, recorded)
         key = (self.store.ledger.size, hidden)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from functools import lru_cache
 from urllib.parse import quote, urlsplit
 
 import nh3
@@ -10,7 +12,12 @@ from markdown_it.token import Token
 
 from hub.registry.state.front_matter import without_front_matter
 
-MAX_RENDERED = 512 * 1024  # characters of Markdown that are rendered; a longer card is cut
+# Characters of Markdown that are rendered; a longer card is cut, and says so. The parser's worst texts take time in the
+# square of their length: seconds for these.
+MAX_RENDERED = 64 * 1024
+_KEPT = 64  # rendered cards, of up to half a megabyte each
+_CUT = "\n\n*The card is longer: the rest is in README.md.*\n"
+_rendering = threading.BoundedSemaphore(2)  # whoever sends bad cards takes two threads, not all of them
 _TAGS = (
     "a abbr b blockquote br code dd del dl dt em h1 h2 h3 h4 h5 h6 hr i img li ol p pre s strong sub sup table tbody"
     " td th thead tr ul"
@@ -24,8 +31,9 @@ _ATTRIBUTES = {
 }
 
 
+@lru_cache(maxsize=_KEPT)
 def render(text: str, base: str) -> str:
-    """Card as safe HTML.
+    """Card as safe HTML; the last ones are kept.
 
     Raw HTML in the Markdown is shown as text; what is rendered passes through an allow-list of tags, attributes
     and link schemes besides. Images of other hosts become links, so that a page tells nobody who reads it.
@@ -37,8 +45,17 @@ def render(text: str, base: str) -> str:
     base
         URL path below which the files of the revision are (``/ns/name/resolve/REV``).
     """
-    body = without_front_matter(text)[:MAX_RENDERED]
-    parser = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable(["table", "strikethrough"])
+    body = without_front_matter(text)
+    if len(body) > MAX_RENDERED:
+        body = body[:MAX_RENDERED] + _CUT
+    with _rendering:
+        return _html(body, base)
+
+
+def _html(body: str, base: str) -> str:
+    parser = MarkdownIt("commonmark", {"html": False, "linkify": False, "maxNesting": 20}).enable(
+        ["table", "strikethrough"]
+    )
     tokens = parser.parse(body)
     for token in tokens:
         for child in token.children or ():

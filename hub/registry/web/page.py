@@ -6,13 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from hub.errors import HubError, RefError
 from hub.io.files import read_capped
 from hub.manifest import Manifest, Metric, TensorEntry
 from hub.ref import AdapterRef
 from hub.registry.context import Access
+from hub.registry.state.drafts import Recorded
 from hub.registry.state.front_matter import MAX_CARD
 from hub.registry.state.git_ids import File
 from hub.registry.state.lineage import Node
@@ -173,7 +173,7 @@ def _lineage(access: Access, digest: str) -> str:
     return svg(graph) + svg(graph, tall=True) if len(graph.nodes) > 1 else ""
 
 
-def _unresolved(key: str, access: Access, recorded: Mapping[str, Any]) -> Node | None:
+def _unresolved(key: str, access: Access, recorded: Recorded) -> Node | None:
     """Box for a ref that nothing here fits; it must not tell whether a private repository has that name."""
     try:
         ref = AdapterRef.parse(key)

@@ -81,7 +81,7 @@ def catalogue(
         facets=context.search.facets(caller, recorded),
         found=shown,
         scores=context.search.scores(facts.digest for facts in shown),
-        private={key for key, repo in recorded.items() if repo.private},
+        private={facts.name for facts in shown if recorded.of(facts.name).private},
         total=results.total if results else 0,
         sorts=_SORTS,
         older=_link(wanted, page=page + 1) if results and results.more else None,

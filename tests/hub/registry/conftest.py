@@ -119,10 +119,10 @@ class Site:
 
 
 @contextmanager
-def running(root: Path, home: Path, *, tokens: Path | None = None, limits: Limits | None = None) -> Iterator[Site]:
+def running(root: Path, home: Path, *, tokens: Path | None = None, **options: Any) -> Iterator[Site]:
     """Serve a store in a thread until the block ends."""
     store = Store(root)
-    app = create_app(store, authority=Tokens(tokens) if tokens else None, limits=limits)
+    app = create_app(store, authority=Tokens(tokens) if tokens else None, **options)
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
@@ -139,6 +139,17 @@ def running(root: Path, home: Path, *, tokens: Path | None = None, limits: Limit
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+@pytest.fixture
+def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The client as it is without the environment of the tests: online, with a cache of its own."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return cache
 
 
 @pytest.fixture
@@ -166,7 +177,7 @@ def guarded(tmp_path: Path) -> Iterator[Site]:
         "reader": add(path, "reader", read_scopes=("acme",), write_scopes=()),
         "root": add(path, "root", read_scopes=(), write_scopes=("*",)),
     }
-    with running(tmp_path / "guarded", tmp_path / "hf-guarded", tokens=path) as found:
+    with running(tmp_path / "guarded", tmp_path / "hf-guarded", tokens=path, visibility="public") as found:
         found.tokens.update(made)
         yield found
 

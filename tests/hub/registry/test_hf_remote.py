@@ -18,14 +18,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(autouse=True)
-def online(tmp_path: Path, monkeypatch) -> Path:
-    """The client as it is without the environment of the tests: online, with a cache of its own."""
-    cache = tmp_path / "cache"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    return cache
+def always_online(online: Path) -> None:
+    """All of them meet a server."""
 
 
 @pytest.fixture

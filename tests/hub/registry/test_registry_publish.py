@@ -248,6 +248,9 @@ def test_sweeping_keeps_what_is_named(site, files, send_directory, send_commit, 
     assert drafts.sweep() == 0  # young: someone may be about to name it
     assert drafts.sweep(now=2 * 3600 + stray.stat().st_mtime) == 1
     assert site.ask(f"/api/models/acme/tone/revision/{old}").status == 200
+    drafts.sweep(now=4000 * 86400 + stray.parent.stat().st_mtime)
+    assert site.ask(f"/api/models/acme/tone/revision/{old}").status == 200  # somebody may have pinned it
+    drafts.keep = 30 * 86400.0  # unless the registry is told otherwise
     assert drafts.sweep(now=40 * 86400 + stray.parent.stat().st_mtime) == 0  # the head still names every blob of `old`
     assert site.ask(f"/api/models/acme/tone/revision/{old}").status == 404
     assert site.ask("/acme/tone/resolve/main/README.md").body == b"# tone\n"

@@ -331,9 +331,63 @@ print(json.dumps([api.list_repo_files("acme/draft"), api.repo_exists("acme/tone"
 """
     )
     assert found == [[], False, 410, ["acme/draft"]]
-    release = site.store.catalogue("acme/tone").releases[0]
-    assert "deleted" in (release.yanked or "")
+    catalogue = site.store.catalogue("acme/tone")
+    assert catalogue.releases == ()
+    assert catalogue.tombstones[0].final
+    assert "deleted" in (catalogue.tombstones[0].reason or "")
     assert site.store.verify() == []
+
+
+def test_renaming_a_repository(site, files) -> None:
+    """As the stock client does it; what is published keeps its name, since that is in its digest."""
+    directory = files("tone")
+    found = site.stock(
+        f"""
+def kind(call):
+    try:
+        return call()
+    except Exception as error:
+        return [type(error).__name__, error.response.status_code]
+api.create_repo("acme/draft", private=False)
+commit = api.upload_folder(repo_id="acme/draft", folder_path={str(directory)!r})
+api.create_tag("acme/draft", tag="trial")
+api.create_branch("acme/draft", branch="other")
+api.create_repo("acme/taken")
+taken = kind(lambda: api.move_repo("acme/draft", "acme/taken"))
+api.move_repo("acme/draft", "team/Final")
+moved = [api.model_info(name).id for name in ("acme/draft", "team/final")]
+api.upload_file(path_or_fileobj=b"x\\n", path_in_repo="a.txt", repo_id="acme/draft")  # an old address still leads there
+refs = api.list_repo_refs("team/Final")
+log = [c.commit_id for c in api.list_repo_commits("team/Final")]
+path = snapshot_download("acme/draft", revision=commit.oid)
+api.create_repo("acme/draft")
+fresh = api.list_repo_files("acme/draft")
+api.create_tag("team/Final", tag="1.0.0")
+published = kind(lambda: api.move_repo("team/Final", "team/other"))
+print(json.dumps(dict(taken=taken, moved=moved, log=log[-1] == commit.oid, fresh=fresh, published=published,
+    refs=[[r.name for r in refs.branches], [r.name for r in refs.tags]], models=[m.id for m in api.list_models()])))
+"""
+    )
+    assert found["taken"] == ["HfHubHTTPError", 409]
+    assert found["moved"] == ["team/Final", "team/Final"]
+    assert found["log"] is True
+    assert found["refs"] == [["main", "other"], ["trial"]]
+    assert found["fresh"] == []
+    assert found["published"] == ["BadRequestError", 400]
+    assert found["models"] == ["team/Final", "acme/draft", "acme/taken"]
+    assert str(site.store.get("team/final").ref) == "team/Final@1.0.0"
+
+
+def test_what_others_require_is_not_deleted(site, packed) -> None:
+    site.store.put(packed("acme/tone@1.0.0")[0])
+    needs = [{"name": "acme/tone", "digest": site.store.get("acme/tone").digest}]
+    site.store.put(packed("acme/both@1.0.0", type="composition", kind="", expression="a", requires=needs)[0])
+    answer = site.ask("/api/repos/delete", "DELETE", {"name": "tone", "organization": "acme"})
+    assert answer.status == 409
+    assert "required by acme/both@1.0.0" in answer.json()["error"]
+    assert site.ask("/api/repos/delete", "DELETE", {"name": "both", "organization": "acme"}).status == 200
+    assert site.ask("/api/repos/delete", "DELETE", {"name": "tone", "organization": "acme"}).status == 200
+    assert site.store.names() == []
 
 
 def test_branches(site, files) -> None:
