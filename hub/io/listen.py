@@ -150,7 +150,7 @@ def listen(
         with suppress(KeyboardInterrupt):  # Ctrl-C is how a server is told to end
             server = uvicorn.Server(config)
             if drain is not None:
-                server.handle_exit = _drained(server.handle_exit, drain)  # type: ignore[method-assign]
+                server.handle_exit = _drained(server.handle_exit, drain)  # type: ignore[method-assign, assignment]
             server.run(sockets=[listener])
 
 
