@@ -67,7 +67,9 @@ from pathlib import Path
 
 place = Path(os.environ["ACME_SHARE"])
 compose.save(adapter, place / "plus", model=model)
-pack(place / "plus", Draft(name="me/plus", version="1.0.0", kind="lora", base=compose.identity(model)))
+facts = dict(name="me/plus", version="1.0.0", kind="lora", base=compose.identity(model))
+assert "licence" in pack(place / "plus", Draft(**facts)).warnings[-1]
+assert "licence" not in str(pack(place / "plus", Draft(**facts, license="MIT")).warnings)
 Store().put(place / "plus")
 done = CliRunner().invoke(main, ["export", "me/plus", "--format", "npz", "--to", str(place / "out")])
 assert (done.exit_code, "arrays" in done.stderr) == (0, True), done.output
@@ -94,6 +96,7 @@ FOLDERS = {
     "hub.scorers": "router.scorers",
     "hub.remotes": "hub.remotes",
     "hub.formats": "compose.export_formats",
+    "hub.gates": "hub.gates",
 }
 
 
