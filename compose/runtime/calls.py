@@ -55,7 +55,7 @@ class ModelCalls:
     def __init__(self, model: PreTrainedModel, sites: SiteMap, context: Context, prepare: Prepare) -> None:
         self._model, self._context, self._prepare = model, context, prepare
         self._encoder = model.get_encoder() if sites.is_encoder_decoder else None
-        self._entrance = _entrance(model, sites)
+        self.entrance = _entrance(model, sites)
         self._can_leave_out = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.watch = Watch(model)
         backbone = model.base_model
@@ -117,7 +117,7 @@ class ModelCalls:
             return door.own(**self._for_cross_attention(call, prompt, kwargs))
         if not outermost:  # the call around this one has extended the mask, which cross-attention reads as well
             kwargs = {**kwargs, "attention_mask": call.text_mask}
-        extended = prompting.extend_inputs(prompt, self._entrance, kwargs)
+        extended = prompting.extend_inputs(prompt, self.entrance, kwargs)
         arguments, places = extended.arguments, extended.places
         if places is None:  # the cache holds the prompt
             return door.own(**arguments)

@@ -34,6 +34,7 @@ from compose.runtime.bank import BANK, Bank
 from compose.runtime.calls import ModelCalls
 from compose.runtime.composition import Composition
 from compose.runtime.draft import Draft, Merges
+from compose.runtime.filling import Filling
 from compose.runtime.inputs import Inputs
 from compose.runtime.prefixes import use_interface
 from compose.runtime.recent import RecentCompositions
@@ -67,6 +68,7 @@ class Runtime:
         self._bank = Bank()
         self._calls = ModelCalls(model, self.sites, self.context, self._before_call)
         self._places = RowPlaces(model, self.sites, self._at_rest)
+        self._filling = Filling(model, self._calls.entrance, self._at_rest)
         self._lock = threading.RLock()
         self._owner: tuple[str, int] | None = None  # who alone may use it, and in which thread
         self._asked = Composition()
@@ -244,6 +246,7 @@ class Runtime:
     def _take(self, draft: Draft, composition: Composition | None) -> None:
         """Make a draft's residents the model's own, and its composition active."""
         if composition is not None:
+            self._filling.before(composition)
             self._places.before(composition, self.slot)
             self._stand_where(composition)
         for name, adapter in draft.adapters.items():

@@ -7,7 +7,7 @@ without a gap, and what fills it up comes last: ``[p p t t t .]``. The filling i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from compose.atoms import Prompt
 from compose.errors import KindError
 from compose.kernels.low_rank import expand
+from compose.slots.caches import tokens_before
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,10 @@ class Entrance:
     explicit_positions: bool
 
 
+# Arguments with a value for each token, and what those of a prompt are.
+_FILLS: Mapping[str, int] = {"token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
+
+
 @dataclass(frozen=True)
 class ExtendedInputs:
     """Arguments with room for the prompt, how the rows stand, which places are the prompt's, and what stands there.
@@ -168,13 +173,21 @@ class ExtendedInputs:
 
 
 def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]) -> ExtendedInputs:
-    """Put the prompt's places before the text, or (with a cache) only account for them."""
+    """Put the prompt's places before the text, or (with a cache) only account for them.
+
+    Raises
+    ------
+    KindError
+        An argument with a value for each token that a prompt knows none for, a full cache, or one without a count.
+    """
     source = cast("Tensor", kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"])
     batch, length, n = source.shape[0], source.shape[1], state.length
     state = state.on(batch)
-    cache = kwargs.get("past_key_values")
-    seen = 0 if cache is None else int(cache.get_seq_length())  # the prompt is among them
-    _check_room(cache, length + (seen or n))
+    seen = tokens_before(kwargs)  # the prompt is among them
+    if seen is None:  # a state, which nothing counts: neither masks nor positions reach back
+        return ExtendedInputs(kwargs, Layout(n, None), None, state.embeddings)
+    _refuse_unknown(kwargs, batch, length)
+    _check_room(kwargs.get("past_key_values"), length + (seen or n))
     # The mask covers what the cache holds; of that, the prompt's part is ours to add.
     mask = _mask(kwargs.get("attention_mask"), source, length + max(0, seen - n))
     layout = state.layout(mask)
@@ -190,7 +203,7 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
     else:
         out["inputs_embeds"] = layout.join(state.embeddings.to(source.dtype), source)
     # What has a value for each token of the text needs one for each of the prompt, which no loss looks at.
-    for name, fill in (("token_type_ids", 0), ("labels", -100)):
+    for name, fill in _FILLS.items():
         given = kwargs.get(name)
         if isinstance(given, Tensor) and given.shape == (batch, length) and not given.is_floating_point():
             out[name] = layout.join(given.new_full((batch, n), fill), given)
@@ -206,6 +219,20 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
         out["logits_to_keep"] = kwargs["logits_to_keep"] + n
     places = layout.join(state.mask().bool(), torch.zeros_like(mask, dtype=torch.bool))
     return ExtendedInputs(out, layout, places, state.embeddings)
+
+
+def _refuse_unknown(kwargs: Mapping[str, Any], batch: int, length: int) -> None:
+    """Refuse what has a value for each token of the text, where a prompt has none to put before them."""
+    known = {"input_ids", "attention_mask", "position_ids", *_FILLS}
+    for name, value in kwargs.items():
+        of_tokens = name in ("bbox", "langs") or name.endswith(("_ids", "_mask", "_mapping"))
+        if name in known or not of_tokens or name.startswith(("decoder_", "encoder_", "cross_")):
+            continue
+        if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == batch and length in value.shape[1:]:
+            raise KindError(
+                f"a prompt stands before the text, and it is not known what {name!r} is for its {length} + n places",
+                hint=f"leave {name!r} out, or the prompt",
+            )
 
 
 def _check_room(cache: Any, needed: int) -> None:

@@ -27,7 +27,7 @@ from compose.slots.side import backbone
 
 _SIZES = Sizes(3, 11), Sizes(2, 13)  # unlike each other, so that no size is taken for another
 _SMALL = Sizes(3, 5), Sizes(2, 7)  # for tables of few positions
-_FAILURES = (  # of a model that is called with what it was not made for
+FAILURES = (  # of a model that is called with what it was not made for
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -108,7 +108,7 @@ class RowTrials:
         try:
             with self._at_rest(), torch.no_grad(), torch.random.fork_rng(_cuda(self._model)):
                 seen = [self._watch(module, {**own, **rest}) for own, rest in zip(rows, beside, strict=True)]
-        except _FAILURES as error:
+        except FAILURES as error:
             return str(error).strip().split("\n")[0] or type(error).__name__
         trial = Trial(many, few, inputs.reads_text)
         for path in self._watched:

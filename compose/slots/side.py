@@ -6,6 +6,7 @@ enters and leaves the blocks; the model's code is untouched, and nothing of it r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from compose.base.sites import FINAL, SiteMap
 from compose.errors import KindError
+from compose.slots.caches import cache_of
 from compose.slots.call import Context, Standing
 from compose.slots.slot import Program
 from compose.slots.stage import Node, State
@@ -135,9 +137,7 @@ class SideSlot(Standing):
             # Where only side networks learn, the backbone needs no graph, whatever its inputs ask for.
             with torch.set_grad_enabled(torch.is_grad_enabled() and not call.composition.only_sides_learn):
                 output = self.own(*args, **kwargs)
-            cache = getattr(output, "past_key_values", None)
-            cache = kwargs.get("past_key_values") if cache is None else cache
-            call.trace.cache = getattr(cache, "self_attention_cache", cache)
+            call.trace.cache = _history(output, kwargs)
             before = output[0]
             after = program.node.run(lambda x: State(x, None), before).y
         finally:
@@ -157,6 +157,27 @@ class SideSlot(Standing):
         if isinstance(states, tuple) and states and states[-1] is before:
             output["hidden_states"] = (*states[:-1], after)
         return output
+
+
+def _history(output: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The cache that takes what side networks remember; None without one.
+
+    Raises
+    ------
+    KindError
+        One that has no place for it, and holds tokens: of those nothing would be known.
+    """
+    before, after = cache_of(kwargs), cache_of(output) if isinstance(output, Mapping) else None
+    found = after or before
+    cache = None if found is None else getattr(found[1], "self_attention_cache", found[1])
+    if cache is None or hasattr(cache, "layers"):
+        return cache
+    if before is not None:
+        raise KindError(
+            f"a side network reads the tokens before, and {before[0]!r} has no place for what it knows of them",
+            hint="generate with use_cache=False",
+        )
+    return None
 
 
 def backbone(model: PreTrainedModel, sites: SiteMap) -> tuple[nn.Module, list[nn.Module]]:
