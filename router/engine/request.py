@@ -78,13 +78,7 @@ class Request:
             raise UsageError(f"temperature is {self.temperature}", hint="0 is greedy; 1 samples from the model")
         if not 0.0 < self.top_p <= 1.0:
             raise UsageError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if self.top_k < 0 or not 0.0 <= self.min_p <= 1.0:
-            raise UsageError(f"top_k is {self.top_k}, min_p {self.min_p}", hint="top_k is 0 or more, min_p in [0, 1]")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
-            raise UsageError(f"repetition_penalty is {self.repetition_penalty}", hint="1 changes nothing")
-        added = (self.frequency_penalty, self.presence_penalty, *(bias for _, bias in self.logit_bias))
-        if not all(map(math.isfinite, added)):
-            raise UsageError("penalties and biases must be finite")
+        self._check_changes()
         if self.prompt_scores and not self.scores:
             raise UsageError("prompt_scores are given with scores", hint="scores=1")
         if not 0 <= self.scores <= MAX_SCORES:
@@ -93,6 +87,15 @@ class Request:
             raise UsageError("a stop text is empty", hint="leave it out")
         for text in (self.text, self.pair or "", *self.stop):
             _refuse_half_characters(text)
+
+    def _check_changes(self) -> None:
+        if self.top_k < 0 or not 0.0 <= self.min_p <= 1.0:
+            raise UsageError(f"top_k is {self.top_k}, min_p {self.min_p}", hint="top_k is 0 or more, min_p in [0, 1]")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0.0):
+            raise UsageError(f"repetition_penalty is {self.repetition_penalty}", hint="1 changes nothing")
+        added = (self.frequency_penalty, self.presence_penalty, *(bias for _, bias in self.logit_bias))
+        if not all(map(math.isfinite, added)):
+            raise UsageError("penalties and biases must be finite")
 
 
 def _refuse_half_characters(text: str) -> None:

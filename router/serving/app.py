@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
@@ -39,12 +41,14 @@ _LATER = {"Retry-After": "1"}  # seconds; a place becomes free whenever a row en
 class Server:
     """What the endpoints share."""
 
-    def __init__(self, engine: Engine, *, token: str | None, directories: bool, waiting: int) -> None:
+    def __init__(
+        self, engine: Engine, *, token: str | None, directories: bool, waiting: int, names: Sequence[str]
+    ) -> None:
         self.engine, self.token = engine, token
         self.metrics = Metrics()
         engine.scheduler.waiting = waiting
         engine.scheduler.watchers.append(self.metrics)
-        self.catalogue = Catalogue(engine, directories=directories)
+        self.catalogue = Catalogue(engine, directories=directories, name=next(iter(names), engine.host.name))
         self.errors = Errors([str(engine.sources.store.root)])
 
     async def body(self, request: Request, model: type[BodyT]) -> BodyT:
@@ -83,8 +87,34 @@ class Server:
             return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         results = await rows.results(request)
         choices = [shape.choice(i, result) for i, result in enumerate(results)]
+        if isinstance(asked, wire.Completion) and asked.echo:
+            nothing_new = asked.max_tokens == 0
+            texts = [r.text if r.ids is None else self.decoded(r.ids) for r in wanted]
+            told = zip(choices, results, texts, strict=True)
+            choices = [wire.echoed(c, r, text, nothing_new=nothing_new) for c, r, text in told]
+            results = [replace(r, written=0) for r in results] if nothing_new else results
         whole = wire.frame(shape.whole, wire.identifier(shape.prefix), asked.model, choices)
         return self.answer({**whole, "usage": self.count(results, asked.n)})
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        with self.engine.host.encoding:
+            return str(self.engine.host.encoder.decode(ids))
+
+    async def tokenize(self, request: Request) -> Response:
+        """POST /tokenize: the tokens that a completion would read."""
+        asked = await self.body(request, wire.Tokenize)
+        row = await run_in_threadpool(lambda: self.engine.prepare(asked.request()))
+        told = {"count": len(row.ids), "max_model_len": self.engine.host.context, "tokens": row.ids}
+        return self.answer(told)
+
+    async def detokenize(self, request: Request) -> Response:
+        """POST /detokenize."""
+        asked = await self.body(request, wire.Detokenize)
+        most = len(self.engine.host.tokenizer)
+        if wrong := [token for token in asked.tokens if not 0 <= token < most]:
+            raise FieldError("tokens", f"there is no token {wrong[0]}", hint=f"tokens are 0 to {most - 1}")
+        return self.answer({"prompt": self.decoded(asked.tokens)})
 
     async def classify(self, request: Request) -> Response:
         """POST /v1/classify."""
@@ -163,7 +193,15 @@ class Server:
         return PlainTextResponse(self.metrics.text(gauges, counters), media_type="text/plain; version=0.0.4")
 
 
-def create_app(engine: Engine, *, token: str | None = None, directories: bool = False, waiting: int = 1024) -> FastAPI:
+def create_app(
+    engine: Engine,
+    *,
+    token: str | None = None,
+    directories: bool = False,
+    waiting: int = 1024,
+    names: Sequence[str] = (),
+    origins: Sequence[str] = (),
+) -> FastAPI:
     """The API over an engine.
 
     Parameters
@@ -174,8 +212,13 @@ def create_app(engine: Engine, *, token: str | None = None, directories: bool = 
         Whether clients may load adapters from directories of this machine, and not only refs of its store.
     waiting
         Rows that may wait; more are answered with 429.
+    names
+        Names of the base besides its own; the first is what /v1/models calls it.
+    origins
+        Web pages that may ask (CORS), as `https://example.org`, or `*` for any.
     """
-    server = Server(engine, token=token, directories=directories, waiting=waiting)
+    engine.targets.bases.update(names)
+    server = Server(engine, token=token, directories=directories, waiting=waiting, names=names)
 
     @asynccontextmanager
     async def life(_app: FastAPI) -> AsyncIterator[None]:
@@ -189,6 +232,8 @@ def create_app(engine: Engine, *, token: str | None = None, directories: bool = 
         ("POST", "/v1/completions", server.completions),
         ("POST", "/v1/chat/completions", server.chat),
         ("POST", "/v1/classify", server.classify),
+        ("POST", "/tokenize", server.tokenize),
+        ("POST", "/detokenize", server.detokenize),
         ("GET", "/v1/models", server.models),
         ("GET", "/v1/models/{name:path}", server.model),
         ("POST", "/v1/load_lora_adapter", server.load),
@@ -198,6 +243,9 @@ def create_app(engine: Engine, *, token: str | None = None, directories: bool = 
         ("GET", "/metrics", server.prometheus),
     ):
         app.add_route(path, _guarded(server, path, endpoint), methods=[method])
+
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
 
     async def unknown(_request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):

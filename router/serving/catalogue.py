@@ -19,20 +19,22 @@ class Catalogue:
     ----------
     directories
         Whether a name may stand for a directory of this machine.
+    name
+        What the base is called.
     """
 
-    def __init__(self, engine: Engine, *, directories: bool) -> None:
-        self._engine, self._directories = engine, directories
+    def __init__(self, engine: Engine, *, directories: bool, name: str) -> None:
+        self._engine, self._directories, self._name = engine, directories, name
 
     def models(self) -> list[dict[str, Any]]:
         """Entries of /v1/models: the base first."""
         host, sources = self._engine.host, self._engine.sources
-        entries = [_entry(host.name, host.name, None)]
-        entries += [_entry(name, sources.root(name), host.name) for name in sources.given]
+        entries = [_entry(self._name, host.name, None)]
+        entries += [_entry(name, sources.root(name), self._name) for name in sources.given]
         for artifact in sources.store.list(newest=True):
             if artifact.facts.type in _SERVED and artifact.facts.base in (None, host.identity.repo):
                 created = int(datetime.fromisoformat(artifact.facts.created.replace("Z", "+00:00")).timestamp())
-                entries.append(_entry(artifact.ref.id, str(artifact.ref), host.name, created))
+                entries.append(_entry(artifact.ref.id, str(artifact.ref), self._name, created))
         return entries
 
     def model(self, name: str) -> dict[str, Any]:
@@ -44,9 +46,11 @@ class Catalogue:
             No such adapter (with the nearest names), or one that cannot be used here.
         """
         entry = next((entry for entry in self.models() if entry["id"] == name), None)
+        if entry is None and name in self._engine.targets.bases:
+            entry = _entry(name, self._engine.host.name, None)
         if entry is None:
             target = self._engine.targets.get(name)
-            entry = _entry(name, ", ".join(target.names) or name, self._engine.host.name)
+            entry = _entry(name, ", ".join(target.names) or name, self._name)
         return entry
 
     def load(self, name: str, path: str, *, replace: bool = False) -> None:
@@ -59,7 +63,7 @@ class Catalogue:
         """
         engine, sources = self._engine, self._engine.sources
         taken = name in sources.given
-        if (taken and not replace) or name == engine.host.name:
+        if (taken and not replace) or name in engine.targets.bases:
             raise Conflict(f"{name} is loaded already", ref=name, hint="unload it first, or load_inplace")
         source = self._source(path)
         before = sources.given_source(name)

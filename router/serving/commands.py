@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 @click.option("--waiting", type=click.IntRange(1), default=1024, show_default=True, help="Rows that may wait.")
 @click.option("--resident", metavar="SIZE", default="4GiB", show_default=True, help="Adapters kept in memory.")
 @click.option("--chat-template", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A Jinja template.")
+@click.option("--served-model-name", "names", metavar="NAME", multiple=True, help="Another name of BASE.")
+@click.option("--cors", "origins", metavar="ORIGIN", multiple=True, help="Web pages that may ask; * for any.")
 @click.option("--allow-directories", is_flag=True, help="Let clients load adapters from directories of this machine.")
 @click.option("--allow-base-drift", is_flag=True, help="Take adapters of other weights of the same architecture.")
 @click.option(
@@ -92,7 +94,15 @@ def _app(base: str, token: str | None, given: dict[str, Any]) -> FastAPI:
         engine.targets.get(name)  # a wrong one is an error here, not at the first request
     if given["chat_template"] is not None:
         engine.host.tokenizer.chat_template = given["chat_template"].read_text(encoding="utf-8")
-    return create_app(engine, token=token, directories=given["allow_directories"], waiting=given["waiting"])
+    engine.targets.bases.add(base)  # as it was written here, which may be a path
+    return create_app(
+        engine,
+        token=token,
+        directories=given["allow_directories"],
+        waiting=given["waiting"],
+        names=given["names"],
+        origins=given["origins"],
+    )
 
 
 def _named(text: str) -> tuple[str, str]:

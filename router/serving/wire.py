@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from hub.errors import UsageError, suggest
 from router.engine.job import BREAKDOWNS
@@ -26,10 +26,7 @@ _IDLE = {
 # Fields that would change it, with the values that ask for what is done anyway; nothing and zero are among them.
 _AS_IT_IS: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "top_k": (-1,),
-    "min_p": (),
     "min_tokens": (),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -73,12 +70,39 @@ class Sampled(Body):
     stream_options: dict[str, Any] | None = None
     task: str | None = None
 
-    def request(self, text: str, room: int | None, scores: int, copy: int, *, special: bool = True) -> Request:
+    top_k: int = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0.0, le=1.0)
+    repetition_penalty: float = Field(1.0, gt=0.0, le=10.0)
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=1024)
+
+    def request(
+        self,
+        text: str | list[int],
+        room: int | None,
+        scores: int,
+        copy: int,
+        *,
+        special: bool = True,
+        echo: bool = False,
+    ) -> Request:
         """One row; the n copies of a prompt draw from streams of their own."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         seed = secrets.randbits(62) if self.seed is None else self.seed + copy
+        for token, bias in self.logit_bias.items():
+            if not -100.0 <= bias <= 100.0:
+                raise FieldError("logit_bias", f"the logit_bias of {token} is {bias}", hint="-100 to 100")
         return Request(
-            text=text,
+            text=text if isinstance(text, str) else "",
+            ids=None if isinstance(text, str) else tuple(text),
+            top_k=max(0, self.top_k),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=tuple(self.logit_bias.items()),
+            prompt_scores=echo and scores > 0,
             adapter=self.model,
             task=self.task,
             max_new_tokens=room,
@@ -94,16 +118,22 @@ class Sampled(Body):
 class Completion(Sampled):
     """POST /v1/completions."""
 
-    prompt: str | list[str]
-    max_tokens: int | None = Field(16, ge=1)
+    prompt: str | list[StrictInt] | list[str] | list[list[StrictInt]]
+    max_tokens: int | None = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
 
     def requests(self) -> list[Request]:
         """All rows: the n copies of the first prompt, of the second, ..."""
-        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if self.echo and self.stream:
+            raise FieldError("echo", "echo is not supported with stream", hint="stream: false")
+        if self.max_tokens == 0 and not self.echo:
+            raise FieldError("max_tokens", "max_tokens is 0, and nothing is echoed", hint="echo: true")
+        prompts = prompts_of(self.prompt)
         _bounded(len(prompts) * self.n)
         scores = 0 if self.logprobs is None else max(1, self.logprobs)
-        return [self.request(p, self.max_tokens, scores, i) for p in prompts for i in range(self.n)]
+        room = None if self.max_tokens is None else max(1, self.max_tokens)
+        return [self.request(p, room, scores, i, echo=self.echo) for p in prompts for i in range(self.n)]
 
 
 class Message(Body):
@@ -175,6 +205,25 @@ class Classify(Body):
         return [Request(text=text, adapter=self.model, task=self.task, scores=1000) for text in texts]
 
 
+class Tokenize(Body):
+    """POST /tokenize."""
+
+    model: str = ""
+    prompt: str
+    add_special_tokens: bool = True
+
+    def request(self) -> Request:
+        """A row that would read them."""
+        return Request(text=self.prompt, adapter=self.model, special=self.add_special_tokens, max_new_tokens=1)
+
+
+class Detokenize(Body):
+    """POST /detokenize."""
+
+    model: str = ""
+    tokens: list[StrictInt]
+
+
 class Load(Body):
     """POST /v1/load_lora_adapter."""
 
@@ -187,6 +236,13 @@ class Unload(Body):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: str
+
+
+def prompts_of(given: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """Prompts, each a text or tokens."""
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        return [given]
+    return list(given)  # type: ignore[arg-type]
 
 
 def _bounded(rows: int) -> None:
@@ -216,6 +272,18 @@ def completion_choice(index: int, result: Result) -> dict[str, Any]:
     return _routed({**found, "finish_reason": result.finish or "stop"}, result)
 
 
+def echoed(choice: dict[str, Any], result: Result, prompt: str, *, nothing_new: bool) -> dict[str, Any]:
+    """A choice of /v1/completions with its prompt in front; `nothing_new` leaves out what was written."""
+    if nothing_new:
+        choice |= {"text": "", "finish_reason": "length"}
+    choice["text"] = prompt + choice["text"]
+    columns = _columns(result.prompt + (() if nothing_new else result.tokens), 0)
+    if columns is not None:  # nothing is said of the first token
+        columns["token_logprobs"][0] = columns["top_logprobs"][0] = None
+        choice["logprobs"] = columns
+    return choice
+
+
 def completion_piece(piece: Piece, start: int) -> dict[str, Any]:
     """What a piece adds to a streamed choice; its tokens' text begins `start` characters after the prompt."""
     return {"text": piece.text, "logprobs": _columns(piece.tokens, start)}
@@ -241,7 +309,7 @@ def _columns(tokens: Sequence[Token], start: int) -> dict[str, Any] | None:
     return {
         "tokens": [t.text for t in tokens],
         "token_logprobs": [t.log_prob for t in tokens],
-        "top_logprobs": [dict(t.best) for t in tokens],
+        "top_logprobs": [{**dict(t.best), t.text: t.log_prob} for t in tokens],  # the chosen one among them
         "text_offset": [start + sum(lengths[:i]) for i in range(len(tokens))],
     }
 

@@ -224,7 +224,7 @@ def test_adapters_are_loaded_replaced_and_unloaded_while_it_runs(client, publish
         ({"model": "law", "prompt": ""}, 400, "empty"),
         ({"model": "law", "max_tokens": 5000}, 400, "more than the 512"),
         ({"model": "law", "temperature": -1}, 400, "temperature"),
-        ({"model": "law", "presence_penalty": 1}, 400, "not supported"),
+        ({"model": "law", "length_penalty": 2}, 400, "not supported"),
         ({"model": "law +"}, 400, "missing"),
         ({"model": "law", "prompt": ["a"] * 300}, 400, "300 rows"),
     ],

@@ -77,13 +77,11 @@ def test_chat_streams_carry_them_too_and_say_nothing_where_none_were_asked_for(c
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
-        ("/v1/completions", "echo", True),
         ("/v1/completions", "suffix", "end"),
         ("/v1/completions", "best_of", 3),
-        ("/v1/completions", "frequency_penalty", 0.5),
-        ("/v1/completions", "logit_bias", {"5": 1}),
-        ("/v1/completions", "top_k", 5),
-        ("/v1/completions", "repetition_penalty", 1.2),
+        ("/v1/completions", "min_tokens", 3),
+        ("/v1/completions", "stop_token_ids", [5]),
+        ("/v1/chat/completions", "echo", True),
         ("/v1/completions", "guided_regex", "a+"),
         ("/v1/chat/completions", "tools", [{"type": "function"}]),
         ("/v1/chat/completions", "response_format", {"type": "json_object"}),
