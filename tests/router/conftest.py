@@ -45,6 +45,8 @@ def model():
     attach_random(made, "a", "lora", 1, r=4, target_modules="all-linear")
     attach_random(made, "b", "lora", 2, r=2, target_modules="all-linear")
     attach_random(made, "c", "ia3", 3)
+    compose.activate(made, ["a", "b", "c"])  # where rows stand is found by trial calls, once a model: not to be counted
+    compose.activate(made, None)
     return made
 
 
