@@ -129,16 +129,16 @@ def _draft_again(directory: Path, facts: Mapping[str, Any]) -> Draft:
 
 def _draft(directory: Path, facts: Mapping[str, Any]) -> Draft:
     """Facts given and facts of the PEFT config; what is missing is asked for, never invented."""
-    found = {**facts_of(directory), **_with_identity(facts)}
-    type_ = found.get("type", "adapter")
+    stated = {**facts_of(directory), **_with_identity(facts)}
+    type_ = stated.get("type", "adapter")
     needed = ["name", "version"] + ["kind"] * (type_ == "adapter") + ["base"] * (type_ in ("adapter", "merge"))
-    missing = [f"--{name}" for name in needed if name not in found]
+    missing = [f"--{name}" for name in needed if name not in stated]
     if missing:
         raise UsageError(
             f"{directory} has no module.json, and these facts are missing: {', '.join(missing)}",
             hint=f"write hub push {directory} {' '.join(f'{flag} ...' for flag in missing)}",
         )
-    draft = validate(Draft, found, what="the facts")
+    draft = validate(Draft, stated, what="the facts")
     plain = without_paths(draft.hyperparameters, directory, draft.base.repo if draft.base else None)
     return draft.model_copy(update={"hyperparameters": plain})
 

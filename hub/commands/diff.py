@@ -33,26 +33,26 @@ def diff(a: str, b: str, everything: bool, as_json: bool) -> None:
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     import hub
 
-    found = hub.diff(a, b)
+    difference = hub.diff(a, b)
     if as_json:
-        print_json(found.as_dict())
+        print_json(difference.as_dict())
         return
-    for line in _lines(found, everything):
+    for line in _lines(difference, everything):
         click.echo(line)
-    if found.empty:
-        say(f"{found.a} and {found.b} are the same in all that counts")
+    if difference.empty:
+        say(f"{difference.a} and {difference.b} are the same in all that counts")
 
 
-def _lines(found: Diff, everything: bool) -> Iterator[str]:
-    yield f"--- {found.a}"
-    yield f"+++ {found.b}"
-    yield from _pairs("config", found.config)
-    yield from _pairs("facts", found.facts)
-    yield from _tensors(found, everything)
-    if found.metrics:
-        rows = [(m.dataset, m.split, m.metric, *_figures(m.before, m.after)) for m in found.metrics]
+def _lines(difference: Diff, everything: bool) -> Iterator[str]:
+    yield f"--- {difference.a}"
+    yield f"+++ {difference.b}"
+    yield from _pairs("config", difference.config)
+    yield from _pairs("facts", difference.facts)
+    yield from _tensors(difference, everything)
+    if difference.metrics:
+        rows = [(m.dataset, m.split, m.metric, *_figures(m.before, m.after)) for m in difference.metrics]
         yield "\n" + columns(("DATASET", "SPLIT", "METRIC", "A", "B", "B - A"), rows)
-    yield from _pairs("files", {name: (_short(x), _short(y)) for name, (x, y) in found.files.items()})
+    yield from _pairs("files", {name: (_short(x), _short(y)) for name, (x, y) in difference.files.items()})
 
 
 def _pairs(title: str, pairs: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
@@ -60,19 +60,19 @@ def _pairs(title: str, pairs: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
         yield "\n" + columns((title.upper(), "A", "B"), [(name, _word(x), _word(y)) for name, (x, y) in pairs.items()])
 
 
-def _tensors(found: Diff, everything: bool) -> Iterator[str]:
-    if found.added or found.removed or found.changed:
+def _tensors(difference: Diff, everything: bool) -> Iterator[str]:
+    if difference.added or difference.removed or difference.changed:
         yield (
-            f"\n{len(found.changed)} tensors changed, {len(found.added)} added, {len(found.removed)} removed, "
-            f"{found.same} equal"
+            f"\n{len(difference.changed)} tensors changed, {len(difference.added)} added, "
+            f"{len(difference.removed)} removed, {difference.same} equal"
         )
-    yield from (f"+ {name}" for name in found.added)
-    yield from (f"- {name}" for name in found.removed)
-    shown = found.changed if everything else sorted(found.changed, key=_size, reverse=True)[:_SHOWN]
+    yield from (f"+ {name}" for name in difference.added)
+    yield from (f"- {name}" for name in difference.removed)
+    shown = difference.changed if everything else sorted(difference.changed, key=_size, reverse=True)[:_SHOWN]
     if shown:
         yield columns(("TENSOR", "SHAPE", "||B - A||", "RELATIVE", "COSINE", "LARGEST"), map(_row, shown))
-    if len(shown) < len(found.changed):
-        yield f"... and {len(found.changed) - len(shown)} more (--all)"
+    if len(shown) < len(difference.changed):
+        yield f"... and {len(difference.changed) - len(shown)} more (--all)"
 
 
 def _size(change: Change) -> float:

@@ -32,11 +32,11 @@ def lock(refs: tuple[str, ...], source: str | None, path: Path, upgrade: bool, a
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     import hub
 
-    found = hub.lock(refs, path=path, from_=source, upgrade=upgrade)
+    pinned = hub.lock(refs, path=path, from_=source, upgrade=upgrade)
     if as_json:
-        print_json(found.model_dump(mode="json"))
+        print_json(pinned.model_dump(mode="json"))
     else:
-        say(f"{path}: {len(found.modules)} locked for {len(found.requires)} asked for")
+        say(f"{path}: {len(pinned.modules)} locked for {len(pinned.requires)} asked for")
 
 
 @click.command()
@@ -51,12 +51,14 @@ def sync(source: str | None, path: Path, jobs: int, as_json: bool) -> None:
 
     store = hub.Store()
     with bars() as progress:
-        found = hub.sync(path, from_=source, jobs=jobs, store=store, progress=progress)
+        artifacts = hub.sync(path, from_=source, jobs=jobs, store=store, progress=progress)
     if as_json:
-        print_json([{"ref": str(artifact.ref), "digest": artifact.digest, "fetched": new} for artifact, new in found])
+        print_json(
+            [{"ref": str(artifact.ref), "digest": artifact.digest, "fetched": new} for artifact, new in artifacts]
+        )
     else:
-        fetched = sum(new for _, new in found)
-        say(f"{len(found)} locked, {fetched} fetched; {store.where} has them all")
+        fetched = sum(new for _, new in artifacts)
+        say(f"{len(artifacts)} locked, {fetched} fetched; {store.where} has them all")
 
 
 @click.command()
@@ -70,12 +72,12 @@ def outdated(source: str | None, path: Path, as_json: bool) -> None:
     """
     import hub
 
-    found = [row.as_dict() for row in hub.outdated(path, from_=source)]
+    behind = [row.as_dict() for row in hub.outdated(path, from_=source)]
     if as_json:
-        print_json(found)
-    elif found:
+        print_json(behind)
+    elif behind:
         fields = ("name", "current", "wanted", "latest", "yanked")
-        cells = [tuple(str(row[field] or "-") for field in fields) for row in found]
+        cells = [tuple(str(row[field] or "-") for field in fields) for row in behind]
         click.echo(columns([field.upper() for field in fields], cells))
     else:
         say("all is up to date")

@@ -42,27 +42,27 @@ def verify(
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     import hub
 
-    found = hub.verify(target, **options)
+    verdict = hub.verify(target, **options)
     if as_json:
-        print_json(found.as_dict())
+        print_json(verdict.as_dict())
     else:
-        _tell(found)
-    if not found.ok:
+        _tell(verdict)
+    if not verdict.ok:
         ctx.exit(1)
 
 
-def _tell(found: Verified) -> None:
-    if found.ok:
-        if found.run is not None:
-            say(f"{found.run.ref} {found.run}")
-        if found.signed is not None:
-            say(f"{found.checked}: signed by {found.signed.key}")
-        say(f"{found.checked}: every byte is right")
+def _tell(verdict: Verified) -> None:
+    if verdict.ok:
+        if verdict.run is not None:
+            say(f"{verdict.run.ref} {verdict.run}")
+        if verdict.signed is not None:
+            say(f"{verdict.checked}: signed by {verdict.signed.key}")
+        say(f"{verdict.checked}: every byte is right")
         return
-    for problem in found.problems:
+    for problem in verdict.problems:
         click.echo(str(problem))
-    if found.run is not None:
+    if verdict.run is not None:
         say("its bytes are right; compare the base (hub show) and how it is held (--quantize)")
     else:
-        many = "s" * (len(found.problems) > 1)
-        say(f"{len(found.problems)} problem{many}; pull or push the artifact again to mend it")
+        many = "s" * (len(verdict.problems) > 1)
+        say(f"{len(verdict.problems)} problem{many}; pull or push the artifact again to mend it")

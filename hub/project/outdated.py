@@ -49,8 +49,8 @@ def outdated(store: Store, remote: Remote | None, path: Path) -> list[Newer]:
         There is neither a lock nor a remote.
     """
     if path.exists():
-        held = Lock.load(path)
-        rows = [_locked(pin, held, _catalogue(store, remote, pin, path.parent)) for pin in held.modules]
+        locked = Lock.load(path)
+        rows = [_locked(pin, locked, _catalogue(store, remote, pin, path.parent)) for pin in locked.modules]
     elif remote is not None:
         rows = [_stored(store, remote, name) for name in store.names()]
     else:
@@ -64,8 +64,8 @@ def _catalogue(store: Store, remote: Remote | None, pin: Pin, directory: Path) -
     return store.catalogue(pin.name)
 
 
-def _locked(pin: Pin, held: Lock, catalogue: Catalogue) -> Newer:
-    asked = [ref for ref, digest in held.decided().items() if digest == pin.digest]
+def _locked(pin: Pin, locked: Lock, catalogue: Catalogue) -> Newer:
+    asked = [ref for ref, digest in locked.decided().items() if digest == pin.digest]
     release = catalogue.find(digest=pin.digest)
     wanted, latest = _version(asked[0] if asked else pin.name, catalogue), _version(pin.name, catalogue)
     return Newer(pin.name, pin.version, wanted, latest, release.yanked if release else None)
