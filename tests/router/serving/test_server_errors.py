@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -151,3 +152,22 @@ def test_what_breaks_inside_is_500_in_the_same_shape(client, monkeypatch):
 
     monkeypatch.setattr(engine, "prepare", broken)
     assert refused(ask(client, TEXT), 500, None, "internal_error") == "ZeroDivisionError"
+
+
+def test_tokens_are_counted_by_the_digest_that_answered_and_time_in_the_queue(client, published):
+    def counted(digest, kind) -> int:
+        start = f'moduloom_adapter_tokens_total{{digest="{digest}",kind="{kind}"}} '
+        lines = client.get("/metrics").text.splitlines()
+        return sum(int(line.removeprefix(start)) for line in lines if line.startswith(start))
+
+    def waited() -> int:
+        return int(client.get("/metrics").text.split("moduloom_queue_seconds_count ")[1].split()[0])
+
+    for name, digest in (("law", published.store.get("law").digest), (BASE, "base")):
+        before = counted(digest, "prompt"), counted(digest, "generated"), waited()
+        usage = ask(client, TEXT, model=name, n=2, temperature=1, max_tokens=4).json()["usage"]
+        end = time.monotonic() + 5
+        while counted(digest, "generated") == before[1] or waited() < before[2] + 2:  # told just after the answer
+            assert time.monotonic() < end
+        assert counted(digest, "generated") == before[1] + usage["completion_tokens"]
+        assert counted(digest, "prompt") == before[0] + 2 * usage["prompt_tokens"]
