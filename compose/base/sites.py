@@ -206,7 +206,7 @@ class SiteMap:
         if not isinstance(width, int):
             raise SiteError(
                 f"{self.architecture} has no one width of its hidden states, which this kind needs",
-                hint="hub kinds lists those that act at linear layers",
+                hint="`hub compose kinds` lists those that act at linear layers",
             )
         return width
 

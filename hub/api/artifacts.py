@@ -108,7 +108,7 @@ def _from_directory(
 
     if bump is not None:
         return publish_next(store, directory, facts, bump=bump, remote=remote, trial=trial, say=say)
-    return publish(store, directory, facts, repack=repack, trial=trial)
+    return publish(store, directory, facts, repack=repack, trial=trial, say=say)
 
 
 def _from_store(store: Store, ref: str, something_to_do: bool, facts: bool) -> Artifact:

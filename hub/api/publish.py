@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from hub.api.places import Say, warn
+from hub.api.places import Say, silent, warn
 from hub.errors import UsageError
-from hub.foreign.peft_config import facts_of, without_paths
+from hub.foreign.peft_config import facts_of, names_other_base, without_paths
+from hub.foreign.sources import find
 from hub.gate import run_gates
 from hub.manifest import MANIFEST_NAME, Draft, read_manifest, validate
 from hub.pack import measure, pack
@@ -24,7 +28,13 @@ if TYPE_CHECKING:
 
 
 def publish(
-    store: Store, directory: Path, facts: Mapping[str, Any], *, repack: bool = False, trial: bool = True
+    store: Store,
+    directory: Path,
+    facts: Mapping[str, Any],
+    *,
+    repack: bool = False,
+    trial: bool = True,
+    say: Say = silent,
 ) -> Artifact:
     """Publish a directory; without ``module.json`` from ``facts`` and what its config says.
 
@@ -36,6 +46,8 @@ def publish(
         Measure the files again, keeping the facts of ``module.json`` that ``facts`` do not change.
     trial
         Whether the gates that need the base run: they refuse where it is not on this machine.
+    say
+        Told which files of a foreign directory are left out.
 
     Raises
     ------
@@ -45,7 +57,10 @@ def publish(
         What must not be published, or could not be tried; a version that exists with other content.
     """
     if not (directory / MANIFEST_NAME).exists():
-        pack(directory, _draft(directory, facts), on_base=trial)
+        draft = _draft(directory, facts)
+        with _files_of(directory, say) as own:
+            pack(own, draft, on_base=trial)
+            return store.put(own)
     elif repack:
         pack(directory, _draft_again(directory, facts), on_base=trial)
     else:
@@ -54,6 +69,29 @@ def publish(
         for warning in run_gates(directory, manifest, on_base=trial):
             warn(f"{manifest.ref}: {warning}")
     return store.put(directory)
+
+
+@contextmanager
+def _files_of(directory: Path, say: Say) -> Iterator[Path]:
+    """The directory to pack: the one given, or of one that PEFT or a Trainer wrote a copy, so that it stays untouched.
+
+    The copy holds what `hub.import_` takes; what else lies there is left out and named.
+    """
+    foreign = "peft_type" in facts_of(directory).get("hyperparameters", {})
+    if (directory / MANIFEST_NAME).exists() or not foreign:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="moduloom-push-") as room:
+        out, parts = Path(room) / "artifact", Path(room) / "parts"
+        out.mkdir()
+        parts.mkdir()
+        adapter = find(str(directory), parts, subfolder=".")
+        for path in adapter.directory.iterdir():
+            if path.is_file() and path.name not in adapter.left and not path.name.startswith("."):
+                shutil.copyfile(path, out / path.name)
+        if adapter.left:
+            say(f"left out: {', '.join(adapter.left[:8])}{', ...' if len(adapter.left) > 8 else ''}")
+        yield out
 
 
 def _refuse_other_facts(directory: Path, manifest: Manifest, facts: Mapping[str, Any]) -> None:
@@ -103,7 +141,9 @@ def publish_next(
     before = last_manifest(store, remote, draft.name, catalogues)
     top = highest(catalogues)
     if before is not None and top is not None:
-        change = compare(before, measure(directory, draft)) if bump == "auto" else Change(cast("Level", bump))
+        with _files_of(directory, silent) as own:
+            measured = measure(own, draft)
+        change = compare(before, measured) if bump == "auto" else Change(cast("Level", bump))
         if change.level is None:
             say(f"nothing changed since {before.ref}")
             return _again(store, remote, before)
@@ -111,8 +151,9 @@ def publish_next(
         why = f" ({', '.join(change.reasons)})" if change.reasons else ""
         say(f"{before.ref} -> {version}: {change.level}{why}")
         draft = draft.model_copy(update={"version": version})
-    pack(directory, draft, on_base=trial)
-    return store.put(directory)
+    with _files_of(directory, say) as own:
+        pack(own, draft, on_base=trial)
+        return store.put(own)
 
 
 def _again(store: Store, remote: Remote | None, manifest: Manifest) -> Artifact:
@@ -138,6 +179,10 @@ def _draft(directory: Path, facts: Mapping[str, Any]) -> Draft:
             f"{directory} has no module.json, and these facts are missing: {', '.join(missing)}",
             hint=f"write hub push {directory} {' '.join(f'{flag} ...' for flag in missing)}",
         )
+    if isinstance(facts.get("base"), str) and not facts["base"].endswith(".json"):
+        other = names_other_base(directory, facts["base"])
+        if other is not None:
+            warn(f"the config of {directory} names the base {other}, and not {facts['base']}")
     draft = validate(Draft, stated, what="the facts")
     plain = without_paths(draft.hyperparameters, directory, draft.base.repo if draft.base else None)
     return draft.model_copy(update={"hyperparameters": plain})

@@ -58,6 +58,8 @@ def push(
     hub push ./tone --bump auto --to team               (the next version, to a named remote)
     hub push acme/tone@1.0.0 --to s3://bucket/adapters  (from the store to a remote)
 
+    Of a folder that PEFT or a Trainer wrote, optimizer states and pickles are left out and named; it stays as it is.
+
     A directory is checked first: no pickles, no links, no NaN, all tensors as its manifest says, each with its place on
     the base. Where the base is not on this machine that cannot be tried: give its --base, or publish with --no-trial.
     Versions are immutable: the same content again is a no-op, other content under a published version is refused.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hub.errors import NotFound, UsageError
 from hub.foreign import sources
-from hub.foreign.peft_config import facts_of
+from hub.foreign.peft_config import facts_of, names_other_base
 from hub.lazy import load
 from hub.manifest import Draft, Lineage, validate
 from hub.pack import pack
@@ -41,6 +41,9 @@ def take_in(
         stated = _facts(source, adapter, facts)
         if adapter.left:
             say(f"left out: {', '.join(adapter.left[:8])}{', ...' if len(adapter.left) > 8 else ''}")
+        other = names_other_base(adapter.directory, str(stated["base"]))
+        if other is not None:
+            say(f"the config of {source} names the base {other}, and not {stated['base']}")
         return _publish(store, adapter, stated, probe)
 
 

@@ -57,6 +57,19 @@ def facts_of(directory: Path) -> dict[str, Any]:
     return {"hyperparameters": plain} | ({"kind": kind} if kind else {}) | ({"task": task} if task else {})
 
 
+def names_other_base(directory: Path, base: str) -> str | None:
+    """The base that a config names, where that is not ``base`` by its last name; None where it is, or none is named."""
+    stated = facts_of(directory).get("hyperparameters", {}).get(_BASE)
+    if not isinstance(stated, str) or _last(stated) == _last(base):
+        return None
+    return stated
+
+
+def _last(name: str) -> str:
+    """Last part of an id or a path, of any system: where a model lies is told in many ways."""
+    return re.split(r"[/\\:]", name.strip().rstrip("/\\"))[-1].lower()
+
+
 def without_paths(hyperparameters: Mapping[str, Any], directory: Path | None, base: str | None) -> dict[str, Any]:
     """Hyperparameters in which a path of this machine gives way to the name of the base that was recorded, or goes.
 

@@ -52,13 +52,35 @@ def test_a_base_given_as_a_directory_is_tried(bases: Path, of_llama: Path, cli, 
     assert Store().names() == []
     assert not (directory / "module.json").exists()
     assert cli("push", str(directory), *NAME, "--base", str(bases / "llama")).exit_code == 0
+    assert not (directory / "module.json").exists()
+
+
+def test_a_folder_of_a_trainer_is_taken_as_import_takes_it(bases: Path, of_llama: Path, cli, tmp_path: Path) -> None:
+    directory = shutil.copytree(of_llama, tmp_path / "checkpoint-3")
+    for name in ("optimizer.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"):
+        (directory / name).write_bytes(b"{}")
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    asked = cli("push", str(directory))
+    assert asked.exit_code == 2
+    assert "missing: --name, --version, --base" in asked.stderr
+    moved = shutil.copytree(bases / "llama", tmp_path / "renamed")
+    result = cli("push", str(directory), *NAME, "--base", str(moved))
+    assert result.exit_code == 0, result.output
+    assert "left out: optimizer.pt, rng_state.pth, trainer_state.json, training_args.bin" in result.stderr
+    assert f"names the base {bases / 'llama'}, and not {moved}" in result.stderr
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    files = set(Store().get("acme/tone").files)
+    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    again = cli("push", str(directory), "--name", "acme/tone", "--bump", "auto", "--base", str(bases / "llama"))
+    assert again.exit_code == 0, again.output
+    assert "names the base" not in again.stderr
 
 
 def test_a_base_that_is_not_here_is_asked_for_and_then_remembered(
     bases: Path, of_llama: Path, cli, tmp_path: Path, monkeypatch
 ) -> None:
-    directory = shutil.copytree(of_llama, tmp_path / "a")
-    assert cli("push", str(directory), *NAME, "--base", str(bases / "llama")).exit_code == 0
+    assert cli("push", str(of_llama), *NAME, "--base", str(bases / "llama")).exit_code == 0
+    directory = Store().get("acme/tone").materialize(tmp_path / "a")
     monkeypatch.setenv("HUB_HOME", str(tmp_path / "another machine"))
     result = cli("push", str(directory))
     assert result.exit_code == 1
@@ -91,8 +113,8 @@ def test_a_directory_that_holds_another_base_now_is_not_taken_for_it(
     bases: Path, of_llama: Path, cli, tmp_path: Path
 ) -> None:
     place = shutil.copytree(bases / "llama", tmp_path / "m" / "llama")
-    directory = shutil.copytree(of_llama, tmp_path / "a")
-    assert cli("push", str(directory), *NAME, "--base", str(place)).exit_code == 0
+    assert cli("push", str(of_llama), *NAME, "--base", str(place)).exit_code == 0
+    directory = Store().get("acme/tone").materialize(tmp_path / "a")
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps({**config, "rope_theta": 7.0}))
     result = cli("push", str(directory))
