@@ -44,10 +44,10 @@ def lacks(words: str) -> str | None:
     for word in words.split():
         if isinstance(found, click.Group):
             known = found.list_commands(context := click.Context(found))
-            if found is main and word not in known and word != "COMMAND":
+            if found is main and word not in (*known, "COMMAND", "--help"):
                 return f"there is no command {word}"
-            verb = word if word in known else DEFAULTS.get(str(found.name), word)
-            found = found.get_command(context, verb) or found
+            verb = word if word in known else DEFAULTS.get(str(found.name))
+            found = (found.get_command(context, verb) if verb is not None else None) or found
         if word.startswith("-") and len(word) > 1 and not word[1].isdigit():
             options = {name for option in found.params for name in (*option.opts, *option.secondary_opts)}
             option = re.match(r"--?[\w-]+", word)
