@@ -87,6 +87,20 @@ def _is_linear(module: nn.Linear) -> bool:
     return same and (weight.is_meta or isinstance(weight.data, FakeTensor) or torch.allclose(y, expected))
 
 
+def _shared(path: str, other: str) -> int:
+    """How many modules two paths have in common."""
+    pairs = enumerate(zip(path.split("."), other.split("."), strict=False))
+    return next((i for i, (a, b) in pairs if a != b), len(path.split(".")))
+
+
+def _text_model(model: PreTrainedModel) -> str:
+    """Path of the model inside ``model`` that has its text config; "" where that is the model's own."""
+    config = model.config.get_text_config()
+    if config is model.config:
+        return ""
+    return next((path for path, m in model.named_modules() if getattr(m, "config", None) is config), "")
+
+
 def input_embeddings(model: nn.Module) -> nn.Module | None:
     """The module that looks up a model's tokens; None for models of images or sounds, and some others."""
     try:
@@ -131,13 +145,17 @@ class SiteMap:
         # As the model was when this was read: slots that stand in it later are not among them.
         self.modules = tuple(path for path in modules if path)
         self.architecture = type(model).__name__
+        # Beside a model of images or sounds, the one that reads the text: prompts, prefixes and side networks are its.
+        self.text = "" if self.is_encoder_decoder else _text_model(model)
         # A prompt goes in where the text does: before the encoder, if there is one; a prefix acts in the decoder.
         table = input_embeddings(model.get_encoder() if self.is_encoder_decoder else model)
         self.embedding = next((p for p, m in modules.items() if m is table), "")
         self.positions = tuple(
             p
             for p in modules
-            if p.rsplit(".", 1)[-1] in POSITIONS and not (self.is_encoder_decoder and "encoder" in p.split("."))
+            if p.rsplit(".", 1)[-1] in POSITIONS
+            and self.reads_text(p)
+            and not (self.is_encoder_decoder and "encoder" in p.split("."))
         )
         # Whether the stack that reads the text looks back only, so that its keys can be cached.
         first = next((modules[p] for _, p in self.attention_modules()), None)
@@ -248,14 +266,21 @@ class SiteMap:
     def entry_beside(self, site: Site) -> Site:
         """The first linear that the feed-forward block of the site's layer feeds: its input is the block's."""
         entries = self.with_role("mlp.up", "mlp.gate", "mlp.gate_up")
-        found = next((s for s in entries if (s.layer, s.stack) == (site.layer, site.stack)), None)
+        near = [s for s in entries if (s.layer, s.stack) == (site.layer, site.stack)]
+        # The first of those that share most of the path: a stage of windows (Swin) has blocks of its own.
+        found = max(near, key=lambda s: _shared(s.path, site.path), default=None)
         if found is None:
             raise SiteError(f"no feed-forward input is known beside {site.path}, which this adapter reads")
         return found
 
+    def reads_text(self, path: str) -> bool:
+        """Whether a module is part of the model that reads the text, as all are but in models of several senses."""
+        return not self.text or path.startswith(self.text + ".")
+
     def attention_modules(self) -> list[tuple[Site, str]]:
         """Self-attention modules as (a key site, module path): the parents of ``attn.k`` or ``attn.qkv``, by layer."""
-        return [(s, s.path.rsplit(".", 1)[0]) for s in self.with_role("attn.k", "attn.qkv")]
+        keys = self.with_role("attn.k", "attn.qkv")
+        return [(s, s.path.rsplit(".", 1)[0]) for s in keys if self.reads_text(s.path)]
 
     def select(self, targets: Sequence[str] | str, *, layers: Sequence[int] | None = None) -> list[Site]:
         """Sites named by ``targets``: roles, path suffixes as in PEFT, whole paths, or ``"all-linear"``.

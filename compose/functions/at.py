@@ -18,7 +18,7 @@ class AtOptions(Options):
 
     layers: tuple[int, ...] | None = Field(None, description="numbers of layers, from 0")
     sites: tuple[str, ...] | None = Field(
-        None, description='roles ("attn.q"), or ends of paths ("q_proj", "self_attn")'
+        None, description='roles ("attn.q"), or parts of paths ("q_proj", "language_model")'
     )
 
 

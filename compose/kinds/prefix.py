@@ -133,7 +133,11 @@ def _check_family(sites: SiteMap, model: PreTrainedModel, paths: list[str]) -> N
 def attention_shape(sites: SiteMap) -> tuple[int, int]:
     """(kv_heads, head_dim) of the self-attention, from the model's config (grouped queries have fewer kv heads)."""
     config = sites.config
-    heads = getattr(config, "num_attention_heads", None) or config.num_heads
+    heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
+    if not isinstance(heads, int):
+        raise KindError(
+            f"kind 'prefix' cannot work on {sites.model_type}, whose layers do not all have the same number of heads"
+        )
     head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or sites.hidden_size // heads
     return int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim)
 

@@ -94,7 +94,7 @@ class PromptTuning(Adapter):
         if sites.input_table is None:
             raise KindError(f"kind 'prompt' cannot work on {sites.model_type}, whose input is not looked up in a table")
         self.paths = (sites.embedding,)
-        table = model.get_input_embeddings().weight
+        table = cast("Tensor", model.get_submodule(sites.embedding).weight)
         vocabulary, width = table.shape
         if c.slot_token is not None and c.slot_token >= vocabulary:
             raise KindError(f"slot_token {c.slot_token} is no id of this base, whose vocabulary has {vocabulary}")

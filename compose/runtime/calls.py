@@ -96,6 +96,16 @@ class ModelCalls:
             finally:
                 context.end(call)  # Ctrl-C may have come in the midst of it
 
+    def with_prompt(self, prompt: PromptState, given: dict[str, Any]) -> Any:
+        """The model's output for these arguments behind a prompt that is not active, in this thread."""
+        idle = self._context.idle
+        call = Call(Composition(prompt=prompt), idle.batch, idle.lengths)
+        try:
+            self._context.begin(call)
+            return self._prompted(self._doors[0], call, given, outermost=True)
+        finally:
+            self._context.end(call)
+
     def _measure(self, call: Call, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         composition: Composition = call.composition
         call.batch = batch = _batch(module, kwargs)

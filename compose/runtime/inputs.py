@@ -119,7 +119,7 @@ class Inputs:
                         hint="average(a, b) mixes the embeddings of prompts; 0 leaves one out",
                     )
             kept.append([prompts[n] for _, n in there])
-        table: Any = self._model.get_input_embeddings()
+        table: Any = self._model.get_submodule(self._sites.embedding)
         like = table.weight.new_zeros(0, table.weight.shape[1], dtype=torch.float32)
         return stack_prompts(kept, like, causal=self._sites.reads_causally)
 

@@ -68,7 +68,7 @@ class Runtime:
         self._bank = Bank()
         self._calls = ModelCalls(model, self.sites, self.context, self._before_call)
         self._places = RowPlaces(model, self.sites, self._at_rest)
-        self._filling = Filling(model, self._calls.entrance, self._at_rest)
+        self._filling = Filling(model, self.sites, self._at_rest, self._calls.with_prompt)
         self._lock = threading.RLock()
         self._owner: tuple[str, int] | None = None  # who alone may use it, and in which thread
         self._asked = Composition()
@@ -246,9 +246,8 @@ class Runtime:
     def _take(self, draft: Draft, composition: Composition | None) -> None:
         """Make a draft's residents the model's own, and its composition active."""
         if composition is not None:
-            self._filling.before(composition)
-            self._places.before(composition, self.slot)
             self._stand_where(composition)
+            self._places.before(composition, self.slot, self._filling.check)
         for name, adapter in draft.adapters.items():
             if self.adapters.get(name) is not adapter:
                 self._settled(adapter, name)

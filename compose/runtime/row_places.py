@@ -14,6 +14,7 @@ from compose.base.sites import FINAL, SiteMap
 from compose.errors import KindError
 from compose.runtime.composition import Composition
 from compose.runtime.row_trials import RowTrials
+from compose.runtime.trial_findings import OTHER
 from compose.slots.row_layout import ROWS_FIRST, RowLayout
 from compose.slots.slot import Slot
 
@@ -31,8 +32,10 @@ class RowPlaces:
         self._prompted = ""
         self._open = False
 
-    def before(self, composition: Composition, slot: Callable[[str], Slot]) -> None:
-        """Find the rows at the slots that tell them apart, and wherever else their order is read.
+    def before(
+        self, composition: Composition, slot: Callable[[str], Slot], check: Callable[[Composition], None]
+    ) -> None:
+        """Find the rows at the slots that tell them apart, and wherever else their order is read; then ``check``.
 
         Raises
         ------
@@ -51,6 +54,7 @@ class RowPlaces:
             try:
                 self._trials.before_activation(self._wanted)
                 self._settle()
+                check(composition)
             except BaseException:
                 self._slots, self._plain, self._prompted, self._open = before
                 raise
@@ -71,6 +75,11 @@ class RowPlaces:
         if self._open and not torch.compiler.is_compiling():
             self._trials.before_call(module, given, self._wanted)
             self._settle()
+            if self._sites.text and self._trials.reads_more(module, given):
+                beside = [path for path in self._slots if not self._sites.reads_text(path)]
+                lost = [path for path in beside if path not in self._trials.found]
+                if lost:
+                    raise self._refusal(dict.fromkeys(lost, OTHER))
 
     @property
     def _wanted(self) -> tuple[str, ...]:
@@ -104,6 +113,8 @@ class RowPlaces:
         every = self._sites.paths
         bad = {self._sites[p].role for p in refused if p in every}
         good = sorted({self._sites[p].role for p in self._slots if p in every} - bad)
+        if any(map(self._sites.reads_text, self._slots)) and not any(map(self._sites.reads_text, refused)):
+            good = [self._sites.text.rpartition(".")[2]]  # all that reads the text
         apart = f", or keep adapters to where they can: at(a, sites=[{', '.join(map(repr, good))}])" if good else ""
         return KindError(
             f"rows of a batch cannot have adapters of their own at {path}{more}, which {why}",

@@ -20,7 +20,16 @@ from transformers import PreTrainedModel
 from compose.base.sites import FINAL, SiteMap
 from compose.errors import KindError
 from compose.runtime.positions import position_argument
-from compose.runtime.trial_findings import Finding, Runs, Trial, find, find_positions, find_states, joined, sample
+from compose.runtime.trial_findings import (
+    Finding,
+    Runs,
+    Trial,
+    find,
+    find_positions,
+    find_states,
+    joined,
+    sample,
+)
 from compose.runtime.trial_inputs import Sizes, TrialInputs, example, exchanged, form
 from compose.slots.row_layout import ROWS_FIRST
 from compose.slots.side import backbone
@@ -81,11 +90,19 @@ class RowTrials:
                 hint="activate one composition for the whole batch",
             )
 
+    def reads_more(self, module: nn.Module, given: Mapping[str, Any]) -> bool:
+        """Whether a call has inputs beside the rows', such as images beside texts."""
+        present = {name: value for name, value in given.items() if value is not None}
+        return bool(TrialInputs(module, self._model, present).others)
+
+    def _holds_no_values(self) -> bool:
+        return isinstance(next(self._model.parameters()).data, FakeTensor)
+
     def _try(self, module: nn.Module, given: Mapping[str, Any], paths: Iterable[str]) -> str | None:
         if not set(paths) <= self._watched:
             self._watched |= {*paths, *map(self._sites.module_of, self._sites.paths)}
             self._tried.clear()
-        if isinstance(next(self._model.parameters()).data, FakeTensor):  # whose calls only count operations
+        if self._holds_no_values():  # its calls only count operations
             self.found |= dict.fromkeys(self._watched, ROWS_FIRST)
         path = next(path for path, m in self._model.named_modules() if m is module)
         key = path, form(given)
@@ -106,10 +123,10 @@ class RowTrials:
         rows = base, exchanged(base, other, 0), exchanged(base, other, 1), base, inputs.drawn(few, 2)
         beside = [{}] * 5 if alone else [inputs.cut(r, changed=i == 3) for i, r in enumerate((3, 3, 3, 3, 2))]
         try:
-            with self._at_rest(), torch.no_grad(), torch.random.fork_rng(_cuda(self._model)):
+            with self._at_rest(), torch.no_grad():
                 seen = [self._watch(module, {**own, **rest}) for own, rest in zip(rows, beside, strict=True)]
         except FAILURES as error:
-            return str(error).strip().split("\n")[0] or type(error).__name__
+            return told(error)
         trial = Trial(many, few, inputs.reads_text)
         for path in self._watched:
             found = self._find(path, Runs(*(s.get(path, ()) for s in seen)), trial)
@@ -165,6 +182,11 @@ def _position_ids(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     return kwargs[place[0]] if place[0] in kwargs else args[place[1]]
 
 
+def told(error: Exception) -> str:
+    """The first line of what a model said, or the name of the error."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def _cuda(model: nn.Module) -> list[int]:
     """The CUDA devices that a model lies on."""
     return sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
@@ -175,14 +197,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; afterwards each of its modules has the attributes, submodules and hooks that it had.
 
     What a call leaves in a model goes too: positions of the last text, attention that short texts have switched over,
-    hooks that transformers puts on at the first call.
+    hooks that transformers puts on at the first call. Random numbers go on as if nothing had been.
     """
     before = [(m, dict(m.__dict__), _contents(m.__dict__)) for m in model.modules()]
     try:
         for module, _, _ in before:
             if module.training:
                 module.__dict__["training"] = False
-        yield
+        with torch.random.fork_rng(_cuda(model)):
+            yield
     finally:
         for module, attributes, contents in before:
             _restore(module.__dict__, attributes)

@@ -21,7 +21,7 @@ _GATHERED = "takes the tokens of all rows together"
 _SHARED = "gets one input for all rows"
 _MIXED = "gets what is made of several rows"
 _VARIES = "is called with rows in one place, then in another"
-_OTHER = "gets an input that is not the text's"
+OTHER = "gets an input that is not the text's"
 _UNLIKE = "gives states of other shapes than a block before it"
 _ORDER = "numbers tokens in another order than (rows, tokens)"
 _MOVED = 1e-3  # share of an entry by which it must move; entries of other rows move by rounding alone
@@ -105,7 +105,7 @@ def _layout(first: Tensor, second: Tensor, others: Tensor, *, small: torch.Size,
     leading, (rows, _), (few, _) = first.shape, _pair(trial.many), _pair(trial.few)
     if not (first.any() or second.any()):
         if others.any():
-            return _OTHER
+            return OTHER
         # A constant: queries that are learned, the same for each row, or positions, once for all.
         each_its_own = len(leading) > 1 and leading[0] == rows and small[0] == few
         return RowLayout(tokens=False) if each_its_own else _SHARED

@@ -56,6 +56,6 @@ def check_limits(sites: SiteMap, call: Call, adapters: Mapping[str, Adapter]) ->
 
 
 def _named(sites: SiteMap, name: str, path: str) -> bool:
-    if path == name or path.endswith("." + name):
+    if f".{name}." in f".{path}.":
         return True
     return path in sites.paths and name in (sites[path].role, sites[path].name)

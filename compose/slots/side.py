@@ -147,6 +147,11 @@ class SideSlot(Standing):
     def _put(self, output: Any, before: Tensor, after: Tensor) -> Any:
         """The output with other final states; what the pooler makes of them is made anew."""
         pooler = getattr(self.layer, "pooler", None)
+        if not isinstance(output, tuple) and output.get("pooler_output") is not None and pooler is None:
+            raise KindError(
+                f"a side network cannot act in {type(self.layer).__name__}, which pools its final states itself",
+                hint="`hub compose kinds` lists those that act inside the model",
+            )
         if isinstance(output, tuple):
             pooled = (pooler(after),) if isinstance(pooler, nn.Module) and len(output) > 1 else output[1:2]
             return (after, *pooled, *output[2:])
@@ -182,17 +187,23 @@ def _history(output: Any, kwargs: Mapping[str, Any]) -> Any:
 
 def backbone(model: PreTrainedModel, sites: SiteMap) -> tuple[nn.Module, list[nn.Module]]:
     """The module that gives the final states (of an encoder-decoder, its decoder) and its blocks, in order."""
-    stack = "decoder" if sites.is_encoder_decoder else ""
-    paths = dict.fromkeys(sites.block_of(s.path) for s in sites if s.stack == stack)
-    blocks = [model.get_submodule(path) for path in paths]
+    blocks = [model.get_submodule(path) for path in _blocks(sites)]
+    if sites.text:
+        return model.get_submodule(sites.text), blocks
     # Some heads call the decoder inside their backbone directly (OPT), so the innermost module counts.
     decoder = model.get_decoder()
     inner = decoder is not model and any(blocks[0] is module for module in decoder.modules())
     return (decoder if inner else model.base_model), blocks
 
 
+def _blocks(sites: SiteMap) -> list[str]:
+    """Paths of the blocks that make the final states, in order."""
+    stack = "decoder" if sites.is_encoder_decoder else ""
+    inside = (s.path for s in sites if s.stack == stack and sites.reads_text(s.path))
+    return list(dict.fromkeys(map(sites.block_of, inside)))
+
+
 def depth(sites: SiteMap) -> int:
     """How many states a trace holds but for the first: blocks that share their weights count once a layer."""
-    stack = "decoder" if sites.is_encoder_decoder else ""
-    blocks = {sites.block_of(s.path) for s in sites if s.stack == stack}
+    blocks = _blocks(sites)
     return int(sites.config.num_hidden_layers) if len(blocks) == 1 else len(blocks)

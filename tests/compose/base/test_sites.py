@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import compose
+from compose.base.families import guess_role
 from compose.base.sites import SiteMap
-from compose.errors import SiteError
+from compose.errors import KindError, SiteError
 from compose.runtime.model_runtime import runtime
 
 FAMILIES = ["llama", "qwen2", "gpt2", "bert", "roberta", "t5", "opt", "gpt_neox"]
@@ -153,3 +155,64 @@ def test_a_base_without_known_sites_is_refused():
         compose.create(model, "lora", name="a")
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not hasattr(model, "moduloom_adapters")
+
+
+class Router(nn.Linear):
+    """As Llama 4 and Phi-MoE have them: scores of experts, and which are chosen."""
+
+    def forward(self, x):
+        scores = super().forward(x)
+        return scores, scores.topk(1).indices
+
+
+class Doubled(nn.Linear):
+    """Looks like a linear layer of its weight, and is none."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class InItsOwnWords(nn.Linear):
+    """As Falcon writes it."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def test_a_linear_layer_is_one_that_computes_a_product(tiny):
+    model = tiny.model("llama")
+    for i, cls in enumerate((Router, Doubled, InItsOwnWords, nn.Linear)):
+        model.model.layers[i % 2].mlp.add_module(f"extra{i}", cls(32, 4))
+    found = {s.path.rpartition(".")[2] for s in SiteMap(model)}
+    assert {name for name in found if name.startswith("extra")} == {"extra2", "extra3"}
+
+
+def test_the_feed_forward_block_beside_a_site_is_its_own():
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[2], num_heads=[2], window_size=4)
+    sites = SiteMap(transformers.SwinModel(config))
+    down = [s for s in sites if s.path.endswith("fc2")]
+    assert len(down) == 2  # of one stage, which is what the number of a layer says there
+    assert [sites.entry_beside(s).path for s in down] == [s.path.replace("fc2", "fc1") for s in down]
+
+
+@pytest.mark.parametrize("suffix", ["layer.1.EncDecAttention.k", "cross_attn.k_proj", "encoder_attn.k_proj"])
+def test_cross_attention_is_none_of_the_texts_own(suffix):
+    assert guess_role(suffix) == "cross.k"
+
+
+def test_models_without_a_table_of_tokens():
+    """Images and sounds: what needs a table or one width says so, the rest works."""
+    torch.manual_seed(0)
+    config = transformers.SegformerConfig(hidden_sizes=[8, 16], depths=[1, 1], num_attention_heads=[1, 2])
+    config.num_encoder_blocks = 2
+    model = transformers.SegformerModel(config)
+    sites = SiteMap(model)
+    assert sites.embedding == ""
+    assert sites.input_table is None
+    with pytest.raises(SiteError, match="no one width"):
+        _ = sites.hidden_size
+    for kind in ("prompt", "prefix", "ladder", "attention_fusion"):
+        with pytest.raises((KindError, SiteError)):
+            compose.create(model, kind, name=kind)
+    compose.activate(model, None)

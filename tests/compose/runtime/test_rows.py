@@ -189,12 +189,65 @@ def test_other_kinds_too(family, kind):
 
 
 @pytest.mark.parametrize("length", [3, 4])
-@pytest.mark.parametrize("family", ["xlnet", "fsmt", "opt", "prophetnet", "reformer", "phimoe"])
+@pytest.mark.parametrize("family", ["xlnet", "fsmt", "opt", "prophetnet", "reformer", "phimoe", "longt5"])
 def test_prompts_of_rows(family, length):
     model = build(*APART[family])
     put(model, "a", kind="prompt", num_virtual_tokens=3)
     put(model, "b", kind="prompt", num_virtual_tokens=2)
     agree(model, inputs(model, length=length))
+
+
+@pytest.mark.parametrize("family", ["opt", "longt5", "switch_transformers", "phimoe", "vit", "wav2vec2"])
+def test_prefixes_of_rows(family):
+    model = build(*(APART | {name: what[:3] for name, what in REFUSED.items()})[family])
+    put(model, "a", kind="prefix", num_virtual_tokens=3)
+    put(model, "b", kind="prefix", num_virtual_tokens=2)
+    agree(model, inputs(model))
+
+
+def test_a_prefix_of_each_row_where_positions_are_laid_out_otherwise():
+    model = build("PegasusXConfig", "Seq2SeqLM", {**_BART, "max_position_embeddings": 64, "num_global_tokens": 4})
+    put(model, "a", kind="prefix", num_virtual_tokens=3)
+    put(model, "b", kind="prefix", num_virtual_tokens=2)
+    with pytest.raises(KindError, match="embed_positions numbers tokens in another order"):
+        activate(model, ROWS)
+
+
+@pytest.mark.parametrize("family", ["xlnet", "longformer", "fsmt", "prophetnet", "reformer", "swin"])
+@pytest.mark.parametrize("kind", ["ladder", "attention_fusion"])
+def test_side_networks_need_states_of_rows_and_tokens(family, kind):
+    model = build(*APART[family])
+    put(model, "a", kind=kind)
+    with pytest.raises(KindError, match="a side network cannot act in this"):
+        activate(model, "a")
+
+
+def test_side_networks_need_states_that_are_pooled_where_they_can_see():
+    model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**{**_PLAIN, "eos_token_id": 2})).eval()
+    put(model, "a", kind="ladder")
+    activate(model, "a")
+    with torch.no_grad(), pytest.raises(KindError, match="pools its final states itself"):
+        model(input_ids=torch.arange(4, 13).reshape(3, 3))
+
+
+UNEVEN = {  # no mask, places counted from the first one on, a row's last place looked at
+    "fnet": ("FNetConfig", "MaskedLM", {**_PLAIN, "tpu_short_seq_length": 64}),
+    "ctrl": ("CTRLConfig", "CausalLM", {**_IDS, "n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "openai-gpt": ("OpenAIGPTConfig", "CausalLM", {**_IDS, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "bart": ("BartConfig", "CausalLM", {**_BART, "is_encoder_decoder": False, "max_position_embeddings": 64}),
+    "convbert": ("ConvBertConfig", "MaskedLM", {**_PLAIN, "embedding_size": 16}),
+}
+
+
+@pytest.mark.parametrize("family", UNEVEN)
+def test_prompts_of_different_lengths_where_what_fills_up_is_read(family):
+    model = build(*UNEVEN[family])
+    put(model, "a", kind="prompt", num_virtual_tokens=3)
+    put(model, "b", kind="prompt", num_virtual_tokens=2)
+    put(model, "c", kind="prompt", num_virtual_tokens=3)
+    with pytest.raises(KindError, match="prompts of unlike lengths"):
+        activate(model, ["a", "b", None])
+    agree(model, inputs(model), ["a", "c", "a"])  # of one length
 
 
 @pytest.mark.parametrize(("family", "length"), [("longformer", 5), ("led", 5), ("big_bird", 100)])
@@ -249,17 +302,38 @@ def test_images_are_not_rows(images):
     put(model, "a", "b")
     with torch.no_grad():
         activate(model, ROWS)
-        with pytest.raises(KindError, match="vision_tower"):
+        with pytest.raises(KindError, match=r"vision_tower.* which gets an input that is not the text's"):
             model(**batch)
         agree(model, {"input_ids": torch.arange(4, 13).reshape(3, 3)})  # without images no image is asked for
 
-        language = [p for p in runtime(model).sites.paths if "language_model" in p]
-        put(model, "l", "m", target_modules=language)
-        together = logits(model, ["l", "m", None], batch)
-        for i, (expr, n) in enumerate(zip(["l", "m", None], images, strict=True)):
-            own = batch["pixel_values"][sum(images[:i]) :][:n]
-            alone = {"input_ids": batch["input_ids"][i : i + 1], **({"pixel_values": own} if n else {})}
-            torch.testing.assert_close(together[i : i + 1], logits(model, expr, alone), rtol=1e-3, atol=1e-4)
+
+@pytest.mark.parametrize("images", [(1, 0, 2), (1, 1, 1)])
+@pytest.mark.parametrize("kind", ["lora", "prompt", "prefix", "ladder", "attention_fusion"])
+def test_the_text_of_a_model_with_images(kind, images):
+    model, batch = llava(images)
+    if kind == "lora":
+        put(model, "l", "m")
+        rows = [f"at({name}, sites=['language_model'])" for name in "lm"] + [None]
+    else:
+        lengths = ({"num_virtual_tokens": 3}, {"num_virtual_tokens": 2}) if kind in ("prompt", "prefix") else ({}, {})
+        for name, options in zip("lm", lengths, strict=True):
+            put(model, name, kind=kind, **options)
+        rows = ["l", "m", None]
+    together = logits(model, rows, batch)
+    for i, (expr, n) in enumerate(zip(rows, images, strict=True)):
+        own = batch["pixel_values"][sum(images[:i]) :][:n]
+        alone = {"input_ids": batch["input_ids"][i : i + 1], **({"pixel_values": own} if n else {})}
+        torch.testing.assert_close(together[i : i + 1], logits(model, expr, alone), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(together[0], logits(model, None, batch)[0], atol=1e-3)
+
+
+def test_the_hint_of_a_model_with_images_works():
+    model, batch = llava((1, 0, 2))
+    put(model, "a", "b")
+    activate(model, ROWS)
+    with torch.no_grad(), pytest.raises(KindError) as refused:
+        model(**batch)
+    assert "at(a, sites=['language_model'])" in refused.value.hint
 
 
 @pytest.mark.parametrize("pictures", [2, 3])
