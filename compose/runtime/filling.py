@@ -1,7 +1,7 @@
 """Whether prompts of unlike lengths can stand side by side: what fills up the shorter rows must be without effect.
 
 Attention leaves masked places out. But some models have no mask (FNet), convolve over it (ConvBERT), count places from
-the first one on (CTRL), look at the last one (SigLIP), or take it into a recurrent state (RWKV). A trial tells: two rows
+the first on (CTRL), look at the last (SigLIP), or take it into a recurrent state (RWKV). A trial tells: two rows
 are called behind prompts of unlike lengths, and the row of the shorter one then by itself.
 """
 
