@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
 
+from compose.base.fingerprint import ADAPTERS
 from compose.base.text_config import fact
 from compose.runtime.model_runtime import runtime
 from hub.console.output import bytes_text
@@ -68,7 +69,7 @@ def preview(ready: PreparedRun) -> Preview:
     _, seconds = _measure(ready, typical, config)
     steps = span_in_steps(config.duration, math.ceil(len(data) / config.batch_size))
     weights = sum(p.numel() for p in trained)
-    bases = [(name, p) for name, p in ready.model.named_parameters() if not name.startswith("moduloom_adapters.")]
+    bases = [(name, p) for name, p in ready.model.named_parameters() if not name.startswith(ADAPTERS)]
     module_of = runtime(ready.model).sites.module_of
     layers = {path: _base_layer(ready.model, path) for path in map(module_of, adapter.paths)}
     return Preview(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+ADAPTERS = "moduloom_adapters"  # attribute of a model that holds its adapters as modules
 _SHOW_PROGRESS = 2 * 2**30  # bytes; below, hashing takes a second or two
 _MAX_CACHE = 64 * 2**20  # bytes
 # Written by whichever version or call saved the model; they do not change what it computes.
@@ -81,7 +82,7 @@ def base_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     named = model.state_dict(keep_vars=True).items()
-    plain = {n: t.detach() for n, t in named if n not in tied and not n.startswith("moduloom_adapters.")}
+    plain = {n: t.detach() for n, t in named if n not in tied and not _is_adapters(n)}
     return dict(revert_weight_conversion(model, plain))
 
 
@@ -131,7 +132,12 @@ def _file_prints(files: Iterable[Path]) -> dict[str, Print]:
         if twice := found.keys() & prints.keys():
             raise IntegrityError(f"tensor {min(twice)!r} is in two files of {file.parent}", path=file)
         found.update(prints)
-    return found
+    return {name: value for name, value in found.items() if not _is_adapters(name)}
+
+
+def _is_adapters(name: str) -> bool:
+    """Whether a tensor is of an adapter in training, as in checkpoints of a model that learns one."""
+    return name.startswith(ADAPTERS + ".")
 
 
 def _hashed(path: Path) -> dict[str, Print]:

@@ -19,7 +19,7 @@ from compose.base.sites import SiteMap
 from compose.errors import KindError
 from compose.formats import adapterhub, peft
 from compose.formats.files import OWN_KIND, file_of, kind_of, read_config, read_tensors, write_config, write_tensors
-from compose.kind.adapter import Adapter, KindConfig, original_module
+from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.patterns import as_dict
 from compose.kind.registry import get_kind, make_config
 from compose.kind.tensors import PREFIX
@@ -116,7 +116,7 @@ def export_peft(
     prefix = peft.PROMPT_PREFIX if prompting else PREFIX
     tensors = dict(adapter.state(heads=False))
     for path in peft.heads_to_write(fields.get("modules_to_save", ()), fields["task_type"], sites):
-        head = adapter.head(path) or original_module(model, path)
+        head = adapter.head(path) or model.get_submodule(path)
         tensors.update({f"{prefix}{path}.{key}": value for key, value in head.state_dict().items()})
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
@@ -201,7 +201,7 @@ def without_base(
     copies = of_the_base(tensors, adapter, sites)
     modules = dict(model.named_modules()) if copies else {}
     for key, (path, name) in copies.items():
-        own = original_module(model, path).state_dict().get(name) if path in modules else None
+        own = model.get_submodule(path).state_dict().get(name) if path in modules else None
         value = tensors[key]
         if own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype)):
             continue

@@ -73,7 +73,7 @@ class Adapter(NamedTensors):
         self.build(sites, model)
         self.module_paths = tuple(dict.fromkeys(map(sites.module_of, self.paths)))  # where its sites lie
         for path in _modules_to_save(model, config.modules_to_save):
-            self._carry(path, original_module(model, path))
+            self._carry(path, model.get_submodule(path))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "home": None}  # a copy is resident nowhere
@@ -167,11 +167,6 @@ class Adapter(NamedTensors):
                 hint="give target_modules yourself",
             )
         return sites.select(present, layers=self.config.layers)
-
-
-def original_module(model: nn.Module, path: str) -> nn.Module:
-    """The base module at ``path``, to be read; what stands in its forward is not asked."""
-    return model.get_submodule(path)
 
 
 def _modules_to_save(model: nn.Module, names: Sequence[str]) -> Iterator[str]:

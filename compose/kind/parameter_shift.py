@@ -22,7 +22,7 @@ from compose.base.weights import with_parameters
 from compose.errors import SiteError
 from compose.kernels.fused_rows import FusedRows
 from compose.kernels.maps import LinearMap
-from compose.kind.adapter import Adapter, KindConfig, original_module
+from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.registry import get_kind, make_config
 
 
@@ -73,7 +73,7 @@ class Shift(Adapter, ABC):
         owners: dict[tuple[int, FusedRows | None], tuple[str, str]] = {}
         # A parameter that two modules share is created where it comes first; the second place points to that one.
         for path in self.paths:
-            module, rows = original_module(model, sites.module_of(path)), sites.rows_of(path)
+            module, rows = model.get_submodule(sites.module_of(path)), sites.rows_of(path)
             for name, parameter in module.named_parameters(recurse=False):
                 if name == "bias" and not self.config.biases:
                     continue
@@ -93,7 +93,7 @@ class Shift(Adapter, ABC):
         # Tied parameters have one owner: each is written once, and moves in all its places.
         for owner in dict.fromkeys(self._tied.values()):
             shape = dense.at(*owner).shape
-            module = original_module(model, sites.module_of(owner[0]))
+            module = model.get_submodule(sites.module_of(owner[0]))
             linear = owner[1] == "weight" and linear_shape(module) is not None
             spread = self.map_at(*owner).dense() if linear else self.vector_at(*owner)
             dense.at(*owner).data = spread.detach().reshape(shape).clone()
@@ -155,8 +155,8 @@ def _chosen(config: ShiftConfig, sites: SiteMap, model: PreTrainedModel) -> list
     everything = {**blocks, **dict.fromkeys(sites.outside)}
     tables: set[str] = set()
     if sites.input_table is not None:  # with a decoder's embeddings that are the encoder's
-        table = original_module(model, sites.embedding).weight
-        tables = {p for p in sites.tables if original_module(model, p).weight is table}
+        table = model.get_submodule(sites.embedding).weight
+        tables = {p for p in sites.tables if model.get_submodule(p).weight is table}
         everything |= dict.fromkeys(tables)
     # What is asked for: by default what stands in a block.
     if wanted is None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from compose.atoms import Atoms, Below
 from compose.base.sites import SiteMap
 from compose.base.weights import acts_on_features, bias_of
-from compose.kind.adapter import Adapter, KindConfig, original_module
+from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.registry import register
 
 
@@ -31,16 +31,16 @@ class Bias(Adapter):
         """One vector a module."""
         if self.config.target_modules is None:
             modules = [s.path for s in sites if self.config.layers is None or s.layer in self.config.layers]
-            biased = [p for p in modules if bias_of(original_module(model, p)) is not None]
+            biased = [p for p in modules if bias_of(model.get_submodule(p)) is not None]
             if biased and self.config.layers is None:
-                norms = {p: original_module(model, p) for p in sites.norms}
+                norms = {p: model.get_submodule(p) for p in sites.norms}
                 biased += [p for p, m in norms.items() if bias_of(m) is not None and acts_on_features(m)]
             chosen = biased or modules
         else:
             chosen = [s.path for s in self.targets(sites)]
         self.paths = tuple(chosen)
         for path in chosen:
-            norm = None if path in sites.paths else bias_of(original_module(model, path))
+            norm = None if path in sites.paths else bias_of(model.get_submodule(path))
             self.add(path, "b", torch.zeros(sites[path].out_features if norm is None else len(norm)))
 
     def lower(self, path: str, below: Below) -> Atoms | None:

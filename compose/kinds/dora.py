@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from compose.atoms import Atoms, Below
 from compose.base.sites import SiteMap
 from compose.base.weights import row_norm_squared
-from compose.kind.adapter import original_module
 from compose.kind.low_rank import LowRank
 from compose.kind.registry import register
 
@@ -30,7 +29,7 @@ class Dora(LowRank):
         """A and B as LoRA's; m starts as the row norm of W, so g = 1."""
         super().build(sites, model)
         for site in map(sites.__getitem__, self.paths):
-            norm = row_norm_squared(original_module(model, site.module)).sqrt()
+            norm = row_norm_squared(model.get_submodule(site.module)).sqrt()
             self.add(site.path, "magnitude", site.share(norm).cpu())
 
     def lower(self, path: str, below: Below) -> Atoms | None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from compose.base.sites import SiteMap
 from compose.errors import KindError
 from compose.kind import heads
-from compose.kind.adapter import Adapter, KindConfig, original_module
+from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.registry import register
 
 
@@ -50,7 +50,7 @@ class Head(Adapter):
             raise KindError("a head is whole modules outside the layers: give target_modules alone")
         self._half = model.dtype != torch.float32
         for path in heads.head_modules(model, sites, self.config.target_modules):
-            self._carry(path, original_module(model, path))
+            self._carry(path, model.get_submodule(path))
             module = self.head(path)
             assert module is not None  # noqa: S101 - just put there
             if self.config.num_labels is not None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from compose.atoms import Prefix
 from compose.base.sites import SiteMap
 from compose.errors import KindError
-from compose.kind.adapter import Adapter, KindConfig, original_module
+from compose.kind.adapter import Adapter, KindConfig
 from compose.kind.registry import register
 from compose.runtime.positions import position_argument
 from compose.runtime.prefixes import takes_prefix
@@ -121,13 +121,13 @@ class PrefixTuning(Adapter):
 
 def _check_family(sites: SiteMap, model: PreTrainedModel, paths: list[str]) -> None:
     """Refuse a family whose attention or positions are made where a prefix cannot reach them."""
-    closed = next((p for p in paths if not takes_prefix(original_module(model, p))), None)
+    closed = next((p for p in paths if not takes_prefix(model.get_submodule(p))), None)
     if closed is not None:
         raise KindError(
             f"kind 'prefix' cannot work on {sites.model_type}: {closed} does not go through transformers' attention "
             "interface, where the keys and values of a prefix come in"
         )
-    fixed = next((p for p in sites.positions if position_argument(original_module(model, p)) is None), None)
+    fixed = next((p for p in sites.positions if position_argument(model.get_submodule(p)) is None), None)
     if fixed is not None:
         raise KindError(
             f"kind 'prefix' cannot work on {sites.model_type}: {fixed} makes up the positions itself, "

@@ -13,8 +13,6 @@ from torch import nn
 
 from compose.kind.adapter import Adapter
 
-BANK = "moduloom_adapters"  # attribute of the model
-
 
 class Bank(nn.ModuleDict):
     """Adapters by name."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compose.algebra import ExprLike, as_rows
+from compose.base.fingerprint import ADAPTERS
 from compose.base.given import bare_model
 from compose.base.quantization import keep_differentiable
 from compose.base.sites import FINAL, SiteMap
@@ -30,7 +31,7 @@ from compose.kind.adapter import Adapter
 from compose.parameter_space.certificate import Certificate
 from compose.planning.plan import Leaf, plan
 from compose.runtime.activation import Activation
-from compose.runtime.bank import BANK, Bank
+from compose.runtime.bank import Bank
 from compose.runtime.calls import ModelCalls
 from compose.runtime.composition import Composition
 from compose.runtime.draft import Draft, Merges
@@ -374,7 +375,7 @@ class Runtime:
         try:
             for parameter, _ in self._flags:
                 parameter.requires_grad_(False)
-            self.model.add_module(BANK, self._bank)
+            self.model.add_module(ADAPTERS, self._bank)
             self._calls.enter()
             self.model.__dict__[_HOME] = self
         except BaseException:
@@ -404,7 +405,7 @@ class Runtime:
         self.inputs.leave()
         self._calls.leave()
         use_interface(self.model, on=False)
-        self.model._modules.pop(BANK, None)
+        self.model._modules.pop(ADAPTERS, None)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self.model.__dict__.pop(_HOME, None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import compose
-from compose.kind.adapter import Adapter, original_module
+from compose.kind.adapter import Adapter
 from compose.kinds.ladder import Ladder
 from compose.runtime.model_runtime import runtime
 from train.data.batches import Dataset
@@ -73,7 +73,7 @@ def _weights(model: PreTrainedModel, layer: int) -> dict[str, nn.Parameter | Non
     weights: dict[str, nn.Parameter | None] = {}
     for role in _ROLES:
         sites = [site for site in runtime(model).sites.with_role(role) if site.layer == layer and site.stack == ""]
-        module = original_module(model, sites[0].path) if len(sites) == 1 else None
+        module = model.get_submodule(sites[0].path) if len(sites) == 1 else None
         weight = module.weight if isinstance(module, nn.Linear) else None
         weights[role] = weight if isinstance(weight, nn.Parameter) and weight.dtype.is_floating_point else None
     return weights

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import compose
+from compose.base.model import identity_of
 from compose.base.quantization import keep_differentiable
 from compose.kind.registry import kinds
 from compose.runtime.model_runtime import activate, eject, runtime
@@ -177,6 +178,7 @@ def test_a_trainer_of_transformers_goes_on_from_its_checkpoint(tiny, close, tmp_
     whole.eval(), resumed.eval(), half.eval()
     close(tiny.logits(resumed, batch), tiny.logits(whole, batch))
     assert not torch.allclose(tiny.logits(half, batch)[0], tiny.logits(whole, batch)[0], atol=1e-4)
+    assert identity_of(checkpoint).weights == compose.identity(whole).weights
     base, report = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
     assert not report["missing_keys"]
     close(tiny.logits(base.eval(), batch), tiny.logits(tiny.model("llama"), batch))
