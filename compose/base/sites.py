@@ -148,7 +148,8 @@ class SiteMap:
         # Beside a model of images or sounds, the one that reads the text: prompts, prefixes and side networks are its.
         self.text = "" if self.is_encoder_decoder else _text_model(model)
         # A prompt goes in where the text does: before the encoder, if there is one; a prefix acts in the decoder.
-        table = input_embeddings(model.get_encoder() if self.is_encoder_decoder else model)
+        reader = model.get_encoder() if self.is_encoder_decoder else model
+        table = input_embeddings(reader) or (input_embeddings(modules[self.text]) if self.text else None)
         self.embedding = next((p for p, m in modules.items() if m is table), "")
         self.positions = tuple(
             p

@@ -21,7 +21,7 @@ from compose.base.sites import SiteMap
 from compose.errors import KindError
 from compose.runtime.composition import Composition
 from compose.runtime.prompts import PromptState
-from compose.runtime.row_trials import FAILURES, told
+from compose.runtime.row_trials import FAILURES
 from compose.runtime.trial_inputs import Sizes, TrialInputs
 
 _ROWS = Sizes(2, 5)
@@ -78,8 +78,8 @@ class Filling:
             with self._at_rest():
                 together = self._with_prompt(both, rows)
                 alone = self._with_prompt(short, {name: value[1:] for name, value in rows.items()})
-        except FAILURES as error:  # as of a model that asks for more than a text
-            return f"a trial call failed ({told(error)})"
+        except FAILURES:
+            return "it asks for more than a text, so that it cannot be tried"
         return "" if _alike(together, alone) else "what fills up the shorter rows is read there, mask or not"
 
 

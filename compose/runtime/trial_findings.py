@@ -24,7 +24,9 @@ _VARIES = "is called with rows in one place, then in another"
 OTHER = "gets an input that is not the text's"
 _UNLIKE = "gives states of other shapes than a block before it"
 _ORDER = "numbers tokens in another order than (rows, tokens)"
-_MOVED = 1e-3  # share of an entry by which it must move; entries of other rows move by rounding alone
+# Share of an entry by which it must move: entries of other rows move by rounding alone.
+_MOVED = {torch.float32: 1e-5, torch.float64: 1e-10}
+_IN_HALF = 1e-3
 _FEATURES = 64  # of an entry that are looked at
 
 
@@ -50,7 +52,7 @@ def sample(x: Tensor) -> Tensor:
     """Some features of each entry, (..., f); ids are their own feature."""
     if not x.is_floating_point() or x.dim() == 0:
         return x.detach().clone().float()[..., None]
-    return x[..., :: max(1, x.shape[-1] // _FEATURES)].detach().clone().float()
+    return x[..., :: max(1, x.shape[-1] // _FEATURES)].detach().clone()
 
 
 def find(runs: Runs, trial: Trial) -> Finding | None:
@@ -98,7 +100,8 @@ def joined(a: Finding | None, b: Finding) -> Finding:
 
 def _moved(a: Tensor, b: Tensor) -> Tensor:
     """Which entries differ by more than rounding."""
-    return (a - b).abs().sum(-1) > _MOVED * (a.abs().sum(-1) + b.abs().sum(-1))
+    share, a, b = _MOVED.get(a.dtype, _IN_HALF), a.float(), b.float()
+    return (a - b).abs().sum(-1) > share * (a.abs().sum(-1) + b.abs().sum(-1))
 
 
 def _layout(first: Tensor, second: Tensor, others: Tensor, *, small: torch.Size, trial: Trial) -> Finding:
