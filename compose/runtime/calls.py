@@ -22,7 +22,6 @@ from compose.runtime import prompts as prompting
 from compose.runtime.composition import Composition
 from compose.runtime.idle import Watch
 from compose.runtime.prompts import Entrance, PromptState
-from compose.slots.caches import tokens_before
 from compose.slots.call import Call, Context, Standing
 
 Prepare: TypeAlias = Callable[[nn.Module, Mapping[str, Any]], None]  # by the module called and its arguments
@@ -38,7 +37,6 @@ class Doorway(Standing):
     def __init__(self, module: nn.Module, calls: ModelCalls) -> None:
         super().__init__(module)
         self._calls = calls
-        self.takes_positions = "position_ids" in inspect.signature(module.forward).parameters
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -89,10 +87,9 @@ class ModelCalls:
             context.begin(call)
             self._measure(call, door.layer, given)
             with self.watch.over(call):
-                if call.composition.prompt is not None:
-                    return self._prompted(door, call, given, outermost=True)
-                placed = self._placed(door, call.composition, given)
-                return door.own(*args, **kwargs) if placed is given else door.own(**placed)
+                if call.composition.prompt is None:
+                    return door.own(*args, **kwargs)
+                return self._prompted(door, call, given, outermost=True)
         finally:
             try:
                 context.end(call)
@@ -116,27 +113,13 @@ class ModelCalls:
         extra = () if composition.prompt is None else tuple(n + composition.prompt.length for n in lengths)
         call.lengths = (*lengths, *extra)
         if composition.measures_past:
-            call.past, call.mask = tokens_before(kwargs) or 0, _mask(kwargs)
+            cache = kwargs.get("past_key_values")
+            call.past = 0 if cache is None else int(cache.get_seq_length())
         if composition.count > 1 and (not batch or batch % composition.count):
             raise KindError(
                 f"the active composition has {composition.count} rows and the batch has {batch}",
                 hint="activate one expression per row, or one for all",
             )
-
-    def _placed(self, door: Doorway, composition: Composition, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments with the places of padded texts, which how they see a prefix depends on."""
-        mask = _mask(kwargs)
-        if (
-            composition.shift is None
-            or mask is None
-            or not self.entrance.explicit_positions
-            or self._encoder is not None
-        ):
-            return kwargs
-        if not door.takes_positions or kwargs.get("position_ids") is not None or not bool((mask[:, 0] == 0).any()):
-            return kwargs
-        text = next(kwargs[name] for name in (*IDS, *STATES) if kwargs.get(name) is not None)
-        return {**kwargs, "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)[:, -text.shape[1] :]}
 
     def _prompted(self, door: Doorway, call: Call, kwargs: dict[str, Any], *, outermost: bool) -> Any:
         prompt, module = cast("PromptState", call.composition.prompt), door.layer
@@ -146,7 +129,6 @@ class ModelCalls:
             kwargs = {**kwargs, "attention_mask": call.text_mask}
         extended = prompting.extend_inputs(prompt, self.entrance, kwargs)
         arguments, places = extended.arguments, extended.places
-        call.mask = None if call.mask is None else _mask(arguments)
         if places is None:  # the cache holds the prompt
             return door.own(**arguments)
         batch, total = places.shape
@@ -206,11 +188,6 @@ def _batch(module: nn.Module, kwargs: Mapping[str, Any]) -> int:
     return int(source.shape[0] if isinstance(source, Tensor) else source[0].shape[0])
 
 
-def _mask(kwargs: Mapping[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
 def _lengths(kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """How many tokens each row of the texts of a call has, by ids (B, T) or states (B, T, d)."""
     texts = [(kwargs.get(name), end) for names, end in ((IDS, None), (STATES, -1)) for name in names]
@@ -231,11 +208,8 @@ def _entrance(model: PreTrainedModel, sites: SiteMap) -> Entrance:
     positions = [model.get_submodule(path) for path in sites.positions]
     first = next((int(m.padding_idx) + 1 for m in positions if isinstance(getattr(m, "padding_idx", None), int)), 0)
     read_off_mask = any("attention_mask" in inspect.signature(m.forward).parameters for m in positions)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
     return Entrance(
         filler=next(i for i in range(len(special) + 1) if i not in special),
         first_position=first,
         explicit_positions=bool(positions) and not read_off_mask,
-        window=window if "sliding_attention" in layers else None,
     )

@@ -148,13 +148,11 @@ class Entrance:
     ``filler`` is the id of an ordinary token: it stands where the prompt will be, so that models which look at ids (for
     the last token that is no padding, for positions) count it. ``first_position`` is 0, or what RoBERTa starts from;
     with ``explicit_positions`` rows of different length are told their positions, which others read off the mask.
-    ``window`` is how many places some layer's attention sees, None: all.
     """
 
     filler: int
     first_position: int
     explicit_positions: bool
-    window: int | None = None
 
 
 # Arguments with a value for each token, and what those of a prompt are.
@@ -192,15 +190,9 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
     _check_room(kwargs.get("past_key_values"), length + (seen or n))
     # The mask covers what the cache holds; of that, the prompt's part is ours to add.
     mask = _mask(kwargs.get("attention_mask"), source, length + max(0, seen - n))
-    padded = state.causal and kwargs.get("attention_mask") is not None and bool((mask[:, 0] == 0).any())
-    if padded and entrance.window is not None and n + mask.shape[1] > entrance.window:
-        raise KindError(
-            f"padding stands between the prompt and its text, and this model's attention sees {entrance.window} places",
-            hint="pad texts on the right, or give those of one length together",
-        )
     layout = state.layout(mask)
     out = {**kwargs, "attention_mask": layout.join(state.mask().to(mask), mask)}
-    _extend_positions(state, entrance, layout, out, seen, apart=padded or state.uneven)
+    _extend_positions(state, entrance, layout, out, length, seen)
     # With a cache the prompt has been read: only the mask and the positions go on telling of it.
     if seen:
         return ExtendedInputs(out, layout, None, state.embeddings)
@@ -267,19 +259,17 @@ def extend_mask(state: PromptState, mask: Tensor) -> Tensor:
 
 
 def _extend_positions(
-    state: PromptState, entrance: Entrance, layout: Layout, out: dict[str, Any], seen: int, *, apart: bool
+    state: PromptState, entrance: Entrance, layout: Layout, out: dict[str, Any], length: int, seen: int
 ) -> None:
-    """Each row's own tokens stand at 0, 1, ...: text after a prompt of n_i begins at n_i.
-
-    ``apart``: some row's do not stand in one run from the first column on.
-    """
+    """Each row's own tokens stand at 0, 1, ...: text after a prompt of n_i begins at n_i."""
     given, n, short = out.get("position_ids"), state.length, state.shortfall()
     if given is not None:
         text = given + state.counts[:, None].to(given)
         front = entrance.first_position + (torch.arange(n, device=text.device) - short).clamp_min(0)
         out["position_ids"] = text if seen else layout.join(front.to(text), text)
-    elif entrance.explicit_positions and state.causal and apart:
-        out["position_ids"] = (out["attention_mask"].long().cumsum(1) - 1).clamp_min(0)[:, seen:]
+    elif entrance.explicit_positions and state.causal and state.uneven:
+        steps = torch.arange(seen, seen + length + (0 if seen else n), device=short.device)
+        out["position_ids"] = (steps - short).clamp_min(0)
 
 
 def trim_outputs(output: Any, layout: Layout, total: int) -> Any:
