@@ -22,7 +22,7 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-After: 
 # Ends what is under way before the server does, and returns at once when the event is set.
 Drain: TypeAlias = Callable[[threading.Event], None]
 
-_EXTRA = ("fastapi", "uvicorn", "jinja2", "markdown_it", "nh3")
+_EXTRA = ("fastapi", "uvicorn", "jinja2", "markdown_it", "nh3", "prometheus_client")
 
 
 def require_extra() -> None:

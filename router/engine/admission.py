@@ -48,6 +48,15 @@ class Admission:
         """Begin to read what rows use. From any thread."""
         self._residency.prefetch(self.needed(rows))
 
+    @property
+    def places(self) -> int:
+        """Places of the caches that are set aside for what is under way: rows times the longest, of each gate."""
+        total = 0
+        for gate in self._work.gates:
+            rows = self._work.rows_of(gate)
+            total += sum(len(one.lanes) for one in rows) * max((one.prepared.places for one in rows), default=0)
+        return total
+
     def refuse_too_large(self, row: PreparedRow) -> None:
         """Raise TooLarge for a row that can never fit, however long it waited."""
         places = row.lanes * row.places

@@ -26,6 +26,8 @@ from compose.base.quantization import quantization_of
 from compose.expr.tree import Expr
 from compose.runtime.composition import Composition
 from compose.runtime.model_runtime import runtime
+from router.engine.grammar import Grammars
+from router.engine.pooling import pooling_of
 from router.engine.row_heads import Heads
 from router.ensemble.experts import context_of
 
@@ -45,8 +47,10 @@ class Host:
         what it writes answers a text that an encoder has read.
     held
         How its weights are held: quantization and dtype.
-    context
-        Tokens it reads at most, or None.
+    context, vocabulary
+        Tokens it reads at most, or None; tokens that its logits tell apart.
+    grammars, pooling
+        What continuations may be asked to look like; how a text's states become its vector.
     is_plain
         Whether a cache of its texts can be cut, joined and filled in pieces: every layer is attention over columns.
     """
@@ -78,6 +82,9 @@ class Host:
         self.backbone = self.model.base_model
         self._takes = set(inspect.signature(self.model.forward).parameters)
         self.context = _context(self.model)
+        self.vocabulary = int(self.model.config.get_text_config(decoder=True).vocab_size)
+        self.grammars = Grammars(self.encoder, self.vocabulary, self.ends)
+        self.pooling = pooling_of(self.model, decodes=self.decodes)
         self.is_plain = self.decodes and not self.translates and _is_plain(self.model)
         self._active: object = None  # rows of expressions, or what made something else active
         self._recent: OrderedDict[object, Composition] = OrderedDict()

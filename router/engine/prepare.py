@@ -11,6 +11,7 @@ import torch
 from compose.expr.tree import IDENTITY, Expr, Ref
 from hub.errors import HubError, UsageError
 from router.dispatch import row_expressions
+from router.engine.grammar import CompiledGrammar
 from router.engine.host import Host
 from router.engine.request import ContextExceeded, Request
 from router.engine.routing import NO_TASK
@@ -24,7 +25,8 @@ class PreparedRow:
     """One row.
 
     `expr` is what is applied to it (a router's choice is in it), `types` are the token types of a pair, `room` is how
-    many tokens may be written, and `before` are the tokens that those stand behind: none after an encoder.
+    many tokens may be written, and `before` are the tokens that those stand behind: none after an encoder. `pooling` is
+    how its states become its vector, where that is wanted.
     """
 
     request: Request
@@ -34,6 +36,8 @@ class PreparedRow:
     room: int
     expr: Expr
     before: tuple[int, ...] = ()
+    grammar: CompiledGrammar | None = None
+    pooling: str | None = None
     weights: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -58,8 +62,8 @@ class PreparedRow:
 
     @property
     def generates(self) -> bool:
-        """Whether a continuation is wanted, and not an answer of a head."""
-        return self.target.task == "generate"
+        """Whether a continuation is wanted, and not an answer of a head or a vector."""
+        return self.target.task == "generate" and self.pooling is None
 
 
 def prepare(host: Host, request: Request, target: Target) -> PreparedRow:
@@ -80,6 +84,8 @@ def prepare(host: Host, request: Request, target: Target) -> PreparedRow:
 
 
 def _prepared(host: Host, request: Request, target: Target) -> PreparedRow:
+    if request.pooling is not None:
+        return _to_embed(host, request, target)
     generates = target.task == "generate"
     if generates and not host.decodes:
         raise UsageError(
@@ -95,7 +101,35 @@ def _prepared(host: Host, request: Request, target: Target) -> PreparedRow:
         raise HubError("the text is empty", hint="give at least one token")
     types = None if generates else types
     room = _room(host, request, target.front + len(ids)) if generates else 1
-    return PreparedRow(request, target, ids, types, room, target.expr, () if host.translates else ids)
+    before = () if host.translates else ids
+    grammar = _grammar(host, request, target)
+    return PreparedRow(request, target, ids, types, room, target.expr, before, grammar)
+
+
+def _grammar(host: Host, request: Request, target: Target) -> CompiledGrammar | None:
+    if request.grammar is None:
+        return None
+    if target.task != "generate":
+        raise UsageError(f"{target.text} answers with a label, which follows no grammar", hint="leave it out")
+    return host.grammars.get(request.grammar)
+
+
+def _to_embed(host: Host, request: Request, target: Target) -> PreparedRow:
+    """A row whose vector is wanted. Raises HubError where there is none, or the text is too long."""
+    if host.translates or target.mixture is not None:
+        what = f"{target.text} is an ensemble" if target.mixture is not None else f"{host.name} is an encoder-decoder"
+        raise UsageError(f"{what}: it has no vectors of texts", hint="name an adapter, or serve an encoder or decoder")
+    ids, types = _encode(host, request, replace(target, task="generate"))
+    _check_tokens(host, ids if request.ids is not None else ())
+    if not ids:
+        raise HubError("the text is empty", hint="give at least one token")
+    if host.context is not None and target.front + len(ids) > host.context:
+        raise ContextExceeded(
+            f"{target.front + len(ids)} tokens are more than the {host.context} that {host.name} reads",
+            hint="shorten the text",
+        )
+    mode = (target.pooling or host.pooling) if request.pooling == "auto" else request.pooling
+    return PreparedRow(request, target, ids, None if host.decodes else types, 1, target.expr, pooling=mode)
 
 
 def with_members(host: Host, row: PreparedRow, weights: dict[str, float]) -> PreparedRow:
@@ -108,7 +142,13 @@ def with_members(host: Host, row: PreparedRow, weights: dict[str, float]) -> Pre
     target = Target(row.target.text, expr or IDENTITY, tuple(members), front=front, digest=row.target.digest)
     first = members.get(max(weights, key=weights.__getitem__))
     if first is not None:
-        target = replace(target, labels=first.labels, task=first.task, max_length=first.max_length)
+        told: dict[str, Any] = {
+            "labels": first.labels,
+            "task": first.task,
+            "max_length": first.max_length,
+            "pooling": first.pooling,
+        }
+        target = replace(target, **told)
     return replace(_prepared(host, row.request, target), weights=weights)
 
 
@@ -128,7 +168,7 @@ def _room(host: Host, request: Request, read: int) -> int:
 
 def _check_tokens(host: Host, tokens: Sequence[int]) -> None:
     """UsageError for one that the base does not have."""
-    most = int(host.model.config.get_text_config(decoder=True).vocab_size)
+    most = host.vocabulary
     if wrong := [token for token in tokens if not 0 <= token < most]:
         raise UsageError(f"{host.name} has no token {wrong[0]}", hint=f"its tokens are 0 to {most - 1}")
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hub.errors import HubError, UsageError
+from router.engine.grammar import Grammar
 
 MAX_SCORES = 1000
+POOLINGS = ("auto", "mean", "last", "cls")
 
 
 class ContextExceeded(HubError):
@@ -42,6 +44,13 @@ class Request:
         Changes of the logits before a token is chosen: logits of all tokens so far are divided by the first (multiplied
         where they are negative); those of written tokens lose the second for each time, and the third once; and
         each (token, number) is added. Scores are those of the model, without them.
+    grammar
+        What a continuation must look like: tokens that do not fit are never chosen. It may still end by its length.
+    keep
+        Special tokens that are part of a continuation's text.
+    pooling
+        Asks for the text's vector instead of a continuation or a label: the mean of its last hidden states, the last
+        token's, or the first one's ("cls"); "auto" is what the adapter's manifest or the base says.
     scores
         How many of the best labels, or of the best tokens at each place, come back with their (log) probabilities.
     prompt_scores
@@ -67,6 +76,9 @@ class Request:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
+    keep: tuple[int, ...] = ()
+    pooling: str | None = None
     scores: int = 0
     prompt_scores: bool = False
     weights: bool = False
@@ -79,6 +91,8 @@ class Request:
         if not 0.0 < self.top_p <= 1.0:
             raise UsageError(f"top_p is {self.top_p}; it must lie in (0, 1]")
         self._check_changes()
+        if self.pooling not in (None, *POOLINGS):
+            raise UsageError(f"pooling is {self.pooling!r}", hint=", ".join(POOLINGS))
         if self.prompt_scores and not self.scores:
             raise UsageError("prompt_scores are given with scores", hint="scores=1")
         if not 0 <= self.scores <= MAX_SCORES:
@@ -109,11 +123,16 @@ def _refuse_half_characters(text: str) -> None:
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token: its text, its log probability in nats, and the best ones at its place."""
+    """A generated token: its text, its log probability in nats, and the best ones at its place.
+
+    `raw` is the token's own bytes, where its text shows half a character as U+FFFD; `best_raw` those of the best.
+    """
 
     text: str
     log_prob: float
     best: tuple[tuple[str, float], ...] = ()
+    raw: bytes = b""
+    best_raw: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +158,8 @@ class Result:
         Of a classified row: the best label, and as many (label, probability) as were asked for, best first.
     value
         Of a regression.
+    embedding
+        The vector of a text that was to be pooled (not normalized).
     weights
         What the router gave each adapter (a ref to a number); empty without a router.
     read, written
@@ -155,6 +176,7 @@ class Result:
     label: str | None = None
     scores: tuple[tuple[str, float], ...] = ()
     value: float | None = None
+    embedding: tuple[float, ...] | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     read: int = 0
     written: int = 0

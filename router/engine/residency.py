@@ -49,6 +49,7 @@ class Residency:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="moduloom-reader")
         self.counts = ResidencyCounts()
         self.on_read: Callable[[], None] = lambda: None  # called, in the reading thread, when one has been read
+        self.on_gone: list[Callable[[str], None]] = []  # are told the name of each that is resident no more
 
     @property
     def bytes(self) -> int:
@@ -190,3 +191,5 @@ class Residency:
             self._host.rest()
         self._host.runtime.remove(name)
         del self._bytes[name]
+        for tell in self.on_gone:
+            tell(name)

@@ -18,6 +18,7 @@ from hub.manifest import Manifest
 from hub.ref import AdapterRef
 from hub.store import Artifact, Store
 from router.engine.host import Host
+from router.engine.request import POOLINGS
 
 _HEADED = {"classification", "regression"}
 
@@ -37,6 +38,8 @@ class KnownAdapter:
     task, max_length, front, bytes
         "generate", "classify" or "regress"; tokens it was trained on at most; places that it takes in front of a text
         (a prompt's or a prefix's); size of its tensors.
+    pooling
+        How a text's states become its vector (`pooling` among the manifest's hyperparameters); "" says nothing.
     """
 
     name: str
@@ -47,6 +50,7 @@ class KnownAdapter:
     max_length: int | None
     front: int
     bytes: int
+    pooling: str = ""
 
     def read(self, host: Host) -> Adapter:
         """Read and check its tensors and make the adapter, frozen; nothing on the base changes."""
@@ -177,6 +181,7 @@ class Sources:
             max_length=None if manifest is None else _max_length(manifest),
             front=_front(stored.config),
             bytes=source.facts.size if isinstance(source, Artifact) else stored.size,
+            pooling="" if manifest is None else _pooling(manifest),
         )
 
     def _resident_name(self, text: str) -> str:
@@ -210,6 +215,11 @@ def _max_length(facts: Manifest) -> int | None:
     training: Any = facts.hyperparameters.get("training")
     length = training.get("max_length") if isinstance(training, Mapping) else None
     return length if isinstance(length, int) and length > 0 else None
+
+
+def _pooling(facts: Manifest) -> str:
+    asked = facts.hyperparameters.get("pooling", "")
+    return asked if isinstance(asked, str) and asked in POOLINGS[1:] else ""
 
 
 def _front(fields: Mapping[str, Any]) -> int:

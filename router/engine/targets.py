@@ -38,6 +38,9 @@ class Target:
         Adapters that have to be resident.
     labels, task, max_length, front
         See `KnownAdapter`; of all its adapters together.
+    pooling
+        How the states of a text become its vector: what the first adapter's manifest says (`pooling` among its
+        hyperparameters), else the base.
     routing
         Where a router has yet to choose: `expr` is then of no meaning.
     mixture
@@ -54,6 +57,7 @@ class Target:
     routing: Routing | None = None
     mixture: Mixture | None = None
     digest: str | None = None
+    pooling: str = ""
 
 
 class Targets:
@@ -126,8 +130,9 @@ class Targets:
         if mixture is not None:
             refuse_mixture(self._host, text, task)
             return Target(text, IDENTITY, names, front=front, mixture=mixture, digest=_digest(expr, leaves))
-        digest = _digest(expr, leaves)
-        return Target(text, expr, names, labels, task, min(lengths, default=None), front, digest=digest)
+        answers = labels, task, min(lengths, default=None), front
+        pooling = next((leaf.pooling for leaf in leaves if leaf.pooling), "")
+        return Target(text, expr, names, *answers, digest=_digest(expr, leaves), pooling=pooling)
 
     def _router(self, text: str, artifact: Artifact) -> Target:
         refs = [need.name + "@" + need.digest for need in artifact.manifest.requires if need.digest is not None]

@@ -22,7 +22,7 @@ def apply_heads(host: Host, rows: Sequence[RunningRow], output: Any, mask: Tenso
     # Rows whose shares of heads are equal go through them in one call.
     groups: dict[tuple[tuple[float, str], ...], list[int]] = {}
     for i, row in enumerate(rows):
-        if not row.prepared.generates:
+        if not row.prepared.generates and row.pool is None:
             expr = active[i if len(active) > 1 else 0]
             known = host.runtime.adapters
             shares = heads_of(expr, known, host.heads.names())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 _HALF = "\ufffd"  # what a tokenizer gives for bytes that are no whole character yet
@@ -17,7 +17,10 @@ class Detokenizer:
     >>> words.close()            # the rest
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = (), keep: Collection[int] = ()
+    ) -> None:
+        self._left_out = frozenset(tokenizer.all_special_ids).difference(keep) if keep else None
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids = list(prompt[-_CONTEXT:])
         self._from, self._read = 0, len(self._ids)  # ids[from:read] are text already, and decoded along
@@ -50,6 +53,9 @@ class Detokenizer:
             self.text, self.stopped = self.text[: min(stops)], True
 
     def _decode(self, ids: Sequence[int]) -> str:
+        if self._left_out is not None:  # some special tokens are text
+            ids = [token for token in ids if token not in self._left_out]
+            return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _unsure(self) -> int:

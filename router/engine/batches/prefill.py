@@ -170,9 +170,23 @@ class Reading:
         if end - self._read == self.length:  # nothing comes after
             options |= {"use_cache": False, "past_key_values": None}
         states: BaseModelOutputWithPast = self.host.backbone(**options)
+        self._pool(states, self._mask[:, self._read : end])
         self._read = end
         if end == self.length:
-            apply_heads(self.host, self.rows, states, self._mask, last=True)
+            self._classify(states, self._mask, last=True)
+
+    def _pool(self, states: Any, mask: Tensor) -> None:
+        """What the states (B, [front +] n, d) of a chunk say of rows whose vectors are wanted; its mask is (B, n)."""
+        for row, hidden, real in zip(self.rows, states.last_hidden_state, mask.bool(), strict=True):
+            if row.pool is not None:
+                row.pool.add(hidden[-len(real) :][real])
+
+    def _classify(self, states: Any, mask: Tensor, *, last: bool) -> None:
+        """All is read: labels and vectors."""
+        apply_heads(self.host, self.rows, states, mask, last=last)
+        for row in self.rows:
+            if row.pool is not None:
+                row.embed()
 
     def _read_by_encoder(self) -> bool:
         """Texts of an encoder-decoder: (B, S), padded on the right; its encoder reads them this once."""
@@ -193,7 +207,8 @@ class Reading:
         if any(p.types is not None for p in prepared):
             options["token_type_ids"] = _types(prepared, ids)
         states = self.host.backbone(input_ids=ids, attention_mask=mask, **options)
-        apply_heads(self.host, self.rows, states, mask, last=False)
+        self._pool(states, mask)
+        self._classify(states, mask, last=False)
         self._read = self.length
         return True
 

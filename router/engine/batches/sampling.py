@@ -15,6 +15,7 @@ from transformers import (
     TopKLogitsWarper,
 )
 
+from router.engine.grammar import Constraint
 from router.engine.request import Request
 
 
@@ -51,27 +52,37 @@ class Sampler:
 
     Penalties and biases change the logits first; top_k and min_p (arXiv 2407.01082) leave out tokens before top_p does.
     A row's numbers come from its seed alone: `u ~ U(0, 1)`, and the token where the cumulative probability passes u.
-    With temperature 0 it is the best token of what penalties and biases have left.
+    With temperature 0 it is the best token of what penalties and biases have left. A grammar leaves out tokens before
+    all of that.
     """
 
-    def __init__(self, request: Request, prompt: Sequence[int]) -> None:
+    def __init__(self, request: Request, prompt: Sequence[int], constraint: Constraint | None = None) -> None:
+        self.constraint = constraint
         self.temperature, self.top_p = request.temperature, request.top_p
         self._ids = list(prompt)
         self._changes, self._cuts = _changes(request, len(prompt)), _cuts(request)
         self._stream = torch.Generator().manual_seed(request.seed % 2**63)
 
     @classmethod
-    def of(cls, request: Request, prompt: Sequence[int]) -> Sampler | None:
+    def of(cls, request: Request, prompt: Sequence[int], constraint: Constraint | None = None) -> Sampler | None:
         """What a request needs; None where its tokens are just the best ones."""
-        return cls(request, prompt) if request.temperature > 0 or _changes(request, 0) else None
+        needed = request.temperature > 0 or constraint is not None or _changes(request, 0)
+        return cls(request, prompt, constraint) if needed else None
 
-    def __call__(self, logits: Tensor) -> int:
-        """A token for logits (V,)."""
+    def __call__(self, logits: Tensor) -> int | None:
+        """A token for logits (V,); None where the grammar allows none."""
+        if self.constraint is not None:
+            masked = self.constraint.mask(logits)
+            if masked is None:
+                return None
+            logits = masked
         if self._changes:
             ids = torch.tensor([self._ids], dtype=torch.long, device=logits.device)
             logits = self._changes(ids, logits[None])[0]
         token = self._draw(logits) if self.temperature > 0 else int(logits.argmax())
         self._ids.append(token)
+        if self.constraint is not None:
+            self.constraint.take(token)
         return token
 
     def _draw(self, logits: Tensor) -> int:
