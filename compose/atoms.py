@@ -156,12 +156,14 @@ class Atoms:
 class Prefix:
     """Keys and values put before a self-attention's own: each (n, kv_heads, head_dim).
 
-    ``moves``: the text stands at n, n + 1, ... behind them, else at 0, 1, ... as without.
+    ``moves``: the text stands at n, n + 1, ... behind them, else at 0, 1, ... as without. ``slides``: where
+    attention has a window, they leave it as tokens before the text would, else all of the text sees them.
     """
 
     key: Tensor
     value: Tensor
     moves: bool = True
+    slides: bool = False
 
 
 @dataclass(frozen=True)

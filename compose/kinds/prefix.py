@@ -26,6 +26,9 @@ class PrefixConfig(KindConfig):
     move_positions: bool = Field(
         True, description="the text stands behind the prefix, at n, n + 1, ...; else at 0, 1, ..."
     )
+    slides: bool = Field(
+        True, description="sliding-window attention loses it as it loses a text before; else all of the text sees it"
+    )
     init_std: float = Field(1.0, ge=0, description="standard deviation of the initial keys and values")
 
 
@@ -34,8 +37,10 @@ class PrefixTuning(Adapter):
     """`K <- [P_K; K], V <- [P_V; V]` in each self-attention; P (n, layers * 2 * kv_heads * head_dim) as PEFT has it.
 
     Real tokens take positions n, n + 1, ... as after n tokens in the cache, which is PEFT's convention; keys of the
-    prefix are not rotated. On an encoder-decoder the decoder's self-attention gets the prefix. Not the identity at
-    first: attention is shared with the prefix from the start.
+    prefix are not rotated. On an encoder-decoder the decoder's self-attention gets the prefix. Where attention has a
+    window of w places, the text's t-th token (from 0) sees the one that stands a places before the text as long as
+    a + t < w, as in PEFT; without ``slides`` always. Not the identity at first: attention is shared with the prefix
+    from the start.
     """
 
     Config = PrefixConfig
@@ -71,8 +76,8 @@ class PrefixTuning(Adapter):
         if layers is not None:
             chosen = [(s, p) for s, p in chosen if s.layer in layers]
             self.peft_type = None  # type: ignore[misc]  # PEFT has no prefix for some layers only
-        if not self.config.move_positions:
-            self.peft_type = None  # type: ignore[misc]  # nor one that leaves the positions
+        if not (self.config.move_positions and self.config.slides):
+            self.peft_type = None  # type: ignore[misc]  # nor one that leaves the positions, or stays in sight
         if not chosen:
             raise KindError(f"kind 'prefix' finds no self-attention in this {sites.model_type} model")
         _check_family(sites, model, [p for _, p in chosen])
@@ -90,7 +95,7 @@ class PrefixTuning(Adapter):
             return None
         parts: Tensor = self.at("", "P").view(self.config.num_virtual_tokens, -1, self.heads, self.head_dim)
         key, value = self._rows[self.paths.index(path)]
-        return Prefix(parts[:, key], parts[:, value], moves=self.config.move_positions)
+        return Prefix(parts[:, key], parts[:, value], moves=self.config.move_positions, slides=self.config.slides)
 
     @classmethod
     def peft_config(cls, config: KindConfig, sites: SiteMap) -> dict[str, Any]:

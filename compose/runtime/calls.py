@@ -22,6 +22,7 @@ from compose.runtime import prompts as prompting
 from compose.runtime.composition import Composition
 from compose.runtime.idle import Watch
 from compose.runtime.prompts import Entrance, PromptState
+from compose.slots.caches import tokens_before
 from compose.slots.call import Call, Context, Standing
 
 Prepare: TypeAlias = Callable[[nn.Module, Mapping[str, Any]], None]  # by the module called and its arguments
@@ -37,6 +38,7 @@ class Doorway(Standing):
     def __init__(self, module: nn.Module, calls: ModelCalls) -> None:
         super().__init__(module)
         self._calls = calls
+        self._open = True
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -46,7 +48,17 @@ class Doorway(Standing):
         """The module's output with the active composition applied."""
         if args and args[0] is self.layer:
             args = args[1:]  # accelerate binds what it finds here to the module once more
-        return self._calls.run(self, args, kwargs)
+        return self._calls.run(self, args, kwargs) if self._open else self.own(*args, **kwargs)
+
+    def enter(self) -> None:
+        """Stand in the module's forward, from now on."""
+        self._open = True
+        super().enter()
+
+    def leave(self) -> None:
+        """Leave the module's forward as it was; where others hold on to what stood there, it is let through."""
+        super().leave()
+        self._open = False
 
 
 class ModelCalls:
@@ -113,8 +125,7 @@ class ModelCalls:
         extra = () if composition.prompt is None else tuple(n + composition.prompt.length for n in lengths)
         call.lengths = (*lengths, *extra)
         if composition.measures_past:
-            cache = kwargs.get("past_key_values")
-            call.past = 0 if cache is None else int(cache.get_seq_length())
+            call.past, call.mask = tokens_before(kwargs) or 0, _mask(kwargs)
         if composition.count > 1 and (not batch or batch % composition.count):
             raise KindError(
                 f"the active composition has {composition.count} rows and the batch has {batch}",
@@ -129,6 +140,7 @@ class ModelCalls:
             kwargs = {**kwargs, "attention_mask": call.text_mask}
         extended = prompting.extend_inputs(prompt, self.entrance, kwargs)
         arguments, places = extended.arguments, extended.places
+        call.mask = None if call.mask is None else _mask(arguments)
         if places is None:  # the cache holds the prompt
             return door.own(**arguments)
         batch, total = places.shape
@@ -186,6 +198,11 @@ def _batch(module: nn.Module, kwargs: Mapping[str, Any]) -> int:
     if source is None:
         return 0
     return int(source.shape[0] if isinstance(source, Tensor) else source[0].shape[0])
+
+
+def _mask(kwargs: Mapping[str, Any]) -> Tensor | None:
+    mask = kwargs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def _lengths(kwargs: Mapping[str, Any]) -> tuple[int, ...]:

@@ -77,13 +77,22 @@ class Inputs:
             # Relative positions (T5) count from the first key, so the bias has to know how long the cache is.
             owner = bias_owner(self._model, path)
             measures_past |= owner is not None
-            states[path] = state = stack_prefixes(weighted, past=self._past, bias_owner=owner)
+            state = stack_prefixes(weighted, past=self._past, places=self._places, bias_owner=owner)
+            measures_past |= state.ahead is not None
+            states[path] = state
             # positions are the whole model's, though a prefix may stand in some layers only
             shift = state.shift if shift is None else torch.maximum(shift, state.shift)
         return Prefixes(states, None if shift is None else shift[:, None], measures_past)
 
     def _past(self) -> int:
         return self._context.call.past
+
+    def _places(self, length: int) -> Tensor:
+        """Places in their texts, counted from 0, of the last tokens of the call's rows, (B or 1, length)."""
+        call = self._context.call
+        if call.mask is None:
+            return torch.arange(call.past, call.past + length)[None]
+        return (call.mask.long().cumsum(1) - 1)[:, -length:]
 
     def enter(self, paths: Iterable[str], *, moves: bool) -> None:
         """Be at these attention modules, and if a prefix moves positions where those come in."""

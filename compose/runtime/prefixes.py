@@ -31,7 +31,9 @@ class PrefixState:
 
     ``whole`` says that every weight is one or zero, ``even`` that every one is one, ``past`` tells how many tokens the
     cache holds, ``shift`` (R,) how many places each row's text is moved on, and ``bias_owner`` is the module that knows
-    the relative position bias (T5 keeps that of a stack in its first layer).
+    the relative position bias (T5 keeps that of a stack in its first layer). ``ahead`` (R, n) is how far before the
+    text a token stands that slides out of a window, 0 for one that does not; ``places`` gives the places in their texts
+    of the last q tokens, (B or 1, q).
     """
 
     key: Tensor
@@ -42,6 +44,8 @@ class PrefixState:
     past: Callable[[], int]
     shift: Tensor
     bias_owner: nn.Module | None = None
+    ahead: Tensor | None = None
+    places: Callable[[int], Tensor] = lambda q: torch.arange(q)[None]
 
     @property
     def length(self) -> int:
@@ -57,6 +61,7 @@ def stack_prefixes(
     rows: Sequence[Sequence[tuple[float | Tensor, Prefix]]],
     *,
     past: Callable[[], int] = lambda: 0,
+    places: Callable[[int], Tensor] = lambda q: torch.arange(q)[None],
     bias_owner: nn.Module | None = None,
 ) -> PrefixState:
     """Lay out each row's weighted prefixes end to end, right-aligned in the longest row's n; the rest weighs zero."""
@@ -88,7 +93,12 @@ def stack_prefixes(
     there = [sum(_there(w) * p.key.shape[0] for w, p in row if p.moves) for row in rows]
     shift = torch.tensor(there, device=device)
     even = not bool(log_weight.any())
-    return PrefixState(key, value, log_weight, whole, even, past, shift, bias_owner)
+    ahead = torch.zeros(len(rows), n, dtype=torch.long, device=device)
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        sliding = torch.tensor([p.slides for _, p in row for _ in range(len(p.key))], dtype=torch.bool, device=device)
+        ahead[i, n - length :] = torch.arange(length, 0, -1, device=device) * sliding
+    slides = any(p.slides for row in rows for _, p in row)
+    return PrefixState(key, value, log_weight, whole, even, past, shift, bias_owner, ahead if slides else None, places)
 
 
 def _there(weight: float | Tensor) -> bool:
@@ -134,12 +144,13 @@ def _with_prefix(
     if state is None:
         return inner(module, query, key, value, attention_mask, **options)
     batch = query.shape[0]
+    log = _log_weights(state, query, options.get("sliding_window", getattr(module, "sliding_window", None)))
     bias = options.get("position_bias")
     if inner is sdpa_attention_forward and bias is None and _is_decoding(query, attention_mask, state, options):
-        return _decode(state, query, key, value, attention_mask, options.get("scaling")), None
+        return _decode(state, log, query, key, value, attention_mask, options.get("scaling")), None
     if isinstance(bias, Tensor):
         options["position_bias"] = torch.cat([_virtual_bias(state, bias), bias], dim=-1)
-    mask = _extend_mask(_filled(attention_mask, module, query, key, options), state, batch, query)
+    mask = _extend_mask(_filled(attention_mask, module, query, key, options), state, log, query)
     if mask.dtype == torch.bool and inner is not sdpa_attention_forward:  # eager attention adds its mask
         mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     key = torch.cat([repeat(state.key, batch).to(key.dtype), key], dim=2)
@@ -155,7 +166,13 @@ def _is_decoding(query: Tensor, mask: Tensor | None, state: PrefixState, options
 
 
 def _decode(
-    state: PrefixState, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+    state: PrefixState,
+    log: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
 ) -> Tensor:
     """Attention of one query a row, (B, 1, H, head_dim), to prefix and cache apart: neither is copied."""
     batch, heads, _, width = query.shape
@@ -163,7 +180,7 @@ def _decode(
     scaled = scaled.reshape(batch, key.shape[1], -1, width)  # (B, K, G, d): the queries that share a key
     own_key, own_value = repeat(state.key, batch).to(key.dtype), repeat(state.value, batch).to(value.dtype)
     own = scaled @ own_key.transpose(2, 3)  # (B, K, G, n)
-    own = own if state.even else own + repeat(state.log_weight, batch)[:, None]
+    own = own if state.even and state.ahead is None else own + repeat(log, batch)[:, None]
     text = scaled @ key.transpose(2, 3)  # (B, K, G, T)
     if mask is not None:
         text = text.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else text + mask
@@ -183,9 +200,23 @@ def _filled(mask: Tensor | None, module: nn.Module, query: Tensor, key: Tensor, 
     return (full.tril(k - q) if causal and q > 1 else full)[None, None]
 
 
-def _extend_mask(mask: Tensor, state: PrefixState, batch: int, query: Tensor) -> Tensor:
+def _log_weights(state: PrefixState, query: Tensor, window: int | None) -> Tensor:
+    """Log weights (R or B, 1 or q, n) of the virtual tokens for these queries, -inf for those a window has left.
+
+    A token that stands a places before the text is seen by the text's t-th (from 0) as long as a + t < window.
+    """
+    log = state.log_weight
+    if state.ahead is None or window is None:
+        return log
+    batch, length = query.shape[0], query.shape[2]
+    ahead = repeat(state.ahead, batch)[:, None]  # (B, 1, n)
+    gone = (ahead > 0) & (ahead + state.places(length).to(ahead.device)[..., None] >= window)  # (B, q, n)
+    return repeat(log, batch).masked_fill(gone, -torch.inf) if log.shape[1] in (1, length) else log
+
+
+def _extend_mask(mask: Tensor, state: PrefixState, log: Tensor, query: Tensor) -> Tensor:
     """(B, 1, q, n + k): the virtual tokens' log weights in front of the base's mask."""
-    length, log = query.shape[2], state.log_weight
+    batch, length = query.shape[0], query.shape[2]
     if log.shape[1] not in (1, length):
         raise KindError(
             f"weights were given for {log.shape[1]} tokens a row, and {length} come here",

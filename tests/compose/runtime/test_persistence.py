@@ -274,3 +274,37 @@ def test_eject_leaves_no_trace(tiny):
         assert "forward" not in one.__dict__
         assert not one._forward_hooks and not one._forward_pre_hooks
     assert model.config._attn_implementation == reference.config._attn_implementation
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_accelerate_wraps_around_the_model(tiny, request, before):
+    """Mixed precision wraps the model's forward, and unwrapping binds what it finds there to the model once more."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test's has another precision
+    request.addfinalizer(lambda: accelerate.state.AcceleratorState._reset_state(reset_partial_state=True))
+    model = tiny.model("llama")
+    batch = tiny.batch("llama", tiny.rows(5, 3))
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    if before:
+        model = accelerator.prepare(model)
+    tiny.adapter(model, "prompt", "p").freeze()
+    tiny.adapter(model, "lora", "a").freeze()
+    activate(model, "p >> a")
+    if not before:
+        whole = tiny.logits(model, batch)
+        model = accelerator.prepare(model)
+        half = tiny.logits(model, batch)
+        model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        assert all(torch.equal(a, b) for a, b in zip(tiny.logits(model, batch), whole, strict=True))
+    else:
+        half = tiny.logits(model, batch)
+        whole = tiny.logits(accelerator.unwrap_model(model, keep_fp32_wrapper=False), batch)
+    assert all(x.dtype == torch.float32 for x in half)
+    for x, y in zip(half, whole, strict=True):
+        torch.testing.assert_close(x, y, atol=0.2, rtol=0.2)
+    eject(model)
+    bare = tiny.logits(model, batch)
+    tiny.adapter(model, "prefix", "x").freeze()
+    activate(model, "x")
+    for _ in range(2):
+        assert not torch.allclose(tiny.logits(model, batch)[0], bare[0], atol=0.05)
