@@ -28,6 +28,7 @@ from compose.formats.directory import read_adapter
 from compose.formats.files import write_tensors
 from compose.kind.adapter import Adapter
 from compose.runtime.model_runtime import activate, runtime
+from compose.runtime.row_trials import FAILURES
 from hub.contents.tensor_files import read_header
 from hub.errors import GateError, NotFound
 from hub.store import Artifact, Store
@@ -85,18 +86,22 @@ class Outcome:
 
 @torch.no_grad()
 def record(model: PreTrainedModel, adapter: Adapter) -> dict[str, Tensor] | None:
-    """Probe an adapter on the model it belongs to; None for a model that reads no text.
+    """Probe an adapter on the model it belongs to; None for a model that does not make logits of a text alone.
 
     Returns
     -------
     ``input_ids`` (P, T), ``entries``, ``base``, ``adapted`` (P, k) and ``tolerance`` (1,): what :func:`write` writes.
     What was active on the model is active again.
     """
-    if model.main_input_name != "input_ids":
+    if model.main_input_name != "input_ids" or runtime(model).sites.input_table is None:
         return None
     ids = tokens(model)
     with _trial(model, adapter) as name:
-        adapted, base = _active(model, ids, name), _active(model, ids, None)
+        try:
+            base = _active(model, ids, None)
+        except FAILURES:  # it asks for more: images beside the text
+            return None
+        adapted = _active(model, ids, name)
         entries = adapted.topk(min(ENTRIES, adapted.shape[-1])).indices  # (P, k)
         alone = [_active(model, row[None], ref) for ref in (name, None) for row in ids]
     effect = (adapted - base).gather(1, entries)

@@ -38,7 +38,7 @@ def load_files(directory: Path, request: BaseRequest) -> PreTrainedModel:
     with quiet_transformers():
         config = model_config(directory, request)
         task = request.task or saved_task(config)
-        auto = getattr(transformers, TASKS[task])
+        auto = model_class(config, request, directory)
         options: dict[str, Any] = {
             "config": config,
             "dtype": request.torch_dtype or "auto",
@@ -74,6 +74,39 @@ def saved_task(config: Any) -> str:
         return "seq2seq"
     name = (config.architectures or [""])[0]
     return next((task for end, task in _SAVED_AS.items() if name.endswith(end)), "causal_lm")
+
+
+class _Own:
+    """A model class with the constructors of an auto class."""
+
+    def __init__(self, cls: type[PreTrainedModel]) -> None:
+        self._cls = cls
+
+    def from_config(self, config: Any, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+        return cast("PreTrainedModel", self._cls._from_config(config, **options))
+
+    def from_pretrained(self, directory: Path, trust_remote_code: bool = False, **options: Any) -> Any:
+        return self._cls.from_pretrained(directory, **options)
+
+
+def model_class(config: Any, request: BaseRequest, directory: Path) -> Any:
+    """The class that loads a base for its task, or for what no task fits (images, sounds) the checkpoint's own.
+
+    Raises
+    ------
+    GateError
+        There is none for the task that is asked for.
+    """
+    task = request.task or saved_task(config)
+    auto = getattr(transformers, TASKS[task])
+    if type(config) in auto._model_mapping or request.trust_remote_code:
+        return auto
+    own = getattr(transformers, (config.architectures or [""])[0], None)
+    if request.task is not None or not (isinstance(own, type) and issubclass(own, PreTrainedModel)):
+        saved = f"saved as {', '.join(config.architectures or ['?'])}"
+        told = f"{directory} cannot be loaded for {task}: {config.model_type} has no model for {task}"
+        raise GateError(told, path=directory, hint=saved)
+    return _Own(own)
 
 
 def model_config(directory: Path, request: BaseRequest) -> Any:

@@ -38,7 +38,11 @@ def stays_dense(auto: Any, config: Any, trust_remote_code: bool) -> list[str]:
     """Modules that stay dense: the output embeddings, and whatever stands outside the backbone or pools it."""
     with torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=trust_remote_code)
-    prefix, output = model.base_model_prefix, model.get_output_embeddings()
+    prefix = model.base_model_prefix
+    try:
+        output = model.get_output_embeddings()
+    except NotImplementedError:  # transformers says of some models of images that they have none to tell
+        output = None
     heads = {path for path, module in model.named_modules() if output is not None and module is output}
     heads |= {path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] == "pooler"}
     if hasattr(model, prefix):

@@ -156,7 +156,7 @@ class SiteMap:
             for p in modules
             if p.rsplit(".", 1)[-1] in POSITIONS
             and self.reads_text(p)
-            and not (self.is_encoder_decoder and "encoder" in p.split("."))
+            and not (self.is_encoder_decoder and self._stack_of(p) == "encoder")
         )
         # Whether the stack that reads the text looks back only, so that its keys can be cached.
         first = next((modules[p] for _, p in self.attention_modules()), None)
@@ -184,10 +184,14 @@ class SiteMap:
             if self.known_family and inside in table:  # an exact match wins over a longer suffix (BERT's output.dense)
                 role = table[inside]
             role = role or guess_role(inside) or "linear." + inside
-            parts = block["stem"].split(".") if self.is_encoder_decoder else ()
-            stack = next((s for s in ("encoder", "decoder") if s in parts), "")
+            stack = self._stack_of(path) if self.is_encoder_decoder else ""
             in_features, out_features = shape
             yield Site(path, role, int(block["layer"]), stack, in_features, out_features)
+
+    @staticmethod
+    def _stack_of(path: str) -> str:
+        """The stack of an encoder-decoder: a decoder may be called ``decoder.bert.encoder`` inside."""
+        return next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
 
     def _cut(self, whole: Site) -> Iterator[Site]:
         """The parts of a linear that holds several, if its family is known to lay them out so."""

@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from compose.algebra import normalize
-from compose.base.loading import model_config, quiet_transformers, saved_task
+from compose.base.loading import model_class, model_config, quiet_transformers, saved_task
 from compose.base.location import Location, locate
 from compose.base.quantization import stays_dense
-from compose.base.request import TASKS, BaseRequest
+from compose.base.request import BaseRequest
 from compose.base.sites import SiteMap
 from compose.expr.tree import Call, Expr, Scale, Seq, add, seq
 from compose.formats.directory import our_keys, parse_config
@@ -39,6 +38,7 @@ from compose.parameter_space.execute import Merged, resolve
 from compose.parameter_space.method import need_data
 from compose.planning.members import StoredAdapter
 from compose.runtime.model_runtime import activate, runtime
+from compose.runtime.row_trials import FAILURES
 from hub.errors import GateError
 
 __all__ = ["FakeBase"]
@@ -72,32 +72,27 @@ class FakeBase:
         with quiet_transformers():
             config = model_config(self.where.directory, self.request)
             self.task = self.request.task or saved_task(config)
-            auto = self._class(config)
+            auto = model_class(config, self.request, self.where.directory)
             self._dense = stays_dense(auto, config, trust_remote_code=False)
             dtype = self.request.torch_dtype or getattr(config, "dtype", None) or torch.float32
             self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-            with self._building():
-                self.model: PreTrainedModel = auto.from_config(config, dtype=dtype, attn_implementation="eager").eval()
-                self.model.tie_weights()
+            try:
+                with self._building():
+                    model = auto.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+                    model.tie_weights()
+            except DataDependentOutputException as error:  # as of ConvNeXt, whose layers ask a tensor for numbers
+                raise GateError(
+                    f"{self.where.name} ({config.model_type}) cannot be built without weights to try adapters on it",
+                    path=self.where.directory,
+                    hint="publish with --no-trial",
+                ) from error
+            self.model: PreTrainedModel = model
         self.sites = SiteMap(self.model)
         self.base_parameters = sum(p.numel() for p in self.model.parameters())
         self.bytes = self._count_bytes()  # of the weights, held as the request says
         self.runtime = runtime(self.model)
         self._counted: dict[Expr, int | None] = {}
         self.merged: dict[str, Adapter] = {}  # what merges make when they are activated, by their text
-
-    def _class(self, config: Any) -> Any:
-        """The class that loads this base, or for what no task fits (images, bare backbones) the checkpoint's own."""
-        auto = getattr(transformers, TASKS[self.task])
-        if type(config) in auto._model_mapping:
-            return auto
-        name = (config.architectures or [""])[0]
-        own = getattr(transformers, name, None)
-        if self.request.task is not None or own is None:
-            raise GateError(
-                f"{self.where.name} ({config.model_type}) has no model for {self.task}", path=self.where.directory
-            )
-        return _Own(own)
 
     @contextmanager
     def _building(self) -> Iterator[None]:
@@ -246,7 +241,7 @@ class FakeBase:
                 FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter,
             ):
                 self.model(**inputs)
-        except RuntimeError:  # torch's: some operation needs values. What is wrong with adapters is a HubError
+        except FAILURES:  # some operation needs values, or the model other inputs. What adapters do is a HubError
             return None
         finally:
             log.disabled = before
@@ -300,16 +295,6 @@ def _product(_into: Sequence[int], a: Sequence[int], b: Sequence[int], **_: Any)
 
 
 _IN_PLACE = {torch.ops.aten.addmm_: _product, torch.ops.aten.baddbmm_: _product}  # torch counts the others itself
-
-
-class _Own:
-    """A model class with the constructor of an auto class."""
-
-    def __init__(self, cls: Any) -> None:
-        self._cls = cls
-
-    def from_config(self, config: Any, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-        return cast("PreTrainedModel", self._cls._from_config(config, **options))
 
 
 def _pair(size: Any) -> tuple[int, int]:

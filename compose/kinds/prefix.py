@@ -136,15 +136,27 @@ def _check_family(sites: SiteMap, model: PreTrainedModel, paths: list[str]) -> N
 
 
 def attention_shape(sites: SiteMap) -> tuple[int, int]:
-    """(kv_heads, head_dim) of the self-attention, from the model's config (grouped queries have fewer kv heads)."""
-    config = sites.config
-    heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
-    if not isinstance(heads, int):
+    """(kv_heads, head_dim) of the self-attention, from the model's config (grouped queries have fewer kv heads).
+
+    Raises
+    ------
+    KindError
+        They differ from layer to layer.
+    """
+
+    def field(*names: str) -> Any:
+        try:
+            return next((value for name in names if (value := getattr(sites.config, name, None)) is not None), None)
+        except RuntimeError:  # transformers says so of what each layer has its own of
+            return ()
+
+    heads = field("num_attention_heads", "num_heads")
+    width, grouped = field("head_dim", "d_kv"), field("num_key_value_heads")
+    if not isinstance(heads, int) or () in (width, grouped):
         raise KindError(
-            f"kind 'prefix' cannot work on {sites.model_type}, whose layers do not all have the same number of heads"
+            f"kind 'prefix' cannot work on {sites.model_type}: not all of its layers have heads of one number and width"
         )
-    head_dim = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or sites.hidden_size // heads
-    return int(getattr(config, "num_key_value_heads", None) or heads), int(head_dim)
+    return int(grouped or heads), int(width or sites.hidden_size // heads)
 
 
 def _layer_rows(layers: int, *, doubled: bool) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compose.base.sites import SiteMap
+from compose.base.sites import FINAL, SiteMap
 from compose.errors import KindError
 from compose.runtime import prompts as prompting
 from compose.runtime.composition import Composition
@@ -99,9 +99,16 @@ class ModelCalls:
             context.begin(call)
             self._measure(call, door.layer, given)
             with self.watch.over(call):
-                if call.composition.prompt is None:
-                    return door.own(*args, **kwargs)
-                return self._prompted(door, call, given, outermost=True)
+                if call.composition.prompt is not None:
+                    output = self._prompted(door, call, given, outermost=True)
+                else:
+                    output = door.own(*args, **kwargs)
+            if door.layer is self._model and FINAL in call.composition.programs and not call.sided:
+                raise KindError(
+                    f"a side network did nothing: {type(self._model).__name__} goes past what makes its final states",
+                    hint="`hub compose kinds` lists those that act inside the model",
+                )
+            return output
         finally:
             try:
                 context.end(call)

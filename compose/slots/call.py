@@ -54,6 +54,7 @@ class Call:
         self.prompt: tuple[Tensor, Tensor] | None = None  # for the embedding: where (B, T, 1) it stands, and it
         self.text_mask: Tensor | None = None  # of the source text of an encoder-decoder
         self.trace: Trace | None = None  # what side networks have seen so far
+        self.sided = False  # they have acted
         self.waiting: set[str] = set()  # active places that have not run yet, if it is not known that they do
         self.open = False  # under way
 

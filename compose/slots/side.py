@@ -91,7 +91,7 @@ class SideSlot(Standing):
         super().__init__(container)
         self.context = context
         self._blocks = [_Block(block, context) for block in blocks]
-        self._causal = sites.reads_causally or sites.is_encoder_decoder
+        self._causal, self._depth = sites.reads_causally or sites.is_encoder_decoder, depth(sites)
 
     def holds(self, module: nn.Module) -> bool:
         """Whether a module's parameters are inside the backbone, where side networks let no gradient in."""
@@ -130,19 +130,30 @@ class SideSlot(Standing):
         if program is None or program.node is None:
             return self.own(*args, **kwargs)
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() != 2:
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise KindError("a side network reads a mask of shape (batch, length), not one of another form")
+        call.sided = True
         call.trace = Trace(self._causal, mask)
         try:
             # Where only side networks learn, the backbone needs no graph, whatever its inputs ask for.
             with torch.set_grad_enabled(torch.is_grad_enabled() and not call.composition.only_sides_learn):
                 output = self.own(*args, **kwargs)
+            self._check_depth(len(call.trace.hidden) - 1)
             call.trace.cache = _history(output, kwargs)
             before = output[0]
             after = program.node.run(lambda x: State(x, None), before).y
         finally:
             call.trace = None
         return self._put(output, before, after)
+
+    def _check_depth(self, ran: int) -> None:
+        """A network beside the blocks knows each by its number."""
+        if ran != self._depth:
+            raise KindError(
+                f"a side network reads the states of {self._depth} blocks, and {max(ran, 0)} ran in this call of "
+                f"{type(self.layer).__name__}",
+                hint="`hub compose kinds` lists those that act inside the model",
+            )
 
     def _put(self, output: Any, before: Tensor, after: Tensor) -> Any:
         """The output with other final states; what the pooler makes of them is made anew."""
@@ -192,8 +203,14 @@ def backbone(model: PreTrainedModel, sites: SiteMap) -> tuple[nn.Module, list[nn
         return model.get_submodule(sites.text), blocks
     # Some heads call the decoder inside their backbone directly (OPT), so the innermost module counts.
     decoder = model.get_decoder()
-    inner = decoder is not model and any(blocks[0] is module for module in decoder.modules())
+    while (within := getattr(decoder, "get_decoder", lambda: None)()) not in (None, decoder) and _has(within, blocks):
+        decoder = within
+    inner = decoder is not model and _has(decoder, blocks)
     return (decoder if inner else model.base_model), blocks
+
+
+def _has(module: nn.Module, blocks: list[nn.Module]) -> bool:
+    return any(blocks[0] is inside for inside in module.modules())
 
 
 def _blocks(sites: SiteMap) -> list[str]:
@@ -206,4 +223,5 @@ def _blocks(sites: SiteMap) -> list[str]:
 def depth(sites: SiteMap) -> int:
     """How many states a trace holds but for the first: blocks that share their weights count once a layer."""
     blocks = _blocks(sites)
-    return int(sites.config.num_hidden_layers) if len(blocks) == 1 else len(blocks)
+    shared = getattr(sites.config, "num_hidden_layers", 1)
+    return int(shared) if len(blocks) == 1 else len(blocks)

@@ -625,3 +625,39 @@ def test_another_config_or_tokenizer_around_the_same_weights_is_warned_of(tmp_pa
     (directory / "config.json").write_text(json.dumps(config))
     shutil.copy(builtins()["tiny-lm"] / "tokenizer.json", directory / "tokenizer.json")
     assert compare(identity_of(TINY), identity_of(directory)) == "exact"
+
+
+SEES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+SEES |= {"patch_size": 4}
+OWN = {  # what no task of texts loads
+    "ViTForImageClassification": hf.ViTConfig(**SEES),
+    "Wav2Vec2ForCTC": hf.Wav2Vec2Config(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        conv_dim=[8],
+        conv_kernel=[8],
+        conv_stride=[4],
+        num_feat_extract_layers=1,
+        num_conv_pos_embedding_groups=2,
+    ),
+    "CLIPModel": hf.CLIPConfig(text_config={**SMALL, "eos_token_id": 2}, vision_config=SEES, projection_dim=8),
+    "SegformerForSemanticSegmentation": hf.SegformerConfig(
+        hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=8
+    ),
+}
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("architecture", OWN)
+def test_a_base_of_images_or_sounds_is_loaded_as_it_was_saved(architecture: str, quantize: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    getattr(hf, architecture)(OWN[architecture]).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BaseWarning)  # of convolutions, which stay dense
+        model = load_base(tmp_path, quantize=quantize)
+    assert type(model).__name__ == architecture
+    assert quantization_of(model) == quantize
+    with pytest.raises(GateError, match="has no model for masked_lm"):
+        load_base(tmp_path, task="masked_lm")

@@ -160,3 +160,18 @@ def test_what_looks_at_values_is_not_counted_and_not_called_wrong(
     assert not outline.activate(Ref("a"))
     assert outline.added_flops(parse("0.5 * a")) is None
     assert outline.added_flops(parse("ensemble.mean(2 * a, identity)")) is None
+
+
+def test_a_model_that_asks_for_numbers_while_it_is_built_is_told(tmp_path: Path) -> None:
+    hf.ConvNextConfig(architectures=["ConvNextForImageClassification"]).save_pretrained(tmp_path)
+    with pytest.raises(GateError, match="cannot be built without weights"):
+        FakeBase(tmp_path)
+
+
+def test_the_cost_of_a_model_that_asks_for_more_than_a_text_is_not_counted(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 37, "max_position_embeddings": 32}
+    config = hf.CLIPConfig(text_config=text, vision_config={**small, "image_size": 8, "patch_size": 4})
+    config.architectures = ["CLIPModel"]
+    config.save_pretrained(tmp_path)
+    assert FakeBase(tmp_path).base_flops is None

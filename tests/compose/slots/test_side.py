@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
+import compose
+from compose.errors import KindError
 from compose.kinds.attention_fusion import fuse
 from compose.runtime.model_runtime import activate, eject, runtime
 
@@ -86,3 +89,46 @@ def test_branches_share_one_history(tiny, close):
         alone += tiny.logits(model, tiny.batch("llama", [row]))
     activate(model, exprs)
     close(tiny.logits(model, tiny.batch("llama", rows)), alone)
+
+
+def test_a_model_that_goes_past_its_final_states_is_told(tiny, monkeypatch):
+    """What does nothing does not do so in silence."""
+    model = tiny.model("llama")
+    tiny.adapter(model, "ladder", "a").freeze()
+    activate(model, "a")
+    batch = tiny.batch("llama", tiny.rows(4))
+    tiny.logits(model, batch)
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, input_ids, **options: self.lm_head(input_ids[..., None] * torch.ones(32))
+    )
+    with pytest.raises(KindError, match="a side network did nothing"):
+        model(**batch)
+
+
+def test_a_mask_of_another_form_is_refused(tiny):
+    model = tiny.model("llama")
+    tiny.adapter(model, "ladder", "a").freeze()
+    activate(model, "a")
+    batch = tiny.batch("llama", tiny.rows(4))
+    with pytest.raises(KindError, match=r"reads a mask of shape \(batch, length\)"):
+        model(**{**batch, "attention_mask": {"full_attention": batch["attention_mask"]}})
+
+
+@pytest.mark.parametrize("kind", ["ladder", "lora"])
+def test_a_decoder_that_is_an_encoder_inside(kind):
+    """EncoderDecoderModel holds its stacks as ``decoder.bert.encoder``."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    bert = transformers.BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=32)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, bert)
+    model = transformers.EncoderDecoderModel(config=config).eval()
+    adapter = compose.create(model, kind, name="a")
+    assert {s.stack for s in runtime(model).sites} == {"encoder", "decoder"}
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    ids = torch.arange(4, 10).reshape(2, 3)
+    with torch.no_grad():
+        bare = model(input_ids=ids, decoder_input_ids=ids).logits
+        activate(model, "a")
+        assert not torch.allclose(model(input_ids=ids, decoder_input_ids=ids).logits, bare, atol=1e-3)
