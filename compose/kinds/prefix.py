@@ -39,8 +39,8 @@ class PrefixTuning(Adapter):
     Real tokens take positions n, n + 1, ... as after n tokens in the cache, which is PEFT's convention; keys of the
     prefix are not rotated. On an encoder-decoder the decoder's self-attention gets the prefix. Where attention has a
     window of w places, the text's t-th token (from 0) sees the one that stands a places before the text as long as
-    a + t < w, as in PEFT; without ``slides`` always. Not the identity at first: attention is shared with the prefix
-    from the start.
+    a + t < w, as in PEFT; without ``slides`` always. A call that tells no positions counts padding among them, as PEFT
+    does. Not the identity at first: attention is shared with the prefix from the start.
     """
 
     Config = PrefixConfig

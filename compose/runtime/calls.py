@@ -132,7 +132,7 @@ class ModelCalls:
         extra = () if composition.prompt is None else tuple(n + composition.prompt.length for n in lengths)
         call.lengths = (*lengths, *extra)
         if composition.measures_past:
-            call.past, call.mask = tokens_before(kwargs) or 0, _mask(kwargs)
+            call.past, call.places = tokens_before(kwargs) or 0, _positions(kwargs)
         if composition.count > 1 and (not batch or batch % composition.count):
             raise KindError(
                 f"the active composition has {composition.count} rows and the batch has {batch}",
@@ -147,7 +147,7 @@ class ModelCalls:
             kwargs = {**kwargs, "attention_mask": call.text_mask}
         extended = prompting.extend_inputs(prompt, self.entrance, kwargs)
         arguments, places = extended.arguments, extended.places
-        call.mask = None if call.mask is None else _mask(arguments)
+        call.places = _positions(arguments) if call.composition.measures_past else None
         if places is None:  # the cache holds the prompt
             return door.own(**arguments)
         batch, total = places.shape
@@ -207,9 +207,9 @@ def _batch(module: nn.Module, kwargs: Mapping[str, Any]) -> int:
     return int(source.shape[0] if isinstance(source, Tensor) else source[0].shape[0])
 
 
-def _mask(kwargs: Mapping[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+def _positions(kwargs: Mapping[str, Any]) -> Tensor | None:
+    positions = kwargs.get("position_ids")
+    return positions if isinstance(positions, Tensor) and positions.dim() == 2 else None
 
 
 def _lengths(kwargs: Mapping[str, Any]) -> tuple[int, ...]:

@@ -88,11 +88,11 @@ class Inputs:
         return self._context.call.past
 
     def _places(self, length: int) -> Tensor:
-        """Places in their texts, counted from 0, of the last tokens of the call's rows, (B or 1, length)."""
+        """Places of the tokens of the call, (B or 1, length): where it says they are, else from 0, padding counted."""
         call = self._context.call
-        if call.mask is None:
+        if call.places is None or call.places.shape[1] != length:
             return torch.arange(call.past, call.past + length)[None]
-        return (call.mask.long().cumsum(1) - 1)[:, -length:]
+        return call.places
 
     def enter(self, paths: Iterable[str], *, moves: bool) -> None:
         """Be at these attention modules, and if a prefix moves positions where those come in."""

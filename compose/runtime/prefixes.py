@@ -32,8 +32,8 @@ class PrefixState:
     ``whole`` says that every weight is one or zero, ``even`` that every one is one, ``past`` tells how many tokens the
     cache holds, ``shift`` (R,) how many places each row's text is moved on, and ``bias_owner`` is the module that knows
     the relative position bias (T5 keeps that of a stack in its first layer). ``ahead`` (R, n) is how far before the
-    text a token stands that slides out of a window, 0 for one that does not; ``places`` gives the places in their texts
-    of the last q tokens, (B or 1, q).
+    text a token stands that slides out of a window, 0 for one that does not; ``places`` gives the places of the q tokens
+    of a call, (B or 1, q).
     """
 
     key: Tensor
@@ -180,7 +180,7 @@ def _decode(
     scaled = scaled.reshape(batch, key.shape[1], -1, width)  # (B, K, G, d): the queries that share a key
     own_key, own_value = repeat(state.key, batch).to(key.dtype), repeat(state.value, batch).to(value.dtype)
     own = scaled @ own_key.transpose(2, 3)  # (B, K, G, n)
-    own = own if state.even and state.ahead is None else own + repeat(log, batch)[:, None]
+    own = own if state.even and log is state.log_weight else own + repeat(log, batch)[:, None]
     text = scaled @ key.transpose(2, 3)  # (B, K, G, T)
     if mask is not None:
         text = text.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else text + mask

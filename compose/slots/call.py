@@ -49,7 +49,7 @@ class Call:
         self.batch = batch  # its rows
         self.lengths = lengths  # tokens that a row may have, with and without a prompt
         self.past = 0  # tokens that its cache holds
-        self.mask: Tensor | None = None  # (B, T) of its text with what stands before, where prefixes ask for it
+        self.places: Tensor | None = None  # (B or 1, T) of its text, where they are told and prefixes ask for them
         self.inputs: dict[str, Tensor] = {}  # of the sites that another one taps, by path, until they are read
         self.prompt: tuple[Tensor, Tensor] | None = None  # for the embedding: where (B, T, 1) it stands, and it
         self.text_mask: Tensor | None = None  # of the source text of an encoder-decoder
@@ -62,7 +62,7 @@ class Call:
         """Let go of everything that is only of use inside the call."""
         self.inputs.clear()
         self.waiting = set()
-        self.prompt = self.text_mask = self.mask = self.trace = None
+        self.prompt = self.text_mask = self.places = self.trace = None
         self.open = False
 
 
