@@ -27,6 +27,7 @@ from hub.manifest import BaseIdentity, Requirement
 
 if TYPE_CHECKING:
     from compose.inspection.fake_base import FakeBase
+    from compose.parameter_space.certificate import Certificate
 
 __all__ = ["BaseFacts", "Checked", "Explanation", "Member", "base_of", "check", "explain"]
 
@@ -75,6 +76,7 @@ class Explanation:
     shared: Mapping[tuple[str, str], int]  # two members -> at how many sites both act
     flops: float | None
     merged_bytes: int = 0  # of the adapters that merges make
+    certificates: Mapping[str, Certificate | None] = field(default_factory=dict)  # of merges; None: loading tells
     warnings: tuple[str, ...] = ()
 
     @property
@@ -109,6 +111,7 @@ class Explanation:
             "members": [vars(member) for member in self.members],
             "requires": [need.as_dict() for need in self.requires],
             "steps": steps,
+            "certificates": {text: one and one.as_dict() for text, one in self.certificates.items()},
             "peak": self.plan.peak,
             "conflicts": [{"members": list(pair), "sites": count} for pair, count in self.shared.items()],
             "memory": {
@@ -185,7 +188,12 @@ def check(
 
 
 def explain(text: str, finder: AdapterFinder, **options: Any) -> Explanation:
-    """Check a composition and say what it is and costs; parameters and errors as for :func:`check`."""
+    """Check a composition and say what it is and costs; parameters and errors as for :func:`check`.
+
+    Of merges that a rank limits the members' tensors are read, so that what is left out is a measure, not a guess.
+    """
+    from compose.inspection.certificates import certificates
+
     checked = check(text, finder, **options)
     outline, planned = checked.outline, checked.plan
     base = BaseFacts(
@@ -196,6 +204,7 @@ def explain(text: str, finder: AdapterFinder, **options: Any) -> Explanation:
         outline.bytes,
         _each(outline.base_flops, outline),
     )
+    measured = certificates(planned.expression, outline, finder)
     published = [ref for ref in checked.expr.refs if finder.find(ref).digest is not None]
     return Explanation(
         text,
@@ -207,6 +216,7 @@ def explain(text: str, finder: AdapterFinder, **options: Any) -> Explanation:
         _shared(planned, outline),
         _each(outline.added_flops(planned.expression), outline),
         sum(p.numel() * p.element_size() for merged in outline.merged.values() for p in merged.parameters()),
+        measured,
         checked.warnings,
     )
 

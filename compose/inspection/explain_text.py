@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 from compose.inspection.explain import Explanation
+from compose.parameter_space.certificate import Certificate
 from compose.planning.plan import Plan, Step
 from hub.console.output import bytes_text, columns
 
@@ -40,8 +41,17 @@ def _sections(explanation: Explanation) -> Iterator[str]:
         for s, where in zip(explanation.plan.steps, explanation.where, strict=True)
     ]
     yield columns(("STEP", "DOES", "WHAT", "KIND", "READS", "FREES", "WHERE"), steps)
+    if explanation.certificates:
+        rows = [(text, _lost(one)) for text, one in explanation.certificates.items()]
+        yield columns(("MERGE", "LEAVES OUT"), rows)
     yield _conflicts(explanation)
     yield _costs(explanation)
+
+
+def _lost(certificate: Certificate | None) -> str:
+    if certificate is None:
+        return "told when it is made: it needs the base's weights, data, or much memory"
+    return "nothing: it is exact" if certificate.exact else str(certificate).replace(" left out", "")
 
 
 def _members(explanation: Explanation) -> str:

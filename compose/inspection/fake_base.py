@@ -34,8 +34,9 @@ from compose.formats.directory import our_keys, parse_config
 from compose.function import bind, get_function
 from compose.kind.adapter import Adapter
 from compose.kind.registry import get_kind, make_config
+from compose.parameter_space.deltas import DENSE_BUDGET
 from compose.parameter_space.execute import Merged, resolve
-from compose.parameter_space.method import need_data
+from compose.parameter_space.method import Elementwise, get_method, need_data
 from compose.planning.members import StoredAdapter
 from compose.runtime.model_runtime import activate, runtime
 from compose.runtime.row_trials import FAILURES
@@ -217,6 +218,8 @@ class FakeBase:
 
     def _shaped_like(self, call: Call) -> Adapter:
         members = [self.runtime.adapters[name] for name in call.refs]
+        if self._stays_whole(call, members):
+            return self._dense_at(tuple(dict.fromkeys(path for m in members for path in m.paths)), str(call))
         ranks = [int(rank) for m in members if (rank := getattr(m.config, "r", None))]
         if len(ranks) < len(members):
             return members[0]
@@ -227,6 +230,21 @@ class FakeBase:
         with self._building():
             config = make_config(kind, {"r": rank, "lora_alpha": rank, "target_modules": paths})
             return kind(config, self.sites, self.model, name=str(call)).freeze()
+
+    def _stays_whole(self, call: Call, members: Sequence[Adapter]) -> bool:
+        """Whether the merge of these has a higher rank than its members, and is small enough to be held so."""
+        method, options = get_method(call.function), bind(call)
+        if not isinstance(method, Elementwise) or getattr(options, "rank", None) is not None:
+            return False
+        sites = {path: self.sites[path] for m in members for path in m.paths if path in self.sites.paths}
+        whole = sum(4 * site.in_features * site.out_features for site in sites.values())
+        return all(m.averages_in_weight for m in members) and whole <= DENSE_BUDGET
+
+    def _dense_at(self, paths: tuple[str, ...], name: str) -> Adapter:
+        kind = get_kind("dense")
+        with self._building():
+            config = make_config(kind, {"target_modules": paths, "biases": False})
+            return kind(config, self.sites, self.model, name=name).freeze()
 
     def _flops(self) -> int | None:
         inputs = self._inputs()

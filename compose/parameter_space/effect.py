@@ -190,7 +190,10 @@ def _shape(layer: nn.Module) -> tuple[int, int]:
 def _moved_bias(layer: nn.Module, rows: int, node: Node) -> Tensor | None:
     own = bias_of(layer)
     before = torch.zeros(rows, device=cast("Tensor", layer.weight).device) if own is None else own.detach().float()
-    moved = bias_after(node, before) - before
+    after = bias_after(node, before)
+    if after is before:
+        return None
+    moved = after - before
     return moved if bool(moved.any()) else None
 
 

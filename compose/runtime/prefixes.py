@@ -32,7 +32,7 @@ class PrefixState:
     ``whole`` says that every weight is one or zero, ``even`` that every one is one, ``past`` tells how many tokens the
     cache holds, ``shift`` (R,) how many places each row's text is moved on, and ``bias_owner`` is the module that knows
     the relative position bias (T5 keeps that of a stack in its first layer). ``ahead`` (R, n) is how far before the
-    text a token stands that slides out of a window, 0 for one that does not; ``places`` gives the places of the q tokens
+    text a token stands that slides out of a window, 0 for one that does not; ``places`` gives those of the q tokens
     of a call, (B or 1, q).
     """
 

@@ -281,6 +281,30 @@ def test_explain_as_text_and_as_a_graph(cli: Run, store: Any) -> None:
     assert any('label="load\\nns/a\\n[lora]"' in line for line in dot)
 
 
+@pytest.mark.parametrize("text", ["svd(ns/a, ns/b, rank=2)", "ties(ns/a, svd(ns/b, rank=1), rank=3)"])
+def test_explain_measures_what_a_rank_leaves_out(text: str, cli: Run, store: Any) -> None:
+    found = data(cli("compose", "explain", f"0.5 * {text}", "--json"))["certificates"]
+    home = compose.load(TINY, "ns/a + ns/b", dtype="fp32")
+    made = compose.merge(home, text)
+    expected = {**made.inner, text: made.certificate}
+    assert found.keys() == expected.keys()
+    for name, one in expected.items():
+        assert not one.exact
+        assert found[name]["discarded"] == pytest.approx(one.share, rel=1e-4)
+        assert found[name]["sites"].keys() == one.sites.keys()
+    shown = cli("compose", "explain", text).stdout
+    assert "LEAVES OUT" in shown
+    assert f"{100 * made.certificate.share:.2g}% of the energy" in shown
+
+
+def test_explain_says_what_is_exact_and_what_only_loading_tells(cli: Run, store: Any) -> None:
+    found = data(cli("compose", "explain", "ties(ns/a, ns/b)", "--json"))
+    assert found["certificates"] == {"ties(ns/a, ns/b)": {"exact": True, "discarded": 0.0, "sites": {}}}
+    assert found["memory"]["merged"] == 4 * 3 * 192 * (192 + 64)  # whole matrices: q and v of three layers
+    assert "nothing: it is exact" in cli("compose", "explain", "ties(ns/a, ns/b)").stdout
+    assert data(cli("compose", "explain", "average(ns/a, ns/b)", "--json"))["certificates"] == {}  # a weighted sum
+
+
 def test_an_ensemble_costs_a_forward_a_member(cli: Run, store: Any) -> None:
     found = data(cli("compose", "explain", "ensemble.mean(ns/a, ns/i)", "--json"))
     assert found["relative_cost"] == pytest.approx(1, abs=0.05)
