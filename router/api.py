@@ -21,6 +21,7 @@ from compose.base.at_hand import at_hand
 from compose.base.texts import Text, encode, read_texts
 from compose.expr.tokens import IDENTITY_WORD
 from compose.expr.tree import IDENTITY, Ref
+from compose.planning.held import held_as
 from compose.planning.members import AdapterFinder, StoredAdapter
 from hub.console.progress import Steps
 from hub.errors import Conflict, NotFound, UsageError, suggest
@@ -43,7 +44,7 @@ class OnBase(TypedDict, total=False):
     """Keywords of `on_base`."""
 
     base: str | None
-    quantize: str
+    quantize: str | None
     allow_base_drift: bool
 
 
@@ -235,7 +236,7 @@ def on_base(
     members: Mapping[str, Artifact],
     *,
     base: str | None = None,
-    quantize: str = "none",
+    quantize: str | None = None,
     allow_base_drift: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """The base with artifacts resident under their names, frozen, and its tokenizer.
@@ -244,6 +245,8 @@ def on_base(
     ----------
     base
         See `compose.load`; None is the base that the members were made for.
+    quantize
+        None is as the members were trained, which is said on stderr.
     allow_base_drift
         Accept adapters trained on other weights of the same architecture.
     """
@@ -254,7 +257,7 @@ def on_base(
     tasks = {m.task for m in facts if m.task}
     task = tasks.pop() if len(tasks) == 1 else None
     labels = (facts[0].labels or None) if task == "classification" else None
-    model = compose.load(base, quantize=quantize, task=task, labels=labels)
+    model = compose.load(base, quantize=held_as(quantize, facts), task=task, labels=labels)
     for name, artifact in members.items():
         compose.attach(model, name, artifact, allow_base_drift=allow_base_drift).freeze()
     return model, compose.tokenizer(base)

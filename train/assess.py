@@ -10,9 +10,9 @@ from typing import Any
 import compose
 from compose.base.at_hand import at_hand
 from compose.base.text_config import fill_pad_id
+from compose.planning.held import held_as, manifests_of
 from compose.planning.members import AdapterFinder
 from hub.errors import UsageError
-from hub.manifest import Manifest
 from hub.store import Store
 from train.config import make_config
 from train.data.datasets import encode, read_rows
@@ -31,7 +31,7 @@ def evaluate(
     *,
     base: str | None = None,
     task: str | None = None,
-    quantize: str = "none",
+    quantize: str | None = None,
     precision: str = "fp32",
     max_length: int = 256,
     batch_size: int = 32,
@@ -40,7 +40,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Load the base with the expression active and measure it on the rows of `data`.
 
-    Base, task and labels are those of the adapters' manifests unless given.
+    Base, task, labels and quantization are those of the adapters' manifests unless given.
 
     Raises
     ------
@@ -49,9 +49,10 @@ def evaluate(
     HubError
         What the expression, the base or the data are refused for.
     """
-    manifests = _manifests(expression, store)
+    manifests = [] if expression is None else manifests_of(compose.parse(expression).refs, AdapterFinder(store))
     base = base or _agreed("base", {at_hand(m.base) for m in manifests if m.base is not None})
     task = task or _agreed("task", {m.task for m in manifests if m.task})
+    quantize = held_as(quantize, manifests)
     labels = next((m.labels for m in manifests if m.labels), ())
     options: dict[str, Any] = {"quantize": quantize, "precision": precision, "max_length": max_length}
     config = make_config({"base": base, "task": task, "columns": dict(columns or {}), **options})
@@ -81,20 +82,6 @@ def evaluate(
     seconds = round(time.perf_counter() - started, 3)
     facts = {"expression": expression, "base": base, "task": task, "data": data, "data_digest": rows.digest}
     return {**facts, "rows": len(rows), "trained_on": known, "seconds": seconds, "measures": measures}
-
-
-def _manifests(expression: str | None, store: Store | None) -> list[Manifest]:
-    """Of the artifacts that the expression names, compositions with their members'."""
-    if expression is None:
-        return []
-    finder, manifests = AdapterFinder(store), []
-    waiting = list(compose.parse(expression).refs)
-    while waiting:
-        manifest = finder.find(waiting.pop()).manifest
-        if manifest is not None:
-            manifests.append(manifest)
-            waiting += [f"{need.name}@{need.digest}" for need in manifest.requires]
-    return manifests
 
 
 def _agreed(what: str, values: set[str]) -> str:

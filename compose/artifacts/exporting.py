@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compose.artifacts.export_format import FORMATS
+from compose.planning.held import held_as, manifests_of
+from compose.planning.members import AdapterFinder
 from hub.contents.checks import TOKENIZER
 from hub.errors import Conflict, UsageError
 from hub.io.files import fsync_directory
+from hub.manifest import Manifest
 from hub.store import Store
 
 __all__ = ["Exported", "export"]
@@ -60,7 +63,8 @@ def export(
     rank
         vllm: of the LoRA that stands for what is none; exact sums of LoRAs need no rank.
     quantize
-        merged: fold into the weights as this quantization rounds them; default: into the unquantized ones.
+        merged: fold into the weights as this quantization rounds them, ``none`` into unrounded ones; default: as the
+        adapters were trained, which is said on stderr.
     base_name
         peft, vllm: ``base_model_name_or_path``; vLLM's resolver compares it with the name the model is served under.
 
@@ -80,6 +84,10 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Conflict(f"{out} exists already", path=out, hint="give another directory with --to")
     home = store or Store()
+    finder = AdapterFinder(home, paths=False)
+    manifests = manifests_of([ref], finder)
+    if "quantize" in chosen.options:
+        quantize = held_as(quantize, manifests)
     request = chosen(home.get(ref), home, base, rank, quantize, base_name, allow_base_drift)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as room:
@@ -90,10 +98,17 @@ def export(
             shutil.copyfile(request.artifact.file(name), young / name)
         young.replace(out)
     fsync_directory(out.parent)
-    manifest = request.artifact.manifest
-    certificate = manifest.hyperparameters.get("certificate")
-    lost = certificate.get("discarded") if isinstance(certificate, dict) else None
-    if manifest.type == "merge" and isinstance(lost, float) and lost > 0:  # before this step, which has its own
-        notes = [*notes, f"{request.artifact.ref} was published with {lost:.2%} of the energy of its merge left out"]
-        measured = {**measured, "merge_discarded": lost}
+    if lost := dict(_left_out(manifests)):  # before this step, which has its own losses
+        named = (f"{name} was published with {share:.2%}" for name, share in lost.items())
+        notes = [*notes, *(f"{one} of the energy of its merge left out" for one in named)]
+        measured = {**measured, "merge_discarded": max(lost.values())}
     return Exported(str(request.artifact.ref), format, str(out), tuple(notes), measured)
+
+
+def _left_out(manifests: Iterable[Manifest]) -> Iterator[tuple[str, float]]:
+    """Merges among what is exported that were published with a limited rank, and the shares left out."""
+    for manifest in manifests:
+        certificate = manifest.hyperparameters.get("certificate")
+        lost = certificate.get("discarded") if isinstance(certificate, dict) else None
+        if manifest.type == "merge" and isinstance(lost, float) and lost > 0:
+            yield f"{manifest.name}@{manifest.version}", lost

@@ -42,8 +42,8 @@ def _sections(explanation: Explanation) -> Iterator[str]:
     ]
     yield columns(("STEP", "DOES", "WHAT", "KIND", "READS", "FREES", "WHERE"), steps)
     if explanation.certificates:
-        rows = [(text, _lost(one)) for text, one in explanation.certificates.items()]
-        yield columns(("MERGE", "LEAVES OUT"), rows)
+        lost = [(text, _lost(one)) for text, one in explanation.certificates.items()]
+        yield columns(("MERGE", "LEAVES OUT"), lost)
     yield _conflicts(explanation)
     yield _costs(explanation)
 

@@ -20,7 +20,7 @@ _FORMATS = click.Choice(load("compose.artifacts.export_format:FORMATS").names())
 @click.option("--to", "out", type=click.Path(path_type=Path), help="The directory [./NAME-FORMAT].")
 @click.option("--base", metavar="BASE", help="The base [the one it was made for].")
 @click.option("--rank", type=click.IntRange(min=1), help="vllm: rank of the LoRA that stands for another kind.")
-@quantize_option("merged: fold into weights so rounded.", default=None)
+@quantize_option("merged: fold into weights so rounded [as it was trained].")
 @click.option("--base-name", metavar="NAME", help="peft, vllm: what the config calls the base.")
 @click.option("--allow-base-drift", is_flag=True, help="Accept other weights of the same architecture.")
 @json_option

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("target", metavar="[REF|DIR]", required=False)
 @click.option("--run", is_flag=True, help="Run its probes too: does it do here what it did at its author's?")
 @click.option("--base", metavar="BASE", help="With --run: on this base [the one it was made for].")
-@quantize_option("With --run: how the base is held [as its author held it].", default=None)
+@quantize_option("With --run: how the base is held [as its author held it].")
 @click.option("--allow-base-drift", is_flag=True, help="With --run: on other weights of the same architecture, too.")
 @click.option("--key", type=click.Path(path_type=Path), help="Check its signature against this public key (PEM).")
 @click.option("--signature", type=click.Path(path_type=Path), help="Where the signature is [where `hub sign` put it].")

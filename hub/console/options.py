@@ -13,7 +13,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def quantize_option(
-    text: str = "How the base is held.", *, default: str | None = "none"
+    text: str = "How the base is held [as its adapters were trained].", *, default: str | None = None
 ) -> Callable[[FunctionT], FunctionT]:
     """Add ``--quantize``, which takes a name of ``compose.base.request.QUANTIZATIONS``."""
     names = click.Choice(list(load("compose.base.request:QUANTIZATIONS")))

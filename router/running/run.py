@@ -12,6 +12,8 @@ import torch
 
 from compose.algebra import parse
 from compose.base.at_hand import at_hand
+from compose.planning.held import held_as, manifests_of
+from compose.planning.members import AdapterFinder
 from compose.planning.unfold import unfold
 from hub.console.progress import Progress, quiet
 from hub.console.sizes import parse_size
@@ -29,7 +31,7 @@ def run(
     out: str | Path | BinaryIO,
     *,
     base: str | None = None,
-    quantize: str = "none",
+    quantize: str | None = None,
     dtype: str = "auto",
     batch_size: int = 32,
     resident: str = "4GiB",
@@ -50,7 +52,8 @@ def run(
     base
         The base model; None is the one that ``adapter`` was made for.
     quantize, dtype
-        How the base is held; the dtype is "auto" (fp32 on a CPU), "fp32", "bf16" or "fp16".
+        How the base is held: None is as ``adapter`` was trained, which is said on stderr. The dtype is "auto" (fp32 on
+        a CPU), "fp32", "bf16" or "fp16".
     batch_size, resident
         Rows computed together, and the size of the adapters kept in memory.
     overwrite
@@ -69,6 +72,7 @@ def run(
     file = Path(source) if isinstance(source, str | Path) else None
     _check_places(file, out, overwrite)
     base = base or _base_of(shared)
+    quantize = _held(quantize, shared)
     with Path(source).open("rb") if isinstance(source, str | Path) else nullcontext(source) as stream:
         lines = Lines(stream, "stdin" if file is None else str(source))
         named: dict[str, int] = {}
@@ -114,6 +118,12 @@ def _base_of(options: Options) -> str:
     if base is None:
         raise UsageError(f"{options.adapter} does not say which base it was made for", hint="--base BASE")
     return base
+
+
+def _held(quantize: str | None, options: Options) -> str:
+    if quantize is not None or options.adapter is None:
+        return quantize or "none"
+    return held_as(None, manifests_of(parse(options.adapter).refs, AdapterFinder()))
 
 
 def _engine(base: str, quantize: str, dtype: str, rows: int, resident: str, allow_base_drift: bool) -> Engine:

@@ -76,15 +76,18 @@ def _drain(app: FastAPI, grace: float, hurry: Event) -> None:
 def _app(base: str, token: str | None, given: dict[str, Any]) -> FastAPI:
     import torch
 
+    from compose.planning.held import held_as, manifests_of
+    from compose.planning.members import AdapterFinder
     from hub.console.sizes import parse_size
     from router.engine.engine import Engine
     from router.serving.app import create_app
 
+    named = dict(_named(text) for text in given["adapters"])
     on_cpu = not torch.cuda.is_available()
     engine = Engine(
         base,
-        adapters=dict(_named(text) for text in given["adapters"]),
-        quantize=given["quantize"],
+        adapters=named,
+        quantize=held_as(given["quantize"], manifests_of(named, AdapterFinder(given=named))),
         dtype=("fp32" if on_cpu else None) if given["dtype"] == "auto" else given["dtype"],
         rows=given["batch_size"],
         resident=parse_size(given["resident"]),

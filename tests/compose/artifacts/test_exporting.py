@@ -1,6 +1,7 @@
 """`hub export`: PEFT reads it, vLLM's rules hold, a merged model says what the adapted one does; losses are told."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,14 +137,26 @@ def test_merging_what_was_trained_on_nf4(store, stock, export, tmp_path: Path) -
     """A QLoRA adapter folded into the 16-bit weights is another model; that is measured, and can be had otherwise."""
     made = TrainedOn(quantization="nf4", double_quant=True, compute_dtype="float32")
     stock.publish(store, "ns/qa@1.0.0", tmp_path / "qa", trained_on=made)
-    plain = export("ns/qa", "merged")
+    plain = export("ns/qa", "merged", "--quantize", "none")
     assert plain["measured"]["training"] > 0.02
     assert any("--quantize nf4 folds" in note for note in plain["notes"])
     (tmp_path / "out").rename(tmp_path / "plain")
-    done = export("ns/qa", "merged", "--quantize", "nf4")
+    done = export("ns/qa", "merged")  # as it was trained, which is said
     assert 0.01 < done["measured"]["base_shift"] < 0.2
     assert done["measured"]["effect"] < 0.1
     assert "training" not in done["measured"]
+
+
+def test_losses_of_merges_inside_a_composition_are_told_as_well(store, cli, export) -> None:
+    cli("compose", "ties(ns/a, ns/b, rank=1)", "--merge", "-o", "ns/cut@1.0.0", "--base", TINY)
+    lost = store.get("ns/cut").manifest.hyperparameters["certificate"]["discarded"]
+    assert lost > 0.01
+    cli("compose", "ns/cut + 0.5 * ns/b", "-o", "ns/around@1.0.0")
+    for format, options in (("vllm", ("--rank", "4")), ("merged", ())):
+        out = export("ns/around", format, *options)
+        assert out["measured"]["merge_discarded"] == pytest.approx(lost)
+        assert any(f"ns/cut@1.0.0 was published with {lost:.2%}" in note for note in out["notes"])
+        shutil.rmtree(out["directory"])
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(store, cli, tmp_path: Path) -> None:
