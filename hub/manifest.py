@@ -186,7 +186,10 @@ class Lineage(Record):
 
 
 class Draft(Record):
-    """What an author states about an artifact; `hub.pack.pack` adds what can be measured."""
+    """What an author states about an artifact; `hub.pack.pack` adds what can be measured.
+
+    `reader` names what turns the artifact's texts into labels (see `compose.reader`); None: a head of the base, if any.
+    """
 
     name: Name
     version: VersionText
@@ -200,6 +203,7 @@ class Draft(Record):
     placement: Words = ()
     task: Word | None = None
     labels: Words = ()
+    reader: Word | None = None
     languages: Words = ()
     domains: Words = ()
     metrics: tuple[Metric, ...] = ()
@@ -212,6 +216,11 @@ class Draft(Record):
     def ref(self) -> AdapterRef:
         """``ns/name@version``."""
         return AdapterRef.parse(self.name).at(version=self.version)
+
+    @property
+    def head_task(self) -> str | None:
+        """The task that the base is loaded for; None where a reader answers, which reads the base as it was saved."""
+        return None if self.reader else self.task
 
     @model_validator(mode="after")
     def _type_has_its_facts(self) -> Draft:

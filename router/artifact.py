@@ -25,6 +25,7 @@ from compose.expr.tree import IDENTITY, Ref, seq
 from compose.planning.members import AdapterFinder, StoredAdapter
 from compose.planning.plan import plan
 from compose.planning.requirements import requirements
+from compose.reader import refuse_readers
 from hub.errors import BaseMismatch, IntegrityError, NotFound, UsageError
 from hub.io.disk import tensor_file
 from hub.manifest import BaseIdentity, Digest, Draft, Lineage, Manifest, Requirement
@@ -119,6 +120,8 @@ def members_of(texts: Sequence[str], finder: AdapterFinder) -> dict[str, StoredA
     adapters = adapters_of(members)
     if not adapters:
         raise UsageError("a router needs at least one adapter", hint="hub route fit MEMBERS... --method METHOD")
+    facts = [stored.manifest for stored in adapters.values() if stored.manifest is not None]
+    refuse_readers(facts, "routers choose among adapters and heads")
     _check_alike(adapters, finder)
     if len(adapters) < len(members) and any(stored.facts.labels for stored in adapters.values()):
         raise UsageError("the members classify, and the bare base has no head to do so", hint="leave identity out")

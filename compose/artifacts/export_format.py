@@ -43,6 +43,7 @@ class ExportFormat(ABC):
     """
 
     options: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[bool] = False  # whether it can write what answers through a reader (see `compose.reader`)
 
     artifact: Artifact
     store: Store

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compose.artifacts.export_format import FORMATS
+from compose.errors import KindError
 from compose.planning.held import held_as, manifests_of
 from compose.planning.members import AdapterFinder
 from hub.contents.checks import TOKENIZER
@@ -19,6 +20,11 @@ from hub.manifest import Manifest
 from hub.store import Store
 
 __all__ = ["Exported", "export"]
+
+
+def _with_readers() -> str:
+    """Formats that can hold some readers."""
+    return "or --format " + " or ".join(name for name, each in FORMATS.all().items() if each.reads)
 
 
 @dataclass(frozen=True)
@@ -86,9 +92,17 @@ def export(
     home = store or Store()
     finder = AdapterFinder(home, paths=False)
     manifests = manifests_of([ref], finder)
+    artifact = home.get(ref)
+    if artifact.manifest.reader is not None and not chosen.reads:
+        raise KindError(
+            f"{artifact.ref} answers through its reader {artifact.manifest.reader}, which {format} has no place for: "
+            "what would be written could not say a label",
+            ref=artifact.ref,
+            hint=f"serve it: hub serve --base BASE, POST /v1/classify; {_with_readers()}",
+        )
     if "quantize" in chosen.options:
         quantize = held_as(quantize, manifests)
-    request = chosen(home.get(ref), home, base, rank, quantize, base_name, allow_base_drift)
+    request = chosen(artifact, home, base, rank, quantize, base_name, allow_base_drift)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as room:
         young = Path(room) / "young"

@@ -35,7 +35,8 @@ def gate(directory: Path, manifest: Manifest) -> tuple[str, ...]:
     from compose.planning.members import StoredAdapter
 
     try:
-        outline = FakeBase(where.directory, task=manifest.task, labels=manifest.labels or None)
+        task = manifest.head_task
+        outline = FakeBase(where.directory, task=task, labels=manifest.labels if task else None)
     except HubError as error:
         raise _untried(manifest, f"its base {manifest.base.repo} cannot be built here ({error.message})") from error
     try:

@@ -304,8 +304,9 @@ def _shared_facts(members: Sequence[StoredAdapter]) -> dict[str, Any]:
         return values[0] if len(manifests) == len(members) and all(v == values[0] for v in values) else None
 
     facts = {
-        "task": alike(lambda m: m.task),
-        "labels": alike(lambda m: m.labels),
+        # A reader answers for its own artifact alone: what is made of its adapter is no classifier.
+        "task": alike(lambda m: m.head_task),
+        "labels": alike(lambda m: m.labels if m.reader is None else ()),
         "license": alike(lambda m: m.license),
         "trained_on": alike(lambda m: m.trained_on),
         "languages": tuple(dict.fromkeys(x for m in manifests for x in m.languages)),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compose.api import eject, tokenizer
@@ -16,8 +15,7 @@ from compose.base.loading import quiet_transformers
 from compose.base.model import load_base, name_of
 from compose.base.quantization import quantization_of, quantized_layers
 from compose.base.weights import dense_weight
-from compose.errors import KindError
-from compose.merging.fold import Folded, fold
+from compose.merging.fold import fold, put
 from compose.runtime.model_runtime import runtime
 from hub.errors import GateError
 
@@ -45,7 +43,7 @@ class MergedModel(ExportFormat):
         eject(model)
         bare = probes.logits(model, ids)
         whole, measured = _dense(self, model)
-        untied = _put(whole, folded)
+        untied = put(whole, folded)
         merged = probes.logits(whole, ids)
         measured["rounding"] = max((part.rounding for part in folded), default=0.0)
         measured["effect"] = probes.relative_error(merged - bare, active - bare, active)
@@ -85,42 +83,6 @@ def _dense(request: ExportFormat, model: PreTrainedModel) -> tuple[PreTrainedMod
         size += float(weight.float().square().sum())
         weight.copy_(rounded)
     return whole, {"base_shift": (shift / size) ** 0.5 if size else 0.0}
-
-
-def _put(model: PreTrainedModel, folded: Sequence[Folded]) -> str:
-    """Put new values into the model; the name of the embeddings' twin where the two had to be untied, or nothing."""
-    values = {part.name: part.value for part in folded}
-    holders: dict[int, list[str]] = {}  # names by the parameter they stand for, each module once
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append(f"{path}.{name}")
-    untied = ""
-    for part in folded:
-        parameter = model.get_parameter(part.name)
-        for other in holders[id(parameter)]:
-            if other in values and torch.equal(values[other], part.value):
-                continue
-            if not _untie(model, part.name, other):
-                raise KindError(
-                    f"{part.name} is tied to {other} in this base, which would change with it",
-                    hint="adapt both or none of them, or export --format peft",
-                )
-            untied = untied or (other if other not in values else part.name)
-        model.get_parameter(part.name).data.copy_(part.value)
-    return untied
-
-
-def _untie(model: PreTrainedModel, *names: str) -> bool:
-    """Give the input and the output embeddings a weight each; False where these names are something else."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
-    if {id(owner) for owner in owners} != {id(end) for end in ends}:
-        return False
-    for end in ends:
-        end.weight = nn.Parameter(end.weight.detach().clone(), requires_grad=False)
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    return True
 
 
 def _against_training(request: ExportFormat, ids: Tensor, merged: Tensor, quantization: str) -> float:

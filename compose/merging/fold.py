@@ -171,3 +171,40 @@ def _written_heads(base: dict[str, Tensor], merged: dict[str, Tensor], dtype: to
     for key, value in merged.items():
         before = base[key].float()
         yield _written(key.removeprefix(PREFIX), before, value - before, dtype or base[key].dtype)
+
+
+@torch.no_grad()
+def put(model: PreTrainedModel, folded: Sequence[Folded]) -> str:
+    """Put new values into the model; the name of the embeddings' twin where the two had to be untied, or nothing."""
+    values = {part.name: part.value for part in folded}
+    holders: dict[int, list[str]] = {}  # names by the parameter they stand for, each module once
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(f"{path}.{name}")
+    untied = ""
+    for part in folded:
+        parameter = model.get_parameter(part.name)
+        for other in holders[id(parameter)]:
+            if other in values and torch.equal(values[other], part.value):
+                continue
+            if not _untie(model, part.name, other):
+                raise KindError(
+                    f"{part.name} is tied to {other} in this base, which would change with it",
+                    hint="adapt both or none of them, or export --format peft",
+                )
+            untied = untied or (other if other not in values else part.name)
+        model.get_parameter(part.name).data.copy_(part.value)
+    return untied
+
+
+def _untie(model: PreTrainedModel, *names: str) -> bool:
+    """Give the input and the output embeddings a weight each; False where these names are something else."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    if {id(owner) for owner in owners} != {id(end) for end in ends}:
+        return False
+    for end in ends:
+        end.weight = nn.Parameter(end.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    return True

@@ -107,8 +107,8 @@ def manifest_of(where: Artifact | Path) -> Manifest | None:
 
 def task_of(leaves: Iterable[Resolved], labels: Sequence[str] | None) -> tuple[str | None, Sequence[str] | None]:
     """Task and labels that the adapters were trained for, if their manifests agree on one."""
-    manifests = [leaf for leaf in leaves if isinstance(leaf, Manifest) and leaf.task]
-    tasks = {m.task for m in manifests}
+    manifests = [leaf for leaf in leaves if isinstance(leaf, Manifest) and leaf.head_task]
+    tasks = {m.head_task for m in manifests}
     if len(tasks) != 1:
         return None, labels
     known = {m.labels for m in manifests if m.labels}

@@ -68,6 +68,7 @@ def _facts(artifact: Artifact, manifest: Manifest) -> Iterator[tuple[str, str | 
     yield "expression", manifest.expression
     yield "task", manifest.task
     yield "labels", ", ".join(manifest.labels)
+    yield "reader", manifest.reader
     yield "languages", ", ".join(manifest.languages)
     yield "domains", ", ".join(manifest.domains)
     if base is not None:

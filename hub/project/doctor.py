@@ -34,6 +34,7 @@ _GONE = ("delete", "evict")
 _TORCH = "compose.inspection.torch_check:findings"
 _PLUGINS = {  # group of entry points -> our folder of the same sort
     "hub.formats": "compose.export_formats",
+    "hub.readers": "compose.readers",
     "hub.functions": "compose.functions",
     "hub.gates": "hub.gates",
     "hub.kinds": "compose.kinds",

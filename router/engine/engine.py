@@ -23,6 +23,7 @@ from router.engine.chooser import asks
 from router.engine.host import Host
 from router.engine.job import Answer, Job
 from router.engine.prepare import PreparedRow, prepare
+from router.engine.readers import Readers
 from router.engine.request import Piece, Request, Result
 from router.engine.residency import Residency
 from router.engine.schedule import batches
@@ -72,7 +73,8 @@ class Engine:
     ) -> None:
         self.host = Host(base, quantize=quantize, dtype=dtype, device=device, tokenizer=tokenizer)
         self.sources = Sources(self.host, store or Store(), adapters)
-        self.targets = Targets(self.host, self.sources, allow_base_drift=allow_base_drift)
+        self.readers = Readers(self.host, budget=resident)
+        self.targets = Targets(self.host, self.sources, self.readers, allow_base_drift=allow_base_drift)
         self.residency = Residency(self.host, budget=resident)
         self.rows, self.tokens = rows, max(TOKENS, self.host.context or 0) if tokens is None else tokens
         self.scheduler = Scheduler(self.host, self.sources, self.residency, rows=rows, tokens=self.tokens)

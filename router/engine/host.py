@@ -45,8 +45,10 @@ class Host:
     decodes, translates
         Whether it can write (a causal language model, an encoder-decoder) or only classify (an encoder), and whether
         what it writes answers a text that an encoder has read.
-    held
-        How its weights are held: quantization and dtype.
+    held, quantized
+        How its weights are held: quantization and dtype; whether there is a quantization.
+    given
+        What it was loaded from; None for a model in memory.
     context, vocabulary
         Tokens it reads at most, or None; tokens that its logits tell apart.
     grammars, pooling
@@ -74,6 +76,8 @@ class Host:
         self.identity = identity_of(self.model)
         self.name = name_of(self.model)
         self.held = f"{quantization_of(self.model)} {self.model.dtype}"
+        self.quantized = quantization_of(self.model) != "none"
+        self.given = None if isinstance(base, PreTrainedModel) else base
         self.decodes = self.model.can_generate()
         self.translates = self.decodes and bool(self.model.config.is_encoder_decoder)
         self.heads = Heads(self.model)

@@ -95,6 +95,8 @@ def _prepared(host: Host, request: Request, target: Target) -> PreparedRow:
         )
     if request.prompt_scores and (not generates or target.mixture is not None or host.translates):
         raise UsageError(f"{target.text or host.name} gives no scores of its prompt", hint="leave prompt_scores out")
+    if target.read is not None and request.ids is not None:
+        raise UsageError(f"{target.text} reads texts, not tokens", ref=target.text, hint="give the text")
     ids, types = _encode(host, request, target)
     _check_tokens(host, [*(request.ids or ()), *(token for token, _ in request.logit_bias)])
     if not ids:
@@ -119,6 +121,9 @@ def _to_embed(host: Host, request: Request, target: Target) -> PreparedRow:
     if host.translates or target.mixture is not None:
         what = f"{target.text} is an ensemble" if target.mixture is not None else f"{host.name} is an encoder-decoder"
         raise UsageError(f"{what}: it has no vectors of texts", hint="name an adapter, or serve an encoder or decoder")
+    if target.read is not None:
+        told = f"{target.text} answers with labels, through its reader"
+        raise UsageError(told, ref=target.text, hint="POST /v1/classify; vectors are the base's")
     ids, types = _encode(host, request, replace(target, task="generate"))
     _check_tokens(host, ids if request.ids is not None else ())
     if not ids:

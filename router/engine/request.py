@@ -156,6 +156,8 @@ class Result:
         behind nothing, so it has none.
     label, scores
         Of a classified row: the best label, and as many (label, probability) as were asked for, best first.
+    labels
+        Of a row that may have any number of labels: those that it has, in the place of ``label``.
     value
         Of a regression.
     embedding
@@ -174,6 +176,7 @@ class Result:
     tokens: tuple[Token, ...] = ()
     prompt: tuple[Token, ...] = ()
     label: str | None = None
+    labels: tuple[str, ...] | None = None
     scores: tuple[tuple[str, float], ...] = ()
     value: float | None = None
     embedding: tuple[float, ...] | None = None

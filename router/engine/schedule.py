@@ -43,6 +43,7 @@ def batches(
         full = (
             not cut
             or rows[cut[-1][0]].gate is not row.gate
+            or _apart(rows[cut[-1][0]]) != _apart(row)
             or lanes + row.lanes > most
             or (lanes + row.lanes) * max(longest, row.places) > tokens
         )
@@ -56,5 +57,5 @@ def batches(
 
 
 def _apart(row: PreparedRow) -> str:
-    """Rows of a router that weighs each token are computed by themselves."""
-    return row.target.text if row.gate is not None else ""
+    """Rows of a router that weighs each token, and those of a reader, are computed by themselves."""
+    return row.target.text if row.gate is not None or row.target.read is not None else ""

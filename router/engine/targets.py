@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from threading import RLock
 
@@ -13,11 +14,13 @@ from compose.expr.tree import IDENTITY, Call, Expr, Ref, Seq, substitute
 from compose.function import get_function
 from compose.planning.plan import plan
 from compose.planning.unfold import Resolved
+from compose.reader import ReaderText, refuse_readers
 from hub.errors import UsageError
-from hub.manifest import BaseIdentity
+from hub.manifest import BaseIdentity, Manifest
 from hub.store import Artifact
 from router.engine.host import Host
 from router.engine.mixture import Mixture, refuse_mixture
+from router.engine.readers import Readers, Scored
 from router.engine.routing import Routing, routing
 from router.engine.sources import KnownAdapter, Sources
 
@@ -45,6 +48,8 @@ class Target:
         Where a router has yet to choose: `expr` is then of no meaning.
     mixture
         Where output probabilities are mixed: likewise.
+    read, several
+        Of an artifact with a reader: what its texts are given to, and whether a text may have any number of labels.
     """
 
     text: str
@@ -58,13 +63,15 @@ class Target:
     mixture: Mixture | None = None
     digest: str | None = None
     pooling: str = ""
+    read: Callable[[Sequence[ReaderText]], list[Scored]] | None = None
+    several: bool = False
 
 
 class Targets:
     """Targets by their text, made once each as long as the store does not change; from any thread."""
 
-    def __init__(self, host: Host, sources: Sources, *, allow_base_drift: bool = False) -> None:
-        self._host, self.sources = host, sources
+    def __init__(self, host: Host, sources: Sources, readers: Readers, *, allow_base_drift: bool = False) -> None:
+        self._host, self.sources, self._readers = host, sources, readers
         self._allow_drift = allow_base_drift
         self._made: dict[str, Target] = {}
         self._lock = RLock()
@@ -110,6 +117,8 @@ class Targets:
             artifact = self.sources.artifact(tree.text)
             if artifact is not None and artifact.manifest.type == "router":
                 return self._router(text, artifact)
+            if artifact is not None and artifact.manifest.reader is not None:
+                return self._read(text, artifact)
         known: dict[str, KnownAdapter] = {}
 
         def resolve(ref: str) -> Resolved:
@@ -120,6 +129,8 @@ class Targets:
             return known[ref].facts
 
         planned = plan(tree, resolve, check_base=self._check, allow_base_drift=self._allow_drift)
+        facts = [leaf.facts for leaf in known.values() if isinstance(leaf.facts, Manifest)]
+        refuse_readers(facts, "an expression mixes adapters")
         expr = substitute(planned.expression, lambda ref: Ref(known[ref.text].name))
         mixture = _mixture(expr)
         leaves = [known[ref] for ref in planned.leaves]
@@ -143,6 +154,22 @@ class Targets:
         chooser = routing(artifact, self.sources.store, {member.name: member for member in members})
         names = tuple(chooser.members) if chooser.by_token else ()
         return Target(text, IDENTITY, names, routing=chooser, digest=artifact.digest)
+
+    def _read(self, text: str, artifact: Artifact) -> Target:
+        """One that answers through its reader: rows of it are computed by themselves, on a model of the readers'."""
+        if artifact.manifest.base is not None:
+            self._check(text, artifact.manifest.base)
+        reader = self._readers.get(artifact)
+        return Target(
+            text,
+            IDENTITY,
+            (),
+            reader.labels,
+            "regress" if reader.task == "regression" else "classify",
+            digest=artifact.digest,
+            read=partial(self._readers.read, artifact),
+            several=reader.task == "multi_label_classification",
+        )
 
     def _check(self, text: str, made_for: BaseIdentity) -> None:
         compare(made_for, self._host.identity, ref=text, allow_drift=self._allow_drift)

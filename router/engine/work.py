@@ -8,6 +8,7 @@ from time import perf_counter
 from hub.errors import HubError
 from router.engine.batches.decoding import DecodingBatch
 from router.engine.batches.prefill import Reading
+from router.engine.batches.reader_rows import ReaderRows
 from router.engine.batches.running_row import RunningRow
 from router.engine.host import Host
 from router.engine.job import BREAKDOWNS, Job, as_hub_error
@@ -34,7 +35,7 @@ class Work:
         self.host, self._joined = host, joined
         self.running: list[Job] = []
         self.left_over: list[Job] = []
-        self.readings: list[Reading] = []
+        self.readings: list[Reading | ReaderRows] = []
         self.batches: list[DecodingBatch] = []
         self.turns, self.pace = Turns(), Pace()
         self.steps = 0
@@ -50,6 +51,8 @@ class Work:
 
     def _alike(self, row: RunningRow) -> object:
         prepared = row.prepared
+        if prepared.target.read is not None:
+            return "a reader", prepared.target.digest
         request = prepared.request
         use = prepared.generates, prepared.gate, prepared.target.mixture is not None, request.prompt_scores
         if not (self.host.decodes and not self.host.translates):
@@ -64,11 +67,14 @@ class Work:
         return adapter is not None and adapter.prompt() is not None
 
     def _read(self, rows: Sequence[RunningRow], *, steady: bool) -> None:
-        self.readings.append(Reading(self.host, rows, steady=steady))
+        if rows[0].prepared.target.read is not None:
+            self.readings.append(ReaderRows(rows, steady=steady))
+        else:
+            self.readings.append(Reading(self.host, rows, steady=steady))
 
     def turn(self) -> bool:
         """One step of one batch, or one chunk of one reading; whether there was any work."""
-        work: list[Reading | DecodingBatch] = [*sorted(self.readings, key=lambda r: r.left), *self.batches]
+        work: list[Reading | ReaderRows | DecodingBatch] = [*sorted(self.readings, key=lambda r: r.left), *self.batches]
         if not work:
             return False
         one = self.turns.next(work)
@@ -78,13 +84,15 @@ class Work:
             before = one.left
             self._advance(one)
             self.pace.read(before - one.left, perf_counter() - began)
+        elif isinstance(one, ReaderRows):  # passes of another kind say nothing of how long a chunk of a prompt takes
+            self._advance(one)
         else:
             self._step(one)
             self.pace.stepped(perf_counter() - began)
         self.turns.charge(one, perf_counter() - began)
         return True
 
-    def _advance(self, reading: Reading) -> None:
+    def _advance(self, reading: Reading | ReaderRows) -> None:
         """Read on. Where that fails rows are read alone, so that an error belongs to the row that causes it."""
         try:
             if not reading.advance(STEADY if reading.steady else self.pace.chunk):
@@ -94,7 +102,7 @@ class Work:
             if len(reading.rows) == 1:
                 reading.rows[0].error = as_hub_error(error)
                 return
-            for row in reading.rows:
+            for row in (row for row in reading.rows if not row.over):
                 self._read([row], steady=reading.steady)
             return
         self.readings.remove(reading)
@@ -156,7 +164,7 @@ class Work:
         return read + [row for b in self.batches if b.gate is gate for row in b.rows]
 
     @property
-    def _all(self) -> list[Reading | DecodingBatch]:
+    def _all(self) -> list[Reading | ReaderRows | DecodingBatch]:
         return [*self.readings, *self.batches]
 
     @property

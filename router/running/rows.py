@@ -68,11 +68,11 @@ class Options:
 
     def columns(self, result: Result) -> dict[str, Any]:
         """Columns of a result."""
-        main = result.text if result.text is not None else result.label
-        columns: dict[str, Any] = {self.into: result.value if main is None else main}
+        said = (result.text, result.label, None if result.labels is None else list(result.labels), result.value)
+        columns: dict[str, Any] = {self.into: next((one for one in said if one is not None), None)}
         if result.finish is not None:
             columns[f"{self.into}_finish"] = result.finish
-        if self.scores and result.label is not None:
+        if self.scores and (result.label is not None or result.labels is not None):
             columns[f"{self.into}_scores"] = {name: round(p, _DIGITS) for name, p in result.scores}
         elif self.scores and result.text is not None:
             columns[f"{self.into}_scores"] = [

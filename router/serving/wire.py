@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
@@ -192,17 +192,19 @@ class Chat(Sampled):
 
 
 class Classify(Body):
-    """POST /v1/classify."""
+    """POST /v1/classify: texts, or pairs of texts as lists of two."""
 
     model: str = ""
-    input: str | list[str]
+    input: str | list[str | Annotated[list[str], Field(min_length=2, max_length=2)]]
     task: str | None = None
 
     def requests(self) -> list[Request]:
         """One row a text."""
         texts = [self.input] if isinstance(self.input, str) else self.input
         _bounded(len(texts))
-        return [Request(text=text, adapter=self.model, task=self.task, scores=1000) for text in texts]
+        pairs = [(text, None) if isinstance(text, str) else (text[0], text[1]) for text in texts]
+        shared: dict[str, Any] = {"adapter": self.model, "task": self.task, "scores": 1000}
+        return [Request(text=text, pair=pair, **shared) for text, pair in pairs]
 
 
 class Tokenize(Body):
@@ -328,6 +330,8 @@ def classified(index: int, result: Result) -> dict[str, Any]:
         return _routed({"index": index, "text": result.text}, result)
     if result.value is not None:
         return _routed({"index": index, "value": result.value}, result)
+    if result.labels is not None:
+        return _routed({"index": index, "labels": list(result.labels), "scores": dict(result.scores)}, result)
     return _routed({"index": index, "label": result.label, "scores": dict(result.scores)}, result)
 
 
@@ -339,7 +343,8 @@ def said(result: Result) -> str:
     """The text of a row; a router may have chosen an adapter that answers with a label or a number instead."""
     if result.text is not None:
         return result.text
-    return result.label if result.label is not None else str(result.value)
+    labels = (result.label,) if result.label is not None else result.labels
+    return str(result.value) if labels is None else ", ".join(labels)
 
 
 def _routed(choice: dict[str, Any], result: Result) -> dict[str, Any]:

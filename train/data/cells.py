@@ -7,7 +7,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-__all__ = ["CellError", "class_name", "conversation", "in_order", "read_cell", "shape_hint", "text"]
+__all__ = [
+    "CellError",
+    "class_name",
+    "conversation",
+    "in_order",
+    "label_set",
+    "number",
+    "read_cell",
+    "shape_hint",
+    "text",
+]
 
 # Columns of rows that other programs write, and how they are named here.
 _SHAPES = (
@@ -48,6 +58,29 @@ def class_name(value: Any) -> str:
         return str(value)
     hint = "task=regression learns numbers" if isinstance(value, float) and math.isfinite(value) else None
     raise CellError(f"is {_told(value)}, not one label", hint or "one label a row: a text or a whole number")
+
+
+def label_set(value: Any, separator: str | None = None) -> tuple[str, ...]:
+    """Names of the classes of a row that may have any number: a list, or a text that `separator` divides.
+
+    An empty list, or an empty text, is none.
+    """
+    if isinstance(value, str) and separator is not None:
+        return tuple(dict.fromkeys(name.strip() for name in value.split(separator) if name.strip()))
+    if isinstance(value, list | tuple):
+        return tuple(dict.fromkeys(map(class_name, value)))
+    raise CellError(f"is {_told(value)}, not a list of labels", 'labels in one text are divided: --separator ","')
+
+
+def number(value: Any) -> float:
+    """A finite number, also as its digits."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise CellError(f"{value!r:.60} is not a finite number", "task=classification")
+    return found
 
 
 def conversation(value: Any) -> list[Mapping[str, Any]]:

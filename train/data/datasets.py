@@ -22,7 +22,7 @@ from train.data.files import file_digests, read_rows
 from train.errors import ConfigError, DataError
 from train.seeds import generator
 
-__all__ = ["Splits", "check", "completions", "labelled", "load_splits", "read_rows", "text_blocks"]
+__all__ = ["Splits", "check", "completions", "labelled", "load_splits", "read_rows", "text_blocks", "values_of"]
 
 log = logging.getLogger(__name__)
 Rows = Sequence[Mapping[str, Any]]
@@ -197,7 +197,7 @@ def encode(
     rows: Rows, config: TrainConfig, tokenizer: Any, *, labels: Sequence[str] | None = None, source: str
 ) -> Dataset:
     """Rows to the dataset of the config's task."""
-    take = partial(_named, rows, config, source)
+    take = partial(values_of, rows, config, source)
     for role in config.columns:  # also one that the task does not look at: a typo must not go unseen
         take(role)
     length, where, read = config.max_length, {"source": source}, _read_of(rows, config)
@@ -229,8 +229,8 @@ def encode(
     return data
 
 
-def _named(rows: Rows, config: TrainConfig, source: str, role: str) -> list[Any]:
-    """The values of a role, each of them what the role is for."""
+def values_of(rows: Rows, config: TrainConfig, source: str, role: str) -> list[Any]:
+    """The values of a role (`train.config.ROLES`), each of them what the role is for. Raises DataError."""
     name, values = config.columns.get(role, role), []
     role = "number" if role == "label" and config.task == "regression" else role
     for number, row in enumerate(rows, 1):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -14,7 +13,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from train.data.batches import IGNORE, Dataset, Ragged
-from train.data.cells import CellError, conversation
+from train.data.cells import CellError, conversation, number
 from train.errors import DataError
 
 __all__ = ["chats", "numbers", "packed", "pad_id", "sequences", "tagged"]
@@ -47,13 +46,9 @@ def numbers(encoded: Mapping[str, Ragged | Tensor], values: Sequence[Any], pad_i
     found = []
     for row, value in enumerate(values, 1):
         try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            told = f"the label {value!r} is not a finite number"
-            raise DataError(f"{source}, row {row}: {told}", hint="task=classification")
-        found.append(number)
+            found.append(number(value))
+        except CellError as error:
+            raise DataError(f"{source}, row {row}: the label {error}", hint=error.hint) from error
     return Dataset({**encoded, "labels": torch.tensor(found)}, "regression", pad_id, source=source)
 
 

@@ -15,6 +15,7 @@ from train.errors import DataError
 __all__ = ["Columns", "Example", "Text", "check_texts", "label_names", "to_examples", "warn_of_duplicates"]
 
 log = logging.getLogger(__name__)
+_LIKE = 'predict(["a text", ...]), predict([("one", "two")]), predict([{"text": "one", "text2": "two"}])'
 _MOST_LABELS = 999  # a thousand classes are more likely a column of free text or of ids
 
 
@@ -27,8 +28,8 @@ class Example:
     label: str | None = None
 
     @classmethod
-    def of(cls, text: Text) -> Example:
-        """A text or a pair as an example without a label; an example as it is.
+    def of(cls, text: Text, columns: tuple[str, str | None] = ("text", None)) -> Example:
+        """A text, a pair, or a row by its columns, as an example without a label; an example as it is.
 
         Raises
         ------
@@ -37,9 +38,16 @@ class Example:
         """
         if isinstance(text, Example):
             return text
-        parts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list | tuple) else ()
+        if isinstance(text, Mapping):
+            wanted = [name for name in columns if name is not None]
+            if missing := [name for name in wanted if name not in text]:
+                raise _no_column(missing[0], text, "a row")
+            parts = tuple(text[name] for name in wanted)
+        else:
+            parts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list | tuple) else ()
+            parts = parts[:1] if parts[1:] == (None,) else parts
         if len(parts) not in (1, 2) or not all(isinstance(part, str) for part in parts):
-            raise DataError(f"{text!r:.60} is neither a text nor a pair of texts", hint='predict(["a text", ...])')
+            raise DataError(f"{text!r:.60} is neither a text nor a pair of texts", hint=_LIKE)
         return cls(*parts)
 
     @property
@@ -48,7 +56,7 @@ class Example:
         return " ".join(self.text.lower().split()), " ".join((self.text2 or "").lower().split())
 
 
-Text: TypeAlias = "str | tuple[str, str] | Example"
+Text: TypeAlias = "str | tuple[str, str | None] | Mapping[str, Any] | Example"
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ class Job:
             max_length=self.max_length,
             base_task="masked_lm" if self.masked else "causal_lm",
             precision=self.precision,
+            columns=("text", None if self.examples[0].text2 is None else "text2"),
         )
         return FewShotClassifier(self.model, self.tokenizer, spec, [tensors for _, tensors in members])
 

@@ -24,7 +24,7 @@ from hub.store import Artifact, Store
 from train.data.datasets import read_rows
 from train.data.files import file_digests
 from train.errors import DataError
-from train.fewshot.classifier.classifier import FewShotClassifier, load_base
+from train.fewshot.classifier.classifier import READER, FewShotClassifier, load_base
 from train.fewshot.examples import Columns, Example, check_texts, label_names, to_examples, warn_of_duplicates
 from train.fewshot.job import FewShotResult, Job, learn
 from train.fewshot.prompts.template import Template
@@ -142,6 +142,9 @@ def run(
         say=say,
     )
     learned = learn(job, method)
+    learned.classifier.spec = learned.classifier.spec.model_copy(
+        update={"columns": (request.columns.text, request.columns.text2)}
+    )
     seconds = time.perf_counter() - job.started
     measured = measure(learned.classifier, test) if test else {}
     facts: dict[str, Any] = {
@@ -196,7 +199,8 @@ def publish(
         draft = draft.model_copy(
             update={
                 "method": f"few-shot/{learned.method}",
-                "task": None,  # the base is loaded as it was saved
+                "task": learned.classifier.task,
+                "reader": READER,
                 "hyperparameters": {**draft.hyperparameters, "few_shot": {"k": request.k, **learned.facts}},
                 "metrics": _metrics(request, measured, _tested(request)),
                 "summary": f"A classifier of {len(spec.labels)} labels: `hub few-shot predict {ref} --text ...`",

@@ -16,7 +16,7 @@ from train.data.batches import IGNORE, Dataset
 from train.data.datasets import check
 from train.steps.objective import forward, loss_sum
 
-__all__ = ["calibration_error", "evaluate", "f1_macro", "perplexity", "rank"]
+__all__ = ["calibration_error", "evaluate", "f1_macro", "measures", "perplexity", "rank"]
 
 
 def rank(measured: Mapping[str, float], metric: str) -> tuple[float, float]:
@@ -67,7 +67,16 @@ def evaluate(
     if data.task in _OF_TEXT:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": float(data.items.sum())}
     outputs, labels = (torch.cat(parts_) for parts_ in zip(*outputs_and_labels, strict=True))
-    return {"loss": loss, **_MEASURES[data.task](outputs, labels), "rows": float(len(labels))}
+    return {"loss": loss, **measures(data.task, outputs, labels), "rows": float(len(labels))}
+
+
+def measures(task: str, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Measures of a task from outputs (N, C) and labels; see `evaluate`.
+
+    Of several labels a text: `exact`, the share of rows whose set of labels (outputs above 0) is right, and `f1_micro`,
+    over all rows and labels; their labels are (N, C) of 0 and 1.
+    """
+    return _MEASURES[task](outputs, labels)
 
 
 def _of_classes(outputs: Tensor, labels: Tensor) -> dict[str, float]:
@@ -81,11 +90,25 @@ def _of_classes(outputs: Tensor, labels: Tensor) -> dict[str, float]:
 def _of_numbers(outputs: Tensor, labels: Tensor) -> dict[str, float]:
     """Of predictions (N, 1) and numbers (N,)."""
     guess, truth = outputs[:, 0].double(), labels.double()
-    return {"pearson": _correlation(guess, truth), "spearman": _correlation(_ranks(guess), _ranks(truth))}
+    mae = float((guess - truth).abs().mean())
+    return {"pearson": _correlation(guess, truth), "spearman": _correlation(_ranks(guess), _ranks(truth)), "mae": mae}
+
+
+def _of_label_sets(outputs: Tensor, labels: Tensor) -> dict[str, float]:
+    """Of outputs (N, C), a label where they are above 0, and (N, C) of 0 and 1."""
+    guess, truth = outputs > 0, labels.bool()
+    said = int(guess.sum()) + int(truth.sum())
+    hits = int((guess & truth).sum())
+    return {"exact": float((guess == truth).all(1).double().mean()), "f1_micro": 2 * hits / said if said else 1.0}
 
 
 _OF_TEXT = ("causal_lm", "seq2seq")
-_MEASURES = {"classification": _of_classes, "token_classification": _of_classes, "regression": _of_numbers}
+_MEASURES = {
+    "classification": _of_classes,
+    "token_classification": _of_classes,
+    "multi_label_classification": _of_label_sets,
+    "regression": _of_numbers,
+}
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

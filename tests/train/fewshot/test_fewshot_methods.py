@@ -95,7 +95,9 @@ def test_a_classifier_in_three_lines(review_file, masked_base):
     assert again.predict(texts) == [again.labels[i] for i in again.predict_proba(texts).argmax(1)]
     assert again.predict(texts) == made.classifier.predict([Example(text) for text in texts])
     torch.testing.assert_close(again.predict_proba(texts).sum(1), torch.ones(2))
-    assert again.logits([("a film", "a plot")]).shape == (1, 2)
+    assert again.predict([]) == [] and again.predict_proba([]).shape == (0, 2)
+    with pytest.raises(DataError, match="a pair, and single texts are read"):
+        again.predict([("a film", "a plot")])
     said = CliRunner().invoke(main, ["few-shot", "predict", "me/stars", "--text", texts[0]])
     assert said.stdout.split("\t")[0] == again.predict(texts[:1])[0]
     for wrong in (5, ("a", "b", "c"), ["a", 5]):
