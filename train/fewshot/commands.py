@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -132,33 +133,70 @@ def _tell(facts: dict[str, Any], text2: str | None) -> None:
 @few_shot.command("predict")
 @click.argument("ref")
 @click.argument("data", required=False)
-@click.option("--text", metavar="TEXT", help="One text; with DATA, the column of the text.")
-@click.option("--text2", metavar="TEXT", help="Its pair; with DATA, the column of the pair.")
+@click.option("--text", metavar="TEXT", help="One text; with DATA, the column of the text [as in training].")
+@click.option("--text2", metavar="TEXT", help="Its pair; with DATA, the column of the pair [as in training].")
 @click.option("--base", metavar="BASE", help="Where the base lies now [where it was].")
+@click.option("--out", metavar="FILE", help="Write the rows of DATA with their answers: .csv, .tsv or .jsonl.")
+@click.option("--into", default="prediction", show_default=True, metavar="COL", help="Column of the answer in --out.")
+@click.option("--probabilities", is_flag=True, help="Columns of all labels' probabilities in --out.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line a text, with all probabilities.")
-def predict(ref: str, data: str | None, text: str | None, text2: str | None, base: str | None, as_json: bool) -> None:
-    """Label one --text, or every row of the file DATA."""
+def predict(
+    ref: str,
+    data: str | None,
+    text: str | None,
+    text2: str | None,
+    base: str | None,
+    out: str | None,
+    into: str,
+    probabilities: bool,
+    as_json: bool,
+) -> None:
+    """Label one --text, or every row of the file DATA.
+
+    \b
+    hub few-shot predict acme/stars --text "Not a dull moment."
+    hub few-shot predict acme/stars reviews.csv --out labelled.csv
+
+    Rows keep their columns and their order; one that cannot be read, such as an empty one, says so in its place.
+    """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    from hub.console.progress import steps_bar
     from hub.errors import UsageError
-    from train.data.files import read_rows
     from train.fewshot import load
-    from train.fewshot.examples import Columns, Example, to_examples
+    from train.fewshot.classifier.files import answer, answer_file
 
     if data is None and text is None:
         raise UsageError("nothing to label", hint=f'hub few-shot predict {ref} --text "..."')
+    if data is None and out is not None:
+        raise UsageError("--out goes with a file of rows", hint=f"hub few-shot predict {ref} DATA --out {out}")
     _quiet()
-    if data is None:
-        examples = [Example(str(text), text2)]
-    else:
-        examples = to_examples(read_rows(data), Columns(text or "text", text2), source=data, labelled=False)
     classifier = load(ref, base=base)
-    for row in classifier.predict_proba(examples):
-        best = int(row.argmax())
-        label = classifier.labels[best]
-        if as_json:
-            shares = {name: round(p, 4) for name, p in zip(classifier.labels, row.tolist(), strict=True)}
-            click.echo(json.dumps({"label": label, "probabilities": shares}, ensure_ascii=False))
-        else:
-            click.echo(f"{label}\t{float(row[best]):.3f}")
+    if data is None:
+        (scores,) = classifier.scores([(str(text), text2)])
+        _say_answer(answer(classifier, scores), as_json=as_json)
+        return
+    named = (text or classifier.spec.columns[0], text2 or classifier.spec.columns[1])
+    with steps_bar() as bar:  # with the time that is left
+        step = (lambda done, total: bar("rows", done, total)) if bar else (lambda _done, _total: None)
+        told = answer_file(classifier, data, named, out=out, into=into, probabilities=probabilities, step=step)
+    if out is None:
+        for one in told.answers:
+            _say_answer(one, as_json=as_json)
+    if out is not None:
+        say(f"{len(told.rows) - told.failed:,} of {len(told.rows):,} rows are labelled in {out}")
+    elif told.failed:
+        say(f"{told.failed:,} of {len(told.rows):,} rows could not be read")
+
+
+def _say_answer(told: Mapping[str, Any], *, as_json: bool) -> None:
+    """One answer on a line of stdout."""
+    if as_json:
+        click.echo(json.dumps(told, ensure_ascii=False))
+    elif "error" in told:
+        click.echo(f"\t\t{told['error']}")
+    elif "label" in told:
+        click.echo(f"{told['label']}\t{told['probability']:.3f}")
+    else:
+        click.echo(", ".join(told["labels"]) if "labels" in told else f"{told['value']:.6g}")
 
 
 @few_shot.command("patterns")

@@ -12,7 +12,7 @@ from hub.errors import did_you_mean
 from train.data.cells import CellError, class_name, in_order, text
 from train.errors import DataError
 
-__all__ = ["Columns", "Example", "Text", "check_texts", "label_names", "to_examples", "warn_of_duplicates"]
+__all__ = ["Columns", "Example", "Text", "check_texts", "label_names", "no_column", "to_examples", "warn_of_duplicates"]
 
 log = logging.getLogger(__name__)
 _LIKE = 'predict(["a text", ...]), predict([("one", "two")]), predict([{"text": "one", "text2": "two"}])'
@@ -41,7 +41,7 @@ class Example:
         if isinstance(text, Mapping):
             wanted = [name for name in columns if name is not None]
             if missing := [name for name in wanted if name not in text]:
-                raise _no_column(missing[0], text, "a row")
+                raise no_column(missing[0], text, "a row")
             parts = tuple(text[name] for name in wanted)
         else:
             parts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, list | tuple) else ()
@@ -85,7 +85,7 @@ def to_examples(
         cells = []
         for name, read in wanted:
             if row.get(name) is None:
-                raise _no_column(name, row, f"{source}, row {number}")
+                raise no_column(name, row, f"{source}, row {number}")
             try:
                 cells.append(read(row[name]))
             except CellError as error:
@@ -96,7 +96,8 @@ def to_examples(
     return examples
 
 
-def _no_column(name: str, row: Mapping[str, Any], where: str) -> DataError:
+def no_column(name: str, row: Mapping[str, Any], where: str) -> DataError:
+    """What is wrong with a row that lacks a column: the nearest one, and those that are there."""
     near = did_you_mean(name, [str(key) for key in row], count=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     present = ", ".join(sorted(str(key) for key in row)) or "none"

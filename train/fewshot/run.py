@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import tempfile
@@ -33,7 +34,7 @@ from train.fewshot.splits import KShot, k_shot
 from train.results.card import write_card
 from train.results.publish import next_version, write_artifact
 
-__all__ = ["FewShotOutcome", "Request", "few_shot", "interval", "run"]
+__all__ = ["FewShotOutcome", "Request", "few_shot", "fit", "interval", "run"]
 
 log = logging.getLogger(__name__)
 _MOST_TEST = 2000  # rows that are measured on when no test file is given
@@ -91,6 +92,47 @@ def few_shot(
         The data, a template, a label word or an option is wrong; nothing was trained then.
     """
     return run(Request(data, base, Columns(text, text2, label), **options), store=store, say=say)
+
+
+def fit(
+    rows: str | Path | Sequence[Mapping[str, Any]] | Sequence[Sequence[str]],
+    base: str,
+    *,
+    test: str | Path | Sequence[Mapping[str, Any]] | Sequence[Sequence[str]] | None = None,
+    **options: Any,
+) -> FewShotClassifier:
+    """Learn a classifier from rows in memory, or from a file; the options are those of `few_shot`.
+
+    Rows are mappings by column, or (text, label), or (text, second text, label).
+
+    >>> fit([("Not a dull moment.", "good"), ("I left early.", "bad"), ...], "./bert").predict(["A film."])
+
+    Raises
+    ------
+    DataError, UsageError
+        The rows or an option are wrong; nothing was trained then.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"rows": _file(rows, Path(folder) / "rows.jsonl"), "test": None}
+        if test is not None:
+            files["test"] = _file(test, Path(folder) / "test.jsonl")
+        if not isinstance(rows, str | Path) and rows and len(rows[0]) == 3 and not isinstance(rows[0], Mapping):
+            options = {"text2": "text2", **options}
+        return few_shot(str(files["rows"]), base, test=files["test"], **options).classifier
+
+
+def _file(rows: str | Path | Sequence[Any], place: Path) -> str:
+    """The file itself, or one of these rows."""
+    if isinstance(rows, str | Path):
+        return str(rows)
+    names = {2: ("text", "label"), 3: ("text", "text2", "label")}
+    written = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping) and (isinstance(row, str) or len(row) not in names):
+            raise DataError(f"row {number} is {row!r:.60}, not (text, label)", hint='[("a text", "a label"), ...]')
+        written.append(row if isinstance(row, Mapping) else dict(zip(names[len(row)], row, strict=True)))
+    place.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
+    return str(place)
 
 
 def run(
