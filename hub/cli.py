@@ -91,7 +91,7 @@ ERRORS: dict[str, ErrorRow] = {
         1, "get it again from where it came from, or pack it again: hub push --repack"
     ),
     "hub.errors.IntegrityError": ErrorRow(1, "get it again from where it came from; `hub verify` reads every byte"),
-    "hub.errors.GateError": ErrorRow(1, "mend what is named and pack it again: hub push DIR --repack --version NEW"),
+    "hub.errors.GateError": ErrorRow(1, "mend what is named, then give the command again"),
     "hub.errors.NotFound": ErrorRow(1, "`hub list` shows what there is"),
     "hub.errors.Conflict": ErrorRow(1, "look what is there now (`hub show REF`), then try again"),
     "hub.errors.BaseMismatch": ErrorRow(1, "`hub show REF` names the base it was made for"),

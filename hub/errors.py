@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -97,6 +98,16 @@ class RemoteError(HubError):
 
 class HubWarning(UserWarning):
     """Something the user should know, though it stops nothing; the ``hub`` command prints it as a sentence."""
+
+
+@contextmanager
+def hinted(hint: str, *kinds: type[HubError]) -> Iterator[None]:
+    """Give errors of these kinds that come without a hint the next step that this place knows."""
+    try:
+        yield
+    except kinds as error:
+        error.hint = error.hint or hint
+        raise
 
 
 def did_you_mean(word: str, known: Iterable[str], *, count: int = 3) -> list[str]:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 import compose
 from compose.kind.adapter import Adapter
 from compose.kind.registry import get_kind, kinds
+from compose.runtime.model_runtime import runtime
 from hub.errors import did_you_mean
 from hub.plugins import Registry
 from train.config import TrainConfig
@@ -148,7 +149,12 @@ class Method:
         values = dict(options)
         if heads:
             values.setdefault("modules_to_save", tuple(heads))
-        return compose.create(model, kind, values, name=name, seed=seed)
+        adapter = compose.create(model, kind, values, name=name, seed=seed)
+        reading = _reading(model, adapter.paths) if values.get("target_modules") in (None, "all-linear") else None
+        if reading is None or "target_modules" not in fields:
+            return adapter
+        compose.detach(model, name)
+        return compose.create(model, kind, {**values, "target_modules": reading}, name=name, seed=seed)
 
     def warm(self, model: PreTrainedModel, learner: Any, data: Dataset) -> None:
         """Look at the training rows before a fresh run starts: to choose a start, or what is to train."""
@@ -268,3 +274,9 @@ def make_method(config: TrainConfig) -> tuple[Method, TrainConfig]:
 def trained(learner: nn.Module) -> int:
     """How many numbers train."""
     return sum(p.numel() for p in learner.parameters() if p.requires_grad)
+
+
+def _reading(model: PreTrainedModel, paths: Sequence[str]) -> tuple[str, ...] | None:
+    """Places in the model that reads the text; None where all are, or none is: what only sees or hears would idle."""
+    kept = tuple(path for path in paths if runtime(model).sites.reads_text(path))
+    return kept if 0 < len(kept) < len(paths) else None

@@ -98,7 +98,7 @@ def export(
             f"{artifact.ref} answers through its reader {artifact.manifest.reader}, which {format} has no place for: "
             "what would be written could not say a label",
             ref=artifact.ref,
-            hint=f"serve it: hub serve --base BASE, POST /v1/classify; {_with_readers()}",
+            hint=f"serve it: hub serve BASE, POST /v1/classify; {_with_readers()}",
         )
     if "quantize" in chosen.options:
         quantize = held_as(quantize, manifests)

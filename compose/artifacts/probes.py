@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from compose.base.at_hand import at_hand
 from compose.base.quantization import quantization_of
+from compose.base.text_config import text_config
 from compose.expr.tree import Ref
 from compose.formats.directory import read_adapter
 from compose.formats.files import write_tensors
@@ -197,7 +198,7 @@ def tokens(model: PreTrainedModel) -> Tensor:
 
     An encoder-decoder that classifies looks at the end of the text, so there the last token is that.
     """
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "decoder_start")}
     words = model.get_input_embeddings().weight.shape[0]
     plain = torch.tensor([i for i in range(words) if i not in special] or [0])

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compose.base.families import FAMILIES, FUSED, PARTS, POSITIONS, UNCALLED, guess_role
+from compose.base.text_config import text_config
 from compose.errors import SiteError
 from compose.kernels.fused_rows import FusedRows
 
@@ -95,7 +96,7 @@ def _shared(path: str, other: str) -> int:
 
 def _text_model(model: PreTrainedModel) -> str:
     """Path of the model inside ``model`` that has its text config; "" where that is the model's own."""
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     if config is model.config:
         return ""
     return next((path for path, m in model.named_modules() if getattr(m, "config", None) is config), "")
@@ -126,7 +127,7 @@ class SiteMap:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model_type: str = getattr(model.config, "model_type", "")
-        self.config = model.config.get_text_config()
+        self.config = text_config(model.config)
         self.known_family = self.model_type in FAMILIES
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         modules = dict(model.named_modules())

@@ -68,7 +68,7 @@ class SentenceTransformer(ExportFormat):
             raise KindError(
                 f"{artifact.ref} is read in more ways than its head says: probabilities differ by {apart:.2g}",
                 ref=artifact.ref,
-                hint="serve it: hub serve --base BASE, POST /v1/classify",
+                hint="serve it: hub serve BASE, POST /v1/classify",
             )
         with quiet_transformers():
             model.base_model.save_pretrained(out)

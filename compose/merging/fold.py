@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from compose.algebra import normalize, parse
 from compose.atoms import Moved
 from compose.base.sites import linear_shape
+from compose.base.text_config import text_config
 from compose.base.weights import bias_of
 from compose.errors import KindError
 from compose.expr.tree import Call, Expr
@@ -205,6 +206,6 @@ def _untie(model: PreTrainedModel, *names: str) -> bool:
         return False
     for end in ends:
         end.weight = nn.Parameter(end.weight.detach().clone(), requires_grad=False)
-    for config in (model.config, model.config.get_text_config()):
+    for config in (model.config, text_config(model.config)):
         config.tie_word_embeddings = False
     return True

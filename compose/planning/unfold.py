@@ -10,7 +10,7 @@ from compose.errors import CompositionCycle, ExpressionError, MissingRequirement
 from compose.expr.tree import Expr, Ref, substitute
 from hub.errors import NotFound, RefError
 from hub.manifest import BaseIdentity, Requirement
-from hub.ref import AdapterRef
+from hub.ref import AdapterRef, name_key
 
 MAX_NESTING = 32
 
@@ -70,6 +70,7 @@ class _Unfolder:
     def __init__(self, resolve: Callable[[str], Resolved]) -> None:
         self._resolve = resolve
         self._known: dict[str, Resolved] = {}
+        self._texts: dict[str, str] = {}  # digest of an adapter -> how its ref was first written
         self.leaves: dict[str, Resolved] = {}
 
     def tree(self, expr: Expr, path: tuple[str, ...], requires: Sequence[Requirement]) -> Expr:
@@ -81,8 +82,9 @@ class _Unfolder:
             self._known[text] = self._resolve(text)
         found = self._known[text]
         if found.type != "composition":
-            self.leaves[text] = found
-            return ref
+            text = self._first(text, found)
+            self.leaves[text] = self._known[text]
+            return Ref(text)
         name = getattr(found, "digest", None) or text  # one composition may be named in several ways
         names = [step.partition(" ")[0] for step in path]
         if name in names:
@@ -91,6 +93,17 @@ class _Unfolder:
         if len(path) >= MAX_NESTING:
             raise CompositionCycle(f"compositions are nested more than {MAX_NESTING} deep at {text}", ref=text)
         return self._inside(text, found, (*path, f"{name} {text}"))
+
+    def _first(self, text: str, found: Resolved) -> str:
+        """One text for each artifact, however its ref is written; a name that the caller has given stays as it is."""
+        digest, name = getattr(found, "digest", None), getattr(found, "name", None)
+        if digest is None or name is None:
+            return text
+        try:
+            same = name_key(AdapterRef.parse(text).id) == name_key(name)
+        except RefError:
+            return text
+        return self._texts.setdefault(digest, text) if same else text
 
     def _inside(self, text: str, found: Resolved, path: tuple[str, ...]) -> Expr:
         try:
@@ -119,7 +132,7 @@ def _pinned(ref: Ref, requires: Sequence[Requirement]) -> Ref:
         parsed = AdapterRef.parse(ref.text)
     except RefError:
         return ref  # the name of an adapter in memory
-    digest = next((r.digest for r in requires if r.name == parsed.id and r.digest), None)
+    digest = next((r.digest for r in requires if name_key(r.name) == name_key(parsed.id) and r.digest), None)
     if digest is None or parsed.digest is not None:
         return ref
     return Ref(str(parsed.at(digest=digest)))

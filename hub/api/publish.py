@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hub.api.places import Say, silent, warn
-from hub.errors import UsageError
+from hub.errors import GateError, UsageError, hinted
 from hub.foreign.peft_config import facts_of, names_other_base, without_paths
 from hub.foreign.sources import find
 from hub.gate import run_gates
 from hub.manifest import MANIFEST_NAME, Draft, read_manifest, validate
 from hub.pack import measure, pack
+from hub.project.pushed_folders import PushedFolders
+from hub.ref import name_key
 from hub.relations.next_version import FIRST, Change, compare, highest, raised
 from hub.transfer import last_manifest, pull
 
@@ -57,18 +59,47 @@ def publish(
         What must not be published, or could not be tried; a version that exists with other content.
     """
     if not (directory / MANIFEST_NAME).exists():
-        draft = _draft(directory, facts)
-        with _files_of(directory, say) as own:
-            pack(own, draft, on_base=trial)
-            return store.put(own)
-    elif repack:
-        pack(directory, _draft_again(directory, facts), on_base=trial)
-    else:
-        manifest = read_manifest(directory)
-        _refuse_other_facts(directory, manifest, _with_identity(facts))
+        return _publish_folder(
+            store, directory, _draft(directory, _said_before(store, directory, facts, say)), trial, say
+        )
+    if repack:
+        return _publish_folder(store, directory, _draft_again(directory, facts), trial, say)
+    manifest = read_manifest(directory)
+    _refuse_other_facts(directory, manifest, _with_identity(facts))
+    with hinted(f"mend what is named, then: hub push {directory} --repack --version NEW", GateError):
         for warning in run_gates(directory, manifest, on_base=trial):
             warn(f"{manifest.ref}: {warning}")
-    return store.put(directory)
+        return store.put(directory)
+
+
+def _publish_folder(store: Store, directory: Path, draft: Draft, trial: bool, say: Say) -> Artifact:
+    """Publish a directory, of which what has no ``module.json`` is found again at its next push."""
+    packed = (directory / MANIFEST_NAME).exists()
+    hint = f"mend what is named, then: hub push {directory}" + (" --repack --version NEW" if packed else " ...")
+    with _files_of(directory, say) as own, hinted(hint, GateError):
+        pack(own, draft, on_base=trial)
+        artifact = store.put(own)
+    if own != directory:
+        PushedFolders(store).remember(directory, artifact.ref)
+    return artifact
+
+
+def _said_before(store: Store, directory: Path, facts: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """The facts given, and of a folder that was pushed before those of the last time, under the name it had."""
+    before = PushedFolders(store).facts(directory)
+    if not before or ("name" in facts and name_key(str(facts["name"])) != name_key(str(before["name"]))):
+        return dict(facts)
+    own = facts_of(directory)
+    again = {name: value for name, value in before.items() if name not in facts and name not in own}
+    if again:
+        say(f"as at the last push of {directory}: {', '.join(_told(name, value) for name, value in again.items())}")
+    return {**again, **facts}
+
+
+def _told(name: str, value: Any) -> str:
+    if name == "base":
+        return f"base {value.repo}"
+    return f"{name} {', '.join(value) if isinstance(value, tuple) else value}"
 
 
 @contextmanager
@@ -135,8 +166,10 @@ def publish_next(
     """
     if "version" in facts:
         raise UsageError("give either --version or --bump")
-    stated = _draft_again if (directory / MANIFEST_NAME).exists() else _draft
-    draft = stated(directory, {**facts, "version": FIRST})
+    if (directory / MANIFEST_NAME).exists():
+        draft = _draft_again(directory, {**facts, "version": FIRST})
+    else:
+        draft = _draft(directory, {**_said_before(store, directory, facts, say), "version": FIRST})
     catalogues = [store.catalogue(draft.name)] + ([remote.catalogue(draft.name)] if remote else [])
     before = last_manifest(store, remote, draft.name, catalogues)
     top = highest(catalogues)
@@ -151,9 +184,7 @@ def publish_next(
         why = f" ({', '.join(change.reasons)})" if change.reasons else ""
         say(f"{before.ref} -> {version}: {change.level}{why}")
         draft = draft.model_copy(update={"version": version})
-    with _files_of(directory, say) as own:
-        pack(own, draft, on_base=trial)
-        return store.put(own)
+    return _publish_folder(store, directory, draft, trial, say)
 
 
 def _again(store: Store, remote: Remote | None, manifest: Manifest) -> Artifact:

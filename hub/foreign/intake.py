@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hub.errors import NotFound, UsageError
+from hub.errors import GateError, NotFound, UsageError, hinted
 from hub.foreign import sources
 from hub.foreign.peft_config import facts_of, names_other_base
 from hub.lazy import load
@@ -44,7 +44,8 @@ def take_in(
         other = names_other_base(adapter.directory, str(stated["base"]))
         if other is not None:
             say(f"the config of {source} names the base {other}, and not {stated['base']}")
-        return _publish(store, adapter, stated, probe)
+        with hinted(f"nothing of {source} was changed: mend what is named there, then import it again", GateError):
+            return _publish(store, adapter, stated, probe)
 
 
 def take_in_each(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +13,10 @@ import torch
 from compose.algebra import parse
 from compose.base.at_hand import at_hand
 from compose.planning.held import held_as, manifests_of
-from compose.planning.members import AdapterFinder
-from compose.planning.unfold import unfold
+from compose.planning.members import AdapterFinder, AdapterSource, looks_like_path
 from hub.console.progress import Progress, quiet
 from hub.console.sizes import parse_size
 from hub.errors import UsageError
-from hub.store import Store
 from router.engine.engine import Engine
 from router.running.job import Outcome, Sink, Stream, check, check_adapters, go
 from router.running.journal import Journal, refuse_finished
@@ -71,15 +69,16 @@ def run(
     shared = Options(**options)
     file = Path(source) if isinstance(source, str | Path) else None
     _check_places(file, out, overwrite)
-    base = base or _base_of(shared)
-    quantize = _held(quantize, shared)
+    finder = AdapterFinder()
+    base = base or _base_of(shared, finder)
+    quantize = _held(quantize, shared, finder)
     with Path(source).open("rb") if isinstance(source, str | Path) else nullcontext(source) as stream:
         lines = Lines(stream, "stdin" if file is None else str(source))
         named: dict[str, int] = {}
         if file is not None and shared.on_error == "stop":
             named = check(Lines(stream, lines.name), shared)  # before the base is loaded, and hours of computing
             stream.seek(0)
-        engine = _engine(base, quantize, dtype, batch_size, resident, allow_base_drift)
+        engine = _engine(base, quantize, dtype, batch_size, resident, allow_base_drift, _directories(shared, finder))
         sink = _sink(out, engine, shared, overwrite)
         try:
             if isinstance(sink, Journal) and sink.resumed:
@@ -108,28 +107,44 @@ def _check_places(source: Path | None, out: str | Path | BinaryIO, overwrite: bo
         refuse_finished(out)
 
 
-def _base_of(options: Options) -> str:
-    """The base that the first adapter of an expression was made for."""
+def _base_of(options: Options, finder: AdapterFinder) -> str:
+    """The base that the first adapter of an expression was made for; of a directory, what its config names."""
     if options.adapter is None:
         raise UsageError("nothing says which base the rows are for", hint="--base BASE")
-    store = Store()
-    _, leaves = unfold(parse(options.adapter), lambda ref: store.get(ref).manifest)
-    base = next((at_hand(leaf.base) for leaf in leaves.values() if leaf.base is not None), None)
+    refs = parse(options.adapter).refs
+    base = next((at_hand(m.base) for m in manifests_of(refs, finder) if m.base is not None), None)
+    named = (finder.find(ref).config.get("base_model_name_or_path") for ref in refs if looks_like_path(ref))
+    base = base or next((str(name) for name in named if name), None)
     if base is None:
         raise UsageError(f"{options.adapter} does not say which base it was made for", hint="--base BASE")
     return base
 
 
-def _held(quantize: str | None, options: Options) -> str:
+def _held(quantize: str | None, options: Options, finder: AdapterFinder) -> str:
     if quantize is not None or options.adapter is None:
         return quantize or "none"
-    return held_as(None, manifests_of(parse(options.adapter).refs, AdapterFinder()))
+    return held_as(None, manifests_of(parse(options.adapter).refs, finder))
 
 
-def _engine(base: str, quantize: str, dtype: str, rows: int, resident: str, allow_base_drift: bool) -> Engine:
+def _directories(options: Options, finder: AdapterFinder) -> dict[str, AdapterSource]:
+    """Directories that the expression for all rows names; a row of a file names none."""
+    refs = () if options.adapter is None else parse(options.adapter).refs
+    return {ref: finder.source(ref) for ref in refs if looks_like_path(ref)}
+
+
+def _engine(
+    base: str,
+    quantize: str,
+    dtype: str,
+    rows: int,
+    resident: str,
+    allow_base_drift: bool,
+    directories: Mapping[str, AdapterSource],
+) -> Engine:
     on_cpu = not torch.cuda.is_available()
     return Engine(
         base,
+        adapters=directories,
         quantize=quantize,
         dtype=("fp32" if on_cpu else None) if dtype == "auto" else dtype,
         rows=rows,

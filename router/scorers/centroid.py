@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compose.base.text_config import fact
 from hub.errors import UsageError
 from router.bench import Batch, Bench, Experts
 from router.embed import hidden_means, token_counts
@@ -42,7 +43,7 @@ class Centroid(RowScorer):
     def measure(self, expert: str, bench: Bench) -> Statistics:
         """Mean (d,) of the rows' embeddings, or token counts (V,)."""
         if self.options.embed == "tokens":
-            vocabulary = int(bench.model.config.get_text_config().vocab_size)
+            vocabulary = int(fact(bench.model.config, "vocab_size"))
             counts = [token_counts(batch, vocabulary).sum(0) for batch in bench.batches(expert)]
             return {"tokens": torch.stack(counts).sum(0).float().cpu()}
         points = torch.cat([hidden_means(bench.model, batch) for batch in bench.batches(expert)])  # (N, d)

@@ -70,6 +70,53 @@ def test_push_a_foreign_directory_with_facts(hub_home: Path, files, base_identit
     assert manifest.hyperparameters["lora_alpha"] == 8
 
 
+def test_a_foreign_directory_is_found_again_at_its_next_push(
+    hub_home: Path, files, base_identity, tmp_path: Path
+) -> None:
+    directory = files()
+    before = sorted(path.name for path in directory.iterdir())
+    (tmp_path / "base.json").write_text(base_identity.model_dump_json())
+    facts = ["--name", "acme/tone", "--base", str(tmp_path / "base.json"), "--license", "MIT", "--label", "yes"]
+    ok("push", "--no-trial", str(directory), *facts, "--version", "1.0", "--summary", "A tone")
+    (directory / "README.md").write_text("# better\n")
+    result = run("push", "--no-trial", str(directory), "--bump", "auto", "--summary", "A better tone")
+    assert f"as at the last push of {directory}: name acme/tone, base {base_identity.repo}" in result.stderr
+    manifest = Store(hub_home).get("acme/tone").manifest
+    assert (manifest.version, manifest.license, manifest.labels) == ("1.0.1", "MIT", ("yes",))
+    assert (manifest.base, manifest.summary) == (base_identity, "A better tone")
+    assert data("push", "--no-trial", str(directory), "--version", "2.0")["ref"] == "acme/tone@2.0"
+    # Nothing is guessed for another name, nor of a folder that never was pushed; and nothing was written there.
+    result = run("push", "--no-trial", str(directory), "--name", "acme/other", "--bump", "auto")
+    assert result.exit_code == 2
+    assert "--base" in result.stderr
+    assert sorted({*(path.name for path in directory.iterdir())} - {"README.md"}) == sorted({*before} - {"README.md"})
+
+
+def test_a_hint_for_what_is_packed_is_for_that_alone(files, packed, base_identity, tmp_path: Path) -> None:
+    """What is refused of an import or of a foreign folder cannot be packed again."""
+    broken = files()
+    (broken / "adapter_config.json").write_text("[]")
+    (tmp_path / "base.json").write_text(base_identity.model_dump_json())
+    facts = ["--name", "acme/tone", "--version", "1.0", "--base", str(tmp_path / "base.json")]
+    for words in (("push", str(broken), *facts), ("import", str(broken), *facts)):
+        result = run(*words)
+        assert result.exit_code == 1
+        assert "is not a JSON object" in result.stderr
+        assert "--repack" not in result.stderr
+    (broken / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    (broken / "adapter_model.safetensors").write_bytes(b"no tensors")
+    for words in (("push", "--no-trial", str(broken), *facts), ("import", str(broken), *facts)):
+        result = run(*words)
+        assert result.exit_code == 1
+        assert "--repack" not in result.stderr
+        assert "hint: " in result.stderr
+    own, _ = packed()
+    (own / "adapter_model.safetensors").write_bytes(b"no tensors")
+    result = run("push", "--no-trial", str(own), "--repack", "--version", "9.0")
+    assert result.exit_code == 1
+    assert f"hub push {own} --repack --version NEW" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("stated", "kept"),
     [

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import compose
 from compose.base.location import locate
+from compose.base.text_config import text_config
 from compose.runtime.model_runtime import runtime
 from hub.remotes.directory import DirectoryRemote
 from hub.store import Store
@@ -116,7 +117,7 @@ def train_all(
     options: Options, domains: Sequence[Domain], tokenizer: Any, local: Store, progress: Progress, console: Console
 ) -> list[Expert]:
     """Train what is not in the local store yet, and publish it there."""
-    width = AutoConfig.from_pretrained(locate(options.base).directory).get_text_config().hidden_size
+    width = text_config(AutoConfig.from_pretrained(locate(options.base).directory)).hidden_size
     config = configuration(
         options.base,
         quantize=options.quantize,

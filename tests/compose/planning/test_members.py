@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import compose
+from compose.algebra import normalize, parse
 from compose.errors import PlanError
 from compose.planning.members import AdapterFinder, manifest_of, task_of
 from compose.planning.plan import plan
+from compose.planning.requirements import requirements
 from hub.errors import BaseMismatch, HubError, NotFound, UsageError
 from hub.store import Store
 
@@ -84,3 +86,12 @@ def test_a_text_from_elsewhere_reads_no_directory(store: Store, loose: Path, mon
             AdapterFinder(store, paths=False).source(text)
         assert "directory" not in refused.value.message
     assert AdapterFinder(store, {"loose": "loose"}, paths=False).source("loose") == Path("loose")  # this one is given
+
+
+def test_an_artifact_is_one_adapter_however_its_ref_is_written(store: Any) -> None:
+    finder = AdapterFinder(store, given={"mine": "ns/a"})
+    planned = plan(parse("ns/a + NS/A + 0.5 * Ns/a@1.0.0 + ns/b"), finder.resolve)
+    assert planned.expression == normalize(parse("2.5 * ns/a + ns/b"))
+    assert list(planned.leaves) == ["ns/a", "ns/b"]
+    assert list(plan(parse("ns/a + mine"), finder.resolve).leaves) == ["mine", "ns/a"]  # a name of the caller's own
+    assert [need.name for need in requirements(["ns/a", "NS/A@1.0.0"], finder)] == ["ns/a"]

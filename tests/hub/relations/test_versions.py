@@ -186,23 +186,23 @@ def test_push_with_a_computed_bump(files, packed, tmp_path: Path, hub_home: Path
     (tmp_path / "base.json").write_text(base_identity.model_dump_json())
     facts = ["--name", "acme/tone", "--base", str(tmp_path / "base.json")]
     assert data("push", "--no-trial", str(directory), "--bump", "auto", "--to", place, *facts)["version"] == "1.0.0"
-    result = run("push", "--no-trial", str(directory), *facts, "--bump", "auto", "--to", place)
+    result = run("push", "--no-trial", str(directory), "--bump", "auto", "--to", place)
     assert "nothing changed since acme/tone@1.0.0" in result.stderr
     (directory / "README.md").write_text("# better\n")
-    assert data("push", "--no-trial", str(directory), *facts, "--bump", "auto")["version"] == "1.0.1"
+    assert data("push", "--no-trial", str(directory), "--bump", "auto")["version"] == "1.0.1"
     (directory / "adapter_config.json").write_text('{"lora_alpha": 16, "peft_type": "LORA", "r": 4}')
-    result = run("push", "--no-trial", str(directory), *facts, "--bump", "auto", "--to", place)
+    result = run("push", "--no-trial", str(directory), "--bump", "auto", "--to", place)
     assert "acme/tone@1.0.1 -> 1.1.0: minor (config)" in result.stderr
     assert (
-        data("push", "--no-trial", str(directory), *facts, "--bump", "auto", "--label", "a", "--label", "b")["version"]
+        data("push", "--no-trial", str(directory), "--bump", "auto", "--label", "a", "--label", "b")["version"]
         == "2.0.0"
     )
-    assert run("push", "--no-trial", str(directory), *facts, "--bump", "auto", "--version", "9.0").exit_code == 2
+    assert run("push", "--no-trial", str(directory), "--bump", "auto", "--version", "9.0").exit_code == 2
     assert run("push", "acme/tone", "--bump", "auto").exit_code == 2
     # A number that is dead here, or taken there, is passed over.
     Store(hub_home).delete("acme/tone@2.0.0", "wrong")
     (directory / "README.md").write_text("# third\n")
-    assert data("push", "--no-trial", str(directory), *facts, "--bump", "patch")["version"] == "2.0.1"
+    assert data("push", "--no-trial", str(directory), "--bump", "patch")["version"] == "2.0.1"
     fresh = Store(tmp_path / "fresh")
     assert [release.version for release in from_url(place).catalogue("acme/tone").releases] == ["1.0.0", "1.1.0"]
     assert pull(fresh, from_url(place), "acme/tone").ref.version == "1.1.0"

@@ -78,6 +78,19 @@ def test_the_expression_says_the_base_and_stdin_is_read(hub, jsonl):
     assert {json.loads(line)["output"] for line in found.stdout.splitlines()} <= {"bad", "good"}
 
 
+def test_directories_stand_in_the_expression_for_all_rows_and_in_no_row(hub, published, jsonl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published.store.get("law").materialize(tmp_path / "mine")
+    path = jsonl(count=3)
+    for mine, stored in (('"./mine"', "law"), ('0.5 * "./mine" + code', "0.5 * law + code")):
+        out = hub(path, "--expr", mine, "--max-new-tokens", 5).stdout
+        assert out == hub(path, "--expr", stored, "--max-new-tokens", 5).stdout
+    assert "there is no directory ./other" in hub(path, "--expr", '"./other"', code=1).stderr
+    rows = tmp_path / "named.jsonl"
+    rows.write_text(json.dumps({"text": "To be", "adapter": '"./mine"'}) + "\n")
+    assert "line 1: '.' is not a namespace" in hub(rows, "--base", BASE, "--adapter-column", "adapter", code=1).stderr
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -171,3 +171,23 @@ def test_tokens_are_counted_by_the_digest_that_answered_and_time_in_the_queue(cl
             assert time.monotonic() < end
         assert counted(digest, "generated") == before[1] + usage["completion_tokens"]
         assert counted(digest, "prompt") == before[0] + 2 * usage["prompt_tokens"]
+
+
+def test_a_request_reaches_no_directory_of_the_server(published, tmp_path, monkeypatch):
+    """Names given on the command line may stand for directories; paths in requests never do, there or not."""
+    monkeypatch.chdir(tmp_path)
+    published.store.get("law").materialize(tmp_path / "mine")
+    (tmp_path / "mine" / "module.json").unlink()
+    engine = Engine(BASE, store=published.store, adapters={"tone": tmp_path / "mine"}, dtype="fp32", rows=4, tokens=256)
+    with TestClient(create_app(engine), raise_server_exceptions=False) as client:
+        assert ask(client, TEXT, model="tone").status_code == 200
+        assert ask(client, TEXT, model="0.5 * tone + code").status_code == 200
+        said = set()
+        for name in ("mine", "other"):
+            for path in (f"./{name}", f"{tmp_path}/{name}", f"../{tmp_path.name}/{name}", f"~/{name}"):
+                for text in (path, f'"{path}"', f'tone + "{path}"', f"{BASE}:{path}"):
+                    answer = ask(client, TEXT, model=text)
+                    assert answer.status_code in (400, 404), text
+                    said.add((text.replace(name, "NAME"), answer.json()["error"]["message"].replace(name, "NAME")))
+        assert len(said) == 4 * 4  # what is there and what is not is told alike
+        assert ask(client, TEXT, model="mine").status_code == 404

@@ -178,7 +178,7 @@ class FewShotClassifier:
                 f"it is no single head on plain texts: it reads {told}, with and without its adapter"
                 if len(states) > 1
                 else f"it is no single head on plain texts: it reads {told}",
-                hint="serve it: hub serve --base BASE, POST /v1/classify; --method fine-tune learns one head",
+                hint="serve it: hub serve BASE, POST /v1/classify; --method fine-tune learns one head",
             )
         heads = [
             m.head(own, len(self.labels))
