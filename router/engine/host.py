@@ -49,8 +49,8 @@ class Host:
         How its weights are held: quantization and dtype; whether there is a quantization.
     given
         What it was loaded from; None for a model in memory.
-    context, vocabulary
-        Tokens it reads at most, or None; tokens that its logits tell apart.
+    context, vocabulary, width
+        Tokens it reads at most, or None; tokens that its logits tell apart; numbers of a text's vector.
     grammars, pooling
         What continuations may be asked to look like; how a text's states become its vector.
     is_plain
@@ -86,7 +86,8 @@ class Host:
         self.backbone = self.model.base_model
         self._takes = set(inspect.signature(self.model.forward).parameters)
         self.context = _context(self.model)
-        self.vocabulary = int(self.model.config.get_text_config(decoder=True).vocab_size)
+        text = self.model.config.get_text_config(decoder=True)
+        self.vocabulary, self.width = int(text.vocab_size), int(getattr(text, "hidden_size", 0))
         self.grammars = Grammars(self.encoder, self.vocabulary, self.ends)
         self.pooling = pooling_of(self.model, decodes=self.decodes)
         self.is_plain = self.decodes and not self.translates and _is_plain(self.model)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--chat-template", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A Jinja template.")
 @click.option("--served-model-name", "names", metavar="NAME", multiple=True, help="Another name of BASE.")
 @click.option("--cors", "origins", metavar="ORIGIN", multiple=True, help="Web pages that may ask; * for any.")
+@click.option("--tool-format", metavar="NAME", help="How BASE writes calls of tools; else its chat template shows it.")
 @click.option("--allow-directories", is_flag=True, help="Let clients load adapters from directories of this machine.")
 @click.option("--allow-base-drift", is_flag=True, help="Take adapters of other weights of the same architecture.")
 @click.option(
@@ -105,6 +106,7 @@ def _app(base: str, token: str | None, given: dict[str, Any]) -> FastAPI:
         waiting=given["waiting"],
         names=given["names"],
         origins=given["origins"],
+        tool_format=given["tool_format"],
     )
 
 

@@ -8,9 +8,11 @@ from typing import Any, TypeAlias
 from pydantic import ValidationError
 
 from hub.errors import Conflict, HubError, NotFound
+from router.engine.grammar import GrammarError
 from router.engine.job import BrokeDown, ServerBusy, ServerStopped, TooLarge
 from router.engine.request import ContextExceeded
 
+LATER = {"Retry-After": "1"}  # seconds; a place becomes free whenever a row ends
 Told: TypeAlias = tuple[int, dict[str, dict[str, Any]]]
 
 
@@ -55,7 +57,13 @@ class Errors:
             return 400, _body(f"{param or 'the body'}: {first['msg']}", param=param)
         for cls, status, kind, where, code in _ERRORS:
             if isinstance(error, cls):
-                param = error.param if isinstance(error, FieldError) else text_field if where == "prompt" else where
+                param = (
+                    error.param
+                    if isinstance(error, FieldError | GrammarError)
+                    else text_field
+                    if where == "prompt"
+                    else where
+                )
                 return status, _body(self._sentence(error), kind=kind, param=param, code=code)
         return 500, _body(type(error).__name__, kind="server_error", code="internal_error")
 

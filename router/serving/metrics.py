@@ -1,115 +1,151 @@
-"""Counts of a server in Prometheus' text format (version 0.0.4)."""
+"""Counts of a server for Prometheus."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from router.engine.engine import Engine
 from router.engine.job import Job
 from router.engine.request import Result
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "moduloom_"
-MOST_DIGESTS = 1000  # told apart; tokens of others are counted under "other"
-
-
-class Histogram:
-    """Counts of observations up to each bound."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+MOST_DIGESTS = 1000  # told apart; rows of others are counted under "other"
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_QUEUED = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_ADAPTER = (0.05, 0.25, 1, 5)  # few, as there is a series for each adapter and bound
 
 
 class Metrics:
-    """What a server counts.
+    """What a server counts. Series of a digest go when one of its adapters leaves the memory."""
 
-    Attributes
-    ----------
-    requests
-        (path, status) -> answers.
-    read, written
-        Tokens of prompts and of continuations.
-    seconds, first, queued
-        Seconds to the end of a row, to its first text, and until its prompt began to be read.
-    tokens
-        (digest of what answered, "prompt" or "generated") -> tokens; the bare base's digest is "base".
-    batch
-        Rows computed together when some joined.
-    """
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
 
-    def __init__(self) -> None:
-        self.requests: Counter[tuple[str, int]] = Counter()
-        self.read = self.written = 0
-        self.seconds = Histogram((0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120))
-        self.first = Histogram((0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10))
-        self.queued = Histogram((0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60))
-        self.tokens: Counter[tuple[str, str]] = Counter()
-        self.batch = Histogram((1, 2, 4, 8, 16, 32, 64, 128))
+        def counter(name: str, meaning: str, *labels: str) -> Counter:
+            return Counter(PREFIX + name, meaning, labels, registry=self._registry)
+
+        def histogram(name: str, meaning: str, bounds: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(PREFIX + name, meaning, labels, buckets=bounds, registry=self._registry)
+
+        self.requests = counter("requests_total", "Answers by path and status.", "path", "status")
+        self._read = counter("prompt_tokens_total", "Tokens read.")
+        self._written = counter("generated_tokens_total", "Tokens written.")
+        self._seconds = histogram("row_seconds", "Seconds from a row's request to its end.", _SECONDS)
+        self._first = histogram("first_text_seconds", "Seconds from a row's request to its first token.", _FIRST)
+        self._queued = histogram("queue_seconds", "Seconds from a row's request until its prompt is read.", _QUEUED)
+        self._batch = histogram("batch_rows", "Rows computed together when some joined.", (1, 2, 4, 8, 16, 32, 64, 128))
+        self._rows = counter("adapter_rows_total", "Rows that have ended, by what answered.", "digest", "outcome")
+        self._tokens = counter("adapter_tokens_total", "Tokens of such rows, by what answered.", "digest", "kind")
+        self._adapter_queue = Summary(
+            PREFIX + "adapter_queue_seconds", "Seconds in the queue.", ["digest"], registry=self._registry
+        )
+        self._adapter_first = histogram(
+            "adapter_first_token_seconds", "Seconds to the first token.", _ADAPTER, "digest"
+        )
+        self._registry.register(_EngineState(engine))
+        self._digests: dict[str, set[str]] = defaultdict(set)  # of each resident, what it is part of
+        self._told_apart: set[str] = set()
+        engine.scheduler.watchers.append(self)
+        engine.residency.on_gone.append(self.gone)
+
+    def count(self, read: int, written: int) -> None:
+        """Tokens of a request."""
+        self._read.inc(read)
+        self._written.inc(written)
 
     def joined(self, rows: int) -> None:
         """Rows have joined others: so many are computed together now."""
-        self.batch.observe(rows)
+        self._batch.observe(rows)
 
     def ended(self, job: Job) -> None:
         """A row has been answered."""
+        answer, target = job.row.error or job.row.result, job.row.prepared.target
+        digest = self._digest(target.digest or ("unknown" if target.text else "base"), target.names)
+        good = isinstance(answer, Result)
+        self._rows.labels(digest, "answered" if good else "failed").inc()
         if job.ended is not None:
-            self.seconds.observe(job.ended - job.since)
+            self._seconds.observe(job.ended - job.since)
         if job.began is not None:
-            self.queued.observe(job.began - job.since)
-        answer = job.row.result
+            self._queued.observe(job.began - job.since)
+            self._adapter_queue.labels(digest).observe(job.began - job.since)
+        if job.row.first is not None:
+            self._first.observe(job.row.first - job.since)
+            self._adapter_first.labels(digest).observe(job.row.first - job.since)
         if isinstance(answer, Result):
-            digest = answer.digest or ("unknown" if answer.adapter else "base")
-            if (digest, "prompt") not in self.tokens and len(self.tokens) >= 2 * MOST_DIGESTS:
-                digest = "other"
-            self.tokens[digest, "prompt"] += answer.read
-            self.tokens[digest, "generated"] += answer.written
+            self._tokens.labels(digest, "prompt").inc(answer.read)
+            self._tokens.labels(digest, "generated").inc(answer.written)
 
-    def text(self, gauges: Iterable[tuple[str, str, float]], counters: Iterable[tuple[str, str, float]]) -> str:
-        """All of it, with gauges and counters (name, help, value) that others keep."""
-        lines = [*self._requests(), *self._digests()]
-        for kind, rows in (("gauge", gauges), ("counter", [*counters, *self._tokens()])):
-            for name, meaning, value in rows:
-                lines += _head(name, meaning, kind)
-                lines.append(f"{PREFIX}{name} {value:g}" if kind == "gauge" else f"{PREFIX}{name} {int(value)}")
-        lines += _histogram("row_seconds", "Seconds from a request to its last token.", self.seconds)
-        lines += _histogram("first_text_seconds", "Seconds from a request to its first text.", self.first)
-        lines += _histogram("queue_seconds", "Seconds from a request until its prompt is read.", self.queued)
-        lines += _histogram("batch_rows", "Rows computed together when some joined.", self.batch)
-        return "\n".join(lines) + "\n"
+    def _digest(self, digest: str, names: tuple[str, ...]) -> str:
+        if digest not in self._told_apart and len(self._told_apart) >= MOST_DIGESTS:
+            return "other"
+        self._told_apart.add(digest)
+        for name in names:
+            self._digests[name].add(digest)
+        return digest
 
-    def _tokens(self) -> list[tuple[str, str, float]]:
-        return [
-            ("prompt_tokens_total", "Tokens read.", self.read),
-            ("generated_tokens_total", "Tokens written.", self.written),
-        ]
+    def gone(self, name: str) -> None:
+        """A resident has left the memory."""
+        for digest in self._digests.pop(name, set()) - {"base", "unknown", "other"}:
+            self._told_apart.discard(digest)
+            for metric in (self._rows, self._tokens, self._adapter_queue, self._adapter_first):
+                metric.remove_by_labels({"digest": digest})
 
-    def _requests(self) -> Iterator[str]:
-        yield from _head("requests_total", "Answers by path and status.", "counter")
-        for (path, status), count in sorted(self.requests.items()):
-            yield f'{PREFIX}requests_total{{path="{path}",status="{status}"}} {count}'
-
-    def _digests(self) -> Iterator[str]:
-        yield from _head("adapter_tokens_total", "Tokens of rows that have ended, by what answered.", "counter")
-        for (digest, kind), count in sorted(self.tokens.copy().items()):  # the engine's thread counts on meanwhile
-            yield f'{PREFIX}adapter_tokens_total{{digest="{digest}",kind="{kind}"}} {count}'
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format (version 0.0.4)."""
+        return generate_latest(_WithoutTimes(self._registry))
 
 
-def _head(name: str, meaning: str, kind: str) -> list[str]:
-    return [f"# HELP {PREFIX}{name} {meaning}", f"# TYPE {PREFIX}{name} {kind}"]
+class _WithoutTimes:
+    """Metrics without a series for the time at which each began."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics."""
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
 
 
-def _histogram(name: str, meaning: str, histogram: Histogram) -> Iterator[str]:
-    yield from _head(name, meaning, "histogram")
-    running = 0
-    for bound, count in zip((*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True):
-        running += count
-        yield f'{PREFIX}{name}_bucket{{le="{bound}"}} {running}'
-    yield f"{PREFIX}{name}_sum {histogram.total:g}"
-    yield f"{PREFIX}{name}_count {running}"
+class _EngineState:
+    """What the engine knows itself."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def describe(self) -> list[Metric]:
+        """Nothing before it is asked."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Gauges and counters, as they stand."""
+        scheduler, residency = self._engine.scheduler, self._engine.residency
+        running, waiting = scheduler.counts
+        counts = residency.counts
+        for name, meaning, value in (
+            ("ready", "1 while requests are taken.", scheduler.alive),
+            ("running_rows", "Rows that are computed.", running),
+            ("running_rows_bound", "The most rows of a batch.", scheduler.admission.rows),
+            ("waiting_rows", "Rows that wait.", waiting),
+            ("waiting_rows_bound", "The most that may wait.", scheduler.waiting),
+            ("cache_places", "Tokens that caches are set aside for.", scheduler.admission.places),
+            ("cache_places_bound", "The most that there may be.", scheduler.admission.tokens),
+            ("cache_bytes", "Bytes of the caches.", scheduler.work.bytes),
+            ("resident_adapters", "Adapters in memory.", len(residency.resident)),
+            ("resident_bytes", "Bytes of their tensors.", residency.bytes),
+            ("resident_bytes_bound", "The most bytes kept; -1: no bound.", residency.budget or -1),
+        ):
+            yield GaugeMetricFamily(PREFIX + name, meaning, value)
+        for name, meaning, value in (
+            ("adapter_hits_total", "Adapters asked for that were in memory.", counts.hits),
+            ("adapter_reads_total", "Adapters read from disk.", counts.read),
+            ("adapter_evictions_total", "Adapters that made room.", counts.evicted),
+        ):
+            yield CounterMetricFamily(PREFIX + name, meaning, value)

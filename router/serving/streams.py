@@ -1,80 +1,69 @@
-"""Both completion endpoints: one answer in JSON, or server-sent events."""
+"""Server-sent events of rows under way; what they say is left to the endpoint."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Protocol
 
 from hub.errors import HubError
 from router.engine.request import Piece, Result
-from router.serving import wire
 from router.serving.errors import Errors
 from router.serving.waiting import Rows
+from router.serving.wire.body import Answer, Usage
+
+Told = Iterable[Answer]
 
 
-@dataclass(frozen=True)
-class AnswerFormat:
-    """How an endpoint words its answers: objects of a whole one and of a part, and a choice of each."""
+class Words(Protocol):
+    """How an endpoint words what happens to the rows of one request, by their index."""
 
-    prefix: str
-    whole: str
-    part: str
-    choice: Callable[[int, Result], dict[str, Any]]
-    piece: Callable[[Piece, int], dict[str, Any]]
+    field: str  # where the request has its text, for errors
+    done: str  # what comes last
+
+    def begin(self, rows: int) -> Told:
+        """Before anything is there."""
+
+    def piece(self, index: int, piece: Piece) -> Told:
+        """More of a row."""
+
+    def end(self, index: int, result: Result) -> Told:
+        """A row has ended."""
+
+    def close(self, usage: Usage) -> Told:
+        """All have."""
+
+    def broke(self, error: dict[str, Any]) -> dict[str, Any]:
+        """What is said of an error, from its body in OpenAI's shape."""
 
 
-COMPLETION = AnswerFormat("cmpl", "text_completion", "text_completion", wire.completion_choice, wire.completion_piece)
-CHAT = AnswerFormat("chatcmpl", "chat.completion", "chat.completion.chunk", wire.chat_choice, wire.chat_piece)
+async def events(rows: Rows, words: Words, errors: Errors, count: Any) -> AsyncIterator[str]:
+    """Events, until all rows have ended or one has failed. Rows are given up where nobody listens any more.
 
-
-async def events(
-    rows: Rows,
-    asked: wire.Sampled,
-    shape: AnswerFormat,
-    count: Callable[[list[Result]], dict[str, int]],
-    errors: Errors,
-) -> AsyncIterator[str]:
-    """Server-sent events: a piece of text each with its tokens' scores, the reasons why rows ended, and [DONE].
-
-    Rows are given up where nobody listens any more. `count` is told the results and gives their usage.
+    `count` is told the results and gives their usage.
     """
-    ident, with_usage = wire.identifier(shape.prefix), bool((asked.stream_options or {}).get("include_usage"))
-
-    def event(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> str:
-        frame = wire.frame(shape.part, ident, asked.model, choices)
-        return _event({**frame, "usage": usage} if with_usage else frame)
-
-    def part(index: int, piece: Piece, start: int = 0, finish: str | None = None) -> str:
-        return event([{"index": index, **shape.piece(piece, start), "finish_reason": finish}])
-
-    if shape is CHAT:
-        for index in range(len(rows)):
-            start = {"role": "assistant", "content": ""}
-            yield event([{"index": index, "delta": start, "logprobs": None, "finish_reason": None}])
     results: dict[int, Result] = {}
-    ends = [0] * len(rows)  # characters of the tokens that were told
     try:
+        for told in words.begin(len(rows)):
+            yield _event(told.model_dump())
         async for index, news in rows.news():
             if isinstance(news, HubError):
-                yield _event(errors.of(news, "messages" if shape is CHAT else "prompt")[1])
+                yield _event(words.broke(errors.of(news, words.field)[1]))
                 return
             if isinstance(news, Piece):
-                yield part(index, news, ends[index])
-                ends[index] += sum(len(token.text) for token in news.tokens)
+                for told in words.piece(index, news):
+                    yield _event(told.model_dump())
                 continue
             results[index] = news
-            if news.text is None:  # a router has chosen an adapter that answers with a label
-                yield part(index, Piece(wire.said(news)))
-            yield part(index, Piece(""), finish=news.finish or "stop")
-        usage = count([results[index] for index in range(len(rows))])
-        if with_usage:
-            yield event([], usage)
-        yield "data: [DONE]\n\n"
+            for told in words.end(index, news):
+                yield _event(told.model_dump())
+        for told in words.close(count([results[index] for index in range(len(rows))])):
+            yield _event(told.model_dump())
+        yield words.done
     finally:
         rows.cancel()  # does nothing to rows that have ended
 
 
-def _event(value: object) -> str:
-    return f"data: {json.dumps(value)}\n\n"
+def _event(value: dict[str, Any]) -> str:
+    name = f"event: {value['type']}\n" if "type" in value else ""
+    return f"{name}data: {json.dumps(value)}\n\n"

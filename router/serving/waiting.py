@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from time import monotonic
 from typing import TypeAlias
 
 from starlette.requests import Request
@@ -15,7 +14,6 @@ from router.engine.job import Answer, Job
 from router.engine.prepare import PreparedRow
 from router.engine.request import Piece, Result
 from router.engine.scheduler import Scheduler
-from router.serving.metrics import Metrics
 
 News: TypeAlias = Piece | Answer
 
@@ -27,10 +25,10 @@ class ClientGone(HubError):
 class Rows:
     """Rows that were queued; what becomes of them comes through :meth:`news` or :meth:`results`."""
 
-    def __init__(self, scheduler: Scheduler, metrics: Metrics, rows: Sequence[PreparedRow]) -> None:
+    def __init__(self, scheduler: Scheduler, rows: Sequence[PreparedRow]) -> None:
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
-        self._scheduler, self._metrics, self._since, self._silent = scheduler, metrics, monotonic(), True
+        self._scheduler = scheduler
         self._jobs: list[Job] = []
         try:
             for index, row in enumerate(rows):
@@ -54,9 +52,6 @@ class Rows:
         while left:
             index, news = await self._news.get()
             left -= not isinstance(news, Piece)
-            if self._silent:
-                self._silent = False
-                self._metrics.first.observe(monotonic() - self._since)
             yield index, news
 
     async def results(self, request: Request) -> list[Result]:

@@ -151,7 +151,7 @@ def test_chat_goes_through_the_template(client, engine):
     text = "user: The parties agree\nassistant:"
     wanted = engine.run([Request(text=text, adapter="law", max_new_tokens=5, special=False, scores=2)])[0]
     choice = answer["choices"][0]
-    assert choice["message"] == {"role": "assistant", "content": wanted.text}
+    assert choice["message"] == {"role": "assistant", "content": wanted.text, "refusal": None}
     assert len(choice["logprobs"]["content"]) == 5
     assert len(choice["logprobs"]["content"][0]["top_logprobs"]) == 2
     pieces = events(
@@ -175,9 +175,7 @@ def test_waiting_requests_of_any_adapters_share_a_batch_and_do_not_disturb_each_
     assert told == [w.text for w in wanted]
     metrics = client.get("/metrics").text
     assert "moduloom_running_rows 0" in metrics
-    assert int(metrics.split('batch_rows_bucket{le="2.0"} ')[1].split()[0] if 'le="2.0"' in metrics else 0) < len(
-        models
-    )
+    assert float(metrics.split('batch_rows_bucket{le="2.0"} ')[1].split()[0]) < len(models)
 
 
 def test_classification_beside_generation(client, engine):

@@ -82,19 +82,22 @@ def test_chat_streams_carry_them_too_and_say_nothing_where_none_were_asked_for(c
         ("/v1/completions", "min_tokens", 3),
         ("/v1/completions", "stop_token_ids", [5]),
         ("/v1/chat/completions", "echo", True),
-        ("/v1/completions", "guided_regex", "a+"),
-        ("/v1/chat/completions", "tools", [{"type": "function"}]),
-        ("/v1/chat/completions", "response_format", {"type": "json_object"}),
-        ("/v1/chat/completions", "messages", [{**CHAT[0], "tool_calls": [1]}]),
+        ("/v1/completions", "guided_decoding_backend", "mine"),
+        ("/v1/chat/completions", "functions", [{"name": "f"}]),
+        ("/v1/chat/completions", "messages", [{**CHAT[0], "function_call": {"name": "f"}}]),
+        ("/v1/responses", "previous_response_id", "resp_1"),
+        ("/v1/responses", "store", True),
+        ("/v1/embeddings", "truncate_prompt_tokens", 5),
         ("/v1/classify", "raw_scores", True),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(client, path, field, value):
     body = {"model": "mood", "input": "To be", field: value}
-    answer = client.post(path, json=body) if "classify" in path else ask(client, path, **{field: value})
+    other = path.rpartition("/")[2] in ("classify", "responses", "embeddings")
+    answer = client.post(path, json=body) if other else ask(client, path, **{field: value})
     assert answer.status_code == 400
     told = answer.json()["error"]["message"]
-    assert f"{'tool_calls' if field == 'messages' else field} is not supported" in told
+    assert f"{'function_call' if field == 'messages' else field} is not supported" in told
 
 
 def test_a_misspelt_field_names_the_nearest(client):

@@ -155,13 +155,13 @@ def test_what_breaks_inside_is_500_in_the_same_shape(client, monkeypatch):
 
 
 def test_tokens_are_counted_by_the_digest_that_answered_and_time_in_the_queue(client, published):
-    def counted(digest, kind) -> int:
+    def counted(digest, kind) -> float:
         start = f'moduloom_adapter_tokens_total{{digest="{digest}",kind="{kind}"}} '
         lines = client.get("/metrics").text.splitlines()
-        return sum(int(line.removeprefix(start)) for line in lines if line.startswith(start))
+        return sum(float(line.removeprefix(start)) for line in lines if line.startswith(start))
 
-    def waited() -> int:
-        return int(client.get("/metrics").text.split("moduloom_queue_seconds_count ")[1].split()[0])
+    def waited() -> float:
+        return float(client.get("/metrics").text.split("moduloom_queue_seconds_count ")[1].split()[0])
 
     for name, digest in (("law", published.store.get("law").digest), (BASE, "base")):
         before = counted(digest, "prompt"), counted(digest, "generated"), waited()
