@@ -79,8 +79,7 @@ class Embed(Body):
         bounded(len(texts))
         told: dict[str, Any] = {"adapter": self.model, "pooling": self.pooling, "task": self.task}
         return [
-            Request(text=text, **told) if isinstance(text, str) else Request(ids=tuple(text), **told)
-            for text in texts
+            Request(text=text, **told) if isinstance(text, str) else Request(ids=tuple(text), **told) for text in texts
         ]
 
     def check(self, width: int) -> None:
