@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from train.data.datasets import text_blocks as text_blocks
     from train.data.files import read_rows as read_rows
     from train.dry_run import preview as preview
-    from train.fewshot.run import few_shot as few_shot
+    from train.fewshot.api import few_shot as few_shot
     from train.loop import fit as fit
     from train.many import Job as Job
     from train.many import fit_many as fit_many
@@ -39,7 +39,7 @@ _HOMES = {
     "train.data.datasets": ("text_blocks",),
     "train.data.files": ("read_rows",),
     "train.dry_run": ("preview",),
-    "train.fewshot.run": ("few_shot",),
+    "train.fewshot.api": ("few_shot",),
     "train.loop": ("fit",),
     "train.many": ("Job", "fit_many"),
     "train.method": ("Method",),

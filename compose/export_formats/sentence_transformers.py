@@ -62,7 +62,7 @@ class SentenceTransformer(ExportFormat):
         mask = encoded["attention_mask"][..., None].to(states.dtype)
         unit = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
         logits = unit @ head.weight + head.bias
-        said = logits.softmax(-1) if reader.task == "classification" else logits.sigmoid()
+        said = {"classification": logits.softmax(-1), "regression": logits}.get(reader.task, logits.sigmoid())
         apart = float((said - told).abs().max())
         if apart > head.tolerance:
             raise KindError(

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 from hub.lazy import face
 
 if TYPE_CHECKING:
+    from train.fewshot.api import fit as fit
+    from train.fewshot.api import more as more
+    from train.fewshot.api import start as start
+    from train.fewshot.classifier.asking import ask as ask
     from train.fewshot.classifier.classifier import FewShotClassifier as FewShotClassifier
     from train.fewshot.classifier.classifier import load as load
     from train.fewshot.classifier.files import answer_file as answer_file
@@ -17,14 +21,15 @@ if TYPE_CHECKING:
     from train.fewshot.examples import Example as Example
     from train.fewshot.prompts.show import show as show
     from train.fewshot.run import Request as Request
-    from train.fewshot.run import fit as fit
 
 _HOMES = {
+    "train.fewshot.api": ("fit", "more", "start"),
+    "train.fewshot.classifier.asking": ("ask",),
     "train.fewshot.classifier.classifier": ("FewShotClassifier", "load"),
     "train.fewshot.classifier.files": ("answer_file",),
     "train.fewshot.examples": ("Columns", "Example"),
     "train.fewshot.prompts.show": ("show",),
-    "train.fewshot.run": ("Request", "fit"),
+    "train.fewshot.run": ("Request",),
 }
 
 __all__, __getattr__, __dir__ = face(__name__, _HOMES)

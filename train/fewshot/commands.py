@@ -18,7 +18,7 @@ _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)?")
 
 
 class _Group(click.Group):
-    """`hub few-shot DATA ...` without a verb learns; `patterns` and `predict` are verbs."""
+    """`hub few-shot DATA ...` without a verb learns."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put the verb in where there is none."""
@@ -35,6 +35,7 @@ def few_shot() -> None:
     hub few-shot reviews.jsonl --base BASE --text review --label stars --publish acme/stars
     hub few-shot patterns reviews.jsonl --base BASE '{text} It was {mask}.' --word good=great --word bad=terrible
     hub few-shot predict acme/stars --text "Not a dull moment."
+    hub few-shot more acme/stars labelled.csv
     hub few-shot learn --help
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -63,6 +64,7 @@ _word = click.option(
 _text = click.option("--text", default="text", show_default=True, metavar="COL", help="Column of the text.")
 _text2 = click.option("--text2", metavar="COL", help="Column of the second text of a pair.")
 _label = click.option("--label", default="label", show_default=True, metavar="COL", help="Column of the label.")
+_publish = click.option("--publish", metavar="NS/NAME[@VERSION]", help="Put the classifier into the store.")
 _base = click.option(
     "--base", required=True, metavar="BASE", help="A masked LM (best) or another base: directory or id."
 )
@@ -87,7 +89,16 @@ _base = click.option(
 @click.option("--unlabeled", metavar="FILE", help="Texts without labels: with pet and ipet, what is distilled on.")
 @click.option("--resume", metavar="DIR", help="Keep the stages of pet and ipet here; a run that was stopped goes on.")
 @click.option("--max-length", type=click.IntRange(8), default=128, show_default=True, help="Tokens a row.")
-@click.option("--publish", metavar="NS/NAME[@VERSION]", help="Put the classifier into the store.")
+@click.option(
+    "--task",
+    default="classification",
+    show_default=True,
+    help="classification; multi_label_classification: any number of labels a text; regression: a number.",
+)
+@click.option("--separator", metavar="TEXT", help="What divides several labels in one cell, such as ','.")
+@click.option("--all-rows", is_flag=True, help="Learn from all rows of DATA, however many; measured on --test alone.")
+@click.option("--keep-rows", is_flag=True, help="Put the training rows into the artifact: `more` goes on from them.")
+@_publish
 @json_file_option
 def learn(
     data: str,
@@ -116,7 +127,8 @@ def learn(
 
 def _tell(facts: dict[str, Any], text2: str | None) -> None:
     rows, labels = facts["train_rows"], len(facts["labels"])
-    click.echo(f"{facts['method']}: {rows} rows, {labels} labels, {facts['learn_seconds']:.1f} s of learning")
+    of = f"{labels} labels" if labels else "numbers"
+    click.echo(f"{facts['method']}: {rows} rows, {of}, {facts['learn_seconds']:.1f} s of learning")
     if "accuracy" in facts:
         low, high = facts["interval"]
         n = facts["test_rows"]
@@ -125,9 +137,97 @@ def _tell(facts: dict[str, Any], text2: str | None) -> None:
         )
     elif "cross_validated_accuracy" in facts:
         click.echo(f"cross-validated accuracy {facts['cross_validated_accuracy']:.3f} (no test rows)")
+    else:
+        told = {n: facts.get(n, facts.get(f"cross_validated_{n}")) for n in ("exact", "f1_micro", "pearson", "mae")}
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in told.items() if value is not None)
+        on = f"{facts['test_rows']} test rows" if facts["test_rows"] else "cross-validated, no test rows"
+        if shown:
+            click.echo(f"{shown}  ({on})")
+    if "went_on_from" in facts:
+        say(f"{facts['old_rows']} rows of {facts['went_on_from']}, {facts['new_rows']} new ones")
     if "ref" in facts:
         second = ' --text2 "..."' if text2 else ""
         click.echo(f'published {facts["ref"]}\npredict with: hub few-shot predict {facts["ref"]} --text "..."{second}')
+
+
+@few_shot.command("start")
+@_base
+@click.option("--label", "labels", multiple=True, required=True, metavar="NAME", help="A label (repeat it).")
+@click.option("--text", default="text", show_default=True, metavar="COL", help="Column that texts will have.")
+@click.option("--text2", metavar="COL", help="Column of the second text of a pair.")
+@_word
+@click.option("--template", "templates", multiple=True, metavar="TEXT", help="Such as '{text} It was {mask}.'")
+@click.option("--unlabeled", metavar="FILE", help="Texts without labels, to calibrate on.")
+@_publish
+@json_file_option
+def start(labels: tuple[str, ...], base: str, text2: str | None, json_path: str | None, **options: Any) -> None:
+    """Make a classifier of the labels' names alone, from no row; `more` goes on from it.
+
+    \b
+    hub few-shot start --base BASE --label good --label bad --publish acme/stars
+    hub few-shot ask acme/stars pool.jsonl --n 20
+    """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    from train.fewshot import start as start_from_names
+
+    _quiet()
+    facts = dict(start_from_names(labels, base, text2=text2, say=say, **options).facts)
+    write_json(facts, json_path)
+    if json_path != "-":
+        _tell(facts, text2)
+
+
+@few_shot.command("more")
+@click.argument("ref")
+@click.argument("data")
+@click.option("--rows", metavar="FILE", help="What it was learned from, where the artifact does not hold its rows.")
+@click.option("--test", metavar="FILE", help="Rows to measure on.")
+@click.option("--budget", default="60s", show_default=True, callback=_budget, help="Time that learning may take.")
+@click.option("--base", metavar="BASE", help="Where the base lies now [where it was].")
+@click.option("--publish", metavar="NS/NAME[@VERSION]", help="Its name [the next version of the old one].")
+@json_file_option
+def more(ref: str, data: str, json_path: str | None, **options: Any) -> None:
+    """Go on from a published classifier with the labelled rows of DATA: old rows and new ones, learned together.
+
+    DATA has the columns of the old rows; a text that was among them has its new label from now on.
+
+    \b
+    hub few-shot more acme/stars labelled.csv
+    hub few-shot more acme/stars labelled.csv --rows reviews.jsonl     (what it was learned from)
+    """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    from train.fewshot import more as go_on
+
+    _quiet()
+    facts = dict(go_on(ref, data, say=say, **options).facts)
+    write_json(facts, json_path)
+    if json_path != "-":
+        _tell(facts, None)
+
+
+@few_shot.command("ask")
+@click.argument("ref")
+@click.argument("pool")
+@click.option("--n", type=click.IntRange(1), default=20, show_default=True, help="Texts to ask for.")
+@click.option("--text", metavar="COL", help="Column of the text [as in training].")
+@click.option("--text2", metavar="COL", help="Column of the pair [as in training].")
+@click.option("--base", metavar="BASE", help="Where the base lies now [where it was].")
+@click.option("--out", metavar="FILE", help="Write the rows there: .csv, .tsv or .jsonl [JSON lines to stdout].")
+def ask(ref: str, pool: str, n: int, text: str | None, text2: str | None, base: str | None, out: str | None) -> None:
+    """Say which rows of POOL are worth most to label next: unsure ones that are unlike each other.
+
+    Each comes as it is, with what the classifier takes it for (`prediction`) and how unsure that is (`uncertainty`, 0
+    to 1). The prediction goes into no label column: who labels the rows writes that.
+    """
+    from train.fewshot import load
+    from train.fewshot.classifier.files import ask_file
+
+    _quiet()
+    classifier = load(ref, base=base)
+    named = (text or classifier.spec.columns[0], text2 or classifier.spec.columns[1])
+    lines = ask_file(classifier, pool, named, n=n, out=out)
+    if out is None:
+        click.echo(lines, nl=False)
+    else:
+        say(f"the rows to label are in {out}")
 
 
 @few_shot.command("predict")

@@ -17,8 +17,9 @@ from compose.kind.adapter import Adapter
 from hub.errors import UsageError, suggest
 from hub.lazy import load
 from train.config import TrainConfig
-from train.fewshot.classifier.classifier import FewShotClassifier, Spec, head_member
+from train.fewshot.classifier.classifier import FewShotClassifier, head_member
 from train.fewshot.classifier.members import Member, Reading
+from train.fewshot.classifier.spec import Spec
 from train.fewshot.examples import Example
 from train.fewshot.prompts.defaults import PAIR_TEMPLATES, TEMPLATES, name_words, spoken
 from train.fewshot.prompts.verbalizer import Verbalizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -9,7 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ import torch
 import compose
 from compose.base.text_config import fact
 from hub.errors import Conflict, UsageError
-from hub.manifest import Draft, Metric
+from hub.manifest import Draft, Lineage, Metric
 from hub.pack import pack
 from hub.ref import AdapterRef
 from hub.store import Artifact, Store
 from train.data.datasets import read_rows
 from train.data.files import file_digests
 from train.errors import DataError
-from train.fewshot.classifier.classifier import READER, FewShotClassifier, load_base
+from train.fewshot.classifier.classifier import FewShotClassifier, load_base
+from train.fewshot.classifier.spec import READER
 from train.fewshot.examples import Columns, Example, check_texts, label_names, to_examples, warn_of_duplicates
 from train.fewshot.job import FewShotResult, Job, learn
 from train.fewshot.prompts.template import Template
@@ -34,11 +36,22 @@ from train.fewshot.splits import KShot, k_shot
 from train.results.card import write_card
 from train.results.publish import next_version, write_artifact
 
-__all__ = ["FewShotOutcome", "Request", "few_shot", "fit", "interval", "run"]
+__all__ = [
+    "FewShotOutcome",
+    "Request",
+    "free_version",
+    "interval",
+    "measure",
+    "publish",
+    "rows_facts",
+    "run",
+    "split_of",
+]
 
 log = logging.getLogger(__name__)
 _MOST_TEST = 2000  # rows that are measured on when no test file is given
 _DEFAULT_K = 16
+_MEASURES = ("accuracy", "f1", "exact", "f1_micro", "pearson", "spearman", "mae")
 _STAGED = ("pet", "ipet")
 
 
@@ -61,6 +74,11 @@ class Request:
     max_length: int = 128
     writer: str | None = None
     resume: str | None = None
+    all_rows: bool = False
+    keep_rows: bool = False
+    task: str = "classification"
+    separator: str | None = None
+    parent: AdapterRef | None = None  # what it goes on from
 
 
 @dataclass(frozen=True)
@@ -69,70 +87,6 @@ class FewShotOutcome:
 
     classifier: FewShotClassifier
     facts: Mapping[str, Any]
-
-
-def few_shot(
-    data: str,
-    base: str,
-    *,
-    text: str = "text",
-    text2: str | None = None,
-    label: str = "label",
-    store: Store | None = None,
-    say: Callable[[str], None] = lambda _text: None,
-    **options: Any,
-) -> FewShotOutcome:
-    """Learn a classifier from a few labelled rows of a file, measure it and, with `publish`, put it into the store.
-
-    `text`, `text2` and `label` are the file's names of its columns; the other options are those of `Request`.
-
-    Raises
-    ------
-    DataError, UsageError
-        The data, a template, a label word or an option is wrong; nothing was trained then.
-    """
-    return run(Request(data, base, Columns(text, text2, label), **options), store=store, say=say)
-
-
-def fit(
-    rows: str | Path | Sequence[Mapping[str, Any]] | Sequence[Sequence[str]],
-    base: str,
-    *,
-    test: str | Path | Sequence[Mapping[str, Any]] | Sequence[Sequence[str]] | None = None,
-    **options: Any,
-) -> FewShotClassifier:
-    """Learn a classifier from rows in memory, or from a file; the options are those of `few_shot`.
-
-    Rows are mappings by column, or (text, label), or (text, second text, label).
-
-    >>> fit([("Not a dull moment.", "good"), ("I left early.", "bad"), ...], "./bert").predict(["A film."])
-
-    Raises
-    ------
-    DataError, UsageError
-        The rows or an option are wrong; nothing was trained then.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        files = {"rows": _file(rows, Path(folder) / "rows.jsonl"), "test": None}
-        if test is not None:
-            files["test"] = _file(test, Path(folder) / "test.jsonl")
-        if not isinstance(rows, str | Path) and rows and len(rows[0]) == 3 and not isinstance(rows[0], Mapping):
-            options = {"text2": "text2", **options}
-        return few_shot(str(files["rows"]), base, test=files["test"], **options).classifier
-
-
-def _file(rows: str | Path | Sequence[Any], place: Path) -> str:
-    """The file itself, or one of these rows."""
-    if isinstance(rows, str | Path):
-        return str(rows)
-    names = {2: ("text", "label"), 3: ("text", "text2", "label")}
-    written = []
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, Mapping) and (isinstance(row, str) or len(row) not in names):
-            raise DataError(f"row {number} is {row!r:.60}, not (text, label)", hint='[("a text", "a label"), ...]')
-        written.append(row if isinstance(row, Mapping) else dict(zip(names[len(row)], row, strict=True)))
-    place.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
-    return str(place)
 
 
 def run(
@@ -150,10 +104,10 @@ def run(
     for template in request.templates:
         Template.parse(template)
     store = store or Store()
-    ref = _free(store, AdapterRef.parse(request.publish)) if request.publish else None
+    ref = free_version(store, AdapterRef.parse(request.publish)) if request.publish else None
     rows = read_rows(request.data, part="train", without=request.test)
     examples = to_examples(rows, request.columns, source=request.data)
-    split = _split(request, examples)
+    split = split_of(request, examples)
     test = _test_rows(request, split)
     unlabeled = _unlabeled(request)
     _refuse_unknown_words(request, split.labels)
@@ -185,8 +139,10 @@ def run(
     )
     learned = learn(job, method)
     learned.classifier.spec = learned.classifier.spec.model_copy(
-        update={"columns": (request.columns.text, request.columns.text2)}
+        update={"columns": (request.columns.text, request.columns.text2), "label": request.columns.label}
     )
+    learned.classifier.rows = split.train if request.keep_rows else ()
+    learned = replace(learned, facts={**learned.facts, "rows": rows_facts(split.train)})
     seconds = time.perf_counter() - job.started
     measured = measure(learned.classifier, test) if test else {}
     facts: dict[str, Any] = {
@@ -218,6 +174,12 @@ def measure(classifier: FewShotClassifier, test: Sequence[Example]) -> dict[str,
     return {"accuracy": round(hits / len(test), 4), "interval": [round(low, 4), round(high, 4)], "f1": round(f1, 4)}
 
 
+def rows_facts(examples: Sequence[Example]) -> dict[str, Any]:
+    """How many rows were learned from, and a digest of them that does not depend on their order."""
+    lines = sorted(json.dumps([e.text, e.text2, e.label], ensure_ascii=False) for e in examples)
+    return {"count": len(lines), "digest": "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()}
+
+
 def interval(hits: int, n: int) -> tuple[float, float]:
     """Wilson's 95% interval: `(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`, p the share, z = 1.96."""
     z, p = 1.959964, hits / n
@@ -232,7 +194,7 @@ def publish(
     spec, model = learned.classifier.spec, learned.classifier.model
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "adapter"
-        digests = file_digests(request.data, part="train", without=request.test)
+        digests = file_digests(request.data, part="train", without=request.test) if request.data else {}
         draft = write_artifact(
             directory, learned.adapter, model, learned.config, learned.result, ref=ref, data=digests, labels=spec.labels
         )
@@ -244,7 +206,8 @@ def publish(
                 "task": learned.classifier.task,
                 "reader": READER,
                 "hyperparameters": {**draft.hyperparameters, "few_shot": {"k": request.k, **learned.facts}},
-                "metrics": _metrics(request, measured, _tested(request)),
+                "lineage": _lineage(draft, request),
+                "metrics": _metrics(request, measured, _tested(request)) if measured else (),
                 "summary": f"A classifier of {len(spec.labels)} labels: `hub few-shot predict {ref} --text ...`",
             }
         )
@@ -252,6 +215,13 @@ def publish(
         write_card(directory / "README.md", Draft.model_validate(draft.model_dump()), trainable=trained)
         pack(directory, draft)
         return store.put(directory)
+
+
+def _lineage(draft: Draft, request: Request) -> Lineage | None:
+    """Where it comes from, with the classifier that it goes on from."""
+    if draft.lineage is None or request.parent is None:
+        return draft.lineage
+    return draft.lineage.model_copy(update={"parents": (str(request.parent),)})
 
 
 def _method(request: Request, say: Callable[[str], None]) -> str:
@@ -268,7 +238,7 @@ def _method(request: Request, say: Callable[[str], None]) -> str:
     return request.method
 
 
-def _free(store: Store, name: AdapterRef) -> AdapterRef:
+def free_version(store: Store, name: AdapterRef) -> AdapterRef:
     """The version to publish; one that is taken is refused now, not after the training."""
     if name.version is None:
         return name.at(version=next_version(store, name.id))
@@ -287,12 +257,16 @@ def _metrics(request: Request, measured: Mapping[str, Any], digests: Mapping[str
         "n": n,
         "seeds": (request.seed,),
     }
-    return tuple(Metric(metric=m, value=measured[m], **facts) for m in ("accuracy", "f1") if m in measured)
+    return tuple(Metric(metric=m, value=measured[m], **facts) for m in _MEASURES if m in measured)
 
 
-def _split(request: Request, examples: Sequence[Example]) -> KShot:
+def split_of(request: Request, examples: Sequence[Example]) -> KShot:
     """K rows a label; without `--k`, 16 or what the scarcest label allows to a row each."""
     source = request.data
+    if request.all_rows:
+        if request.k is not None:
+            raise UsageError("--k draws rows, and --all-rows takes them all", hint="give one of them")
+        return KShot(tuple({e.key: e for e in examples}.values()), (), (), label_names(examples, source=source))
     dev = request.method.startswith("lm-bff") and request.k is not None
     if request.k is not None:
         if request.k < 2:

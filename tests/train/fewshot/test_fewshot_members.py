@@ -14,8 +14,9 @@ import compose
 from hub.pack import pack
 from hub.store import Store
 from train.errors import DataError
-from train.fewshot.classifier.classifier import FACTS, HEAD, FewShotClassifier, Spec, head_member
+from train.fewshot.classifier.classifier import FewShotClassifier, head_member
 from train.fewshot.classifier.members import Demonstrations
+from train.fewshot.classifier.spec import FACTS, HEAD, Spec
 from train.fewshot.examples import Example
 from train.fewshot.job import learn
 from train.fewshot.prompts.filled import prompt_dataset

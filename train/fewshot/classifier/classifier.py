@@ -9,12 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load as read_tensors
 from safetensors.torch import save
 from torch import Tensor
 
@@ -24,10 +21,10 @@ from compose.base.model import name_of
 from compose.errors import KindError
 from compose.reader import LinearHead
 from compose.runtime.model_runtime import runtime
-from hub.errors import NotFound
 from hub.store import Artifact, Store
 from train.errors import DataError
-from train.fewshot.classifier.members import Demonstrations, Member, Reading, Views
+from train.fewshot.classifier.members import Reading, Views
+from train.fewshot.classifier.spec import FACTS, HEAD, ROWS, Spec, read_files, rows_of
 from train.fewshot.examples import Example, Text
 from train.fewshot.reading.head import Head, average
 from train.fewshot.reading.views import View
@@ -35,42 +32,16 @@ from train.fewshot.reading.views import View
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FACTS", "HEAD", "READER", "FewShotClassifier", "Spec", "head_member", "load", "load_base", "on_base"]
+__all__ = ["FewShotClassifier", "head_member", "load", "load_base", "on_base"]
 
-FACTS = "aux/fewshot.json"
-HEAD = "aux/head.safetensors"
 _BASES = "give a masked LM such as BERT; a T5 writes templates: --writer"
-READER = "few_shot"  # the name of `compose.readers.few_shot`, in manifests
 _ADAPTER = "fewshot"
+_SAID: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "classification": lambda logits: logits.softmax(-1),
+    "multi_label_classification": torch.sigmoid,
+    "regression": lambda numbers: numbers,
+}
 _WINDOW = 512  # texts that are read between two reports of progress
-
-
-class Spec(BaseModel):
-    """What a classifier reads and how: `aux/fewshot.json`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    base: str
-    labels: tuple[str, ...] = Field(min_length=2, max_length=999)
-    members: tuple[Member, ...] = Field(min_length=1, max_length=16)
-    shares: tuple[float, ...]  # of the members in the answer; they sum to one
-    max_length: int = Field(ge=2, le=1 << 16)
-    base_task: str = "masked_lm"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    columns: tuple[str, str | None] = ("text", None)  # of its rows: the text, and the second one of a pair
-    separator: str | None = None  # of several labels in one text
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        total = sum(self.shares)
-        if len(self.shares) != len(self.members) or min(self.shares) < 0 or abs(total - 1) > 1e-4:
-            raise ValueError(f"{len(self.members)} members need as many shares that sum to one, not {self.shares}")
-        for member in self.members:
-            if member.words and len(member.words) != len(self.labels):
-                raise ValueError(f"words of {len(member.words)} labels, not of {len(self.labels)}")
-            if isinstance(member, Demonstrations) and len(member.said) != len(self.labels):
-                raise ValueError("each label needs a word for solved examples")
-        return self
 
 
 class FewShotClassifier:
@@ -88,8 +59,6 @@ class FewShotClassifier:
         Under which its adapter is resident on the model.
     """
 
-    task = "classification"
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -100,7 +69,13 @@ class FewShotClassifier:
         name: str = _ADAPTER,
     ) -> None:
         self.model, self.spec, self.tensors = model, spec, tuple(tensors)
-        self.reading = Reading(model, tokenizer, spec.labels, spec.max_length, spec.precision, name)
+        self.rows: Sequence[Example] = ()  # what it has learned from, where that is kept
+        self.reading = Reading(model, tokenizer, spec.outputs, spec.max_length, spec.precision, name)
+
+    @property
+    def task(self) -> str:
+        """``classification``, ``multi_label_classification`` or ``regression``."""
+        return self.spec.task
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -109,9 +84,9 @@ class FewShotClassifier:
 
     def logits(self, texts: Sequence[Text]) -> Tensor:
         """(N, C) logits; of several members, the mean of their log probabilities by their shares."""
-        examples = self._examples(texts)
+        examples = self.examples(texts)
         if not examples:
-            return torch.zeros(0, len(self.labels))
+            return torch.zeros(0, len(self.spec.outputs))
         pairs = list(zip(self.spec.members, self.tensors, strict=True))
         if len(pairs) == 1:
             return pairs[0][0].logits(self.reading, examples, pairs[0][1])
@@ -119,7 +94,9 @@ class FewShotClassifier:
         return torch.einsum("m,mnc->nc", torch.tensor(self.spec.shares), torch.stack(said))
 
     def scores(self, texts: Sequence[Text], *, advance: Callable[[int], None] = lambda _rows: None) -> Tensor:
-        """(N, C) probabilities of the labels; `advance` is told how many texts more have been read.
+        """(N, C) probabilities of the labels, of a regression (N, 1) numbers.
+
+        `advance` is told how many texts more have been read.
 
         Raises
         ------
@@ -129,24 +106,31 @@ class FewShotClassifier:
         parts = []
         for start in range(0, len(texts), _WINDOW):
             part = texts[start : start + _WINDOW]
-            parts.append(self.logits(part).softmax(-1))
+            parts.append(_SAID[self.task](self.logits(part)))
             advance(len(part))
-        return torch.cat(parts) if parts else torch.zeros(0, len(self.labels))
+        return torch.cat(parts) if parts else torch.zeros(0, len(self.spec.outputs))
 
     def chosen(self, scores: Tensor) -> tuple[str, ...]:
-        """The labels that scores (C,) stand for: the most likely one."""
-        return (self.labels[int(scores.argmax())],)
+        """The labels that scores (C,) stand for: the best one, or each from its threshold on; none of a number."""
+        if self.task == "multi_label_classification":
+            told = zip(self.labels, scores.tolist(), self.spec.thresholds, strict=True)
+            return tuple(label for label, p, least in told if p >= least)
+        return () if self.task == "regression" else (self.labels[int(scores.argmax())],)
 
     def predict_proba(self, texts: Sequence[Text]) -> Tensor:
         """(N, C) probabilities of the labels, in their order. See `scores`."""
         return self.scores(texts)
 
-    def predict(self, texts: Sequence[Text]) -> list[str]:
-        """The most likely label of each text."""
-        return [self.chosen(row)[0] for row in self.scores(texts)]
+    def predict(self, texts: Sequence[Text]) -> list[Any]:
+        """What each text is: its most likely label, a tuple of labels, or a number."""
+        scores = self.scores(texts)
+        if self.task == "regression":
+            return scores[:, 0].tolist()
+        chosen = [self.chosen(row) for row in scores]
+        return chosen if self.task == "multi_label_classification" else [labels[0] for labels in chosen]
 
-    def _examples(self, texts: Sequence[Text]) -> list[Example]:
-        """Texts, pairs or rows as examples, each with what it is to be read by."""
+    def examples(self, texts: Sequence[Text]) -> list[Example]:
+        """Texts, pairs or rows as examples. Raises DataError for one that is empty, or not what is read."""
         if isinstance(texts, str):
             raise DataError("a single text was given", hint=f"a list of them: predict([{texts[:20]!r}])")
         examples = [Example.of(text, self.spec.columns) for text in texts]
@@ -181,7 +165,7 @@ class FewShotClassifier:
                 hint="serve it: hub serve BASE, POST /v1/classify; --method fine-tune learns one head",
             )
         heads = [
-            m.head(own, len(self.labels))
+            m.head(own, len(self.spec.outputs))
             for m, own in zip(self.spec.members, self.tensors, strict=True)
             if isinstance(m, Views)
         ]
@@ -212,6 +196,9 @@ class FewShotClassifier:
         (directory / FACTS).write_text(text + "\n", encoding="utf-8")
         tensors = {f"{m}.{name}": t.contiguous() for m, own in enumerate(self.tensors) for name, t in own.items()}
         (directory / HEAD).write_bytes(save(tensors))
+        if self.rows:
+            rows = [json.dumps([e.text, e.text2, e.label], ensure_ascii=False) + "\n" for e in self.rows]
+            (directory / ROWS).write_text("".join(rows), encoding="utf-8")
 
     @classmethod
     def load(cls, ref: str | Artifact, *, base: str | None = None, store: Store | None = None) -> FewShotClassifier:
@@ -225,7 +212,7 @@ class FewShotClassifier:
             No such artifact; it was made for another base; its files do not fit each other.
         """
         artifact = ref if isinstance(ref, Artifact) else (store or Store()).get(ref)
-        spec, _ = _files(artifact)
+        spec, _ = read_files(artifact)
         made_for = artifact.manifest.base
         where = base or (spec.base if made_for is None else at_hand(made_for))
         return on_base(artifact, load_base(where), compose.tokenizer(where))
@@ -238,36 +225,12 @@ def load(ref: str | Artifact, *, base: str | None = None, store: Store | None = 
 
 def on_base(artifact: Artifact, model: PreTrainedModel, tokenizer: Any, *, name: str = _ADAPTER) -> FewShotClassifier:
     """A classifier on a base that is there already, its adapter resident under `name`. Raises as `load`."""
-    spec, tensors = _files(artifact)
+    spec, tensors = read_files(artifact)
+    rows = rows_of(artifact)
     compose.attach(model, name, artifact)
-    return FewShotClassifier(model, tokenizer, spec, tensors, name=name)
-
-
-def _files(artifact: Artifact) -> tuple[Spec, list[dict[str, Tensor]]]:
-    """Facts and tensors of an artifact, checked against each other."""
-    if FACTS not in artifact.files:
-        hint = "hub few-shot DATA --publish NS/NAME makes one"
-        raise NotFound(f"{artifact.ref} is no few-shot classifier: it lacks {FACTS}", ref=artifact.ref, hint=hint)
-    hint = f"hub verify {artifact.ref}"
-    try:
-        spec = Spec.model_validate_json(artifact.file(FACTS).read_text(encoding="utf-8"))
-    except (ValidationError, UnicodeDecodeError) as error:
-        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "not UTF-8"
-        raise DataError(f"{FACTS} of {artifact.ref} is malformed: {why}", hint=hint) from error
-    try:
-        if HEAD not in artifact.files:
-            raise ValueError("it is not there")
-        named = read_tensors(artifact.file(HEAD).read_bytes())
-        tensors = [
-            {name.removeprefix(f"{m}."): tensor for name, tensor in named.items() if name.startswith(f"{m}.")}
-            for m in range(len(spec.members))
-        ]
-        for member, own in zip(spec.members, tensors, strict=True):
-            if isinstance(member, Views):
-                member.head(own, len(spec.labels))
-    except (ValueError, SafetensorError) as error:
-        raise DataError(f"{HEAD} of {artifact.ref}: {error}", hint=hint) from error
-    return spec, tensors
+    classifier = FewShotClassifier(model, tokenizer, spec, tensors, name=name)
+    classifier.rows = rows or ()
+    return classifier
 
 
 def head_member(

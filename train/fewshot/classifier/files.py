@@ -16,10 +16,11 @@ from hub.errors import UsageError
 from hub.io.files import atomic_write
 from train.data.cells import CellError, text
 from train.data.files import read_rows
+from train.fewshot.classifier.asking import ask
 from train.fewshot.classifier.classifier import FewShotClassifier
 from train.fewshot.examples import Example, no_column
 
-__all__ = ["FileAnswers", "answer", "answer_file", "answer_rows", "written"]
+__all__ = ["FileAnswers", "answer", "answer_file", "answer_rows", "ask_file", "written"]
 
 _DIGITS = 6
 _SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -62,11 +63,7 @@ def answer_rows(
     DataError
         No row has a column of that name.
     """
-    names = [name for name in columns if name is not None]
-    for name in names:
-        if not any(name in row for row in rows):
-            raise no_column(name, rows[0], source)
-    examples = [_example(row, names) for row in rows]
+    examples = _examples(rows, columns, source)
     told: list[Mapping[str, Any]] = [{"error": one} if isinstance(one, str) else {} for one in examples]
     there = [i for i, one in enumerate(examples) if not isinstance(one, str)]
     done = len(rows) - len(there)
@@ -80,6 +77,15 @@ def answer_rows(
     for i, row in zip(there, scores, strict=True):
         told[i] = answer(classifier, row)
     return FileAnswers(rows, told, len(rows) - len(there))
+
+
+def _examples(rows: Sequence[Mapping[str, Any]], columns: tuple[str, str | None], source: str) -> list[Example | str]:
+    """Each row's text or pair, or what is wrong with it. Raises DataError where no row has a column of that name."""
+    names = [name for name in columns if name is not None]
+    for name in names:
+        if not any(name in row for row in rows):
+            raise no_column(name, rows[0], source)
+    return [_example(row, names) for row in rows]
 
 
 def _example(row: Mapping[str, Any], names: Sequence[str]) -> Example | str:
@@ -124,9 +130,7 @@ def answer_file(
     UsageError
         A suffix that says no format, or a column that is there already; before anything is read.
     """
-    place = None if out is None else Path(out)
-    if place is not None and place.suffix.lower() not in _SUFFIXES:
-        raise UsageError(f"{place} says no format", path=place, hint="give it the suffix .csv, .tsv or .jsonl")
+    place = _place(out)
     rows = read_rows(data)
     taken = next((str(n) for row in rows for n in row if n == into or str(n).startswith(into + "_")), None)
     if place is not None and taken is not None:
@@ -137,9 +141,50 @@ def answer_file(
     return told
 
 
+def ask_file(
+    classifier: FewShotClassifier,
+    pool: str,
+    columns: tuple[str, str | None] | None = None,
+    *,
+    n: int = 20,
+    out: str | Path | None = None,
+) -> str:
+    """The rows of a file that are worth most to label (see `asking`), as JSON lines; with `out` written there.
+
+    Raises
+    ------
+    DataError, UsageError
+        As `answer_file`.
+    """
+    place = _place(out)
+    rows = read_rows(pool)
+    examples = _examples(rows, columns or classifier.spec.columns, pool)
+    there = [(i, one) for i, one in enumerate(examples) if not isinstance(one, str)]
+    asked = ask(classifier, [one for _, one in there], n)
+    told = []
+    for one in asked:
+        columns_of = _columns(answer(classifier, one.scores), "prediction", False)
+        told.append({**rows[there[one.row][0]], **columns_of, "uncertainty": round(one.uncertainty, _DIGITS)})
+    if place is not None:
+        atomic_write(place, _text(told, place.suffix.lower()).encode())
+    return _text(told, ".jsonl")
+
+
+def _place(out: str | Path | None) -> Path | None:
+    """Where to write. Raises UsageError for a suffix that says no format."""
+    place = None if out is None else Path(out)
+    if place is not None and place.suffix.lower() not in _SUFFIXES:
+        raise UsageError(f"{place} says no format", path=place, hint="give it the suffix .csv, .tsv or .jsonl")
+    return place
+
+
 def written(told: FileAnswers, suffix: str, into: str, *, probabilities: bool) -> str:
     """The rows with the columns of their answers, as a text of that format."""
     rows = [{**row, **_columns(a, into, probabilities)} for row, a in zip(told.rows, told.answers, strict=True)]
+    return _text(rows, suffix)
+
+
+def _text(rows: Sequence[Mapping[str, Any]], suffix: str) -> str:
     if suffix == ".jsonl":
         return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     flat = [dict(_flat(row)) for row in rows]
