@@ -138,8 +138,11 @@ class FewShotClassifier:
             if not example.text.strip() or (example.text2 is not None and not example.text2.strip()):
                 raise DataError(f"text {number} of {len(examples)} is empty", hint="leave it out")
             if (example.text2 is None) != (self.spec.columns[1] is None):
-                told = "one text, and pairs are read" if example.text2 is None else "a pair, and single texts are read"
-                raise DataError(f"text {number} of {len(examples)} is {told}", hint="as in training")
+                one = example.text2 is None
+                told = "one text, and pairs are read" if one else "a pair, and single texts are read"
+                pair = 'predict([("one", "two")]); --text2, or --pair of hub run'
+                hint = pair if one else "leave the second text out"
+                raise DataError(f"text {number} of {len(examples)} is {told}", hint=hint)
         return examples
 
     def linear_head(self) -> LinearHead:
