@@ -62,9 +62,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Replace:
-    """A module that takes the place of the base module: F(x) = M(x) - y0, so a weight of one gives M(x)."""
+    """A module that takes the place of the base module: F(x) = M(x) - y0, so a weight of one gives M(x).
+
+    ``alone`` says why nothing else can stand beside it, where so.
+    """
 
     fn: Callable[[Tensor], Tensor]
+    alone: str | None = None
 
 
 @dataclass(frozen=True)

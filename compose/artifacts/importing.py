@@ -20,6 +20,7 @@ from compose.formats.directory import (
     our_keys,
     read_adapter,
     save_adapter,
+    whole_vocabulary,
     without_base,
 )
 from compose.formats.files import peek, read_config, read_tensors, write_config, write_tensors
@@ -57,10 +58,11 @@ def read_onto(
     kind, _ = peek(directory)
     adapter = outline.put("imported", StoredAdapter(str(directory), Leaf(kind), directory))
     tensors = read_tensors(directory)
-    if of_the_base(tensors, adapter, outline.sites):  # copies, to be compared with what the base has
+    if adapter.grown or of_the_base(tensors, adapter, outline.sites):  # copies, to be compared with what the base has
         from compose.base.model import load_base
 
-        tensors = without_base(tensors, adapter, outline.sites, load_base(base, task=task, labels=labels or None))
+        model = load_base(base, task=task, labels=labels or None)
+        tensors = without_base(whole_vocabulary(tensors, adapter), adapter, outline.sites, model)
     return ReadAdapter(adapter, our_keys(adapter, tensors, outline.model), outline)
 
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compose.base.compatibility import BaseWarning
 from compose.base.request import BaseRequest
+from compose.base.sites import output_embeddings
 from hub.errors import GateError
 
 
@@ -38,11 +39,7 @@ def stays_dense(auto: Any, config: Any, trust_remote_code: bool) -> list[str]:
     """Modules that stay dense: the output embeddings, and whatever stands outside the backbone or pools it."""
     with torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=trust_remote_code)
-    prefix = model.base_model_prefix
-    try:
-        output = model.get_output_embeddings()
-    except NotImplementedError:  # transformers says of some models of images that they have none to tell
-        output = None
+    prefix, output = model.base_model_prefix, output_embeddings(model)
     heads = {path for path, module in model.named_modules() if output is not None and module is output}
     heads |= {path for path, _ in model.named_modules() if path.rsplit(".", 1)[-1] == "pooler"}
     if hasattr(model, prefix):

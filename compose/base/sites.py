@@ -111,6 +111,15 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The module that makes logits of tokens; None for models of images or sounds, and others without one."""
+    try:
+        found = cast("PreTrainedModel", model).get_output_embeddings()
+    except (AttributeError, NotImplementedError):  # transformers says of some models that they have none to tell
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def _is_uncalled(path: str, modules: Mapping[str, nn.Module]) -> bool:
     parent, _, name = path.rpartition(".")
     return (type(modules[parent]).__name__, name) in UNCALLED

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compose.base.sites import SiteMap
+from compose.base.sites import SiteMap, input_embeddings, output_embeddings
 from compose.errors import KindError
 from compose.formats import adapterhub, peft
 from compose.formats.files import OWN_KIND, file_of, kind_of, read_config, read_tensors, write_config, write_tensors
@@ -166,12 +166,54 @@ def build(
     name: str,
 ) -> Adapter:
     """An adapter of ``kind`` on ``model`` holding ``tensors``, frozen."""
-    adapter = kind(config, sites, model, name=name)
+    adapter, tensors = on_its_vocabulary(kind(config, sites, model, name=name), tensors, sites, model)
     broken = next((key for key, value in tensors.items() if not bool(value.isfinite().all())), None)
     if broken is not None:
         raise KindError(f"{broken} of adapter {name!r} holds NaN or infinite values", hint="train it again")
     adapter.load_state(our_keys(adapter, without_base(tensors, adapter, sites, model), model))
     return adapter.freeze()
+
+
+def on_its_vocabulary(
+    adapter: Adapter, tensors: Mapping[str, Tensor], sites: SiteMap, model: PreTrainedModel
+) -> tuple[Adapter, Mapping[str, Tensor]]:
+    """The adapter with the tables of a vocabulary that was resized for it, which it then carries whole, as heads are.
+
+    PEFT's `save_embedding_layers` writes them as copies of the base's. Where they have more rows, the first are the
+    base's (:func:`without_base` compares) and the others belong to this adapter alone: the base stays as it is.
+    """
+    copies = of_the_base(tensors, adapter, sites)
+    tables = (input_embeddings(model), output_embeddings(model)) if copies else ()
+    ends = {path: model.get_submodule(path) for path in sites.modules if model.get_submodule(path) in tables}
+    grown = {
+        path: key
+        for key, (path, name) in copies.items()
+        if path in ends and name == "weight" and ".base_layer." not in key and _longer(tensors[key], ends[path])
+    }
+    if not grown or any(".base_layer." in key for key in copies):
+        return adapter, tensors
+    if getattr(model.config, "tie_word_embeddings", False):  # one of the two is enough for both
+        grown = dict.fromkeys(ends, next(iter(grown.values())))
+    own = type(adapter)(
+        adapter.config.model_copy(update={"modules_to_save": (*adapter.config.modules_to_save, *grown)}),
+        sites,
+        model,
+        name=adapter.name,
+    )
+    own.grown = tuple(grown)
+    return own, whole_vocabulary(tensors, own)
+
+
+def whole_vocabulary(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """With a table under each name that it has in the base: of tied ones a file may hold one."""
+    held = [f"{PREFIX}{path}.weight" for path in adapter.grown]
+    twin = next((tensors[key] for key in held if key in tensors), None)
+    return {**tensors, **{key: twin for key in held if key not in tensors and twin is not None}}
+
+
+def _longer(value: Tensor, end: nn.Module) -> bool:
+    own = cast("Tensor", end.weight)
+    return value.dim() == own.dim() == 2 and value.shape[1] == own.shape[1] and len(value) > len(own)
 
 
 def of_the_base(tensors: Mapping[str, Tensor], adapter: Adapter, sites: SiteMap) -> dict[str, tuple[str, str]]:
@@ -200,6 +242,13 @@ def without_base(
     """
     copies = of_the_base(tensors, adapter, sites)
     modules = dict(model.named_modules()) if copies else {}
+    for path in adapter.grown:
+        table = cast("Tensor", model.get_submodule(path).weight)
+        if not torch.equal(table.cpu(), tensors[f"{PREFIX}{path}.weight"][: len(table)].to(table.dtype)):
+            raise KindError(
+                f"the file replaces the base's own weight {path}.weight by another, with more rows",
+                hint="it was made on a base with other weights",
+            )
     for key, (path, name) in copies.items():
         own = model.get_submodule(path).state_dict().get(name) if path in modules else None
         value = tensors[key]

@@ -30,7 +30,7 @@ from compose.base.quantization import stays_dense
 from compose.base.request import BaseRequest
 from compose.base.sites import SiteMap
 from compose.expr.tree import Call, Expr, Scale, Seq, add, seq
-from compose.formats.directory import our_keys, parse_config
+from compose.formats.directory import of_the_base, on_its_vocabulary, our_keys, parse_config
 from compose.function import bind, get_function
 from compose.kind.adapter import Adapter
 from compose.kind.registry import get_kind, make_config
@@ -112,15 +112,21 @@ class FakeBase:
         """
         kind, config = parse_config(stored.config, self.sites)
         with self._building():
-            adapter = kind(config, self.sites, self.model, name=name)
-            # Copies of the base's own weights are compared when they are read; here they have no values.
-            shapes = {
-                key: torch.empty(info.shape, dtype=_DTYPES[info.dtype])
-                for key, info in stored.tensors.items()
-                if ".base_layer." not in key
+            shapes: Mapping[str, Tensor] = {
+                key: torch.empty(info.shape, dtype=_DTYPES[info.dtype]) for key, info in stored.tensors.items()
             }
-            adapter.load_state(our_keys(adapter, shapes, self.model))
+            fresh = kind(config, self.sites, self.model, name=name)
+            adapter, shapes = on_its_vocabulary(fresh, shapes, self.sites, self.model)
+            # Copies of the base's own weights are compared when they are read; here they have no values.
+            copies = of_the_base(shapes, adapter, self.sites)
+            own = {k: v for k, v in shapes.items() if k not in copies or not self._has(k, v.shape, *copies[k])}
+            adapter.load_state(our_keys(adapter, own, self.model))
         return self._keep(name, adapter.freeze())
+
+    def _has(self, key: str, shape: torch.Size, path: str, name: str) -> bool:
+        """Whether a key is of a copy of what the base has there."""
+        own = self.model.get_submodule(path).state_dict().get(name) if path in self.sites.modules else None
+        return ".base_layer." in key or (own is not None and own.shape == shape)
 
     def _keep(self, name: str, adapter: Adapter) -> Adapter:
         self._counted.clear()

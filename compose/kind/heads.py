@@ -52,9 +52,11 @@ def output_layer(head: nn.Module) -> tuple[str, nn.Linear] | None:
 
 
 def fits(head: nn.Module, state: Mapping[str, Tensor]) -> str | None:
-    """First key whose tensor cannot stand in ``head``, or None. The output layer may have any number of outputs."""
+    """First key whose tensor cannot stand in ``head``, or None. Outputs, and tokens of a table, may be any number."""
     own, output = head.state_dict(), output_layer(head)
     free: set[str] = set()
+    if isinstance(head, nn.Embedding) and (table := state["weight"]).dim() == 2 and len(table):
+        free = {"weight"} if table.shape[1] == head.embedding_dim else set()
     if output is not None:
         stem, layer = output
         weight, bias = state[f"{stem}weight"], state.get(f"{stem}bias")
@@ -75,6 +77,15 @@ def widen(head: nn.Module, outputs: int) -> None:
     layer.weight = nn.Parameter(layer.weight.new_empty(outputs, layer.in_features))
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.bias.new_zeros(outputs))
+
+
+def take_size(head: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a head the number of outputs, or a table that of tokens, of the tensors that are to be loaded into it."""
+    if (output := output_layer(head)) is not None:
+        widen(head, len(state[f"{output[0]}weight"]))
+    elif isinstance(head, nn.Embedding) and len(state["weight"]) != head.num_embeddings:
+        head.num_embeddings = len(state["weight"])
+        head.weight = nn.Parameter(head.weight.new_empty(head.num_embeddings, head.embedding_dim))
 
 
 def level(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -160,8 +160,7 @@ class NamedTensors(nn.Module):
                 head = cast("nn.Module", self.head(path))
                 # A head may have other classes than the base's: it takes the file's number first.
                 here = next((t.device for t in head.state_dict().values()), None)
-                if (output := heads.output_layer(head)) is not None:
-                    heads.widen(head, len(state[f"{output[0]}weight"]))
+                heads.take_size(head, state)
                 head.load_state_dict({k: v.to(device=here, copy=True) for k, v in state.items()}, assign=True)
         self.changed()
 

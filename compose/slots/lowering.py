@@ -206,7 +206,9 @@ class _Site:
     def _atoms(self, adapter: Adapter, under: _Under, part: Site | None, path: str) -> Atoms | None:
         head = adapter.head(path)
         if head is not None:
-            return Atoms(function=Replace(_in_its_own_precision(head, self.slot.layer)))
+            return Atoms(
+                function=Replace(_in_its_own_precision(head, self.slot.layer), _own_tokens(head, self.slot.layer))
+            )
         own = part is not None and path == part.path
         atoms = adapter.lower(path, BelowView(self.slot, under.nodes, part.rows if part is not None and own else None))
         if atoms is not None and isinstance(atoms.function, Function) and atoms.function.tap:
@@ -269,6 +271,14 @@ def _in_its_own_precision(head: nn.Module, base: nn.Module) -> Callable[[Tensor]
         return y.to(x.dtype if known else outside)
 
     return run
+
+
+def _own_tokens(head: nn.Module, base: nn.Module) -> str | None:
+    """Why a table of other tokens than the base's stands alone: what is below cannot look them up."""
+    own, known = getattr(head, "num_embeddings", None), getattr(base, "num_embeddings", None)
+    if own == known or None in (own, known):
+        return None
+    return f"has a vocabulary of its own, of {own} tokens, and what else is active reads the base's {known}"
 
 
 def _merge_equal(entries: Sequence[Entry]) -> list[Entry]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compose.atoms import Atoms, Function, Moved, Replace, Side
+from compose.errors import KindError
 from compose.kernels.coefficients import Coefficient, multiply, on_rows, shield, used_rows, weigh, weight_matrix
 from compose.kernels.low_rank import BACKENDS, LowRankMixture, Pair, choose, expand, for_all, isolating, mix
 from compose.kernels.maps import LinearMap
@@ -108,6 +109,9 @@ class Stage:
         """`y = y0 (1 + G) + low rank + deltas + biases + functions`; see :mod:`compose.atoms`."""
         if (whole := self._replacement()) is not None:
             return State(whole.fn(x), None)  # what is below does not matter: do not compute it
+        for e in self.heads:
+            if (told := cast("Replace", e.atoms.function).alone) is not None:
+                raise KindError(f"adapter {e.name!r} {told}", hint="activate it alone, and for the whole batch")
         y0, c0 = below(x * self._mixed("inputs", self.inputs, x, plus_one=True) if self.inputs else x)
         y, c = y0, c0
         if self.gains:

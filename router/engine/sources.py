@@ -10,6 +10,7 @@ from typing import Any
 
 from compose.formats.directory import read_adapter
 from compose.kind.adapter import Adapter
+from compose.kind.tensors import PREFIX
 from compose.planning.members import AdapterFinder, AdapterSource, StoredAdapter
 from compose.planning.plan import Leaf
 from compose.planning.unfold import Resolved
@@ -170,6 +171,7 @@ class Sources:
             return KnownAdapter(text, source, Leaf.of(source), source.labels, task, None, front, size_of(source))
         stored = StoredAdapter.of(text, source)
         manifest = stored.manifest
+        self._refuse_own_vocabulary(stored)
         labels = self._classes(stored, ()) if manifest is None else self._labels(stored, manifest)
         task = "regress" if manifest is not None and manifest.task == "regression" else _task_of(labels)
         return KnownAdapter(
@@ -183,6 +185,17 @@ class Sources:
             bytes=source.facts.size if isinstance(source, Artifact) else stored.size,
             pooling="" if manifest is None else _pooling(manifest),
         )
+
+    def _refuse_own_vocabulary(self, stored: StoredAdapter) -> None:
+        table = self._host.runtime.sites.input_table
+        own = None if table is None else stored.tensors.get(f"{PREFIX}{table.path}.weight")
+        if table is not None and own is not None and own.shape[0] != table.in_features:
+            raise UsageError(
+                f"{stored.ref} has a vocabulary of its own, of {own.shape[0]} tokens, and rows of one batch share the "
+                f"base's {table.in_features}",
+                ref=stored.ref,
+                hint="compose.load(base, adapter) runs it alone",
+            )
 
     def _resident_name(self, text: str) -> str:
         return text if self._offers[text] < 2 else f"{text}#{self._offers[text]}"

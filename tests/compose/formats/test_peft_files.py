@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
@@ -19,6 +20,7 @@ from transformers import (
 import compose
 from compose.base.compatibility import BaseWarning
 from compose.errors import KindError
+from hub.cli import main
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 IDS = torch.arange(5, 25)[None]
@@ -124,12 +126,67 @@ def test_eight_bit_floats_are_read_as_they_are(tmp_path: Path) -> None:
     torch.testing.assert_close(ours(tmp_path, llama()), want)
 
 
-def test_a_resized_vocabulary_is_named_with_what_to_do(tmp_path: Path) -> None:
-    want = trained(tmp_path, llama(rows=100), embeddings=True)
-    with pytest.raises(KindError, match="replaces the base's own weight") as told:
-        ours(tmp_path, llama())
-    assert "resize_token_embeddings(100)" in str(told.value.hint)
-    torch.testing.assert_close(ours(tmp_path, llama(rows=100)), want)
+NEW = torch.tensor([[3, 97, 5, 99, 11, 98]])  # tokens that the base does not have among them
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_belongs_to_its_adapter(tied, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(llama(rows=100, tied=tied), peft.LoraConfig(**PLAIN))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    model = llama(tied=tied)
+    with torch.no_grad():
+        bare, want = model(IDS).logits, theirs.eval()(NEW).logits
+        compose.attach(model, "a", tmp_path / "a")
+        compose.activate(model, "a")
+        assert want.shape[-1] == 100
+        torch.testing.assert_close(model(NEW).logits, want, atol=1e-5, rtol=1e-5)
+        told = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(NEW)}
+        assert torch.equal(model.generate(NEW, **told), theirs.generate(input_ids=NEW, **told))
+        compose.create(model, "lora", name="b")
+        for rows in (["a", None], ["a", "b"], "0.5 * a", "a + b"):
+            compose.activate(model, rows)
+            if rows == "a + b":  # b brings no table of its own
+                assert model(NEW).logits.shape[-1] == 100
+                continue
+            with pytest.raises(KindError, match="adapter 'a' has a vocabulary of its own, of 100 tokens"):
+                model(NEW.expand(2, -1))
+        compose.activate(model, None)
+        assert torch.equal(model(IDS).logits, bare)  # the base stays as it was, with its own tokens
+        assert len(model.get_input_embeddings().weight) == model.config.vocab_size == 96
+    other = llama(tied=tied)
+    other.get_input_embeddings().weight.data += 1
+    with pytest.raises(KindError, match=r"(embed_tokens|lm_head)\.weight by another, with more rows"):
+        compose.attach(other, "a", tmp_path / "a")
+
+
+def test_adapters_of_two_resized_vocabularies_do_not_stand_side_by_side(tmp_path: Path) -> None:
+    for name, rows in (("a", 100), ("b", 104)):
+        trained(tmp_path / name, llama(rows=rows), embeddings=True)
+    model = llama()
+    compose.attach(model, "a", tmp_path / "a")
+    compose.attach(model, "b", tmp_path / "b")
+    compose.activate(model, ["a", "b"])
+    with pytest.raises(KindError, match="has a vocabulary of its own"):
+        model(NEW.expand(2, -1))
+    compose.activate(model, "b")
+    assert model(torch.tensor([[103]])).logits.shape[-1] == 104
+
+
+@pytest.mark.parametrize("command", ["push", "import"])
+@pytest.mark.parametrize("rows", [96, 100])
+def test_copies_of_tables_pass_the_gates(command, rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUB_HOME", str(tmp_path / "home"))
+    llama().save_pretrained(tmp_path / "base")
+    want = trained(tmp_path / "a", llama(rows=rows), embeddings=True)
+    facts = ["--name", "x/a", "--version", "1.0", "--base", str(tmp_path / "base")]
+    done = CliRunner().invoke(main, [command, str(tmp_path / "a"), *facts])
+    assert done.exit_code == 0, done.output
+    with torch.no_grad():
+        torch.testing.assert_close(compose.load(tmp_path / "base", "x/a")(IDS).logits, want, atol=1e-5, rtol=1e-5)
 
 
 def test_copies_of_another_base_are_refused(tmp_path: Path) -> None:

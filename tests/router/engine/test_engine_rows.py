@@ -226,3 +226,17 @@ def test_what_is_dropped_while_it_is_used_goes_afterwards(engine):
         assert known.name in held.resident
     assert known.name not in held.resident
     assert known.name not in engine.host.runtime.adapters
+
+
+def test_an_adapter_with_a_vocabulary_of_its_own_is_no_row_among_others(published, tmp_path):
+    model = compose.load(BASE, dtype="fp32")
+    adapter = compose.create(model, "lora", {"r": 2, "modules_to_save": ("embed_tokens",)}, name="wide")
+    tensors = {k: v.clone() for k, v in adapter.state().items()}
+    key = next(k for k in tensors if k.endswith("embed_tokens.weight"))
+    tensors[key] = torch.cat([tensors[key], tensors[key][:3]])
+    adapter.load_state(tensors)
+    compose.save(adapter, tmp_path / "wide", model=model)
+    engine = Engine(BASE, store=published.store, adapters={"wide": tmp_path / "wide"}, dtype="fp32")
+    with pytest.raises(UsageError, match="has a vocabulary of its own, of 4099 tokens"):
+        engine.targets.get("wide")
+    engine.close()
