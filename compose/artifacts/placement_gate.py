@@ -36,7 +36,7 @@ def gate(directory: Path, manifest: Manifest) -> tuple[str, ...]:
 
     try:
         task = manifest.head_task
-        outline = FakeBase(where.directory, task=task, labels=manifest.labels if task else None)
+        outline = FakeBase(where.directory, task=task, labels=(manifest.labels or None) if task else None)
     except HubError as error:
         raise _untried(manifest, f"its base {manifest.base.repo} cannot be built here ({error.message})") from error
     try:

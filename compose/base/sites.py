@@ -120,6 +120,11 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def fused_experts(model: nn.Module) -> str | None:
+    """A parameter that holds experts as its rows: then they are no layers, and adapters of such have no place."""
+    return next((name for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3), None)
+
+
 def _is_uncalled(path: str, modules: Mapping[str, nn.Module]) -> bool:
     parent, _, name = path.rpartition(".")
     return (type(modules[parent]).__name__, name) in UNCALLED
@@ -152,6 +157,7 @@ class SiteMap:
         # Left out of roles and of all-linear: an adapter there would do nothing.
         self.uncalled = frozenset(s.path for s in self if _is_uncalled(s.path, modules))
         self.outside: dict[str, Site] = {s.path: s for s in self._find_outside(modules)}
+        self.fused_experts = fused_experts(model)
         # As the model was when this was read: slots that stand in it later are not among them.
         self.modules = tuple(path for path in modules if path)
         self.architecture = type(model).__name__

@@ -7,6 +7,7 @@ engines that take plain LoRA; :func:`export_peft` joins them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compose.base.sites import SiteMap, input_embeddings, output_embeddings
+from compose.base.sites import SiteMap, fused_experts, input_embeddings, output_embeddings
 from compose.errors import KindError
 from compose.formats import adapterhub, peft
 from compose.formats.files import OWN_KIND, file_of, kind_of, read_config, read_tensors, write_config, write_tensors
@@ -27,6 +28,7 @@ from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 from hub.foreign.peft_config import TASK_TYPES
 from hub.store import Artifact
 
+_OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.")
 _TASK_TYPES = {task: task_type for task_type, task in TASK_TYPES.items()} | {"regression": "SEQ_CLS"}
 _CLASSES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -276,6 +278,13 @@ def our_keys(adapter: Adapter, tensors: Mapping[str, Tensor], model: PreTrainedM
     if unknown := [key for key in renamed if key not in have]:
         newer = peft.newer_names(unknown, model)
         renamed = {peft.our_key(newer.get(key, key), have): value for key, value in renamed.items()}
+    inside = next((key for key in renamed if key not in have and _OF_AN_EXPERT.search(key)), None)
+    if inside is not None and (fused := fused_experts(model)) is not None:
+        raise KindError(
+            f"adapter {adapter.name!r} adapts a layer inside an expert, {inside.removeprefix(PREFIX)}, and the experts "
+            f"of this model are one parameter, {fused}, which no kind adapts",
+            hint="train it again without target_modules inside the experts",
+        )
     if len(renamed) < len(tensors):
         raise KindError(f"adapter {adapter.name!r} holds a tensor twice, under two spellings of its key")
     prompt = renamed.get("prompt_embeddings")

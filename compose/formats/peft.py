@@ -170,7 +170,9 @@ def placement(fields: Mapping[str, Any], sites: SiteMap) -> list[str]:
     if not paths:
         raise KindError(
             f"target_modules={targets!r} matches no linear layer of this {sites.model_type} model",
-            hint="it was made for another base",
+            hint="it was made for another base"
+            if not sites.fused_experts
+            else f"it may be for layers inside experts, which are one parameter here: {sites.fused_experts}",
         )
     return paths
 

@@ -15,6 +15,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 import compose
@@ -115,6 +117,26 @@ def test_modules_under_their_old_names(tmp_path: Path) -> None:
     rename(tmp_path, lambda key: key.replace("model.language_model.", "language_model.model."))
     assert all(key.startswith("base_model.model.language_model.model.") for key in load_file(tmp_path / WEIGHTS))
     torch.testing.assert_close(ours(tmp_path, llava()), want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [["w1", "w2", "w3"], ["q_proj", "w1"]])
+def test_layers_inside_experts_are_told_where_experts_are_one_parameter(targets, tmp_path: Path) -> None:
+    """Up to transformers 4 Mixtral had a layer for each expert: `block_sparse_moe.experts.0.w1`."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": targets, "task_type": "CAUSAL_LM"}
+    (tmp_path / CONFIG).write_text(json.dumps(fields))
+    inside = [f"block_sparse_moe.experts.{e}.{w}" for e in (0, 1) for w in targets if w != "q_proj"]
+    tensors = {}
+    for path in [*inside, *(["self_attn.q_proj"] if "q_proj" in targets else [])]:
+        stem = f"base_model.model.model.layers.0.{path}"
+        inner, outer = (24, 16) if path.endswith("w2") else (16, 16) if path.endswith("q_proj") else (16, 24)
+        tensors |= {f"{stem}.lora_A.weight": torch.ones(2, inner), f"{stem}.lora_B.weight": torch.ones(outer, 2)}
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(KindError) as told:
+        ours(tmp_path, model)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in f"{told.value} {told.value.hint}"
 
 
 def test_eight_bit_floats_are_read_as_they_are(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_laid_out_it_computes_the_same(names, rows, times, bias):
     torch.testing.assert_close(laid_out.on(layer, x)(layer, x), expected, atol=5e-5, rtol=5e-5)
     assert torch.equal(x, kept), "the input belongs to the model"
     reads = x.clone().requires_grad_()
-    torch.testing.assert_close(laid_out.on(layer, reads)(layer, reads), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(laid_out.on(layer, reads)(layer, reads), expected, atol=5e-5, rtol=5e-5)
 
 
 def test_gradients_pass_through():
