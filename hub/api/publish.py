@@ -210,10 +210,11 @@ def _draft(directory: Path, facts: Mapping[str, Any]) -> Draft:
             f"{directory} has no module.json, and these facts are missing: {', '.join(missing)}",
             hint=f"write hub push {directory} {' '.join(f'{flag} ...' for flag in missing)}",
         )
-    if isinstance(facts.get("base"), str) and not facts["base"].endswith(".json"):
-        other = names_other_base(directory, facts["base"])
+    named = getattr(facts.get("base"), "repo", facts.get("base"))  # an identity from the last push, or a name
+    if isinstance(named, str) and not named.endswith(".json"):
+        other = names_other_base(directory, named)
         if other is not None:
-            warn(f"the config of {directory} names the base {other}, and not {facts['base']}")
+            warn(f"the config of {directory} names the base {other}, and not {named}")
     draft = validate(Draft, stated, what="the facts")
     plain = without_paths(draft.hyperparameters, directory, draft.base.repo if draft.base else None)
     return draft.model_copy(update={"hyperparameters": plain})

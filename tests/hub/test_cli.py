@@ -85,6 +85,13 @@ def test_a_foreign_directory_is_found_again_at_its_next_push(
     assert (manifest.version, manifest.license, manifest.labels) == ("1.0.1", "MIT", ("yes",))
     assert (manifest.base, manifest.summary) == (base_identity, "A better tone")
     assert data("push", "--no-trial", str(directory), "--version", "2.0")["ref"] == "acme/tone@2.0"
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "org/other"}))
+    result = run("push", "--no-trial", str(directory), "--bump", "minor")
+    assert result.exit_code == 0
+    assert (
+        f"names the base org/other, and not {base_identity.repo}" in result.stderr
+    )  # the folder may be of another now
     # Nothing is guessed for another name, nor of a folder that never was pushed; and nothing was written there.
     result = run("push", "--no-trial", str(directory), "--name", "acme/other", "--bump", "auto")
     assert result.exit_code == 2
