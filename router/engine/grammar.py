@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,14 +70,12 @@ class Constraint:
 
     def mask(self, logits: Tensor) -> Tensor | None:
         """Logits (V,) with minus infinity for tokens that may not come; None where none may."""
-        packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8).to(logits.device)
-        bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)) & 1
-        allowed = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-        flat = bits.flatten()[: len(logits)]
-        allowed[: len(flat)] = flat.bool()
-        masked = logits.masked_fill(~allowed, -torch.inf)
-        self.stuck = bool(self._matcher.is_error()) or bool(masked.max() == -torch.inf)
-        return None if self.stuck else masked
+        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        found = np.unpackbits(packed, bitorder="little")[: len(logits)]
+        allowed = np.zeros(len(logits), dtype=bool)
+        allowed[: len(found)] = found
+        self.stuck = bool(self._matcher.is_error()) or not allowed.any()
+        return None if self.stuck else logits.masked_fill(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
 
     def take(self, token: int) -> None:
         """A token has come."""
@@ -130,13 +129,14 @@ class Grammars:
             llguidance is not installed, it cannot read the tokenizer, or the grammar is wrong or beyond what it knows.
         """
         with self._lock:
-            found = self._made.pop(grammar, None) or self._compile(grammar)
+            found = self._made.pop(grammar, None) or self.compile(grammar)
             self._made[grammar] = found
             while len(self._made) > _KEPT:
                 self._made.popitem(last=False)
             return found
 
-    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """As :meth:`get`, read anew."""
         if find_spec("llguidance") is None:
             raise GrammarError(
                 grammar.param,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, TypeAdapter
 
-OURS = {"route_weights"}  # what a router weighed; said only where there is one
+OURS = {"route_weights", "root", "parent"}  # what a router weighed; what a model of /v1/models was made from
 
 
 def read(kind, told):

@@ -88,6 +88,7 @@ def chunks(client, **fields):
 def test_models(client):
     for model in client.models.list():
         assert isinstance(model, Model)
+        strict.check(model)
     assert client.models.retrieve("local/law").id == "local/law"
     with pytest.raises(openai.NotFoundError) as missing:
         client.models.retrieve("local/lwa")
