@@ -2,7 +2,7 @@
 
     python tests/benchmarks/clients.py [--base DIR] [--only openai,litellm,langchain,lm-eval] [--json FILE]
 
-Needs `pip install openai litellm langchain-openai lm-eval[api]`; a client that is not installed has an empty column.
+Needs `pip install moduloom[dev,bench]`; a client that is not installed has an empty column.
 Each cell is a call that is checked: "yes", "-" where the client has no such call, or what went wrong. lm-eval's
 figures are compared with those that it finds with transformers on the same base.
 """
