@@ -113,8 +113,9 @@ def _pick(c: Coefficient, row: int, rows: int) -> Coefficient:
 
 
 def _join(column: Sequence[Coefficient]) -> Coefficient:
-    if not any(isinstance(c, Tensor) for c in column) and len(set(column)) == 1:
-        return column[0]
+    if not any(isinstance(c, Tensor) for c in column):
+        # One tensor of all the numbers: a tensor for each of them would be most of an activation's time.
+        return column[0] if len(set(column)) == 1 else torch.tensor(column, dtype=torch.float32)
     shape = max((c.shape for c in column if isinstance(c, Tensor)), key=len, default=torch.Size([]))
     return torch.stack([torch.as_tensor(c, dtype=torch.float32).expand(shape) for c in column])
 

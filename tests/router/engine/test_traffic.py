@@ -67,6 +67,7 @@ def test_each_row_is_answered_as_if_it_were_alone(engine, count):
     """Rows of every kind join and leave at random, some are given up: each of the others is that of the row alone."""
     choose = random.Random(count)
     requests = [draw(choose) for _ in range(count)]
+    engine.scheduler.waiting = count
     told: dict[int, Future] = {}
     for index, request in enumerate(requests):
         told[index] = future = Future()
