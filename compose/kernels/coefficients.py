@@ -26,6 +26,8 @@ def weight_matrix(coefficients: Sequence[Coefficient], like: Tensor) -> Tensor:
     """Coefficients side by side: (R, E) or, if any is per token, (R, T, E). All-number stages give (1, E)."""
     tensors = [c for c in coefficients if isinstance(c, Tensor)]
     shape = torch.Size([1])
+    if len(tensors) == len(coefficients) and all(t.dim() == 1 for t in tensors):
+        return torch.stack(tensors, -1).to(like.device, torch.float32)
     for t in tensors:
         shape = t.shape if len(t.shape) > len(shape) or len(shape) == 1 else shape
     columns = []

@@ -24,6 +24,7 @@ from compose.slots.gate import Routing
 from compose.slots.limits import check_limits, covers
 from compose.slots.lowering import flatten, gated_program, site_program
 from compose.slots.slot import Program, Slot
+from compose.slots.stage import Stage
 
 if TYPE_CHECKING:
     from compose.runtime.model_runtime import Runtime
@@ -51,6 +52,8 @@ class Draft:
         self.adapters = {**runtime.adapters, **extra}
         self.merges: Merges = dict(runtime.merges)
         self.weights = weights
+        self.columns: dict[tuple[float, ...], Tensor] = {}
+        self._leaves: dict[str, dict[str, Stage]] = {}  # of adapters that have been found to be as they were
 
     def adapter(self, name: str) -> Adapter:
         """The adapter called ``name``; NotFound otherwise."""
@@ -59,6 +62,12 @@ class Draft:
     def slot(self, path: str) -> Slot:
         """The model's slot."""
         return self._runtime.slot(path)
+
+    def leaves(self, name: str) -> dict[str, Stage]:
+        """What was lowered of an adapter alone, by path, if it has not changed since."""
+        if name not in self._leaves:
+            self._leaves[name] = self._runtime.leaves.of(name, self.adapters[name])
+        return self._leaves[name]
 
     # -- merges ----------------------------------------------------------------------------------------------------
 

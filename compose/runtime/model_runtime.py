@@ -38,7 +38,7 @@ from compose.runtime.draft import Draft, Merges
 from compose.runtime.filling import Filling
 from compose.runtime.inputs import Inputs
 from compose.runtime.prefixes import use_interface
-from compose.runtime.recent import RecentCompositions
+from compose.runtime.recent import Leaves, RecentCompositions
 from compose.runtime.row_places import RowPlaces
 from compose.runtime.row_trials import untouched
 from compose.slots.call import Call, Context
@@ -64,6 +64,7 @@ class Runtime:
         self.inputs = Inputs(model, self.sites, self.context)
         self._slots: dict[str, Slot] = {}
         self._recent = RecentCompositions()
+        self.leaves = Leaves()
         self._attention = ""  # the implementation that was on when the composition was made active
         self._flags = [(p, p.requires_grad) for p in model.parameters()]
         self._bank = Bank()
@@ -138,6 +139,7 @@ class Runtime:
             else:
                 self._take(draft, None)
             self._recent.drop(name)
+            self.leaves.drop(name)
         return adapter
 
     def _settled(self, adapter: Adapter, name: str) -> Adapter:
@@ -158,6 +160,8 @@ class Runtime:
                 self._bank.hold(self.adapters)
                 self.merges.pop(name, None)
                 self._recent.drop(name)
+                self.leaves.drop(name)
+            self.leaves.drop(name)
 
     def adapter(self, name: str) -> Adapter:
         """The resident adapter called ``name``; NotFound with a suggestion otherwise."""
@@ -304,7 +308,7 @@ class Runtime:
         with self._mine():
             active = self.composition
             if anew:
-                self._recent = RecentCompositions()
+                self._recent, self.leaves = RecentCompositions(), Leaves()
                 self.merges = {name: replace(m, origin=m.origin.outdated()) for name, m in self.merges.items()}
             draft = Draft(self, active.weights, {})
             draft.repeat_merges(active.rows)

@@ -1,4 +1,4 @@
-"""Compositions that were active last: going back to one lowers nothing."""
+"""Compositions that were active last, and stages of adapters alone: going back to one lowers nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
-from compose.runtime.composition import Composition
+from compose.kind.adapter import Adapter
+from compose.runtime.composition import Composition, Origin
+from compose.slots.stage import Stage
 
 _ROOM = 8  # compositions; each keeps alive what was laid out for it, at most as much again as its adapters
 
@@ -40,3 +42,27 @@ class RecentCompositions:
         """Forget every composition that the adapter ``name`` is in."""
         for key in [key for key, made in self._held.items() if name in made.origin.adapters]:
             del self._held[key]
+
+
+class Leaves:
+    """Stages of frozen adapters alone, by adapter and path; a batch of other rows is stacked from the same ones."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[Origin, dict[str, Stage]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_held": {}}  # a copy of a model lowers its own adapters
+
+    def of(self, name: str, adapter: Adapter) -> dict[str, Stage]:
+        """Those of the adapter called ``name`` as it is now: to be looked up, and added to."""
+        if adapter.trainable:
+            self._held.pop(name, None)
+            return {}
+        held = self._held.get(name)
+        if held is None or held[0].changed({name: adapter}):
+            held = self._held[name] = Origin({name: adapter}, {}), {}
+        return held[1]
+
+    def drop(self, name: str) -> None:
+        """Forget those of an adapter."""
+        self._held.pop(name, None)

@@ -36,9 +36,13 @@ class LoweringContext(Protocol):
         """Weights given by name."""
 
     sites: SiteMap
+    columns: dict[tuple[float, ...], Tensor]  # weights of one adapter in each row, which are alike at most sites
 
     def slot(self, path: str) -> Slot:
         """The slot at ``path``."""
+
+    def leaves(self, name: str) -> dict[str, Stage]:
+        """Stages of an adapter alone by path, made before and still good: to be looked up, and added to."""
 
 
 def flatten(
@@ -76,7 +80,7 @@ def site_program(context: LoweringContext, path: str, rows: Rows) -> Node | None
     if all(n is None for n in nodes):
         return None
     if all(n is None or isinstance(n, Stage) for n in nodes):
-        return _stack_rows([n.entries if isinstance(n, Stage) else () for n in nodes])
+        return _stack_rows([n.entries if isinstance(n, Stage) else () for n in nodes], context.columns)
     device = builder.slot.device
     rows_of: dict[Expr, Tensor] = {}
     for i, expr in enumerate(rows):
@@ -92,16 +96,19 @@ def gated_program(context: LoweringContext, path: str, experts: Rows, gate: Gate
     return None if all(n is None for n in nodes) else GatedExperts(path, gate, nodes)
 
 
-def _stack_rows(rows: Sequence[Sequence[Entry]]) -> Stage:
+def _stack_rows(rows: Sequence[Sequence[Entry]], columns: dict[tuple[float, ...], Tensor]) -> Stage:
     """One stage for rows that differ only in their weights: each entry gets a weight per row."""
     entries: dict[str, Entry] = {}
     weights: dict[str, list[Coefficient]] = {}
+    count = len(rows)
     for i, row in enumerate(rows):
         for e in row:
-            entries.setdefault(e.key, e)
-            column = weights.setdefault(e.key, [0.0] * len(rows))
-            column[i] = column[i] + _pick(e.coefficient, i, len(rows))
-    return Stage([replace(e, coefficient=_join(weights[key])) for key, e in entries.items()])
+            column = weights.get(e.key)
+            if column is None:
+                entries[e.key] = e
+                column = weights[e.key] = [0.0] * count
+            column[i] = column[i] + _pick(e.coefficient, i, count)
+    return Stage([Entry(e.name, k, e.atoms, _join(weights[k], columns), e.live) for k, e in entries.items()])
 
 
 def _pick(c: Coefficient, row: int, rows: int) -> Coefficient:
@@ -112,12 +119,17 @@ def _pick(c: Coefficient, row: int, rows: int) -> Coefficient:
     return c[row]
 
 
-def _join(column: Sequence[Coefficient]) -> Coefficient:
-    if not any(isinstance(c, Tensor) for c in column):
-        # One tensor of all the numbers: a tensor for each of them would be most of an activation's time.
-        return column[0] if len(set(column)) == 1 else torch.tensor(column, dtype=torch.float32)
-    shape = max((c.shape for c in column if isinstance(c, Tensor)), key=len, default=torch.Size([]))
-    return torch.stack([torch.as_tensor(c, dtype=torch.float32).expand(shape) for c in column])
+def _join(column: Sequence[Coefficient], known: dict[tuple[float, ...], Tensor]) -> Coefficient:
+    tensors = [c for c in column if isinstance(c, Tensor)]
+    if tensors:
+        shape = max((c.shape for c in tensors), key=len)
+        return torch.stack([torch.as_tensor(c, dtype=torch.float32).expand(shape) for c in column])
+    numbers = tuple(cast("Sequence[float]", column))
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    if numbers not in known:
+        known[numbers] = torch.tensor(numbers, dtype=torch.float32)
+    return known[numbers]
 
 
 @dataclass(frozen=True)
@@ -176,6 +188,10 @@ class _Site:
         if not isinstance(weight, Tensor) and weight == 0:
             return None
         adapter = self.context.adapters[name]
+        # Rows that join and leave lay out the same adapters again and again.
+        leaves = self.context.leaves(name) if under is _BARE and not isinstance(weight, Tensor) and weight == 1 else {}
+        if self.path in leaves:
+            return leaves[self.path]
         entries = []
         for part, path in self._places(under.within):
             key = " >> ".join((*under.texts, name)) if adapter.reads_below else name
@@ -186,7 +202,12 @@ class _Site:
             atoms = self._lowered[key]
             if atoms is not None:
                 entries.append(Entry(name, key, atoms, weight, live=adapter.trainable))
-        return Stage(entries) if entries else None
+        if not entries:
+            return None
+        stage = Stage(entries)
+        if stage.simple:  # nothing but its own tensors is in it
+            leaves[self.path] = stage
+        return stage
 
     def _places(self, within: tuple[Site, ...] | None) -> Iterator[tuple[Site | None, str]]:
         """Where an adapter may act here, each with the part of the output it may move: the whole site, and its parts.
