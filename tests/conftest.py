@@ -37,6 +37,14 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "gpt_neox": ("GPTNeoXConfig", _COMMON),
 }
+# Families in which one module sees rows in one place and then in another, so that rows cannot differ there.
+_SHARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "deberta-v2": (
+        "DebertaV2Config",
+        {**_COMMON, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+        | {"share_att_key": True, "position_biased_input": False},
+    ),
+}
 _HEADS = {
     "lm": {"bert": "AutoModelForMaskedLM", "roberta": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"},
     "classification": {},
@@ -75,7 +83,7 @@ class Tiny:
         import torch
         import transformers
 
-        name, fields = _CONFIGS[family]
+        name, fields = (_CONFIGS | _SHARED)[family]
         fields = {**fields, **({"num_labels": 3} if task == "classification" else {}), **config}
         auto = "AutoModelForCausalLM" if task == "lm" else "AutoModelForSequenceClassification"
         auto = _HEADS[task].get(family, auto)

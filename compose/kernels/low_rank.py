@@ -232,13 +232,14 @@ def gather_factors(pairs: Sequence[Pair], weights: Tensor) -> tuple[Tensor, Tens
     picked, w = picks(weights)
     unused = w == 0  # what fills up a row must add nothing, whatever it holds
     rank = max(p.rank for p in pairs)
-    if min(p.rank for p in pairs) == rank and not bool(unused.any()):  # nothing to fill up: copied once
+    if len(weights) and min(p.rank for p in pairs) == rank and not bool(unused.any()):
+        # Nothing to fill up, so factors are copied once.
         experts = [pairs[e] for e in picked.flatten().tolist()]
         a, b = torch.stack([p.A for p in experts]), torch.stack([p.B.T for p in experts])
         scales = w.flatten() * torch.tensor([p.scale for p in experts], device=w.device)
         if w.requires_grad or bool((scales != 1).any()):
             b = b * scales[:, None, None].to(b.dtype)
-        return a.unflatten(0, picked.shape).flatten(1, 2), b.unflatten(0, picked.shape).flatten(1, 2)
+        return a.reshape(len(picked), -1, a.shape[-1]), b.reshape(len(picked), -1, b.shape[-1])
     a = torch.stack([padded(p.A, rank) for p in pairs])  # (E, r, d_in)
     b = torch.stack([padded(p.B.T * p.scale, rank) for p in pairs])  # (E, r, d_out)
     a, b = a[picked].masked_fill(unused, 0), (b[picked] * w.to(b.dtype)).masked_fill(unused, 0)

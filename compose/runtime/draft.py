@@ -22,7 +22,7 @@ from compose.runtime.inputs import Row, is_zero
 from compose.slots.branches import weighs_rows
 from compose.slots.gate import Routing
 from compose.slots.limits import check_limits, covers
-from compose.slots.lowering import flatten, gated_program, site_program
+from compose.slots.lowering import Known, flatten, gated_program, site_program
 from compose.slots.slot import Program, Slot
 from compose.slots.stage import Stage
 
@@ -52,7 +52,6 @@ class Draft:
         self.adapters = {**runtime.adapters, **extra}
         self.merges: Merges = dict(runtime.merges)
         self.weights = weights
-        self.columns: dict[tuple[float, ...], Tensor] = {}
         self._leaves: dict[str, dict[str, Stage]] = {}  # of adapters that have been found to be as they were
 
     def adapter(self, name: str) -> Adapter:
@@ -138,11 +137,12 @@ class Draft:
         self, active: Mapping[str, Adapter], rows: tuple[Expr, ...], routing: Routing | None
     ) -> dict[str, Program]:
         programs: dict[str, Program] = {}
+        known = Known(self.leaves)
         for path in dict.fromkeys(p for a in active.values() for p in (*a.module_paths, *a.saved) if _is_site(p, a)):
             if routing is not None:
                 node = gated_program(self, path, routing.experts, routing.gate)
             else:
-                node = site_program(self, path, rows)
+                node = site_program(self, path, rows, known)
             if node is not None:
                 per_row = routing is not None or weighs_rows(node)
                 programs[path] = self.slot(path).lay_out(node, per_row=per_row)

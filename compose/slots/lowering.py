@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, cast
 
@@ -36,13 +36,25 @@ class LoweringContext(Protocol):
         """Weights given by name."""
 
     sites: SiteMap
-    columns: dict[tuple[float, ...], Tensor]  # weights of one adapter in each row, which are alike at most sites
 
     def slot(self, path: str) -> Slot:
         """The slot at ``path``."""
 
-    def leaves(self, name: str) -> dict[str, Stage]:
-        """Stages of an adapter alone by path, made before and still good: to be looked up, and added to."""
+
+@dataclass(frozen=True)
+class Known:
+    """What was lowered before and is still good, to be looked up and added to.
+
+    Attributes
+    ----------
+    leaves
+        Stages of an adapter alone by path, from its name.
+    columns
+        Weights of one adapter in each row, which are alike at most sites.
+    """
+
+    leaves: Callable[[str], dict[str, Stage]] = lambda _name: {}
+    columns: dict[tuple[float, ...], Tensor] = field(default_factory=dict)
 
 
 def flatten(
@@ -70,9 +82,10 @@ def unsupported(call: Call) -> KindError:
     )
 
 
-def site_program(context: LoweringContext, path: str, rows: Rows) -> Node | None:
+def site_program(context: LoweringContext, path: str, rows: Rows, known: Known | None = None) -> Node | None:
     """What the slot at ``path`` computes for these rows (one: for all), or None if nothing acts there."""
-    builder = _Site(context, path)
+    known = known or Known()
+    builder = _Site(context, path, known)
     lowered = {expr: builder.node(expr, _BARE) for expr in dict.fromkeys(rows)}
     nodes = [lowered[expr] for expr in rows]
     if len(rows) == 1:
@@ -80,7 +93,7 @@ def site_program(context: LoweringContext, path: str, rows: Rows) -> Node | None
     if all(n is None for n in nodes):
         return None
     if all(n is None or isinstance(n, Stage) for n in nodes):
-        return _stack_rows([n.entries if isinstance(n, Stage) else () for n in nodes], context.columns)
+        return _stack_rows([n.entries if isinstance(n, Stage) else () for n in nodes], known.columns)
     device = builder.slot.device
     rows_of: dict[Expr, Tensor] = {}
     for i, expr in enumerate(rows):
@@ -91,7 +104,7 @@ def site_program(context: LoweringContext, path: str, rows: Rows) -> Node | None
 
 def gated_program(context: LoweringContext, path: str, experts: Rows, gate: Gate | Mixer) -> Node | None:
     """What the slot at ``path`` computes where a gate weighs the experts, or None if none of them acts there."""
-    builder = _Site(context, path)
+    builder = _Site(context, path, Known())
     nodes = [builder.node(expr, _BARE) for expr in experts]
     return None if all(n is None for n in nodes) else GatedExperts(path, gate, nodes)
 
@@ -147,8 +160,8 @@ _BARE = _Under()
 class _Site:
     """Builds the nodes of one site."""
 
-    def __init__(self, context: LoweringContext, path: str) -> None:
-        self.context, self.path = context, path
+    def __init__(self, context: LoweringContext, path: str, known: Known) -> None:
+        self.context, self.path, self.known = context, path, known
         self.slot = context.slot(path)
         self.parts = context.sites.parts.get(path, ())
         self._lowered: dict[str, Atoms | None] = {}
@@ -189,7 +202,7 @@ class _Site:
             return None
         adapter = self.context.adapters[name]
         # Rows that join and leave lay out the same adapters again and again.
-        leaves = self.context.leaves(name) if under is _BARE and not isinstance(weight, Tensor) and weight == 1 else {}
+        leaves = self.known.leaves(name) if under is _BARE and not isinstance(weight, Tensor) and weight == 1 else {}
         if self.path in leaves:
             return leaves[self.path]
         entries = []

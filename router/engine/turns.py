@@ -9,25 +9,35 @@ W = TypeVar("W")
 
 
 class Turns:
-    """Fair queueing by virtual time, which passes for each at the rate at which all are served.
+    """Fair queueing by start times: what has had the least time goes next.
 
-    What has had the least time goes next. What is new begins at the virtual time of now: it has nothing to catch up
-    with, and nobody else has to catch up with it. So with n that have work, none waits for more than about n steps.
+    What is new begins even with the one that has had the least, and goes first among those that are even, so that it
+    waits for the step under way and no more; but after `ahead` newcomers in a row it is the turn of one that was there
+    before. So with n that have work, none waits for more than about n steps, and newcomers without end starve nobody.
     """
+
+    ahead = 2
 
     def __init__(self) -> None:
         self._spent: dict[object, float] = {}
-        self._now = 0.0
+        self._row = 0  # newcomers that went first
 
     def next(self, work: Sequence[W]) -> W:
         """The one of these whose turn it is; the first of those that are even."""
-        self._spent = {one: self._spent.get(one, self._now) for one in work}
-        return min(work, key=self._spent.__getitem__)
+        known = [self._spent[one] for one in work if one in self._spent]
+        begin = min(known, default=0.0)
+        came = {one for one in work if one not in self._spent}
+        self._spent = {one: self._spent.get(one, begin) for one in work}
+        least = min(self._spent.values())
+        even = [one for one in work if self._spent[one] == least]
+        new, old = [one for one in even if one in came], [one for one in even if one not in came]
+        chosen = new if new and (self._row < self.ahead or not old) else old
+        self._row = self._row + 1 if chosen is new and old else 0
+        return chosen[0]
 
     def charge(self, one: object, seconds: float) -> None:
         """It has had so many seconds."""
         self._spent[one] += seconds
-        self._now += seconds / len(self._spent)
 
 
 class Pace:

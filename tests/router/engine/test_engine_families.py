@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import compose
-from hub.errors import UsageError
+from compose.errors import KindError
+from hub.errors import HubError, UsageError
 from router.engine.engine import Engine
 from router.engine.request import Request
 
@@ -30,7 +31,7 @@ def headed(tiny, family, kind, classes, place):
     return probabilities
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "bert", "roberta"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "bert", "roberta", "deberta-v2"])
 def test_heads_of_different_sizes_in_one_batch(tiny, tokenizer, family, tmp_path):
     wanted = {
         "two": headed(tiny, family, "lora", 2, tmp_path / "two"),
@@ -56,6 +57,24 @@ def test_heads_of_different_sizes_in_one_batch(tiny, tokenizer, family, tmp_path
     if not decodes:
         with pytest.raises(UsageError, match="cannot continue a text"):
             engine.run([Request(text="w5")])
+    engine.close()
+
+
+def test_a_base_that_cannot_tell_rows_apart_answers_each_alone(tiny, tokenizer, tmp_path):
+    """What refuses the batch as a whole, as DeBERTa's shared projections do, is no row's fault."""
+    wanted = {f"a{n}": headed(tiny, "deberta-v2", "lora", n, tmp_path / f"a{n}") for n in (2, 3, 5)}
+    model = tiny.model("deberta-v2", task="classification")
+    engine = Engine(model, tokenizer=tokenizer, adapters={name: tmp_path / name for name in wanted}, rows=8)
+    rows = [Request(text=text, adapter=name, scores=5) for text in TEXTS for name in wanted]
+    with pytest.raises(KindError, match="rows of a batch cannot have adapters of their own"):
+        engine.run(rows)  # makes them resident
+        compose.activate(engine.host.model, [*engine.host.runtime.adapters][:2])
+    engine.host.forget()
+    for row, answer in zip(rows, engine.run(rows), strict=True):
+        expected = wanted[row.adapter](torch.tensor(tokenizer(row.text).input_ids))
+        assert [p for _, p in sorted(answer.scores)] == pytest.approx(expected, abs=2e-5)
+    nobody = Request(text="w5", adapter="a9")
+    assert isinstance(engine.run([*rows[:3], nobody], strict=False)[3], HubError)
     engine.close()
 
 

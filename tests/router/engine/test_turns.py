@@ -83,6 +83,15 @@ def test_newcomers_without_end_starve_nobody():
     assert served > 300
 
 
+def test_what_comes_alone_waits_for_one_step_however_much_came_before_it():
+    turns = Turns()
+    for n in range(100):
+        for _ in range(1 + n % 3):
+            turns.charge(turns.next(["old"]), 1.0)
+        assert turns.next(["old", f"new {n}"]) == f"new {n}"
+        turns.charge(f"new {n}", 5.0)
+
+
 @pytest.mark.parametrize("chunk", [8, 33, 4096])
 def test_chunks_do_not_change_an_answer(engine, chunk):
     text = "The parties to this agreement shall be governed by the laws of the state " * 4
