@@ -52,8 +52,6 @@ class LinearHead:
         Whether the states are read with the adapter active.
     max_length
         Tokens of a text; longer ones are cut.
-    tolerance
-        Of a probability: what the reader's own precision costs.
     """
 
     model: PreTrainedModel
@@ -61,7 +59,6 @@ class LinearHead:
     bias: Tensor
     adapted: bool
     max_length: int
-    tolerance: float = 1e-4
 
 
 class Reader(ABC):

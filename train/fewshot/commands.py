@@ -239,6 +239,7 @@ def ask(ref: str, pool: str, n: int, text: str | None, text2: str | None, base: 
 @click.option("--out", metavar="FILE", help="Write the rows of DATA with their answers: .csv, .tsv or .jsonl.")
 @click.option("--into", default="prediction", show_default=True, metavar="COL", help="Column of the answer in --out.")
 @click.option("--probabilities", is_flag=True, help="Columns of all labels' probabilities in --out.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of passes.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON line a text, with all probabilities.")
 def predict(
     ref: str,
@@ -249,6 +250,7 @@ def predict(
     out: str | None,
     into: str,
     probabilities: bool,
+    precision: Any,
     as_json: bool,
 ) -> None:
     """Label one --text, or every row of the file DATA.
@@ -269,7 +271,7 @@ def predict(
     if data is None and out is not None:
         raise UsageError("--out goes with a file of rows", hint=f"hub few-shot predict {ref} DATA --out {out}")
     _quiet()
-    classifier = load(ref, base=base)
+    classifier = load(ref, base=base, precision=precision)
     if data is None:
         (scores,) = classifier.scores([(str(text), text2)])
         _say_answer(answer(classifier, scores), as_json=as_json)

@@ -37,7 +37,7 @@ class Spec(BaseModel):
     shares: tuple[float, ...]  # of the members in the answer; they sum to one
     max_length: int = Field(ge=2, le=1 << 16)
     base_task: str = "masked_lm"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"  # that it was learned in; answers are computed in fp32
     columns: tuple[str, str | None] = ("text", None)  # of its rows: the text, and the second one of a pair
     label: str = "label"  # the column of the answer
     separator: str | None = None  # of several labels in one text
