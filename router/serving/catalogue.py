@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hub.errors import Conflict, NotFound, UsageError, suggest
+from hub.store import Artifact
 from router.engine.engine import Engine
 
 _SERVED = ("adapter", "merge", "composition", "router")
@@ -25,6 +26,7 @@ class Catalogue:
 
     def __init__(self, engine: Engine, *, directories: bool, name: str) -> None:
         self._engine, self._directories, self._name = engine, directories, name
+        self._fits: dict[str, bool] = {}  # digest -> whether it was made for this base
 
     def models(self) -> list[dict[str, Any]]:
         """Entries of /v1/models: the base first."""
@@ -32,10 +34,22 @@ class Catalogue:
         entries = [_entry(self._name, host.name, None)]
         entries += [_entry(name, sources.root(name), self._name) for name in sources.given]
         for artifact in sources.store.list(newest=True):
-            if artifact.facts.type in _SERVED and artifact.facts.base in (None, host.identity.repo):
+            if artifact.facts.type in _SERVED and self._is_for_base(artifact):
                 created = int(datetime.fromisoformat(artifact.facts.created.replace("Z", "+00:00")).timestamp())
                 entries.append(_entry(artifact.ref.id, str(artifact.ref), self._name, created))
         return entries
+
+    def _is_for_base(self, artifact: Artifact) -> bool:
+        """Whether an artifact was made for this base, or for none in particular: by its name, else by its weights."""
+        identity, named = self._engine.host.identity, artifact.facts.base
+        if named in (None, identity.repo):
+            return True
+        if artifact.digest not in self._fits:  # a directory's name is no part of what a base is
+            made_for = artifact.manifest.base
+            self._fits[artifact.digest] = (
+                made_for is not None and made_for.weights_fingerprint == identity.weights_fingerprint
+            )
+        return self._fits[artifact.digest]
 
     def model(self, name: str) -> dict[str, Any]:
         """The entry of one: also of a ref with a version or an expression, which the list leaves out.

@@ -48,6 +48,12 @@ def _summary(draft: Draft) -> str:
 
 def _use(draft: Draft) -> str:
     repo = draft.base.repo if draft.base else "BASE"
+    if draft.reader is not None:
+        return (
+            "```python\nfrom train import fewshot\n\n"
+            f'classifier = fewshot.load("{draft.ref}")\nclassifier.predict(["a text"])\n```\n\n'
+            f"`hub run FILE --expr {draft.ref}` adds answers to rows of a file; `hub serve` gives them by `/v1/classify`."
+        )
     return (
         "```python\nimport compose\n\n"
         f'model = compose.load("{repo}", "{draft.ref}")\n'

@@ -19,6 +19,7 @@ from hub.storage.index import Facts
 _PIPELINES = {
     "causal_lm": "text-generation",
     "classification": "text-classification",
+    "multi_label_classification": "text-classification",
     "token_classification": "token-classification",
     "seq2seq": "text2text-generation",
     "masked_lm": "fill-mask",

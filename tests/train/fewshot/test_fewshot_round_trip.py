@@ -44,7 +44,7 @@ def elsewhere(tmp_path, monkeypatch, masked_base):
 
     def move(ref: str) -> str:
         remote, home = tmp_path / "remote", tmp_path / "other home"
-        base = tmp_path / "other place" / Path(masked_base).name
+        base = tmp_path / "other place" / "the-base"
         hub("push", ref, "--to", str(remote))
         shutil.copytree(masked_base, base)
         monkeypatch.setenv("HUB_HOME", str(home))
