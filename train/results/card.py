@@ -52,7 +52,7 @@ def _use(draft: Draft) -> str:
         return (
             "```python\nfrom train import fewshot\n\n"
             f'classifier = fewshot.load("{draft.ref}")\nclassifier.predict(["a text"])\n```\n\n'
-            f"`hub run FILE --expr {draft.ref}` adds answers to rows of a file; `hub serve` gives them by `/v1/classify`."
+            f"`hub run FILE --expr {draft.ref}` adds answers to rows; `hub serve` gives them by `/v1/classify`."
         )
     return (
         "```python\nimport compose\n\n"
