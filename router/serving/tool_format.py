@@ -60,37 +60,45 @@ class ToolFormat:
     identifier: Callable[[], str] = _call_id
 
     def grammar(
-        self, functions: Mapping[str, Any], tokens: Mapping[str, int], *, several: bool, otherwise: Any = None
+        self,
+        functions: Mapping[str, Any],
+        tokens: Mapping[str, int],
+        *,
+        several: bool,
+        otherwise: Any = None,
+        free: bool = False,
     ) -> str:
         """Calls of these functions (name -> JSON schema of its arguments) as a Lark grammar.
 
         `tokens` are texts that are one token, which a grammar must name as that; `otherwise` is the JSON schema of
-        answers that call nothing.
+        answers that call nothing; `free` lets them be any text, which may also stand around calls.
         """
-        begin, end = ("" if self.bare else self.begin), self.end
-        lines = []
-        for i, (name, schema) in enumerate(functions.items()):
-            head = '{"name": ' + json.dumps(name) + f', "{self.arguments}": '
-            lines.append(f"call_{i}: {json.dumps(head)} {lark_json(schema)} {json.dumps('}')}")
+        lines = [_call(i, name, schema, self.arguments) for i, (name, schema) in enumerate(functions.items())]
         lines.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
-        more = MOST_CALLS - 1
-        around = [
-            _literal(begin, tokens),
-            _literal(self.inner, tokens),
-            _literal(self.inner, tokens),
-            _literal(end, tokens),
-        ]
+        more = f"{{0,{MOST_CALLS - 1}}}"
+        inner, end = _literal(self.inner, tokens), _literal(self.end, tokens)
+        body = f"{inner} call {inner} {end}"
         if self.listed:
-            rest = f'("," " " call){{0,{more}}}' if several else ""
-            lines.append(f'calls: {around[0]} "[" call {rest} "]" {around[3]}')
-        else:
-            lines.append(f"one: {around[0]} {around[1]} call {around[2]} {around[3]}")
-            between = "; " if self.bare else "\n"
-            lines.append("calls: one" + (f" ({json.dumps(between)} one){{0,{more}}}" if several else ""))
-        lines.append("start: calls" + ("" if otherwise is None else " | answer"))
-        if otherwise is not None:
-            lines.append(f"answer: {lark_json(otherwise)}")
-        return "\n".join(lines)
+            body = '"[" call ' + (f'("," " " call){more}' if several else "") + f' "]" {end}'
+        if free and not self.bare:
+            head = f"TEXT {_literal(self.begin, tokens)}"
+            lines += ["TEXT: /(.|\\n)*/", "tail: TEXT"]
+            lines += [f"one: {head} {body}"] if self.begin in tokens else [f"head[lazy]: {head}", f"one: head {body}"]
+            repeated = f"{{0,{MOST_CALLS}}}" if several else "?"
+            return "\n".join([*lines, f"start: one{repeated} tail"])
+        begin = "" if self.bare else _literal(self.begin, tokens)
+        lines.append(f"one: {begin} {body}")
+        between = json.dumps("; " if self.bare else "\n")
+        lines.append("calls: one" + (f" ({between} one){more}" if several and not self.listed else ""))
+        others = [] if otherwise is None else [f"answer: {lark_json(otherwise)}"]
+        others += [r"answer: TEXT", r"TEXT: /([^\{ \n](.|\n)*)?/"] if free else []
+        return "\n".join([*lines, "start: calls" + (" | answer" if others else ""), *others])
+
+
+def _call(number: int, name: str, schema: Any, arguments: str) -> str:
+    """The rule of one function's call."""
+    head = '{"name": ' + json.dumps(name) + f', "{arguments}": '
+    return f"call_{number}: {json.dumps(head)} {lark_json(schema)} {json.dumps('}')}"
 
 
 def _literal(text: str, tokens: Mapping[str, int]) -> str:

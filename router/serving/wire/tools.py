@@ -17,6 +17,7 @@ from router.serving.tool_reader import ToolReader
 from router.serving.wire.body import Answer, Body
 
 MOST_TOOLS = 128
+_ANY = {"type": "object", "properties": {}}  # what a function without a schema takes
 
 
 class Function(Body):
@@ -37,7 +38,7 @@ class Tool(Body):
     def templated(self) -> dict[str, Any]:
         """As chat templates take it."""
         told = {"name": self.function.name, "description": self.function.description}
-        parameters = self.function.parameters or {"type": "object", "properties": {}}
+        parameters = self.function.parameters or _ANY
         return {"type": "function", "function": {**told, "parameters": parameters}}
 
 
@@ -118,19 +119,21 @@ class Toolbox:
         return ToolReader(self.form, names, single=not self.several)
 
     def grammar(self, otherwise: Grammar | None) -> Grammar | None:
-        """What an answer must look like, where it has to be a call, or a call or something of another schema."""
-        if not self.only and otherwise is None:
+        """What an answer must look like: a call, a call or something of another schema, or text with strict calls."""
+        free = not self.only and otherwise is None
+        if free and not any(tool.function.strict for tool in self.tools):
             return None
         if otherwise is not None and (self.only or otherwise.kind != "json_schema"):
             told = f"{otherwise.param} and calls of tools that must be made are asked for"
             raise FieldError(otherwise.param, told, hint='tool_choice: "auto" or "none"')
         schemas = {
-            tool.function.name: tool.function.parameters or {"type": "object", "properties": {}}
+            tool.function.name: _ANY if free and not tool.function.strict else tool.function.parameters or _ANY
             for tool in self.tools
             if not self.only or tool.function.name in self.only
         }
         other = None if otherwise is None else json.loads(otherwise.text)
-        return Grammar("lark", self.form.grammar(schemas, self.tokens, several=self.several, otherwise=other), "tools")
+        text = self.form.grammar(schemas, self.tokens, several=self.several, otherwise=other, free=free)
+        return Grammar("lark", text, "tools")
 
     @property
     def keep(self) -> tuple[int, ...]:

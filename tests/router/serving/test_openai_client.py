@@ -227,6 +227,8 @@ def test_tools_that_may_be_called_leave_free_text_as_it_is(client):
     assert "".join(c.delta.content or "" for p in chunks(client, tools=TOOLS) for c in p.choices) == (
         told.message.content
     )
+    bound = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    assert chat(client, tools=bound).choices[0].message.content == told.message.content
     schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
     form = {
         "type": "json_schema",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,9 @@ def client(published, routers):
 
 
 def answers(client, path, count, models, **fields):
-    """(schema, finish reason, text) of so many schemas."""
-    for seed in range(count):
+    """(schema, finish reason, text) of so many schemas, asked for side by side."""
+
+    def answer(seed):
         wanted = schemas.schema(seed)
         Draft202012Validator.check_schema(wanted)
         form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": wanted}}
@@ -45,12 +47,14 @@ def answers(client, path, count, models, **fields):
             events = client.post(path, json={**told, "stream": True}).text.split("\n\n")
             choices = [json.loads(e.removeprefix("data: "))["choices"][0] for e in events if e.startswith("data: {")]
             texts = [c["text"] if "text" in c else c["delta"].get("content", "") for c in choices]
-            yield wanted, choices[-1]["finish_reason"], "".join(texts)
-            continue
-        answer = client.post(path, json=told)
-        assert answer.status_code == 200, (wanted, answer.text)
-        choice = answer.json()["choices"][0]
-        yield wanted, choice["finish_reason"], choice["text"] if "text" in choice else choice["message"]["content"]
+            return wanted, choices[-1]["finish_reason"], "".join(texts)
+        said = client.post(path, json=told)
+        assert said.status_code == 200, (wanted, said.text)
+        choice = said.json()["choices"][0]
+        return wanted, choice["finish_reason"], choice["text"] if "text" in choice else choice["message"]["content"]
+
+    with ThreadPoolExecutor(16) as pool:
+        yield from pool.map(answer, range(count))
 
 
 def all_valid(told) -> int:

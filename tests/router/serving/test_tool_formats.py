@@ -144,3 +144,43 @@ def test_a_grammar_writes_what_is_read_back(form, special):
             assert all((name == "now") == (json.loads(given) == {}) for name, given in calls)
             counts.add((several, len(calls) > 1))
     assert (False, True) not in counts and (True, True) in counts
+
+
+@pytest.mark.parametrize("form", sorted(TEXTS))
+@pytest.mark.parametrize("special", [False, True])
+def test_text_may_stand_around_strict_calls_and_calls_must_fit(form, special):
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    import torch
+
+    from compose.base.model import tokenizer_of
+    from router.engine.grammar import Grammar, Grammars
+
+    fmt = TOOL_FORMATS.all()[form]
+    tokenizer = tokenizer_of("builtin:tiny-lm")
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": [t for t in (fmt.begin, fmt.end) if t]})
+    tokens = {t: tokenizer.convert_tokens_to_ids(t) for t in (fmt.begin, fmt.end) if t and special}
+    schemas = {"weather": {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "additionalProperties": False}}
+    compiled = Grammars(tokenizer, len(tokenizer), [tokenizer.eos_token_id]).get(
+        Grammar("lark", fmt.grammar(schemas, tokens, several=True, free=True))
+    )
+
+    def taken(text) -> bool:
+        row = compiled.begin()
+        for token in tokenizer(text, add_special_tokens=False).input_ids:
+            left = row.mask(torch.zeros(len(tokenizer)))
+            if left is None or left[token] < 0:
+                return False
+            row.take(token)
+        return True
+
+    begin, end = ("" if fmt.bare else fmt.begin), fmt.end
+    left, right = ("[", "]") if fmt.listed else (fmt.inner, fmt.inner)
+
+    def call(x):
+        return f'{begin}{left}{{"name": "weather", "{fmt.arguments}": {{"x": {x}}}}}{right}{end}'
+
+    assert taken("any words, also < and [ ]") and taken(call(1)) and taken("")
+    assert not taken(call(3)) and not taken(call('"a"'))
+    if not fmt.bare:
+        assert taken(f"First. {call(2)}") and not taken(f"First. {call(7)}") and not taken(f"a {begin}b")
