@@ -76,6 +76,23 @@ assert (done.exit_code, "arrays" in done.stderr) == (0, True), done.output
 assert len(numpy.load(place / "out" / "adapter.npz")) == len(list(adapter.parameters()))
 assert CliRunner().invoke(main, ["export", "me/plus", "--format", "npz", "--rank", "2"]).exit_code == 2
 
+compose.save(adapter, place / "words", model=model)
+(place / "words" / "aux").mkdir()
+(place / "words" / "aux" / "keywords.json").write_text('{"law": ["court", "judge"], "code": ["def", "return"]}')
+reads = dict(facts, name="me/words", reader="keywords", task="classification", labels=("law", "code"), license="MIT")
+pack(place / "words", Draft(**reads))
+Store().put(place / "words")
+rows = [("a judge and a court", "law"), ("def f(): return", "code")]
+import json
+(place / "rows.jsonl").write_text("".join(json.dumps({"text": t, "label": l}) + chr(10) for t, l in rows))
+out = place / "labels.jsonl"
+run = ["run", str(place / "rows.jsonl"), "--expr", "me/words", "--out", str(out), "--overwrite"]
+done = CliRunner().invoke(main, run)
+assert done.exit_code == 0, done.output
+assert [json.loads(line)["output"] for line in out.read_text().splitlines()] == ["law", "code"]
+measured = CliRunner().invoke(main, ["eval", "me/words", str(place / "rows.jsonl"), "--json", "-"])
+assert json.loads(measured.stdout)["measures"]["accuracy"] == 1, measured.output
+
 told = {
     "compose kinds": ["vera"],
     "compose functions": ["median"],
@@ -96,6 +113,7 @@ FOLDERS = {
     "hub.scorers": "router.scorers",
     "hub.remotes": "hub.remotes",
     "hub.formats": "compose.export_formats",
+    "hub.readers": "compose.readers",
     "hub.gates": "hub.gates",
 }
 
