@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from router.bench import Bench as Bench
     from router.dispatch import row_expressions as row_expressions
     from router.engine.engine import Engine as Engine
+    from router.engine.grammar import Grammar as Grammar
     from router.engine.request import Request as Request
     from router.engine.request import Result as Result
     from router.ensemble.demix import Ensemble as Ensemble
@@ -36,6 +37,7 @@ _HOMES = {
     "router.bench": ("Batch", "Bench"),
     "router.dispatch": ("row_expressions",),
     "router.engine.engine": ("Engine",),
+    "router.engine.grammar": ("Grammar",),
     "router.engine.request": ("Request", "Result"),
     "router.ensemble.demix": ("Ensemble",),
     "router.evaluation.measure": ("Report",),

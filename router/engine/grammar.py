@@ -21,6 +21,7 @@ from torch import Tensor
 from hub.errors import HubError
 
 _KEPT = 64  # grammars that were read; the next row of one begins at once
+MOST_TEXT = 100_000  # characters of a grammar
 # One space behind a comma and a colon, and none elsewhere: what models write anyway, and no endless space.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -116,9 +117,9 @@ class Grammars:
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: Collection[int]) -> None:
         self._from, self._vocabulary, self._ends = tokenizer, vocabulary, sorted(ends)
-        self._tokens: Any = None
+        self._read: Any = None  # the tokenizer, by llguidance
         self._made: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self._lock = Lock()
+        self._lock, self._reading = Lock(), Lock()
 
     def get(self, grammar: Grammar) -> CompiledGrammar:
         """The grammar over these tokens; from any thread.
@@ -129,7 +130,12 @@ class Grammars:
             llguidance is not installed, it cannot read the tokenizer, or the grammar is wrong or beyond what it knows.
         """
         with self._lock:
-            found = self._made.pop(grammar, None) or self.compile(grammar)
+            found = self._made.pop(grammar, None)
+            if found is not None:
+                self._made[grammar] = found
+                return found
+        found = self.compile(grammar)  # may take seconds, which no other grammar waits for
+        with self._lock:
             self._made[grammar] = found
             while len(self._made) > _KEPT:
                 self._made.popitem(last=False)
@@ -137,34 +143,47 @@ class Grammars:
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """As :meth:`get`, read anew."""
+        param = grammar.param
         if find_spec("llguidance") is None:
             raise GrammarError(
-                grammar.param,
-                f"{grammar.param} needs a package that is not installed: llguidance",
+                param,
+                f"{param} needs a package that is not installed: llguidance",
                 hint="pip install moduloom[structured]",
             )
         from llguidance import LLMatcher
 
-        if self._tokens is None:
-            self._tokens = self._read_tokens(grammar.param)
-        text = _internal(grammar)
-        if problem := LLMatcher.validate_grammar(text, self._tokens):
+        if len(grammar.text) > MOST_TEXT:
+            raise GrammarError(param, f"{param} has {len(grammar.text)} characters", hint=f"at most {MOST_TEXT}")
+        tokens = self._tokens(param)
+        try:
+            text = _internal(grammar)
+        except (ValueError, RecursionError) as error:  # nested too deep, or a number beyond what is read
+            raise GrammarError(param, f"{param} cannot be read: {_brief(str(error))}", hint="a simpler one") from error
+        matcher = LLMatcher(tokens, text, log_level=0)
+        if problem := matcher.get_error():
             raise GrammarError(
-                grammar.param,
-                f"{grammar.param} cannot be followed: {_brief(problem)}",
+                param,
+                f"{param} cannot be followed: {_brief(problem)}",
                 hint="the keywords that are known: docs/run-and-serve.md, Structured output",
             )
-        return CompiledGrammar(LLMatcher(self._tokens, text, log_level=0), grammar.param)
+        compiled = CompiledGrammar(matcher, param)
+        first = compiled.begin()  # what nothing fits, or what is too large, is told before the row begins
+        if first.mask(torch.zeros(self._vocabulary)) is None:
+            raise first.error
+        return compiled
 
-    def _read_tokens(self, param: str) -> Any:
+    def _tokens(self, param: str) -> Any:
         from llguidance.hf import from_tokenizer
 
-        try:
-            width = max(self._vocabulary, len(self._from))
-            return from_tokenizer(self._from, n_vocab=width, eos_token=self._ends or None)
-        except (ValueError, RuntimeError, TypeError) as error:
-            told = f"this base's tokenizer cannot be read by llguidance: {_brief(str(error))}"
-            raise GrammarError(param, told, hint="a base with a fast tokenizer (tokenizer.json)") from error
+        with self._reading:
+            if self._read is None:
+                try:
+                    width = max(self._vocabulary, len(self._from))
+                    self._read = from_tokenizer(self._from, n_vocab=width, eos_token=self._ends or None)
+                except (ValueError, RuntimeError, TypeError) as error:
+                    told = f"this base's tokenizer cannot be read by llguidance: {_brief(str(error))}"
+                    raise GrammarError(param, told, hint="a base with a fast tokenizer (tokenizer.json)") from error
+            return self._read
 
 
 def _internal(grammar: Grammar) -> str:

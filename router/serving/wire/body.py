@@ -49,7 +49,9 @@ class Body(BaseModel):
     def refuse(self) -> None:
         """Refuse what would be ignored silently. Raises FieldError with the field's name, and the nearest known one."""
         for name, value in (self.model_extra or {}).items():
-            near = None if name in _AS_IT_IS else suggest(name, type(self).model_fields)
+            near = (
+                None if name in _AS_IT_IS else suggest(name, [f.alias or n for n, f in type(self).model_fields.items()])
+            )
             idle = name in _IDLE or value is None or value in _AS_IT_IS.get(name, ())
             if not idle and (value or near):  # a misspelt `temperatur: 0` asks for something
                 raise FieldError(name, f"{name} is not supported", hint=near or "leave it out")

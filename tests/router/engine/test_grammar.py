@@ -79,6 +79,13 @@ def test_penalties_and_biases_do_not_leave_the_grammar(engine):
         assert said.text in ("yes", "no")
 
 
+def nested(depth):
+    schema = {"type": "null"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     ("schema", "words"),
     [
@@ -89,6 +96,11 @@ def test_penalties_and_biases_do_not_leave_the_grammar(engine):
         ({"$ref": "https://example.org/x"}, "example.org"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "5"),
         ([], "must be an object"),
+        (nested(200), "cannot be read"),
+        ({"const": 10**400}, "cannot be read"),
+        ({"$ref": "#"}, "cannot be followed"),
+        ({"enum": ["x" * 200_000]}, "characters"),
+        ({"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(600)}}, "items"),
     ],
 )
 def test_schemas_that_cannot_be_followed_are_refused_by_what_is_wrong(engine, schema, words):
