@@ -201,7 +201,7 @@ def _internal(grammar: Grammar) -> str:
 
 def _brief(text: str) -> str:
     """On one line of bounded length."""
-    return " ".join(text.split())[:200]
+    return " ".join(text.partition("<state>")[0].split())[:200]  # behind it llguidance tells its own state
 
 
 def any_of(texts: Sequence[str], param: str) -> Grammar:
