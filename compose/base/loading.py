@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -30,8 +30,11 @@ _SAVED_AS = {  # end of the architecture's name -> task
 }
 
 
-def load_files(directory: Path, request: BaseRequest) -> PreTrainedModel:
-    """Load the model in ``directory``. Never reads a pickle, never touches the network."""
+def load_files(directory: Path, request: BaseRequest) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Load the model in ``directory``, and the names of its tensors that the checkpoint lacks and chance has drawn.
+
+    Never reads a pickle, never touches the network.
+    """
     files = weight_files(directory)
     for file in files:
         read_header(file.resolve())  # says plainly what is wrong with a broken file
@@ -65,7 +68,8 @@ def load_files(directory: Path, request: BaseRequest) -> PreTrainedModel:
     _check_missing(directory, config, model, report["missing_keys"])
     if request.quantize != "none":
         warn_of_dense_weights(model, request.quantize)
-    return cast("PreTrainedModel", model if request.quantize != "none" else model.to(request.torch_device))
+    drawn = tuple(sorted(report["missing_keys"]))
+    return (model if request.quantize != "none" else model.to(request.torch_device)), drawn
 
 
 def saved_task(config: Any) -> str:

@@ -49,6 +49,7 @@ class BaseOrigin:
     location: Location | None
     identity: BaseIdentity | None = None
     seen: int = 0  # which tensors ``identity`` was read from (see _tensors_key)
+    drawn: tuple[str, ...] = ()  # tensors that the checkpoint lacks: drawn with seed 0
 
 
 def load_base(
@@ -105,10 +106,10 @@ def load_base(
     if not isinstance(base, str | Path):
         return _adopt(bare_model(base), request)
     where = locate(base)
-    model = load_files(where.directory, request)
+    model, drawn = load_files(where.directory, request)
     model.requires_grad_(False).eval()
     keep_differentiable(model)
-    _remember(model, BaseOrigin(where.name, where))
+    _remember(model, BaseOrigin(where.name, where, drawn=drawn))
     if fact(model.config, "pad_token_id") is None and type(model).__name__.endswith("ForSequenceClassification"):
         fill_pad_id(model.config, _padding(model))
     return model
@@ -225,6 +226,11 @@ def name_of(base: PreTrainedModel) -> str:
     """Return what the base is called in manifests: ``builtin:tiny-lm``, ``org/name``, a directory's name."""
     source = _source(base)
     return source.location.name if source.location else source.name
+
+
+def drawn_tensors(base: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the tensors that the base's checkpoint lacks, such as those of a head: chance has drawn them."""
+    return _source(base).drawn
 
 
 def check_base(

@@ -49,13 +49,19 @@ def text(value: Any) -> str:
 
 
 def class_name(value: Any) -> str:
-    """The name of a class: a text, a whole number (1 and 1.0 are one class), or a truth value as JSON writes it."""
+    """The name of a class: a text, a whole number (1 and 1.0 are one class), or a truth value as JSON writes it.
+
+    Spaces around it are no part of it; an empty cell and the NaN that other programs write for one are no class.
+    """
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, str | int):
-        return str(value)
+        name = str(value).strip()
+        if name and name.lower() != "nan":
+            return name
+        raise CellError(f"is {'NaN' if name else 'empty'}, not a label", "remove the row, or write its label")
     hint = "task=regression learns numbers" if isinstance(value, float) and math.isfinite(value) else None
     raise CellError(f"is {_told(value)}, not one label", hint or "one label a row: a text or a whole number")
 

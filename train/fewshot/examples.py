@@ -12,7 +12,18 @@ from hub.errors import did_you_mean
 from train.data.cells import CellError, class_name, in_order, text
 from train.errors import DataError
 
-__all__ = ["Columns", "Example", "Text", "check_texts", "label_names", "no_column", "to_examples", "warn_of_duplicates"]
+__all__ = [
+    "Columns",
+    "Example",
+    "Text",
+    "check_texts",
+    "count_cut",
+    "label_names",
+    "no_column",
+    "to_examples",
+    "warn_of_duplicates",
+    "without_contradictions",
+]
 
 log = logging.getLogger(__name__)
 _LIKE = 'predict(["a text", ...]), predict([("one", "two")]), predict([{"text": "one", "text2": "two"}])'
@@ -151,6 +162,42 @@ def label_names(examples: Sequence[Example], *, source: str) -> tuple[str, ...]:
             hint="is --label the right column? at most 999 labels are learned",
         )
     return tuple(names)
+
+
+def without_contradictions(examples: Sequence[Example], *, source: str) -> tuple[list[Example], int]:
+    """The examples without texts that stand there with two labels or more, and how many rows those are, with a warning.
+
+    Which of the labels is right cannot be told: nothing is learned from such a text, and nothing measured on it.
+    """
+    labels: dict[tuple[str, str], set[str]] = {}
+    for example in examples:
+        labels.setdefault(example.key, set()).add(str(example.label))
+    kept = [example for example in examples if len(labels[example.key]) == 1]
+    left_out = len(examples) - len(kept)
+    if left_out:
+        first = next(example for example in examples if len(labels[example.key]) > 1)
+        told = ", ".join(sorted(labels[first.key]))
+        log.warning(
+            "%s: %d rows are left out: their texts have several labels (%.40r: %s)", source, left_out, first.text, told
+        )
+    if not kept:
+        raise DataError(f"{source}: every text has several labels", hint="is --label the right column?")
+    return kept, left_out
+
+
+def count_cut(examples: Sequence[Example], tokenizer: Any, max_length: int, *, source: str) -> int:
+    """How many examples are longer than `max_length` tokens, with a warning: what is behind that is not read."""
+    if not examples:
+        return 0
+    pairs = None if examples[0].text2 is None else [str(e.text2) for e in examples]
+    lengths = [len(ids) for ids in tokenizer([e.text for e in examples], pairs, verbose=False)["input_ids"]]
+    cut = sum(length > max_length for length in lengths)
+    if cut:
+        log.warning(
+            "%s: %d of %d texts are longer than %d tokens (the longest: %d) and are read up to there: --max-length",
+            *(source, cut, len(lengths), max_length, max(lengths)),
+        )
+    return cut
 
 
 def warn_of_duplicates(train: Sequence[Example], test: Sequence[Example], *, source: str) -> int:

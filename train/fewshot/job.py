@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor
 
 import compose
+from compose.base.model import drawn_tensors
 from compose.kind.adapter import Adapter
 from hub.errors import UsageError, suggest
 from hub.lazy import load
 from train.config import TrainConfig
+from train.data.batches import Dataset
 from train.fewshot.classifier.classifier import FewShotClassifier, head_member
 from train.fewshot.classifier.members import Member, Reading
 from train.fewshot.classifier.spec import Spec
@@ -25,6 +26,8 @@ from train.fewshot.prompts.defaults import PAIR_TEMPLATES, TEMPLATES, name_words
 from train.fewshot.prompts.verbalizer import Verbalizer
 from train.fewshot.reading.head import Head
 from train.fewshot.reading.views import Features, View
+from train.fewshot.splits import stratified
+from train.fewshot.work import Work
 from train.result import FitResult
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ class Job:
     folder
         Where PET and iPET keep the stages that are done, so that a run that was stopped goes on; None keeps none.
     budget
-        Seconds that learning may take, loading left out.
+        Seconds that learning may take, loading left out: counted, not timed (see `work`).
     """
 
     base: str
@@ -76,12 +79,21 @@ class Job:
     budget: float = 60.0
     max_length: int = 128
     say: Callable[[str], None] = lambda _text: None
-    started: float = field(default_factory=time.perf_counter)
 
     @property
     def masked(self) -> bool:
-        """Whether the base fills masks."""
+        """Whether the base fills masks: it has a mask, and a head that was learned, not drawn at random."""
+        return self.encoder and not drawn_tensors(self.model)
+
+    @property
+    def encoder(self) -> bool:
+        """Whether each token of the base sees those behind it."""
         return self.tokenizer.mask_token_id is not None and not getattr(self.model.config, "is_decoder", False)
+
+    @cached_property
+    def work(self) -> Work:
+        """The budget, and what was spent of it."""
+        return Work.of(self.model, self.budget, self.precision)
 
     @cached_property
     def precision(self) -> Literal["fp32", "bf16"]:
@@ -91,8 +103,22 @@ class Job:
 
     @property
     def left(self) -> float:
-        """Seconds of the budget that are left."""
-        return self.budget - (time.perf_counter() - self.started)
+        """Seconds of the budget that are left, as they are counted."""
+        return self.work.left
+
+    def tokens(self, examples: Sequence[Example]) -> int:
+        """Tokens of all these texts together, each as far as it is read."""
+        texts = [f"{e.text} {e.text2 or ''}" for e in examples]
+        return sum(min(len(ids), self.max_length) for ids in self.tokenizer(texts, verbose=False)["input_ids"])
+
+    def steps(self, wanted: int, data: Dataset, *, blocks: int, batch: int = 16) -> int:
+        """How many of the wanted steps on batches of some rows fit into what is left, charged to the budget."""
+        each = self.work.step(batch * float(data.lengths.double().mean()), blocks)
+        return self.work.steps(wanted, each, 0.8, name="steps", least=2)
+
+    def budget_facts(self) -> dict[str, float]:
+        """The budget, what was counted of it, and what was decided because of it."""
+        return {"seconds": self.budget, "counted": round(self.work.spent, 1), **self.work.decided}
 
     @cached_property
     def answers(self) -> Tensor:
@@ -140,7 +166,7 @@ class Job:
             members=tuple(member for member, _ in members),
             shares=tuple(shares),
             max_length=self.max_length,
-            base_task="masked_lm" if self.masked else "causal_lm",
+            base_task="masked_lm" if self.encoder else "causal_lm",
             precision=self.precision,
             columns=("text", None if self.examples[0].text2 is None else "text2"),
         )
@@ -181,11 +207,23 @@ def learn(job: Job, method: str) -> FewShotResult:
         near = suggest(method, METHODS)
         raise UsageError(f"there is no few-shot method {method!r}", hint=near or "methods: " + ", ".join(METHODS))
     if not job.masked and method not in ("auto", "feature"):
-        raise UsageError(
-            f"method {method} reads a mask, and {job.base} has none", hint="--method auto, or a masked-LM base"
-        )
-    learned: FewShotResult = load(METHODS[method])(job)
+        lacks = "was saved without a language-modelling head" if job.encoder else "has none"
+        raise UsageError(f"method {method} reads a mask, and {job.base} {lacks}", hint="--method auto, or a masked LM")
+    learned: FewShotResult = load(METHODS[method])(within_budget(job))
     return learned
+
+
+def within_budget(job: Job) -> Job:
+    """The job with as many examples as half of the budget reads, two a label at least; the labels keep their shares."""
+    views = 1 + len(job.patterns)
+    each = job.work.reading(views * job.tokens(job.examples) / len(job.examples))
+    most = max(int(job.budget / 2 / each), 2 * len(job.labels))
+    if most < len(job.examples):
+        job.say(f"the budget has room for {most} of {len(job.examples)} rows")
+        job = replace(job, examples=tuple(stratified(job.examples, job.seed)[:most]))
+        job.work.decided["rows"] = most
+    job.work.charge(each * len(job.examples))
+    return job
 
 
 def _bf16_is_native() -> bool:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 import compose
-from compose.base.text_config import fact
 from hub.errors import Conflict, UsageError
 from hub.manifest import Draft, Lineage, Metric
 from hub.pack import pack
@@ -28,10 +27,20 @@ from train.data.files import file_digests
 from train.errors import DataError
 from train.fewshot.classifier.classifier import FewShotClassifier, load_base
 from train.fewshot.classifier.spec import READER
-from train.fewshot.examples import Columns, Example, check_texts, label_names, to_examples, warn_of_duplicates
+from train.fewshot.examples import (
+    Columns,
+    Example,
+    check_texts,
+    count_cut,
+    label_names,
+    to_examples,
+    warn_of_duplicates,
+    without_contradictions,
+)
 from train.fewshot.job import FewShotResult, Job, learn
 from train.fewshot.prompts.template import Template
 from train.fewshot.prompts.verbalizer import VerbalizerError
+from train.fewshot.reading.reader import usable_positions
 from train.fewshot.splits import KShot, k_shot
 from train.results.card import write_card
 from train.results.publish import next_version, write_artifact
@@ -106,7 +115,9 @@ def run(
     store = store or Store()
     ref = free_version(store, AdapterRef.parse(request.publish)) if request.publish else None
     rows = read_rows(request.data, part="train", without=request.test)
-    examples = to_examples(rows, request.columns, source=request.data)
+    examples, contradictory = without_contradictions(
+        to_examples(rows, request.columns, source=request.data), source=request.data
+    )
     split = split_of(request, examples)
     test = _test_rows(request, split)
     unlabeled = _unlabeled(request)
@@ -120,6 +131,12 @@ def run(
         check_texts(part, tokenizer, source=str(source))
     twice = warn_of_duplicates(split.train, test, source=request.test or request.data)
     model = load_base(request.base)
+    max_length = min(request.max_length, usable_positions(model))
+    cut = [
+        count_cut(part, tokenizer, max_length, source=str(source))
+        for part, source in ((split.train, request.data), (test, request.test or request.data))
+    ]
+    began = time.process_time()
     job = Job(
         request.base,
         model,
@@ -134,7 +151,7 @@ def run(
         budget=request.budget,
         writer=request.writer,
         folder=Path(request.resume) if request.resume else None,
-        max_length=_positions(model, request.max_length),
+        max_length=max_length,
         say=say,
     )
     learned = learn(job, method)
@@ -143,7 +160,7 @@ def run(
     )
     learned.classifier.rows = split.train if request.keep_rows else ()
     learned = replace(learned, facts={**learned.facts, "rows": rows_facts(split.train)})
-    seconds = time.perf_counter() - job.started
+    seconds = time.process_time() - began
     measured = measure(learned.classifier, test) if test else {}
     facts: dict[str, Any] = {
         "method": learned.method,
@@ -151,6 +168,9 @@ def run(
         "train_rows": len(split.train),
         "test_rows": len(test),
         "test_rows_also_in_training": twice,
+        "contradictory_rows": contradictory,
+        "cut_rows": sum(cut),
+        "labels_not_measured": len(set(split.labels) - {str(e.label) for e in test}) if test else 0,
         **measured,
         "learn_seconds": round(seconds, 2),
         **learned.facts,
@@ -308,8 +328,3 @@ def _refuse_unknown_words(request: Request, labels: Sequence[str]) -> None:
     for label in request.words:
         if label not in labels:
             raise VerbalizerError(f"--word names the label {label!r}; the data have {', '.join(labels[:8])}")
-
-
-def _positions(model: Any, wanted: int) -> int:
-    limit = fact(model.config, "max_position_embeddings") or wanted
-    return min(wanted, limit)

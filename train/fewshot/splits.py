@@ -11,7 +11,7 @@ from train.errors import DataError
 from train.fewshot.examples import Example, label_names
 from train.seeds import generator
 
-__all__ = ["SEEDS", "KShot", "folds", "k_shot"]
+__all__ = ["SEEDS", "KShot", "folds", "k_shot", "stratified"]
 
 SEEDS = (13, 21, 42, 87, 100)
 
@@ -30,7 +30,7 @@ def k_shot(examples: Sequence[Example], k: int, seed: int, *, source: str = "the
     """Draw the split of one seed; rows with equal texts are drawn once.
 
     The rows of a class are shuffled by a stream of their own (`seed/split/<label>`), so a class's rows do not depend
-    on what other classes there are. The order is label by label.
+    on what other classes there are. The order of what is drawn is label by label, that of the rest is `stratified`.
 
     Raises
     ------
@@ -57,7 +57,23 @@ def k_shot(examples: Sequence[Example], k: int, seed: int, *, source: str = "the
         cuts = (k, 2 * k if dev else k)
         for part, chosen in zip(parts, (order[: cuts[0]], order[cuts[0] : cuts[1]], order[cuts[1] :]), strict=True):
             part += [rows[i] for i in chosen]
-    return KShot(tuple(parts[0]), tuple(parts[1]), tuple(parts[2]), labels)
+    return KShot(tuple(parts[0]), tuple(parts[1]), tuple(stratified(parts[2], seed)), labels)
+
+
+def stratified(examples: Sequence[Example], seed: int) -> list[Example]:
+    """The examples shuffled so that the first n, for any n, have the labels of all in their proportions.
+
+    Row r of the n_y rows of a label, in random order, stands at r / n_y: the first of every label come first.
+    """
+    by_label: dict[str, list[Example]] = {}
+    for example in examples:
+        by_label.setdefault(str(example.label), []).append(example)
+    placed = []
+    for label, rows in by_label.items():
+        order = torch.randperm(len(rows), generator=generator(seed, "order", label)).tolist()
+        placed += [(place / len(rows), rows[i]) for place, i in enumerate(order)]
+    mixed = torch.randperm(len(placed), generator=generator(seed, "order")).tolist()  # among equal places, by chance
+    return [placed[i][1] for i in sorted(mixed, key=lambda i: placed[i][0])]
 
 
 def folds(examples: Sequence[Example], parts: int, seed: int) -> list[list[int]]:

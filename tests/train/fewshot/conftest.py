@@ -111,7 +111,8 @@ def make_job(masked_base, masked_tokenizer, reviews_of):
             "budget": 1000.0,
             "max_length": 32,
         }
-        return Job(masked_base, model, masked_tokenizer, **{**facts, **changes})
+        facts |= {"base": masked_base, "model": model, "tokenizer": masked_tokenizer}
+        return Job(**{**facts, **changes})
 
     return make
 

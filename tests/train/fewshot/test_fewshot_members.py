@@ -95,12 +95,14 @@ def test_adapting_learns_the_words_and_the_contrast(make_job, reviews_of):
 
     job.identity("none")
     before = surprise()
-    both = adapt(job, range(16), job.verbalizer().single(job.tokenizer), name="a", seconds=1000.0)
+    both = adapt(job, range(16), job.verbalizer().single(job.tokenizer), name="a", steps=30)
     assert both.result.stopped == "finished" and not both.adapter.trainable
     assert surprise() < 0.97 * before
-    alone = adapt(job, range(16), None, name="b", seconds=0.0)  # the first step: no weight has changed
+    alone = adapt(job, range(16), None, name="b", steps=1)  # the first step: no weight has changed
     gap = both.result.history[0]["loss"] - alone.result.history[0]["loss"]
-    assert alone.result.stopped == "time" and alone.result.history[0]["loss"] > 0 and 0.3 < gap < 0.9  # the words' CE
+    assert (
+        alone.result.stopped == "finished" and alone.result.history[0]["loss"] > 0 and 0.3 < gap < 0.9
+    )  # the words' CE
 
 
 def test_adapters_of_one_pass_are_those_of_their_own_runs(make_job, reviews_of):
@@ -123,8 +125,6 @@ def test_adapters_of_one_pass_are_those_of_their_own_runs(make_job, reviews_of):
         for name, value in alone.adapter.state_dict().items():
             torch.testing.assert_close(adapter.state_dict()[name], value, rtol=1e-3, atol=1e-5)
         compose.activate(job.model, None)
-    early = tune_many(job.model, scores, sets, configs, names=("c", "d"), seconds=0.0)
-    assert len(early) == 2 and not any(adapter.trainable for adapter in early)  # one step, then time is up
 
 
 # -- on disk ---------------------------------------------------------------------------------------------------------
@@ -149,8 +149,8 @@ def test_an_artifact_reads_as_its_training_did(make_job, review_file, masked_bas
     kinds = [member.kind for member in again.spec.members]
     assert kinds == ["demonstrations"] if method == "lm-bff-demo" else set(kinds) == {"views"}
     if method == "auto":
-        assert set(learned.facts["shares"]) == {"frozen", "words", "contrast"}
-        assert [m.adapted for m in again.spec.members] == [False, True, True]
+        assert set(learned.facts["shares"]) == {"frozen", "names", "words", "contrast"}
+        assert [m.adapted for m in again.spec.members] == [False, False, True, True]
 
 
 def test_what_is_drawn_for_a_text_does_not_depend_on_its_company(make_job, reviews_of):

@@ -7,8 +7,17 @@ import logging
 import pytest
 
 from train.errors import DataError
-from train.fewshot.examples import Columns, Example, check_texts, label_names, to_examples, warn_of_duplicates
-from train.fewshot.splits import SEEDS, folds, k_shot
+from train.fewshot.examples import (
+    Columns,
+    Example,
+    check_texts,
+    count_cut,
+    label_names,
+    to_examples,
+    warn_of_duplicates,
+    without_contradictions,
+)
+from train.fewshot.splits import SEEDS, folds, k_shot, stratified
 
 
 def test_the_five_splits_are_reproducible_balanced_and_disjoint(reviews_of):
@@ -85,3 +94,55 @@ def test_rows_in_both_train_and_test_are_counted_and_warned_of(caplog):
             [Example("A b")], [Example("a  b"), Example("a b"), Example("c")], source="test.jsonl"
         )
     assert twice == 2 and "2 of 3 test rows are also training rows" in caplog.text
+
+
+def test_what_is_left_is_in_no_order_and_each_beginning_has_all_labels_in_their_shares():
+    rows = [Example(f"{label} {i}", None, label) for label, n in (("a", 60), ("b", 30), ("c", 9)) for i in range(n)]
+    mixed = stratified(rows, 13)
+    assert sorted(e.text for e in mixed) == sorted(e.text for e in rows) and mixed == stratified(rows, 13)
+    assert mixed != stratified(rows, 14)
+    for n in (3, 11, 33, 66):
+        first = [e.label for e in mixed[:n]]
+        assert set(first) == {"a", "b", "c"}
+        assert all(abs(first.count(x) - n * share / 99) < 1.5 for x, share in (("a", 60), ("b", 30), ("c", 9)))
+    rest = k_shot(rows, 4, 13, dev=False).rest
+    assert {e.label for e in rest[:3]} == {"a", "b", "c"}
+
+
+def test_texts_with_two_labels_are_left_out_counted_and_told(caplog):
+    rows = [Example("It is fine", None, "bad"), Example("it is  FINE", None, "good"), Example("it is", None, "good")]
+    with caplog.at_level(logging.WARNING, logger="train"):
+        kept, left_out = without_contradictions([*rows, rows[2]], source="f")
+    assert [e.text for e in kept] == ["it is", "it is"] and left_out == 2
+    assert "2 rows are left out" in caplog.text and "bad, good" in caplog.text
+    with pytest.raises(DataError, match="every text has several labels"):
+        without_contradictions(rows[:2], source="f")
+
+
+@pytest.mark.parametrize("label", ["", "  ", "NaN", float("nan"), ["a", "b"], 0.5])
+def test_what_is_no_label_is_refused_by_its_row(label):
+    with pytest.raises(DataError, match=r"row 2: 'label' is .*not (a|one) label") as error:
+        to_examples([{"text": "good", "label": "a"}, {"text": "bad", "label": label}], Columns(), source="f")
+    assert error.value.hint
+
+
+def test_spaces_around_a_label_are_no_part_of_it():
+    rows = [{"text": "good", "label": "pos "}, {"text": "bad", "label": " pos"}, {"text": "so", "label": "neg\n"}]
+    assert label_names(to_examples(rows, Columns(), source="f"), source="f") == ("neg", "pos")
+
+
+@pytest.mark.parametrize("labels", [("\u00b2", "\u00b9"), ("\u2460", "\u2461"), ("--5", "--4"), ("\u0663", "3")])
+def test_odd_labels_are_names_like_others(labels):
+    rows = [{"text": f"t{i}", "label": labels[i % 2]} for i in range(4)]
+    assert set(label_names(to_examples(rows, Columns(), source="f"), source="f")) == set(labels)
+
+
+def test_texts_that_are_too_long_are_counted(masked_tokenizer, caplog):
+    rows = [Example("film " * 5), Example("film " * 20), Example("film " * 30)]
+    with caplog.at_level(logging.WARNING, logger="train"):
+        assert count_cut(rows, masked_tokenizer, 16, source="f") == 2
+    assert "2 of 3 texts are longer than 16 tokens (the longest: 32)" in caplog.text
+    pairs = [Example("film " * 10, "film " * 10)]
+    assert count_cut(pairs, masked_tokenizer, 22, source="f") == 1 and not count_cut(
+        pairs, masked_tokenizer, 23, source="f"
+    )

@@ -17,7 +17,10 @@ from torch import Tensor
 
 import compose
 from compose.base.at_hand import at_hand
+from compose.base.loading import model_config
+from compose.base.location import locate
 from compose.base.model import name_of
+from compose.base.request import BaseRequest
 from compose.errors import KindError
 from compose.reader import LinearHead
 from compose.runtime.model_runtime import runtime
@@ -270,6 +273,16 @@ def head_member(
     return member, {"offset": head.offset, **{f"view.{i}": w for i, w in enumerate(head.weights) if len(w)}}
 
 
+def _task(base: str | Path) -> str | None:
+    """`masked_lm` for an encoder that was saved without a head (which class it would get else says nothing)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = model_config(locate(base).directory, BaseRequest())
+    bare = all(name.endswith("Model") for name in config.architectures or ("?",))
+    known = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "masked_lm" if bare and known and not getattr(config, "is_decoder", False) else None
+
+
 def load_base(base: str | Path, **options: Any) -> PreTrainedModel:
     """The base in float32, with the language-modelling head it was saved with; `options` are `compose.load`'s.
 
@@ -278,7 +291,7 @@ def load_base(base: str | Path, **options: Any) -> PreTrainedModel:
     DataError
         It is an encoder-decoder.
     """
-    model = compose.load(base, **{"dtype": "fp32", **options})
+    model = compose.load(base, **{"dtype": "fp32", "task": _task(base), **options})
     if model.config.is_encoder_decoder:
         raise DataError(f"{base} is an encoder-decoder; few-shot classifiers read one stack of layers", hint=_BASES)
     return model

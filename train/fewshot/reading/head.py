@@ -12,7 +12,6 @@ so with little data the head stays near the words' own answer, and with more it 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.fewshot.reading.views import Features
+from train.fewshot.reading.weighing import Weighing
 
 __all__ = ["Head", "HeadChoice", "average", "choose_head", "fit_head", "words_alone"]
 
-PENALTIES = (0.25, 1.0, 4.0, 16.0, 64.0)  # lambda
+PENALTIES = (1.0, 4.0, 16.0, 64.0, 256.0)  # lambda; the last two are nearly the direction of the classes' means
 SCALE = 4.0  # c: unit vectors made long enough for penalties near one
+STEPS = 60  # of L-BFGS, a penalty: more than it takes with few rows
 _MOST = 512  # dimensions of a fit
 
 
@@ -124,7 +125,7 @@ class _Solution:
 
 
 def _solve(
-    space: _Space, rows: Tensor, labels: Tensor, penalty: float, start: _Solution | None = None, steps: int = 60
+    space: _Space, rows: Tensor, labels: Tensor, penalty: float, start: _Solution | None = None, steps: int = STEPS
 ) -> _Solution:
     """Minimize the convex objective on some rows by L-BFGS; `labels` are those of these rows."""
     z, words, classes = space.z[rows], space.words[rows], space.words.shape[1]
@@ -156,7 +157,7 @@ def fit_head(features: Features, labels: Tensor, classes: int, penalty: float, *
 
 @dataclass(frozen=True)
 class HeadChoice:
-    """A head, and what heads fitted without a row say of it: `held` (N, C); `seen` (N,) where there was such a head."""
+    """A head, and what heads that learned nothing from a row say of it: `held` (N, C); `seen` (N,) where there are."""
 
     head: Head
     held: Tensor
@@ -168,39 +169,59 @@ class HeadChoice:
 
 
 def choose_head(
-    features: Features, labels: Tensor, classes: int, parts: Sequence[Sequence[int]], *, seconds: float | None = None
+    features: Features, labels: Tensor, classes: int, parts: Sequence[Sequence[int]], *, steps: int = STEPS
 ) -> HeadChoice:
     """The heads of all penalties, averaged by how well each predicts held-out folds of these same rows.
 
-    A head's share is exp(-loss), normalized, its loss in nats over all rows: with few rows no penalty is clearly the
-    best, and the mean of several is steadier than one. After `seconds` no further fold is begun.
+    Where the labels' own words speak there are three heads a penalty: one fitted without them, one on top of them, and
+    the first with the words added. They are weighed by `weighing`: with few rows none is clearly the best, and the mean
+    of several is steadier than one. `held` is nested: what weighs the heads for a fold is the other folds alone.
     """
-    # Every penalty predicts each fold from the others; a row's prediction is the mean over the rounds it was out of.
-    started = time.perf_counter()
-    space, every = _Space.of(features, classes, True), torch.arange(len(labels))
-    held_out = torch.zeros(len(PENALTIES), len(labels), classes)
-    counts = torch.zeros(len(labels))
-    for number, part in enumerate(parts):
-        if seconds is not None and number and (time.perf_counter() - started) * (number + 1) / number > seconds:
+    spaces = [_Space.of(features, classes, False)]
+    if features.prior.shape[1]:
+        spaces.append(_Space.of(features, classes, True))
+    held, seen = _held(spaces, labels, classes, parts, steps)
+    weighing = Weighing.of(held[0], held[1] if len(spaces) > 1 else None, spaces[-1].words)
+    mixed, done = torch.zeros(len(labels), classes), torch.zeros_like(seen)
+    for part in parts:
+        out = torch.tensor([i for i in part if not done[i]], dtype=torch.long)
+        if not len(out):  # a later round: each row is mixed once
             break
+        done[out] = True
+        others = seen & ~torch.isin(torch.arange(len(labels)), out)
+        rest = (others if bool(others.any()) else seen).nonzero()[:, 0]
+        mixed[out] = weighing.logits(weighing.fit(labels, rest), out)
+    # What answers learns from all rows, and is mixed as all folds say.
+    weights, every = weighing.fit(labels, seen.nonzero()[:, 0]), torch.arange(len(labels))
+    paths = [[space.head(solution) for solution in _path(space, every, labels, steps)] for space in spaces]
+    heads = [*paths[0], *paths[-1], *paths[0]] if len(spaces) > 1 else paths[0]
+    spoken = Head(tuple(torch.zeros_like(w) for w in heads[0].weights), -spaces[-1].middle, 1.0)
+    shares = [*(weights.share * weights.scale).tolist(), float(weights.share @ weights.strength)]
+    return HeadChoice(average([*heads, spoken], shares), mixed, seen)
+
+
+def _held(
+    spaces: Sequence[_Space], labels: Tensor, classes: int, parts: Sequence[Sequence[int]], steps: int
+) -> tuple[Tensor, Tensor]:
+    """(S, P, N, C) what each penalty in each space predicts of folds from the others, the mean over the rounds.
+
+    With which (N,) rows were in a fold.
+    """
+    every, counts = torch.arange(len(labels)), torch.zeros(len(labels))
+    held = torch.zeros(len(spaces), len(PENALTIES), len(labels), classes)
+    for part in parts:
         out = torch.tensor(part)
         rest = every[~torch.isin(every, out)]
-        for i, solution in enumerate(_path(space, rest, labels[rest])):
-            held_out[i, out] += solution.logits(space, out)
+        for own, space in zip(held, spaces, strict=True):
+            for i, solution in enumerate(_path(space, rest, labels[rest], steps)):
+                own[i, out] += solution.logits(space, out)
         counts[out] += 1
-    seen = counts > 0
-    held_out = held_out / counts.clamp(min=1)[:, None]
-    # The loss is scaled to all rows: time may have ended before each was out of a fold.
-    losses = torch.stack([F.cross_entropy(own[seen], labels[seen], reduction="sum") for own in held_out])
-    shares = torch.softmax(-losses * len(labels) / int(seen.sum()), 0)
-    # What answers learns from all rows, and is mixed as the folds say.
-    heads = [space.head(solution) for solution in _path(space, every, labels)]
-    return HeadChoice(average(heads, shares.tolist()), torch.einsum("p,pnc->nc", shares, held_out), seen)
+    return held / counts.clamp(min=1)[:, None], counts > 0
 
 
-def _path(space: _Space, rows: Tensor, labels: Tensor) -> list[_Solution]:
+def _path(space: _Space, rows: Tensor, labels: Tensor, steps: int) -> list[_Solution]:
     """The solution of each penalty, in their order; each starts from that of the next stronger one."""
     solutions: list[_Solution] = []
     for penalty in reversed(PENALTIES):
-        solutions.append(_solve(space, rows, labels, penalty, solutions[-1] if solutions else None))
+        solutions.append(_solve(space, rows, labels, penalty, solutions[-1] if solutions else None, steps))
     return solutions[::-1]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from compose.base.text_config import fact
 from train.errors import TrainError
 from train.fewshot.prompts.verbalizer import WordScores
 from train.fewshot.reading.replay import Replay
 
-__all__ = ["MaskReader", "PromptModel", "inputs_of", "mean_state"]
+__all__ = ["MaskReader", "PromptModel", "inputs_of", "mean_state", "usable_positions"]
 
 
 class MaskReader(nn.Module):
@@ -76,6 +78,20 @@ class PromptModel(nn.Module):
     def forward(self, mask_at: Tensor, row: Tensor | None = None, **inputs: Tensor) -> Any:
         """`.logits` (B, C): the words' logits at the one mask."""
         return SimpleNamespace(logits=self.scores(self.reader(mask_at, row, **inputs).logits[:, 0]))
+
+
+def usable_positions(model: Any) -> int:
+    """Tokens that the base has positions for.
+
+    RoBERTa and its kin count from behind their padding's id: of 514 positions 512 are texts'.
+    """
+    positions = fact(model.config, "max_position_embeddings") or sys.maxsize
+    behind = [
+        module.padding_idx + 1
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings == positions and module.padding_idx is not None
+    ]
+    return int(positions) - max(behind, default=0)
 
 
 def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:

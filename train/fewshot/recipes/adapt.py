@@ -11,6 +11,7 @@ The lower blocks run once (see `replay`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,20 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.fewshot.examples import Example
 from train.fewshot.job import Job
 from train.fewshot.prompts.verbalizer import WordScores
 from train.fewshot.reading.reader import MaskReader, mean_state
 from train.fewshot.reading.views import joined, view_dataset
+from train.fewshot.recipes.readings import name_texts
 from train.fewshot.tuning.prompt_tuning import TunedAdapter, tune
 from train.method import Method
 
-__all__ = ["MANY", "WordsAndContrast", "adapt", "contrast"]
+__all__ = ["MANY", "Plan", "WordsAndContrast", "adapt", "contrast"]
 
 TAU = 0.1
 _WEIGHT = 0.25  # a: at one the contrast, whose gradient is 1/tau times as steep, leaves the words untrained
 MANY = 10  # classes from which batches are larger, and plain texts alone are learned from: there are enough of them
 _EPOCHS = (8, 4)  # with few classes and with many, between the least and the most steps
 _STEPS = (30, 80)
+_UPPER = 3  # blocks that learn label words
+_FEWEST = 10  # steps; fewer are not worth a trial
+_ROWS = 24  # examples; of fewer nothing is held out that would tell an adapter that helps from one that does not
+_SHARE = 0.9  # of what is left of the budget
 
 
 def contrast(states: Tensor, labels: Tensor, tau: float = TAU) -> Tensor:
@@ -44,7 +51,12 @@ def contrast(states: Tensor, labels: Tensor, tau: float = TAU) -> Tensor:
 
 
 class WordsAndContrast(Method):
-    """Both terms, where a model gives `.logits` (B, C), `.states` (B, d), and rows say their `view`: 0 is plain."""
+    """Both terms, where a model gives `.logits` (B, C), `.states` (B, d), and rows say their `view`: 0 is plain.
+
+    Without dropout: on a processor its random numbers cost nearly as much as the layers.
+    """
+
+    noise = False
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], task: str) -> Tensor:
         """Sum over rows."""
@@ -71,23 +83,68 @@ class _WordsAndStates(nn.Module):
         return SimpleNamespace(logits=logits, states=states)
 
 
-def adapt(job: Job, rows: Sequence[int], scores: WordScores | None, *, name: str, seconds: float) -> TunedAdapter:
-    """Train an adapter called `name` on some of the examples, for `seconds` at most; it ends active and frozen.
+@dataclass(frozen=True)
+class Plan:
+    """Steps that the budget has room for: of the adapter, and of its trials on parts of the examples; 0 for none."""
 
-    Without label words the contrast is all that is learned.
-    """
+    steps: int
+    trials: tuple[int, ...]
+
+    @classmethod
+    def of(cls, job: Job, scores: WordScores | None, trials: Sequence[int]) -> Plan:
+        """The plan of an adapter for all examples, tried on as many rows as `trials` say; charged to the budget.
+
+        Where all wanted steps cost more than what is left, each run has the same share of its own.
+        """
+        if len(job.examples) < _ROWS:
+            return cls(0, ())
+        templates, batch = _shape(job, scores)
+        tokens = job.tokens(job.examples) / len(job.examples)
+        each = job.work.step(batch * tokens, _blocks(job, scores))
+        wanted = [_wanted(job, rows, len(templates), batch) for rows in (len(job.examples), *trials)]
+        share = min(1.0, _SHARE * job.left / (each * sum(wanted)))
+        if share * wanted[0] < _FEWEST:
+            return cls(0, ())
+        counts = [max(_FEWEST // 2, int(share * steps)) for steps in wanted]
+        job.work.charge(each * sum(counts))
+        return cls(counts[0], tuple(counts[1:]))
+
+
+def _shape(job: Job, scores: WordScores | None) -> tuple[tuple[str | None, ...], int]:
+    """Templates whose rows are learned from, None for the plain text; and how many rows a batch has."""
     many = len(job.labels) >= MANY
-    templates, batch = ((None,), 64) if many else ((None, *job.patterns), 24)
-    readings = len(rows) * len(templates)
-    steps = min(max(_EPOCHS[many] * readings // batch, _STEPS[0]), _STEPS[1])
+    templates = (None,) if many or scores is None else (None, *job.patterns)
+    return templates, 64 if many else 24
+
+
+def _wanted(job: Job, rows: int, templates: int, batch: int) -> int:
+    """Steps that are worth their time."""
+    epochs = _EPOCHS[len(job.labels) >= MANY]
+    return min(max(epochs * rows * templates // batch, _STEPS[0]), _STEPS[1])
+
+
+def _blocks(job: Job, scores: WordScores | None) -> int:
+    """All blocks learn the contrast of plain texts; the label words are in the upper ones."""
+    return _UPPER if scores is not None else len(job.work.sizes)
+
+
+def adapt(job: Job, rows: Sequence[int], scores: WordScores | None, *, name: str, steps: int) -> TunedAdapter:
+    """Train an adapter called `name` on some of the examples; it ends active and frozen.
+
+    Without label words the contrast of plain texts is all that is learned; the labels' names are among the texts.
+    """
+    templates, batch = _shape(job, scores)
     examples = [job.examples[i] for i in rows]
-    sets = [view_dataset(t, examples, job.tokenizer, job.labels, max_length=job.max_length) for t in templates]
+    named = [Example(text, None, label) for text, label in zip(name_texts(job), job.labels, strict=False)]
+    options: dict[str, Any] = {"max_length": job.max_length}
+    sets = [view_dataset(t, examples, job.tokenizer, job.labels, **options) for t in templates]
+    sets[0] = view_dataset(None, [*examples, *named], job.tokenizer, job.labels, **options)
     return tune(
         job.model,
         lambda reader: _WordsAndStates(reader, scores),
         joined(sets),
         job.config(steps, batch=batch),
         name=name,
+        blocks=_blocks(job, scores),
         method_of=lambda _reader: WordsAndContrast(),
-        seconds=seconds,
     )

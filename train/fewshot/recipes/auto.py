@@ -1,18 +1,20 @@
 """What `hub few-shot` does unless told otherwise: a mixture of readings of the bare base and of an adapted one.
 
-1. The base reads every example plainly and in a few templates: one pass, kept. A convex head starts from what the
-   labels' own words say at the masks and learns from all views. Pairs are also read by how well their texts agree.
-2. With time left, a LoRA on the upper blocks is trained (see `adapt`); it is read by the label words and by a head.
-3. Each is asked about rows it has not learned from (halves of the examples); the shares of the mixture maximize the
-   likelihood of those answers. What has next to no share is left out.
+1. The base reads every example plainly and, where it fills masks, in a few templates: one pass, kept. Convex heads
+   start from what the labels' own words say (see `readings`) and learn from all views.
+2. With budget left, a LoRA is trained (see `adapt`); it is read by a head and, where there are masks, by label words.
+3. Each is asked about rows it has not learned from (halves of the examples), cooled to be as sure as it is right there
+   (see `weighing`), and mixed: the shares maximize the likelihood of those answers. What has next to no share is left
+   out.
+
+What fits into the budget is counted, not timed (see `work`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +23,19 @@ from torch import Tensor
 import compose
 from train.errors import TrainError
 from train.fewshot.classifier.classifier import head_member
-from train.fewshot.classifier.members import Member
 from train.fewshot.job import FewShotResult, Job
 from train.fewshot.prompts.verbalizer import VerbalizerError, WordScores
-from train.fewshot.reading.head import Head, HeadChoice, choose_head, fit_head, words_alone
-from train.fewshot.reading.views import Features, View
-from train.fewshot.recipes.adapt import MANY, adapt
+from train.fewshot.reading.head import Head, fit_head, words_alone
+from train.fewshot.reading.views import View
+from train.fewshot.reading.weighing import cooled
+from train.fewshot.recipes.adapt import MANY, Plan, adapt
 from train.fewshot.recipes.label_words import find_words
+from train.fewshot.recipes.readings import BareReadings, MemberAndTensors, masks_of, names_of, with_names
 from train.fewshot.splits import folds
 from train.fewshot.tuning.prompt_tuning import TunedAdapter
 from train.result import FitResult
 
-__all__ = ["auto", "feature", "stack", "views_of", "zero_shot"]
-
-MemberAndTensors: TypeAlias = tuple[Member, Mapping[str, Tensor]]
+__all__ = ["auto", "feature", "stack", "zero_shot"]
 
 _LEAST = 0.05  # share of a member that is worth its passes at prediction
 # How much each member is believed beforehand, in held-out rows; 1 where nothing is said. Four numbers a pair overfit a
@@ -43,18 +44,11 @@ _BELIEF = {"match": 8.0}
 _PLAIN_PENALTY = 1.0
 
 
-def views_of(job: Job) -> tuple[View, ...]:
-    """The plain text, and each template read at its mask and as a whole."""
-    if not job.masked:
-        return (View(None, "mean"), View(None, "last"))
-    return (View(), *(View(t, pool) for t in job.patterns for pool in ("mask", "mean")))
-
-
 def zero_shot(job: Job) -> FewShotResult:
     """The label words alone: nothing is learned from the examples but each template's mean logits."""
     if not job.spoken:
         raise TrainError("the labels' names say nothing this base reads", hint="give words: --word LABEL=WORD")
-    views = _masks(job)
+    views = masks_of(job)
     adapter = job.identity()
     compose.activate(job.model, None)
     head = Head((), -job.features(views).prior.mean(1).mean(0), words_alone(len(job.labels)).strength)
@@ -66,27 +60,34 @@ def zero_shot(job: Job) -> FewShotResult:
 
 def feature(job: Job) -> FewShotResult:
     """The bare base, and a head on each reading of it."""
-    bare = _BaseReadings.read(job, 0.8 * job.left)
-    return _learned(job, "feature", bare, bare.members(job), bare.shares(job))
+    bare = BareReadings.read(job)
+    said, answers = bare.held_out(job)
+    return _learned(job, "feature", bare, bare.members(job), said, answers)
 
 
 def auto(job: Job) -> FewShotResult:
-    """The mixture; of the bare base's readings alone, where there is no time for more."""
-    bare = _BaseReadings.read(job, 0.25 * job.left)
-    job.say(f"the bare base: cross-validated accuracy {bare.accuracy(job):.3f}, {job.left:.0f} s left")
+    """The mixture; of the bare base's readings alone, where the budget has no room for more."""
     scores = _words(job)
-    held_out = _held_out(job, bare, scores) if job.left > 0.3 * job.budget else None
-    if held_out is None:
-        return _learned(job, "auto", bare, bare.members(job), bare.shares(job))
-    said, answers = held_out
+    halves = folds(job.examples, 2, job.seed)
+    halves = halves[:1] if len(job.labels) >= MANY else halves  # of many classes one half of the examples says enough
+    plan = Plan.of(job, scores, [len(job.examples) - len(part) for part in halves])
+    bare = BareReadings.read(job)
+    members = bare.members(job)
+    if not plan.steps:
+        job.say("the budget has no room for adapting")
+        said, answers = bare.held_out(job)
+        return _learned(job, "auto", bare, members, said, answers)
+    said, answers = _trials(job, bare, scores, halves, plan)
+    scales = {name: cooled(own, answers) for name, own in said.items()}
+    said = {name: (scales[name] * own).log_softmax(-1) for name, own in said.items()}
     shares = _shares(said, answers)
     job.say("shares: " + ", ".join(f"{name} {share:.2f}" for name, share in shares.items()))
-    members, tuned = bare.members(job), None
+    tuned = None
     if not shares.keys() <= members.keys():
-        tuned = adapt(job, range(len(job.examples)), scores, name="fewshot", seconds=0.9 * job.left)
-        members |= _adapted(job, scores, job.features([View()]), job.answers)
-    nats = {name: round(float(F.nll_loss(own, answers)), 4) for name, own in said.items()}
-    return _learned(job, "auto", bare, members, shares, tuned, held_out_nats=nats)
+        tuned = adapt(job, range(len(job.examples)), scores, name="fewshot", steps=plan.steps)
+        members |= _adapted(job, scores, range(len(job.examples)))
+    members = {name: _scaled(*member, scales.get(name, 1.0)) for name, member in members.items()}
+    return _learned(job, "auto", bare, members, said, answers, tuned, steps=plan.steps, trials=list(plan.trials))
 
 
 def stack(held_out: Tensor, answers: Tensor, belief: Tensor | None = None) -> Tensor:
@@ -122,98 +123,59 @@ def _shares(held_out: Mapping[str, Tensor], answers: Tensor) -> dict[str, float]
     return {name: share / sum(named.values()) for name, share in named.items()}
 
 
+def nested_accuracy(held_out: Mapping[str, Tensor], answers: Tensor, parts: int = 4) -> float:
+    """Share of right answers of the mixture, where the shares for each fold are those that the other folds give."""
+    hits = 0
+    for part in range(parts):
+        out = torch.arange(len(answers)) % parts == part
+        if not bool(out.any()) or bool(out.all()):
+            continue
+        shares = _shares({name: own[~out] for name, own in held_out.items()}, answers[~out])
+        mixed = sum((share * held_out[name][out] for name, share in shares.items()), torch.zeros(()))
+        hits += int((mixed.argmax(1) == answers[out]).sum())
+    return hits / len(answers)
+
+
 # -- the parts --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """Views of the bare base, what they saw, and the head chosen on that."""
-
-    views: tuple[View, ...]
-    features: Features
-    choice: HeadChoice
-
-
-class _BaseReadings(dict[str, _Reading]):
-    """What is read of the bare base, each reading with a head of its own."""
-
-    @classmethod
-    def read(cls, job: Job, seconds: float) -> _BaseReadings:
-        """All views in one reading and, of pairs, how well their texts agree in another."""
-        compose.activate(job.model, None)
-        readings = {"frozen": views_of(job)}
-        if job.examples[0].text2 is not None:
-            readings["match"] = (View(None, "match"),)
-        rounds = 1 if len(job.labels) >= MANY else 2
-        parts = [part for i in range(rounds) for part in folds(job.examples, 4, job.seed + i)]
-        bare = cls()
-        for name, views in readings.items():
-            features = job.features(views)
-            choice = choose_head(features, job.answers, len(job.labels), parts, seconds=seconds)
-            bare[name] = _Reading(views, features, choice)
-        return bare
-
-    def members(self, job: Job) -> dict[str, MemberAndTensors]:
-        """The member of each reading."""
-        return {
-            name: head_member(reading.views, reading.choice.head, job.spoken, adapted=False)
-            for name, reading in self.items()
-        }
-
-    def _held(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Cross-validated log probabilities (n, C) of each reading, and which n rows have them in all."""
-        seen = torch.stack([reading.choice.seen for reading in self.values()]).all(0)
-        return {name: reading.choice.held[seen].log_softmax(-1) for name, reading in self.items()}, seen
-
-    def shares(self, job: Job) -> dict[str, float]:
-        """The shares that cross-validation gives the readings."""
-        held_out, seen = self._held()
-        return _shares(held_out, job.answers[seen])
-
-    def accuracy(self, job: Job) -> float:
-        """Cross-validated accuracy of all readings together."""
-        held_out, seen = self._held()
-        mixed = sum(share * held_out[name] for name, share in self.shares(job).items())
-        return float((torch.as_tensor(mixed).argmax(1) == job.answers[seen]).double().mean())
-
-
-def _held_out(job: Job, bare: _BaseReadings, scores: WordScores | None) -> tuple[dict[str, Tensor], Tensor] | None:
-    """(n, C) log probabilities of each member for rows it did not learn from, and these rows' answers (n,).
-
-    None where that takes too long. With many classes one half of the examples says enough.
-    """
+def _trials(
+    job: Job, bare: BareReadings, scores: WordScores | None, halves: list[list[int]], plan: Plan
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(n, C) logits of each member for rows it did not learn from, and these rows' answers (n,)."""
+    classes = len(job.labels)
     # The base's readings cost no training: their heads are cross-validated on the features that are there.
-    classes, halves = len(job.labels), folds(job.examples, 2, job.seed)
-    halves = halves[:1] if classes >= MANY else halves
-    said = {n: choose_head(r.features, job.answers, classes, halves).held.log_softmax(-1) for n, r in bare.items()}
-    for turn, part in enumerate(halves):
-        started, out = time.perf_counter(), torch.tensor(part)
-        rest = [i for i in range(len(job.examples)) if i not in set(part)]
-        # The adapter is trained anew on the other half, for a share of the time that is left.
-        adapt(job, rest, scores, name="trial", seconds=job.left / 3)
-        plain = job.features([View()], [job.examples[i] for i in rest])
-        # What its members say of the rows it has not seen.
+    said = bare.held(job, halves)
+    for part, steps in zip(halves, plan.trials, strict=True):
+        # The adapter is trained anew on the other half; what its members say of the rows it has not seen.
+        out, rest = torch.tensor(part), [i for i in range(len(job.examples)) if i not in set(part)]
+        adapt(job, rest, scores, name="trial", steps=steps)
         asked, trial = [job.examples[i] for i in part], replace(job.reading, adapter="trial")
-        for name, (member, tensors) in _adapted(job, scores, plain, job.answers[rest]).items():
+        for name, (member, tensors) in _adapted(job, scores, rest).items():
             logits = member.logits(trial, asked, tensors)
-            said.setdefault(name, torch.zeros(len(job.examples), classes))[out] = logits.log_softmax(-1)
+            said.setdefault(name, torch.zeros(len(job.examples), classes))[out] = logits
         compose.activate(job.model, None)
         compose.detach(job.model, "trial")
-        if job.left < (len(halves) - turn) * (time.perf_counter() - started):  # as long for each half, and for all
-            job.say("no time is left for adapting")
-            return None
     rows = torch.tensor(sorted(i for part in halves for i in part))
     return {name: own[rows] for name, own in said.items()}, job.answers[rows]
 
 
-def _adapted(job: Job, scores: WordScores | None, plain: Features, answers: Tensor) -> dict[str, MemberAndTensors]:
-    """Members that read the adapter; `plain` and `answers` are of the rows it learned from."""
-    classes = len(job.labels)
-    head = fit_head(plain, answers, classes, _PLAIN_PENALTY, prior=False)
+def _adapted(job: Job, scores: WordScores | None, rows: Any) -> dict[str, MemberAndTensors]:
+    """Members that read the adapter which is active; `rows` are those it learned from."""
+    classes, names = len(job.labels), names_of(job)
+    plain = job.features([View()], [job.examples[i] for i in rows])
+    plain = plain if names is None else with_names(plain, names)
+    head = fit_head(plain, job.answers[torch.tensor(list(rows))], classes, _PLAIN_PENALTY, prior=names is not None)
+    head = head if names is None else names.folded(head)
     members: dict[str, MemberAndTensors] = {"contrast": head_member([View()], head, ())}
     if scores is not None:
-        members["words"] = head_member(_masks(job), words_alone(classes), scores.ids)
+        members["words"] = head_member(masks_of(job), words_alone(classes), scores.ids)
     return members
+
+
+def _scaled(member: Any, tensors: Mapping[str, Tensor], scale: float) -> MemberAndTensors:
+    """The member with its logits times a factor."""
+    return member.model_copy(update={"strength": member.strength * scale}), {n: scale * t for n, t in tensors.items()}
 
 
 def _words(job: Job) -> WordScores | None:
@@ -229,20 +191,18 @@ def _words(job: Job) -> WordScores | None:
         return None
 
 
-def _masks(job: Job) -> tuple[View, ...]:
-    return tuple(View(template, "mask") for template in job.patterns)
-
-
 def _learned(
     job: Job,
     method: str,
-    bare: _BaseReadings,
+    bare: BareReadings,
     members: Mapping[str, MemberAndTensors],
-    shares: Mapping[str, float],
+    said: Mapping[str, Tensor],
+    answers: Tensor,
     tuned: TunedAdapter | None = None,
     **more: Any,
 ) -> FewShotResult:
     """The classifier of the members that have a share; without a trained adapter it stores one that changes nothing."""
+    shares = _shares(said, answers)
     words = {
         lb: job.tokenizer.convert_ids_to_tokens(list(ids)) for lb, ids in zip(job.labels, job.spoken, strict=False)
     }
@@ -250,8 +210,10 @@ def _learned(
         "templates": list(job.patterns),
         "label_words": words,
         "views": sum(len(reading.views) for reading in bare.values()),
-        "cross_validated_accuracy": round(bare.accuracy(job), 4),
+        "cross_validated_accuracy": round(nested_accuracy(said, answers), 4),
         "shares": {name: round(share, 4) for name, share in shares.items()},
+        "held_out_nats": {name: round(float(F.nll_loss(own, answers)), 4) for name, own in said.items()},
+        "budget": job.budget_facts(),
         **more,
     }
     adapter = job.identity() if tuned is None else tuned.adapter

@@ -17,7 +17,7 @@ from train.fewshot.prompts.filled import prompt_dataset
 from train.fewshot.prompts.template import Template
 from train.fewshot.prompts.verbalizer import WordScores
 from train.fewshot.recipes.label_words import scores_for
-from train.fewshot.recipes.pet import Recipe, distil, ensemble_mean, facts_of, mean_of, members, plans
+from train.fewshot.recipes.pet import Recipe, distil, ensemble_mean, facts_of, fitted, mean_of, members, plans
 from train.fewshot.recipes.stages import Pipeline, Stage, Tensors
 from train.fewshot.tuning.prompt_tuning import scores_of
 from train.seeds import generator
@@ -93,12 +93,12 @@ def ipet(job: Job, recipe: Recipe | None = None, generations: int = 3) -> FewSho
     DataError
         No unlabelled texts; fewer than two patterns.
     """
-    recipe = recipe or Recipe()
-    texts = list(job.unlabeled)
+    texts: Sequence[Example] = job.unlabeled
     if not texts:
         raise DataError("iPET labels unlabelled texts and there are none", hint="--unlabeled FILE")
     if len(job.patterns) < 2:
         raise DataError("iPET needs two patterns or more: models label for each other", hint="give --template twice")
+    recipe, texts = fitted(job, recipe or Recipe(), texts, generations)
     scores = scores_for(job)
     pipeline = Pipeline(job.folder, job.say)
     last: tuple[str, ...] = ()

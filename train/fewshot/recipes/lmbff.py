@@ -78,8 +78,8 @@ def _tuned(job: Job, template: str, scores: WordScores) -> TunedAdapter:
     train = prompt_dataset(parsed, job.examples, job.tokenizer, job.labels, max_length=job.max_length)
     rows = job.dev
     dev = prompt_dataset(parsed, rows, job.tokenizer, job.labels, max_length=job.max_length) if rows else None
-    config = job.config(_STEPS, eval_every=20)
-    options: dict[str, Any] = {"name": "fewshot", "dev": dev, "blocks": _BLOCKS, "seconds": job.left * 0.8}
+    config = job.config(job.steps(_STEPS, train, blocks=_BLOCKS), eval_every=20)
+    options: dict[str, Any] = {"name": "fewshot", "dev": dev, "blocks": _BLOCKS}
     return tune(job.model, partial(PromptModel, scores=scores), train, config, **options)
 
 
@@ -97,8 +97,9 @@ def lm_bff_demo(job: Job) -> FewShotResult:
     samples = _SAMPLES if job.examples[0].text2 is None else _SAMPLES // 4
     shown = Demonstrations(template=template, words=scores.ids, said=said, rows=rows, samples=samples, seed=job.seed)
     data = shown.prompts(job.reading, job.examples, _DRAWS)
-    options: dict[str, Any] = {"name": "fewshot", "blocks": _BLOCKS, "seconds": job.left * 0.8}
-    tuned = tune(job.model, partial(PromptModel, scores=scores), data, job.config(_STEPS), **options)
+    options: dict[str, Any] = {"name": "fewshot", "blocks": _BLOCKS}
+    config = job.config(job.steps(_STEPS, data, blocks=_BLOCKS))
+    tuned = tune(job.model, partial(PromptModel, scores=scores), data, config, **options)
     return FewShotResult(job.classifier((shown, {})), tuned.adapter, "lm-bff-demo", tuned.config, tuned.result, facts)
 
 
@@ -127,9 +128,9 @@ def fine_tune(job: Job) -> FewShotResult:
     torch.random.set_rng_state(torch_state)
     learner = nn.ModuleDict({"adapter": adapter, "head": linear})
     reader = MaskReader(job.model)
-    config = job.config(_STEPS)
+    config = job.config(job.steps(_STEPS, data, blocks=len(job.work.sizes)))
     try:
-        result = fit(_HeadModel(reader, linear), learner, data, None, config, seconds=job.left * 0.8)
+        result = fit(_HeadModel(reader, linear), learner, data, None, config)
     finally:
         reader.close()
     job.model.eval()

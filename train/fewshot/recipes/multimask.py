@@ -50,10 +50,9 @@ def multi_mask(job: Job, steps: int = 40) -> FewShotResult:
         job.model,
         lambda reader: MultiMaskModel(reader, words),
         data,
-        job.config(steps),
+        job.config(job.steps(steps, data, blocks=3)),
         name="fewshot",
         method_of=lambda _reader: Hinge(),
-        seconds=job.left * 0.8,
     )
     member = Masks(template=job.patterns[0], words=tuple(tuple(ids) for ids in words))
     facts = {"templates": [template.format()], "tokens": [len(w) for w in words]}

@@ -7,7 +7,7 @@ mean -> a classifier adapter by distillation. Every adapter sits on the one froz
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -29,7 +29,7 @@ from train.fewshot.recipes.stages import Pipeline, Stage, Tensors
 from train.fewshot.tuning.prompt_tuning import WithLM, accuracy, scores_of, tune, tune_many
 from train.fewshot.tuning.refine import refine
 
-__all__ = ["Plan", "Recipe", "distil", "ensemble_mean", "facts_of", "mean_of", "members", "pet", "plans"]
+__all__ = ["Plan", "Recipe", "distil", "ensemble_mean", "facts_of", "fitted", "mean_of", "members", "pet", "plans"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,26 @@ class Plan:
     template: str
     examples: Sequence[Example]
     seed: int
+
+
+def fitted(
+    job: Job, recipe: Recipe, texts: Sequence[Example], generations: int = 1
+) -> tuple[Recipe, Sequence[Example]]:
+    """The recipe and the unlabelled texts that the budget has room for: every stage gives up the same share.
+
+    Half of the budget is for reading the texts, by every member of every generation and for what is distilled.
+    """
+    members = len(job.patterns) * recipe.repetitions * generations
+    each = job.work.reading(job.tokens(texts) / len(texts)) * (members + 4)
+    count = max(min(len(texts), int(job.left / 2 / each)), min(2 * len(job.labels), len(texts)))
+    job.work.charge(count * each)
+    step = job.work.step(job.tokens(job.examples) / len(job.examples) * 16, recipe.blocks) * members
+    last = job.work.step(job.tokens(texts) / len(texts) * 32, recipe.blocks)
+    share = min(1.0, job.left / (recipe.steps * step + recipe.distil_steps * last))
+    steps, distil_steps = (max(2, int(share * n)) for n in (recipe.steps, recipe.distil_steps))
+    job.work.charge(steps * step + distil_steps * last)
+    job.work.decided |= {"steps": steps, "distil_steps": distil_steps, "texts": count}
+    return replace(recipe, steps=steps, distil_steps=distil_steps), texts[:count]
 
 
 def ensemble_mean(logits: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
@@ -83,8 +103,7 @@ def members(
     names = [f"member{m}" for m in range(len(wanted))]
     configs = [job.config(recipe.steps, seed=p.seed) for p in wanted]
     if recipe.lm_alpha is None:
-        seconds = max(job.left * 0.4, 1.0)
-        tune_many(job.model, scores, sets, configs, names=names, blocks=recipe.blocks, seconds=seconds)
+        tune_many(job.model, scores, sets, configs, names=names, blocks=recipe.blocks)
     else:  # each step also reads other texts, of its own choice
         plain = view_dataset(None, to_label, job.tokenizer, job.labels, max_length=job.max_length)
         depth = len(blocks_of(job.model) or ())
@@ -139,17 +158,16 @@ def distil(job: Job, texts: Sequence[Example], soft: Tensor, recipe: Recipe, met
         blocks=recipe.blocks,
         max_length=job.max_length,
         soft=soft,
-        seconds=max(job.left, 5.0),
     )
     head = fit_head(job.features(views, texts), soft.softmax(-1), len(job.labels), 1.0)
     facts = {"templates": list(job.patterns), "unlabeled": len(texts), "repetitions": recipe.repetitions}
+    facts |= {"budget": job.budget_facts()}
     return FewShotResult(job.headed(views, head), refined.adapter, method, config, refined.result, facts)
 
 
 def pet(job: Job, recipe: Recipe | None = None) -> FewShotResult:
     """PET; without unlabelled texts the examples themselves are distilled on."""
-    recipe = recipe or Recipe()
-    texts = list(job.unlabeled or job.examples)
+    recipe, texts = fitted(job, recipe or Recipe(), list(job.unlabeled or job.examples))
     scores = scores_for(job)
     wanted = plans(job, recipe, job.examples)
 

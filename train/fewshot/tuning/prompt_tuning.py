@@ -91,7 +91,6 @@ def tune(
     dev: Dataset | None = None,
     blocks: int = 3,
     method_of: Callable[[MaskReader], Method] | None = None,
-    seconds: float | None = None,
 ) -> TunedAdapter:
     """Train a LoRA called `name` on prompts (see `prompts.prompt_dataset`); it ends active and frozen.
 
@@ -114,7 +113,7 @@ def tune(
         compose.activate(model, name)
         with replay.on():
             method = None if method_of is None else method_of(reader)
-            result = fit(model_of(reader), adapter, train, dev, config, method=method, seconds=seconds)
+            result = fit(model_of(reader), adapter, train, dev, config, method=method)
     finally:
         reader.close()
     model.eval()
@@ -129,7 +128,6 @@ def tune_many(
     *,
     names: Sequence[str],
     blocks: int = 3,
-    seconds: float | None = None,
 ) -> list[Adapter]:
     """As `tune` for one adapter a dataset, all in one pass a step; they end resident, frozen and inactive."""
     compose.activate(model, None)
@@ -144,7 +142,7 @@ def tune_many(
             adapters.append(compose.create(model, "lora", adapter_options(model, blocks), name=name, seed=config.seed))
             jobs.append(Job(adapters[-1], replace(data, columns={**data.columns, "row": rows}), config))
         with replay.on():
-            fit_many(model, jobs, through=PromptModel(reader, scores), seconds=seconds)
+            fit_many(model, jobs, through=PromptModel(reader, scores))
     finally:
         reader.close()
     model.eval()

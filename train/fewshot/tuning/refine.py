@@ -51,7 +51,7 @@ def upper_blocks(model: PreTrainedModel, count: int) -> tuple[int, int]:
 def adapter_options(model: PreTrainedModel, blocks: int, r: int = 8) -> dict[str, Any]:
     """A LoRA on every linear layer of the upper blocks."""
     first, last = upper_blocks(model, blocks)
-    layers = {"layers": tuple(range(first, last))} if first else {}
+    layers = {"layers": tuple(range(first, last))} if last else {}
     return {"r": r, "lora_alpha": 2 * r, "target_modules": "all-linear", **layers}
 
 
@@ -68,7 +68,6 @@ def refine(
     blocks: int = 3,
     max_length: int = 128,
     soft: Tensor | None = None,
-    seconds: float | None = None,
 ) -> RefinedAdapter:
     """Train an adapter called `name` on `examples`, whose frozen `features` are known; it ends active.
 
@@ -101,7 +100,7 @@ def refine(
             rows = dataclasses.replace(rows, columns={**rows.columns, "soft": soft.repeat(len(views), 1)})
         method = Distillation() if soft is not None else None
         with replay.on():
-            result = fit(ViewModel(reader, views, heads), adapter, rows, None, config, method=method, seconds=seconds)
+            result = fit(ViewModel(reader, views, heads), adapter, rows, None, config, method=method)
     finally:
         reader.close()
     model.eval()
