@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -169,16 +168,16 @@ def test_an_average_of_heads_has_the_average_of_their_logits():
     assert few.seen.nonzero()[:, 0].tolist() == sorted(parts[0]) and few.head.offset.isfinite().all()
 
 
-def test_what_is_held_out_has_taught_nothing_neither_the_heads_nor_how_they_are_mixed():
-    features, labels = views_of(24)
-    parts = folds([Example(str(i), None, str(int(c))) for i, c in enumerate(labels)], 3, 0)
-    out = torch.tensor(parts[0])
-    before = choose_head(features, labels, 3, parts).held
-    changed = labels.clone()
-    changed[out] = (changed[out] + 1) % 3
-    after = choose_head(features, changed, 3, parts).held
-    torch.testing.assert_close(after[out], before[out], rtol=0, atol=0.05)
-    assert (after - before).abs().max() > 0.2  # others have learned from these rows
+def test_of_noise_nothing_is_said_to_be_learned():
+    """Five penalties, three kinds of head, each with its scale: told of the rows that chose them, they would shine."""
+    told = []
+    for seed in range(8):
+        random = random_of("noise", seed)
+        states = F.normalize(torch.randn(24, 12, generator=random), dim=-1)
+        features, labels = Features((states,), torch.randn(24, 1, 2, generator=random)), torch.arange(24) % 2
+        parts = folds([Example(str(i), None, str(int(c))) for i, c in enumerate(labels)], 4, seed)
+        told.append(choose_head(features, labels, 2, parts).accuracy(labels))
+    assert sum(told) / len(told) < 0.56
 
 
 def test_heads_are_cooled_to_what_held_out_rows_say():
@@ -187,9 +186,6 @@ def test_heads_are_cooled_to_what_held_out_rows_say():
     right = torch.randn(300, 3, generator=random) + 1.5 * F.one_hot(labels, 3)
     assert cooled(4 * right, labels) == pytest.approx(cooled(right, labels) / 4, rel=0.1)
     assert cooled(right, labels) == pytest.approx(1.5, rel=0.25)  # the log odds of unit noise around steps of 1.5
-    few = cooled(4 * right[:6], labels[:6])
-    assert few > 0.2  # six rows move it less than 300
-    assert abs(math.log(few)) < abs(math.log(cooled(4 * right, labels)))
 
 
 def test_a_head_that_is_too_sure_but_right_is_not_left_out():

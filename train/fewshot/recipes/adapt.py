@@ -34,7 +34,7 @@ TAU = 0.1
 _WEIGHT = 0.25  # a: at one the contrast, whose gradient is 1/tau times as steep, leaves the words untrained
 MANY = 10  # classes from which batches are larger, and plain texts alone are learned from: there are enough of them
 _EPOCHS = (8, 4)  # with few classes and with many, between the least and the most steps
-_STEPS = (30, 80)
+_STEPS = (20, 60)
 _UPPER = 3  # blocks that learn label words
 _FEWEST = 10  # steps; fewer are not worth a trial
 _ROWS = 24  # examples; of fewer nothing is held out that would tell an adapter that helps from one that does not
@@ -101,7 +101,8 @@ class Plan:
         templates, batch = _shape(job, scores)
         tokens = job.tokens(job.examples) / len(job.examples)
         each = job.work.step(batch * tokens, _blocks(job, scores))
-        wanted = [_wanted(job, rows, len(templates), batch) for rows in (len(job.examples), *trials)]
+        full = _wanted(job, len(job.examples), len(templates), batch)
+        wanted = [full, *(max(_STEPS[0] // 2, full * rows // len(job.examples)) for rows in trials)]
         share = min(1.0, _SHARE * job.left / (each * sum(wanted)))
         if share * wanted[0] < _FEWEST:
             return cls(0, ())

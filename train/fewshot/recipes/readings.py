@@ -99,7 +99,7 @@ class BareReadings(dict[str, _Reading]):
         """All views in one reading; the plain text with the labels' names; of pairs, how well their texts agree."""
         compose.activate(job.model, None)
         names = names_of(job)
-        readings = {"frozen": (views_of(job), None)}
+        readings: dict[str, tuple[tuple[View, ...], Names | None]] = {"frozen": (views_of(job), None)}
         if names is not None and not job.masked:
             readings = {"frozen": ((View(),), names)}
         elif names is not None:
@@ -117,7 +117,7 @@ class BareReadings(dict[str, _Reading]):
 
     def members(self, job: Job) -> dict[str, MemberAndTensors]:
         """The member of each reading."""
-        made = {}
+        made: dict[str, MemberAndTensors] = {}
         for name, reading in self.items():
             head = reading.choice.head
             head = head if reading.names is None else reading.names.folded(head)
