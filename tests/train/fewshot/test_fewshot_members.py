@@ -132,7 +132,7 @@ def test_adapters_of_one_pass_are_those_of_their_own_runs(make_job, reviews_of):
 
 @pytest.mark.parametrize("method", ["auto", "lm-bff-demo", "pet"])
 def test_an_artifact_reads_as_its_training_did(make_job, review_file, masked_base, reviews_of, tmp_path, method):
-    job = make_job(examples=tuple(reviews_of(8)))
+    job = make_job(examples=tuple(reviews_of(24 if method == "auto" else 8)))
     learned = learn(job, method)
     asked = reviews_of(5, 60)
     before = learned.classifier.logits(asked)

@@ -36,7 +36,7 @@ MANY = 10  # classes from which batches are larger, and plain texts alone are le
 _EPOCHS = (8, 4)  # with few classes and with many, between the least and the most steps
 _STEPS = (20, 60)
 _UPPER = 3  # blocks that learn label words
-_FEWEST = 10  # steps; fewer are not worth a trial
+_FEWEST = 6  # steps; fewer are not worth a trial
 _ROWS = 24  # examples; of fewer nothing is held out that would tell an adapter that helps from one that does not
 _SHARE = 0.9  # of what is left of the budget
 
