@@ -53,14 +53,16 @@ class Origin:
         other._tensors, other._versions = [], [0]
         return other
 
-    def changed(self, resident: Mapping[str, Adapter]) -> bool:
-        """Whether an adapter has other values since, or another one has its name."""
+    def changed(self, resident: Mapping[str, Adapter], *, values: bool = True) -> bool:
+        """Whether an adapter has other values since, or another one has its name; without ``values`` only the last."""
         if any(a.revision != revision for a, revision in self._revisions):
             return True
         if any(resident.get(name) is not a for name, a in self.adapters.items()):
             return True
         if any(resident.get(name, a) is not a for name, a in self.members.items()):
             return True
+        if not values:
+            return False
         if [t._version for t in self._tensors] != self._versions:
             return True
         if Watched.asked != self._asked:

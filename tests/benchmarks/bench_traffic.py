@@ -158,9 +158,9 @@ class Bench:
         begun.wait(1.0)
         yield
         over.set()
-        for job in jobs:
-            self.engine.cancel(job)
         while any(self.engine.scheduler.counts):
+            for job in list(jobs):
+                self.engine.cancel(job)
             time.sleep(0.01)
 
     # -- memory ----------------------------------------------------------------------------------------------------

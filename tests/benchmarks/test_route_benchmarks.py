@@ -104,3 +104,19 @@ def test_tasks(measure, tmp_path):
     assert again["rows"] == found["rows"] and again["cpu_seconds"] == found["cpu_seconds"]
     with pytest.raises(SystemExit, match="another directory"):
         measure("real_tasks", *options, "--seeds=0", "--lr=0.1")
+
+
+def test_engine(measure):
+    shape = ("--rows=2", "--prompt=6", "--tokens=4", "--arriving=3", "--rank=2", "--every=0.001")
+    found = measure("bench_engine", "--adapters=0,2", "--ways=ours,transformers,peft", *shape)
+    ways = {(row["adapters"], row["load"], row["way"]) for row in found["rows"]}
+    assert len(ways) == len(found["rows"]) == 2 * 2 * 3
+    assert all(row["cpu_s"] > 0 and row["tokens"] > 3 for row in found["rows"])
+
+
+def test_traffic(measure):
+    shape = ("--asked=2", "--long=40", "--rows=6", "--read=20", "--write=6", "--clients=2", "--minutes=0.05")
+    found = {row["what"]: row["value"] for row in measure("bench_traffic", *shape)["rows"]}
+    assert 0 < found["cache MiB, the most"] <= found["cache MiB, formula"]
+    assert found["tokens written"] > 0 and found["resident MiB, last fifth"] > 1
+    assert all(found[f"beside {other}, p95 ms"] > 0 for other in ("an ensemble", "a token router", "long prompts"))
