@@ -350,7 +350,7 @@ class Runtime:
             composition.trains  # live parameters have moved since the last call
             or composition.device != self.model.device
             or self._attention != self.model.config._attn_implementation
-            # Who owns the model changes no adapter in place; to look at the tensors of 32 LoRAs takes 5 ms of each step.
+            # Who owns the model changes no adapter in place; a look at the tensors of 32 LoRAs is 5 ms of each step.
             or composition.origin.changed(self.adapters, values=self._owner is None)
         )
 
