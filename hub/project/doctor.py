@@ -42,6 +42,7 @@ _PLUGINS = {  # group of entry points -> our folder of the same sort
     "hub.methods": "train.methods",
     "hub.remotes": "hub.remotes",
     "hub.scorers": "router.scorers",
+    "hub.tool_formats": "router.serving.tool_formats",
 }
 
 
