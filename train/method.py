@@ -150,11 +150,21 @@ class Method:
         if heads:
             values.setdefault("modules_to_save", tuple(heads))
         adapter = compose.create(model, kind, values, name=name, seed=seed)
-        reading = _reading(model, adapter.paths) if values.get("target_modules") in (None, "all-linear") else None
+        named = values.get("target_modules") not in (None, "all-linear", "all")
+        reading = None if named else self.reading(model, adapter.paths)
         if reading is None or "target_modules" not in fields:
             return adapter
         compose.detach(model, name)
         return compose.create(model, kind, {**values, "target_modules": reading}, name=name, seed=seed)
+
+    def reading(self, model: PreTrainedModel, paths: Sequence[str]) -> tuple[str, ...] | None:
+        """The places of an adapter that a text goes through, where others would idle; None where none would.
+
+        Where all would, the linear layers of the model that reads: biases of images' models beside one without any.
+        """
+        sites = runtime(model).sites
+        kept = tuple(path for path in paths if sites.passes_text(path))
+        return None if len(kept) == len(paths) else kept or tuple(s.path for s in sites if sites.reads_text(s.path))
 
     def warm(self, model: PreTrainedModel, learner: Any, data: Dataset) -> None:
         """Look at the training rows before a fresh run starts: to choose a start, or what is to train."""
@@ -274,9 +284,3 @@ def make_method(config: TrainConfig) -> tuple[Method, TrainConfig]:
 def trained(learner: nn.Module) -> int:
     """How many numbers train."""
     return sum(p.numel() for p in learner.parameters() if p.requires_grad)
-
-
-def _reading(model: PreTrainedModel, paths: Sequence[str]) -> tuple[str, ...] | None:
-    """Places in the model that reads the text; None where all are, or none is: what only sees or hears would idle."""
-    kept = tuple(path for path in paths if runtime(model).sites.reads_text(path))
-    return kept if 0 < len(kept) < len(paths) else None

@@ -167,6 +167,8 @@ class SiteMap:
         reader = model.get_encoder() if self.is_encoder_decoder else model
         table = input_embeddings(reader) or (input_embeddings(modules[self.text]) if self.text else None)
         self.embedding = next((p for p, m in modules.items() if m is table), "")
+        logits = output_embeddings(model)
+        self.output = next((p for p, m in modules.items() if m is logits), "")
         self.positions = tuple(
             p
             for p in modules
@@ -297,6 +299,12 @@ class SiteMap:
     def reads_text(self, path: str) -> bool:
         """Whether a module is part of the model that reads the text, as all are but in models of several senses."""
         return not self.text or path.startswith(self.text + ".")
+
+    def passes_text(self, path: str) -> bool:
+        """Whether a text goes through a module: in the model that reads it, or behind that one (heads)."""
+        beside = self.text.rpartition(".")[0]  # what holds the text's model and those of other senses
+        behind = path == self.output if not beside else not path.startswith(beside + ".")
+        return behind or self.reads_text(path)
 
     def attention_modules(self) -> list[tuple[Site, str]]:
         """Self-attention modules as (a key site, module path): the parents of ``attn.k`` or ``attn.qkv``, by layer."""

@@ -18,7 +18,7 @@ def base_options(function: FunctionT) -> FunctionT:
     for option in (
         click.option("--allow-base-drift", is_flag=True, help="Accept adapters of other weights of one architecture."),
         click.option("--task", help="Head of the base: causal_lm, classification, ... [as the adapters say]."),
-        quantize_option("How the base is held.", default="none"),
+        quantize_option(),
         base_option,
     ):
         function = option(function)

@@ -11,6 +11,7 @@ from compose.errors import KindError
 from compose.formats import peft as peft_layout
 from compose.formats.directory import export_peft
 from compose.formats.files import read_config
+from compose.kind.heads import own_vocabulary
 from compose.kind.registry import get_kind
 from compose.merging.whole_layers import widen
 from compose.runtime.model_runtime import runtime
@@ -47,5 +48,10 @@ class Peft(ExportFormat):
             adapter = wide.adapter
             notes.append(f"its parts of fused layers are written as whole layers: {wide.certificate}")
         sites, named = runtime(model).sites, self.base_name or name_of(model)
+        if (tokens := own_vocabulary(adapter, sites, model)) is not None:
+            notes.append(
+                f"it has a vocabulary of its own, of {tokens} tokens, and PEFT reads it on a base with as many: "
+                f"model.resize_token_embeddings({tokens}) before PeftModel.from_pretrained"
+            )
         export_peft(adapter, out, sites=sites, model=model, base=named, task=artifact.manifest.task)
         return notes, {}

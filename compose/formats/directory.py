@@ -28,6 +28,7 @@ from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 from hub.foreign.peft_config import TASK_TYPES
 from hub.store import Artifact
 
+_LOGITS_BIAS = "final_logits_bias"  # a buffer that BART and its relatives add to their logits
 _OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.")
 _TASK_TYPES = {task: task_type for task_type, task in TASK_TYPES.items()} | {"regression": "SEQ_CLS"}
 _CLASSES = {
@@ -183,10 +184,17 @@ def on_its_vocabulary(
 
     PEFT's `save_embedding_layers` writes them as copies of the base's. Where they have more rows, the first are the
     base's (:func:`without_base` compares) and the others belong to this adapter alone: the base stays as it is.
+    Modules that share a table (T5's) each get it, whichever of them the file names.
+
+    Raises
+    ------
+    KindError
+        The model adds something else of the size of its vocabulary to its logits (BART).
     """
     copies = of_the_base(tensors, adapter, sites)
-    tables = (input_embeddings(model), output_embeddings(model)) if copies else ()
-    ends = {path: model.get_submodule(path) for path in sites.modules if model.get_submodule(path) in tables}
+    tables = [m.weight for m in (input_embeddings(model), output_embeddings(model)) if m is not None] if copies else []
+    modules = {path: model.get_submodule(path) for path in sites.modules}
+    ends = {path: m for path, m in modules.items() if any(getattr(m, "weight", None) is table for table in tables)}
     grown = {
         path: key
         for key, (path, name) in copies.items()
@@ -194,23 +202,33 @@ def on_its_vocabulary(
     }
     if not grown or any(".base_layer." in key for key in copies):
         return adapter, tensors
-    if getattr(model.config, "tie_word_embeddings", False):  # one of the two is enough for both
-        grown = dict.fromkeys(ends, next(iter(grown.values())))
+    tied = getattr(model.config, "tie_word_embeddings", False)  # one key is enough for all
+    grown = {e: key for path, key in grown.items() for e, m in ends.items() if tied or m.weight is ends[path].weight}
+    size = len(cast("Tensor", ends[next(iter(grown))].weight))
+    if beside := next((n for n, b in model.named_buffers() if n.endswith(_LOGITS_BIAS) and b.shape[-1] == size), None):
+        raise KindError(
+            f"adapter {adapter.name!r} has a vocabulary of its own, and {sites.architecture} adds {beside}, of the "
+            f"base's {size} tokens, to its logits",
+            hint=_resize(len(tensors[next(iter(grown.values()))])),
+        )
     own = type(adapter)(
         adapter.config.model_copy(update={"modules_to_save": (*adapter.config.modules_to_save, *grown)}),
         sites,
         model,
         name=adapter.name,
     )
-    own.grown = tuple(grown)
+    own.grown = grown
     return own, whole_vocabulary(tensors, own)
 
 
 def whole_vocabulary(tensors: Mapping[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
     """With a table under each name that it has in the base: of tied ones a file may hold one."""
-    held = [f"{PREFIX}{path}.weight" for path in adapter.grown]
-    twin = next((tensors[key] for key in held if key in tensors), None)
-    return {**tensors, **{key: twin for key in held if key not in tensors and twin is not None}}
+    others = {key: value for key, value in tensors.items() if key not in adapter.grown.values()}
+    return {**others, **{f"{PREFIX}{path}.weight": tensors[key] for path, key in adapter.grown.items()}}
+
+
+def _resize(tokens: int) -> str:
+    return f"load it, model.resize_token_embeddings({tokens}), save it, and give that directory as the base"
 
 
 def _longer(value: Tensor, end: nn.Module) -> bool:
@@ -257,10 +275,9 @@ def without_base(
         if own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype)):
             continue
         resized = own is not None and own.dim() == value.dim() and own.shape[1:] == value.shape[1:] != own.shape
-        tokens = f"load it, model.resize_token_embeddings({len(value)}), save it, and give that directory as the base"
         raise KindError(
             f"the file replaces the base's own weight {path}.{name} by another",
-            hint=f"the base has {len(own)} rows there, the file {len(value)}: {tokens}"
+            hint=f"the base has {len(own)} rows there, the file {len(value)}: {_resize(len(value))}"
             if own is not None and resized
             else "it was made on a base with another vocabulary or other weights",
         )

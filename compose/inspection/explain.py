@@ -19,6 +19,7 @@ from compose.base.at_hand import at_hand
 from compose.base.compatibility import BaseWarning, Rung, compare
 from compose.expr.tree import Call, Expr, Ref
 from compose.function import bind
+from compose.planning.held import held_as, manifests_of
 from compose.planning.members import AdapterFinder, StoredAdapter, task_of
 from compose.planning.plan import Plan, Step, plan
 from compose.planning.requirements import requirements
@@ -145,6 +146,7 @@ def check(
     finder: AdapterFinder,
     *,
     base: str | Path | None = None,
+    quantize: str | None = None,
     allow_base_drift: bool = False,
     **options: Any,
 ) -> Checked:
@@ -158,8 +160,10 @@ def check(
         Where its leaves are.
     base
         As for :func:`compose.load`; default: the one its adapters were made for.
+    quantize
+        How the base is held; default: as its adapters were trained, as in `hub run`.
     options
-        ``task``, ``labels``, ``quantize``, ``double_quant``, ``dtype`` as for :func:`compose.load`.
+        ``task``, ``labels``, ``double_quant``, ``dtype`` as for :func:`compose.load`.
 
     Raises
     ------
@@ -176,7 +180,8 @@ def check(
 
     trial.known = identity_of(base)
     task, labels = _task(planned, options)
-    trial.outline = FakeBase(base, **{**options, "task": task, "labels": labels})
+    held = held_as(quantize, manifests_of(expr.refs, finder))
+    trial.outline = FakeBase(base, quantize=held, **{**options, "task": task, "labels": labels})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", BaseWarning)
         planned = _pointed(text, trial, expr)

@@ -65,7 +65,7 @@ class Adapter(NamedTensors):
     ) -> None:
         super().__init__(name)
         self.config = config
-        self.grown: tuple[str, ...] = ()  # tables of a vocabulary that was resized for it, as read from PEFT's files
+        self.grown: dict[str, str] = {}  # tables of a vocabulary that was resized for it, by their keys in PEFT's file
         self.labels: tuple[str, ...] = ()  # names of the classes of its head, where known
         self._frozen = False
         self.home: weakref.ref[Any] | None = None  # the runtime it is resident in, which then lowers it anew

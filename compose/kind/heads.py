@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from transformers import PreTrainedModel
 
 from compose.base.sites import SiteMap
 from compose.errors import SiteError
+
+if TYPE_CHECKING:
+    from compose.kind.adapter import Adapter
 
 
 def head_modules(model: PreTrainedModel, sites: SiteMap, names: Sequence[str] | str | None) -> list[str]:
@@ -86,6 +90,16 @@ def take_size(head: nn.Module, state: Mapping[str, Tensor]) -> None:
     elif isinstance(head, nn.Embedding) and len(state["weight"]) != head.num_embeddings:
         head.num_embeddings = len(state["weight"])
         head.weight = nn.Parameter(head.weight.new_empty(head.num_embeddings, head.embedding_dim))
+
+
+def own_vocabulary(adapter: Adapter, sites: SiteMap, model: PreTrainedModel) -> int | None:
+    """Tokens of an adapter that carries tables of another vocabulary than the base's; None of any other."""
+    for path in filter(None, (sites.output, sites.embedding)):
+        own, base = adapter.head(path), model.get_submodule(path)
+        tables = None if own is None else (cast("Tensor", own.weight), cast("Tensor", base.weight))
+        if tables is not None and len(tables[0]) != len(tables[1]):
+            return len(tables[0])
+    return None
 
 
 def level(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from compose.errors import KindError
 from compose.runtime import prompts as prompting
 from compose.runtime.composition import Composition
 from compose.runtime.idle import Watch
+from compose.runtime.loss import loss_over_own_tokens
 from compose.runtime.prompts import Entrance, PromptState
 from compose.slots.caches import tokens_before
 from compose.slots.call import Call, Context, Standing
@@ -98,7 +99,7 @@ class ModelCalls:
         try:
             context.begin(call)
             self._measure(call, door.layer, given)
-            with self.watch.over(call):
+            with self.watch.over(call), loss_over_own_tokens(self._model, call.composition.vocabulary, given):
                 if call.composition.prompt is not None:
                     output = self._prompted(door, call, given, outermost=True)
                 else:
@@ -236,4 +237,5 @@ def _entrance(model: PreTrainedModel, sites: SiteMap) -> Entrance:
         filler=next(i for i in range(len(special) + 1) if i not in special),
         first_position=first,
         explicit_positions=bool(positions) and not read_off_mask,
+        windows=any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")),
     )

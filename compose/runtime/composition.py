@@ -85,6 +85,7 @@ class Composition:
     prompt: PromptState | None = None
     count: int = 1  # rows told apart
     tokens: int = 0  # length of the weights per token, 0 without
+    vocabulary: tuple[str, int] | None = None  # an adapter with one of its own, and its tokens
     measures_past: bool = False  # the length of the cache is asked for
     trains: bool = False  # made anew in each call
     only_sides_learn: bool = False  # no gradient is asked for inside the backbone

@@ -14,6 +14,7 @@ from compose.base.sites import FINAL
 from compose.expr.tree import Call, Expr
 from compose.kernels.coefficients import Coefficient
 from compose.kind.adapter import Adapter
+from compose.kind.heads import own_vocabulary
 from compose.parameter_space.certificate import Certificate
 from compose.parameter_space.execute import Merged, Workspace, carry_out, resolve, warn_of_loss
 from compose.parameter_space.method import refuse_without_data
@@ -126,12 +127,19 @@ class Draft:
             count=count,
             # Weights per token fit texts of one length only; slots compare it with what comes.
             tokens=max((w.shape[1] for w in tensors if w.dim() == 2 and w.shape[1] > 1), default=0),
+            vocabulary=self._own_vocabulary(named),
             measures_past=prefixes.measures_past,
             trains=trains,
             only_sides_learn=trains and self._only_sides_learn(named.values()),
             origin=Origin({}, {}) if trains else self._origin(named, active, tensors),
             device=self.model.device,
         )
+
+    def _own_vocabulary(self, named: Mapping[str, Adapter]) -> tuple[str, int] | None:
+        if not self.sites.output:  # its outputs are no tokens
+            return None
+        sizes = ((n, own_vocabulary(a, self.sites, self.model)) for n, a in named.items() if a.saved)
+        return next(((name, size) for name, size in sizes if size is not None), None)
 
     def _programs(
         self, active: Mapping[str, Adapter], rows: tuple[Expr, ...], routing: Routing | None

@@ -1,8 +1,10 @@
 """Prompt atoms: trained embeddings before the text, put in on the way into a model and taken off its outputs.
 
 Rows may have prompts of different lengths, or none. Before a causal model they end where the text begins, so that the
-rows share one cache: ``[. p p t t t]``. Before an encoder a row stands as it would alone, from the first place on and
-without a gap, and what fills it up comes last: ``[p p t t t .]``. The filling is masked, like padding.
+rows share one cache: ``[. p p t t t]``. Padding before a text stands behind the prompt, as PEFT has it; but before it,
+``[. . p p t]``, where positions are told and windows count places. Before an encoder a row stands as it would alone,
+from the first place on and without a gap, and what fills it up comes last: ``[p p t t t .]``. The filling is masked,
+like padding.
 """
 
 from __future__ import annotations
@@ -89,10 +91,14 @@ class PromptState:
         """(R, n): 1 where a row has a virtual token."""
         return (torch.arange(self.length, device=self.counts.device) >= self.shortfall()).long()
 
-    def layout(self, mask: Tensor) -> Layout:
-        """How rows of text with the mask (B, T) stand behind their prompts."""
+    def layout(self, mask: Tensor, *, near: bool = False) -> Layout:
+        """How rows of text with the mask (B, T) stand behind their prompts; ``near``: no padding is between."""
         if self.causal:
-            return Layout(self.length, None)
+            padding = mask.long().cumsum(1) == 0
+            if not near or not bool(padding[:, 0].any()):
+                return Layout(self.length, None)
+            front = padding.new_ones(len(mask), self.length).long()
+            return Layout(self.length, torch.cat([front, 2 * (~padding).long()], dim=1).argsort(dim=1, stable=True))
         filling = torch.cat([self.on(len(mask)).mask().to(mask.device), mask.long()], dim=1) == 0
         return Layout(self.length, filling.long().argsort(dim=1, stable=True))
 
@@ -148,11 +154,13 @@ class Entrance:
     ``filler`` is the id of an ordinary token: it stands where the prompt will be, so that models which look at ids (for
     the last token that is no padding, for positions) count it. ``first_position`` is 0, or what RoBERTa starts from;
     with ``explicit_positions`` rows of different length are told their positions, which others read off the mask.
+    ``windows``: some layer's attention reaches back over a number of places, whatever positions are told.
     """
 
     filler: int
     first_position: int
     explicit_positions: bool
+    windows: bool = False
 
 
 # Arguments with a value for each token, and what those of a prompt are.
@@ -190,7 +198,7 @@ def extend_inputs(state: PromptState, entrance: Entrance, kwargs: dict[str, Any]
     _check_room(kwargs.get("past_key_values"), length + (seen or n))
     # The mask covers what the cache holds; of that, the prompt's part is ours to add.
     mask = _mask(kwargs.get("attention_mask"), source, length + max(0, seen - n))
-    layout = state.layout(mask)
+    layout = state.layout(mask, near=entrance.windows and kwargs.get("position_ids") is not None)
     out = {**kwargs, "attention_mask": layout.join(state.mask().to(mask), mask)}
     _extend_positions(state, entrance, layout, out, length, seen)
     # With a cache the prompt has been read: only the mask and the positions go on telling of it.

@@ -17,6 +17,8 @@ from compose.planning.members import AdapterFinder, AdapterSource, looks_like_pa
 from hub.console.progress import Progress, quiet
 from hub.console.sizes import parse_size
 from hub.errors import UsageError
+from hub.io.canonical_json import digest, dumps
+from hub.io.files import sha256_file
 from router.engine.engine import Engine
 from router.running.job import Outcome, Sink, Stream, check, check_adapters, go
 from router.running.journal import Journal, refuse_finished
@@ -78,8 +80,10 @@ def run(
         if file is not None and shared.on_error == "stop":
             named = check(Lines(stream, lines.name), shared)  # before the base is loaded, and hours of computing
             stream.seek(0)
-        engine = _engine(base, quantize, dtype, batch_size, resident, allow_base_drift, _directories(shared, finder))
-        sink = _sink(out, engine, shared, overwrite)
+        directories = _directories(shared, finder)
+        contents = {f"the content of {ref}": _content(Path(str(place))) for ref, place in directories.items()}
+        engine = _engine(base, quantize, dtype, batch_size, resident, allow_base_drift, directories)
+        sink = _sink(out, engine, {**asdict(shared), **contents}, overwrite)
         try:
             if isinstance(sink, Journal) and sink.resumed:
                 _go_on(lines, sink, engine)
@@ -132,6 +136,12 @@ def _directories(options: Options, finder: AdapterFinder) -> dict[str, AdapterSo
     return {ref: finder.source(ref) for ref in refs if looks_like_path(ref)}
 
 
+def _content(directory: Path) -> str:
+    """Digest of all that is read of an adapter's directory: configurations and tensors."""
+    files = sorted(p for p in directory.iterdir() if p.suffix in (".json", ".safetensors") and p.is_file())
+    return digest(dumps({path.name: sha256_file(path)[0] for path in files}))
+
+
 def _engine(
     base: str,
     quantize: str,
@@ -153,7 +163,7 @@ def _engine(
     )
 
 
-def _sink(out: str | Path | BinaryIO, engine: Engine, options: Options, overwrite: bool) -> Sink:
+def _sink(out: str | Path | BinaryIO, engine: Engine, options: Mapping[str, Any], overwrite: bool) -> Sink:
     if not isinstance(out, str | Path):
         return Stream(out)
     host = engine.host
@@ -161,7 +171,7 @@ def _sink(out: str | Path | BinaryIO, engine: Engine, options: Options, overwrit
         "base": [host.name, host.identity.weights_fingerprint, host.held],
         "batch_size": engine.rows,
         "resident": engine.residency.budget,
-        **asdict(options),
+        **options,
     }
     return Journal(Path(out), settings, overwrite=overwrite)
 

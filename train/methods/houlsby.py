@@ -28,5 +28,6 @@ class Houlsby(Method):
         self, model: PreTrainedModel, *, seed: int = 0, heads: Sequence[str] = (), tokenizer: Any = None
     ) -> Adapter | Composite:
         """The norms of the blocks are carried beside the task's head."""
-        norms = [p for p in runtime(model).sites.norms if any(part.isdigit() for part in p.split("."))]
+        sites = runtime(model).sites
+        norms = [p for p in sites.norms if sites.layer_of(p) is not None and sites.passes_text(p)]
         return super().build(model, seed=seed, heads=(*norms, *heads), tokenizer=tokenizer)

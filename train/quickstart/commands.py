@@ -29,7 +29,7 @@ def _known(_ctx: click.Context, _option: click.Parameter, kind: str) -> str:
 @click.command()
 @click.option("--domain", "domains", multiple=True, metavar="NAME=PATH", help="Your own text; two or more of them.")
 @click.option("--base", default="builtin:tiny-lm", show_default=True, help="builtin:, a model directory, or an id.")
-@quantize_option(default="nf4")
+@quantize_option("How the base is held.", default="nf4")
 @click.option("--kind", default="lora", show_default=True, callback=_known, help="Kind of the experts.")
 @click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Training steps an expert.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of split, training and streams.")

@@ -56,6 +56,20 @@ def test_members_of_compositions_count(held, cli, capsys) -> None:
         manifests_of(["ns/nothing"], AdapterFinder(held))
 
 
+def test_what_is_checked_and_explained_is_held_as_it_will_run(held, cli) -> None:
+    checked = cli("compose", "check", "ns/qa")
+    assert checked.exit_code == 0, checked.output
+    assert checked.stderr.count("held as nf4, as ns/qa was trained") == 1
+    assert "this one is held as" not in checked.stderr
+    whole = cli("compose", "check", "ns/qa", "--quantize", "none")
+    assert "ns/qa was trained on a base held as nf4; this one is held as none" in whole.stderr
+    explained = [
+        json.loads(cli("compose", "explain", "ns/qa", "--json", *w).stdout)["base"] for w in ((), ("--quantize", "nf4"))
+    ]
+    assert explained[0] == explained[1]
+    assert explained[0]["quantize"] == "nf4"
+
+
 def test_the_commands_say_it_once_and_hold_it_so(held, cli, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a plain sentence about nothing"}) + "\n")
     out = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import transformers as T
@@ -9,8 +11,8 @@ import transformers as T
 import compose
 
 peft = pytest.importorskip("peft")
-SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
+SIZES = {"vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 24, "num_key_value_heads": 1, "pad_token_id": 0}
 LAYERS = ["sliding_attention", "full_attention"]
 FAMILIES = {
     "mistral": lambda w: T.MistralForCausalLM(T.MistralConfig(**SIZES, sliding_window=w)),
@@ -22,6 +24,14 @@ FAMILIES = {
     ),
 }
 N = 3
+
+
+def each(names, first, *sweep):
+    """A few combinations at each run, all that `sweep` gives in the slow ones."""
+    rest = [
+        pytest.param(*values, marks=pytest.mark.slow) for values in itertools.product(*sweep) if values not in first
+    ]
+    return pytest.mark.parametrize(names, [*first, *rest])
 
 
 def model_of(family, window, attention="sdpa"):
@@ -47,6 +57,16 @@ def prefix(model, name, n=N, seed=0, **options):
     return adapter.freeze()
 
 
+def of_peft(config, model, directory):
+    """PEFT's model, which it has saved."""
+    theirs = peft.get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=N)).eval()
+    with torch.no_grad():
+        for parameter in theirs.prompt_encoder.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(2))
+    theirs.save_pretrained(directory)
+    return theirs
+
+
 def places(mask):
     """As generate tells them of padded texts."""
     return (mask.cumsum(1) - 1).clamp_min(0)
@@ -59,16 +79,21 @@ def logits(model, tokens, mask=None):
     return model(input_ids=tokens, attention_mask=mask, position_ids=places(mask)).logits
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("window", [6, 4, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@each(
+    ("family", "window", "attention"),
+    [
+        ("mistral", 6, "sdpa"),
+        ("mistral", 2, "eager"),
+        ("qwen2", 4, "sdpa"),
+        ("gemma3", 4, "eager"),
+        ("gemma3", 2, "sdpa"),
+    ],
+    FAMILIES,
+    (6, 4, 2),
+    ("sdpa", "eager"),
+)
 def test_a_directory_of_peft_s_behaves_as_in_peft(family, window, attention, tmp_path):
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N)
-    theirs = peft.get_peft_model(model_of(family, window, attention), config).eval()
-    with torch.no_grad():
-        for parameter in theirs.prompt_encoder.parameters():
-            parameter.normal_()
-    theirs.save_pretrained(tmp_path)
+    theirs = of_peft(peft.PrefixTuningConfig, model_of(family, window, attention), tmp_path)
     ours = model_of(family, window, attention)
     compose.attach(ours, "a", tmp_path)
     compose.activate(ours, "a")
@@ -122,8 +147,12 @@ def same(out, mask, alone):
         torch.testing.assert_close(row[kept], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("window", [2, 4, 7])
+@each(
+    ("family", "window"),
+    [("mistral", 2), ("mistral", 4), ("qwen2", 7), ("gemma3", 2), ("gemma3", 4)],
+    FAMILIES,
+    (2, 4, 7),
+)
 def test_rows_padding_and_caches(family, window):
     """Each row as alone: other prefixes, lengths and paddings beside it, at once and token by token."""
     model = model_of(family, window)
@@ -157,17 +186,26 @@ def test_weights_of_halves_slide_as_one():
     torch.testing.assert_close(mixed, torch.stack([whole[0], logits(model, ids())[1]]), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("left", [True, False])
-@pytest.mark.parametrize("window", [64, 4])
-@pytest.mark.parametrize("family", ["mistral", "gemma3"])
-def test_padding_counts_as_in_peft_unless_positions_are_told(family, window, left, tmp_path):
+@each(
+    ("kind", "family", "window", "left"),
+    [
+        ("prefix", "mistral", 4, True),
+        ("prefix", "mistral", 64, True),
+        ("prefix", "gemma3", 4, True),
+        ("prefix", "gemma3", 4, False),
+        ("prompt", "mistral", 64, True),
+        ("prompt", "mistral", 4, True),
+        ("prompt", "gemma3", 4, False),
+    ],
+    ("prefix", "prompt"),
+    ("mistral", "gemma3"),
+    (64, 4),
+    (True, False),
+)
+def test_padding_counts_as_in_peft_unless_positions_are_told(kind, family, window, left, tmp_path):
     """Without ``position_ids`` a padded row gets PEFT's numbers, with them those that it gets alone."""
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N)
-    theirs = peft.get_peft_model(model_of(family, window), config).eval()
-    with torch.no_grad():
-        for parameter in theirs.prompt_encoder.parameters():
-            parameter.normal_()
-    theirs.save_pretrained(tmp_path)
+    config = peft.PrefixTuningConfig if kind == "prefix" else peft.PromptTuningConfig
+    theirs = of_peft(config, model_of(family, window), tmp_path)
     ours = model_of(family, window)
     compose.attach(ours, "a", tmp_path)
     texts = [ids(1, 9), ids(1, 6)]
@@ -176,7 +214,7 @@ def test_padding_counts_as_in_peft_unless_positions_are_told(family, window, lef
     compose.activate(ours, "a")
     with torch.no_grad():
         counted = ours(input_ids=batch, attention_mask=mask).logits
-        expected = theirs(input_ids=batch, attention_mask=mask).logits
+        expected = theirs(input_ids=batch, attention_mask=mask).logits[:, -mask.shape[1] :]  # prompts' places are there
     kept = mask == 1
     torch.testing.assert_close(counted[kept], expected[kept], atol=1e-4, rtol=1e-4)
     same(logits(ours, batch, mask), mask, alone)
@@ -194,7 +232,7 @@ def test_generate_tells_positions_so_padded_rows_get_what_they_get_alone(kind):
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
         adapter.freeze()
     compose.activate(model, "a")
-    texts = [ids(1, 9), ids(1, 6)]
+    texts = [ids(1, 9), ids(1, 2)]
     batch, mask = padded(texts, left=True)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     out = model.generate(input_ids=batch, attention_mask=mask, **options)[:, 9:]

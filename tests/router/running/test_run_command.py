@@ -91,6 +91,23 @@ def test_directories_stand_in_the_expression_for_all_rows_and_in_no_row(hub, pub
     assert "line 1: '.' is not a namespace" in hub(rows, "--base", BASE, "--adapter-column", "adapter", code=1).stderr
 
 
+def test_a_directory_that_changed_is_refused_when_a_run_goes_on(hub, published, jsonl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("router.running.job.WINDOW", 1)
+    published.store.get("law").materialize(tmp_path / "mine")
+    lines = jsonl(count=8).read_text()
+    asked = ("-", "--expr", '0.5 * "./mine"', "--max-new-tokens", 2, "--batch-size", 4, "--out", "out.jsonl")
+    hub(*asked, code=1, input=lines + "{oops\n")
+    weights = tmp_path / "mine" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    told = hub(*asked, code=2, input=lines).stderr
+    assert "was begun with other settings: the content of ./mine 'sha256:" in told
+    weights.write_bytes(before)
+    (tmp_path / "mine" / "README.md").write_text("what nobody computes with")
+    assert "going on after row 8" in hub(*asked, input=lines).stderr
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

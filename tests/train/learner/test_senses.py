@@ -28,14 +28,15 @@ def learn(model, learner):
     refuse_idle(dict(learner.named_parameters()))
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "qlora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "qlora", "bitfit", "bias", "full", "houlsby"])
 def test_a_method_s_own_places_are_those_that_read(gemma3, method):
     refuse_looking_ahead(gemma3)  # it is a causal language model
     learner = get_method(method)({}).build(gemma3)
     sites = runtime(gemma3).sites
     assert sites.text == "model.language_model"
     assert learner.paths
-    assert all(sites.reads_text(path) for path in learner.paths)
+    assert ("lm_head" in learner.paths) == (method == "full")  # it is the table of the embeddings
+    assert all(sites.reads_text(path) or path == "lm_head" for path in (*learner.paths, *learner.saved))
     learn(gemma3, learner)
 
 
