@@ -23,14 +23,16 @@ from compose.expr.tokens import IDENTITY_WORD
 from compose.expr.tree import IDENTITY, Ref
 from compose.planning.held import held_as
 from compose.planning.members import AdapterFinder, StoredAdapter
+from compose.runtime.model_runtime import runtime
+from compose.slots.gate import refuse_outside
 from hub.console.progress import Steps
 from hub.errors import Conflict, NotFound, UsageError, suggest
 from hub.relations.word_counts import count_words, read_words
 from hub.store import Artifact, Store
-from router.artifact import adapters_of, load, members_of, publish
+from router.artifact import adapters_of, load, members_of, publish, refuse_heads
 from router.bench import Batch, Bench, refuse_missing
 from router.ensemble.demix import Ensemble
-from router.evaluation.measure import LabelledRows, Report, accuracies, perplexities
+from router.evaluation.measure import PROMPT, LabelledRows, Report, accuracies, perplexities
 from router.router import Router, within
 from router.scorer import make_scorer
 
@@ -90,6 +92,7 @@ def fit(
     finder = AdapterFinder(store)
     scorer = make_scorer(method, options)  # what is wrong here is told before any work
     pool = members_of(members, finder)
+    refuse_heads(scorer, {name: m.manifest for name, m in adapters_of(pool).items() if m.manifest is not None})
     asked = {"top_k": top_k, "threshold": threshold, "temperature": temperature}
     given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     gating = replace(within(scorer.gating, len(pool)), **given).check(len(pool))
@@ -97,6 +100,9 @@ def fit(
     if scorer.needs_data:
         refuse_missing(pool, texts)
     bench = _bench(pool, texts, max_length, seed, progress, base)
+    if scorer.level == "site":
+        for adapter in runtime(bench.model).adapters.values():
+            refuse_outside(adapter)
     router = Router(scorer, bench.experts, scorer.fit(bench), gating)
     words = {name: count_words(rows) for name, rows in texts.items()}
     return publish(router, pool, ref, finder, words=words, license=license, summary=summary)
@@ -141,6 +147,7 @@ def evaluate(
     sets: Mapping[str, str | Path | Sequence[Text]],
     *,
     dev: Mapping[str, str | Path | Sequence[Text]] | None = None,
+    prompts: Sequence[int] = (),
     max_rows: int = 500,
     max_length: int = 256,
     store: Store | None = None,
@@ -149,8 +156,9 @@ def evaluate(
 ) -> Report:
     """Measure a router on named sets of rows beside base, best single, average and oracle.
 
-    Perplexity, or accuracy where its members classify; rows of `dev` are what a likelihood router's prior on the set of
-    their name is fitted on. See `router.evaluation.measure`.
+    Perplexity of what follows the first tokens of a text, as many as `prompts` says (32), or accuracy where the members
+    classify; rows of `dev` are what a likelihood router's mixture on the set of their name takes its prior from. See
+    `router.evaluation.measure`.
 
     Raises
     ------
@@ -164,7 +172,14 @@ def evaluate(
         raise UsageError(f"{router} is a {stored.router.scorer.name} router and has no prior", hint="leave --dev out")
     if wrong := [name for name in more if name not in rows]:
         raise UsageError(f"--dev has rows for {wrong[0]!r}, and --data none", hint=suggest(wrong[0], rows))
+    if stored.router.scorer.reads_tasks and (wrong := [name for name in rows if name not in stored.router.experts]):
+        hint = suggest(wrong[0], stored.router.experts) or "members: " + ", ".join(stored.router.experts)
+        raise UsageError(f"rows of {router} ask for a member, and {wrong[0]!r} is none", hint=hint)
     tasks = {artifact.manifest.task or "causal_lm" for artifact in stored.artifacts.values()}
+    if prompts and tasks == {"classification"}:
+        raise UsageError(
+            "the members classify, and a row is read whole before one is chosen", hint="no --prompt-tokens"
+        )
     if tasks not in ({"causal_lm"}, {"classification"}):
         raise UsageError(
             f"the members are for {' and '.join(sorted(tasks))}: neither perplexity nor accuracy is theirs"
@@ -176,7 +191,8 @@ def evaluate(
             {name: encode(tokenizer, [row.text for row in texts], most=max_length) for name, texts in files.items()}
             for files in (rows, more)
         )
-        return perplexities(stored.router, model, encoded, dev=held_out, pad=pad, progress=progress)
+        lengths = tuple(dict.fromkeys(prompts)) or (PROMPT,)
+        return perplexities(stored.router, model, encoded, prompts=lengths, dev=held_out, pad=pad, progress=progress)
     labelled = {name: _labelled(name, texts, tokenizer, max_length) for name, texts in rows.items()}
     classes = {name: artifact.manifest.labels for name, artifact in stored.artifacts.items()}
     return accuracies(stored.router, model, labelled, classes, pad=pad, progress=progress)
@@ -219,6 +235,7 @@ def explain(
     where the router needs that.
     """
     stored = load(router, store)
+    stored.router.check_task(task)
     model, tokenizer = on_base(stored.artifacts, **base)
     rows = encode(tokenizer, [text], most=max_length)
     if not rows:

@@ -35,13 +35,14 @@ from hub.relations.word_counts import write_words
 from hub.store import Artifact, Store
 from router.gating import Gating
 from router.router import Router
-from router.scorer import SHARED, Statistics, make_scorer
+from router.scorer import SHARED, Scorer, Statistics, make_scorer
 
 if TYPE_CHECKING:
     from hub.relations.word_counts import Counts
 
 CONFIG: Final = "router.json"
 STATISTICS: Final = "router.safetensors"
+_HEADED: Final = ("classification", "token_classification", "regression")
 
 
 class MemberFile(BaseModel):
@@ -131,6 +132,17 @@ def members_of(texts: Sequence[str], finder: AdapterFinder) -> dict[str, StoredA
 def adapters_of(members: Mapping[str, StoredAdapter | None]) -> dict[str, StoredAdapter]:
     """All members but the bare base."""
     return {name: stored for name, stored in members.items() if stored is not None}
+
+
+def refuse_heads(scorer: Scorer, members: Mapping[str, Manifest]) -> None:
+    """UsageError where members classify, and the scorer reads or learns how they continue texts."""
+    if scorer.continues and (
+        heads := [name for name, facts in members.items() if facts.task in _HEADED or facts.labels]
+    ):
+        raise UsageError(
+            f"{scorer.name} is for members that continue texts, and {heads[0]!r} has a head",
+            hint="for heads: --method discriminant, centroid or task",
+        )
 
 
 def _is_named(text: str) -> bool:
@@ -288,6 +300,7 @@ def load(ref: str | AdapterRef, store: Store | None = None) -> StoredRouter:
     if len(experts) < len(config.members):
         raise IntegrityError(f"{artifact.ref}: two members have one name", ref=artifact.ref)
     scorer = make_scorer(config.method, config.options)
+    refuse_heads(scorer, {name: member.manifest for name, member in artifacts.items()})
     gating = Gating(config.top_k, config.threshold, config.temperature)
     statistics = _statistics(artifact, list(experts))
     for name, known in statistics.items():

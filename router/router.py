@@ -23,8 +23,10 @@ from hub.errors import Conflict, NotFound, UsageError, suggest
 from router.bench import Batch, Bench, Experts, tree
 from router.dispatch import row_expressions
 from router.gating import Gating
-from router.scorer import RowScorer, Scorer, SiteScorer, Statistics, make_scorer
-from router.sitewise import Recorder, SiteGate
+from router.scorer import Recorder, RowScorer, Scorer, SiteScorer, Statistics, make_scorer
+from router.sitewise import SiteGate
+
+NO_TASK = "this is no router that is asked for a task"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,19 @@ class Router:
     def level(self) -> str:
         """``row`` or ``site``: what is weighed apart."""
         return self.scorer.level
+
+    def check_task(self, task: str | None) -> None:
+        """Refuse a row that names no task where the router reads one, or that names a task where it does not."""
+        if not self.scorer.reads_tasks:
+            if task is not None:
+                raise UsageError(f"{NO_TASK}: {self.scorer.name} chooses by itself", hint="leave the task out")
+            return
+        experts = ", ".join(self.experts)
+        if task is None:
+            raise UsageError("a row of this router says its task, and this one names none", hint=f"one of {experts}")
+        if task not in self.experts:
+            near = suggest(task, self.experts)
+            raise NotFound(f"the task is {task!r}, which is no member of the router", hint=near or f"one of {experts}")
 
     def add(self, expert: str, bench: Bench) -> Router:
         """The router with one more expert, measured alone: the others' statistics stay as they are.
@@ -132,7 +147,9 @@ class Router:
         with torch.no_grad(), self.routed(model, batch, record=record):
             model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         if not sites:
-            raise UsageError(f"{self.scorer.name} mixes experts by their answers and has no weights to show")
+            raise UsageError(
+                f"{self.scorer.name} has weighed no expert at any site", hint="fit it again: hub route fit"
+            )
         return total / sites
 
     def span_weights(self, model: PreTrainedModel, batch: Batch, span: int) -> Tensor:
@@ -173,7 +190,7 @@ class Router:
         Rows are scored now, once; tokens at sites whenever one comes. `record` is told the weights at each site.
         """
         if isinstance(self.scorer, SiteScorer):
-            mixer = self.scorer.mixer(self.statistics)
+            mixer = self.scorer.mixer(self.statistics, record)
             if mixer is None:
                 own = {name: self.statistics[name] for name in self.experts}
                 mixer = SiteGate(self.scorer.scores(own), self.gating, len(self.experts), record)

@@ -30,6 +30,7 @@ from router.gating import Gating
 Statistics: TypeAlias = Mapping[str, Tensor]
 SHARED = "*"  # in place of an expert: statistics that are nobody's own
 SiteScores: TypeAlias = Callable[[str, Tensor], Tensor | None]
+Recorder: TypeAlias = Callable[[str, Tensor], None]
 
 
 class ScorerOptions(BaseModel):
@@ -49,6 +50,7 @@ class Scorer(ABC):
     joint: ClassVar[bool] = False  # the experts are learned against each other: one more means fitting all again
     needs_data: ClassVar[bool] = True  # of each expert
     reads_tasks: ClassVar[bool] = False  # rows have to say which expert they ask for
+    continues: ClassVar[bool] = False  # it reads or learns how experts continue texts: none of them may classify
 
     def __init__(self, options: ScorerOptions | None = None) -> None:
         self.options: Any = options or self.Options()
@@ -99,13 +101,17 @@ class SiteScorer(Scorer):
     """Scores experts for each token at each site, from what enters the site."""
 
     level = "site"
+    continues = True  # a head is no site
 
     @abstractmethod
     def scores(self, statistics: Mapping[str, Statistics]) -> SiteScores:
         """Function of a site's path and input x (B, T, d) that gives scores (B, T or 1, E), or None: no expert."""
 
-    def mixer(self, statistics: Mapping[str, Statistics]) -> Any | None:
-        """A `compose.slots.gate.Mixer`, where experts are mixed by what they answer; the gating is then not asked."""
+    def mixer(self, statistics: Mapping[str, Statistics], record: Recorder | None = None) -> Any | None:
+        """A `compose.slots.gate.Mixer`, where experts are mixed by what they answer; the gating is then not asked.
+
+        `record` is told the weights (B, T, E) at each site.
+        """
         return None
 
 

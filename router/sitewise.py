@@ -12,9 +12,8 @@ import compose
 from compose.runtime.model_runtime import runtime
 from router.bench import Bench, Experts
 from router.gating import Gating
-from router.scorer import SiteScores, Statistics
+from router.scorer import Recorder, SiteScores, Statistics
 
-Recorder = Callable[[str, Tensor], None]
 NONE = float("-inf")
 
 

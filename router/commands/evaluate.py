@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     metavar="NAME=FILE",
     help="Rows like a set's, for a likelihood router's prior on it.",
 )
+@click.option(
+    "--prompt-tokens",
+    "prompts",
+    multiple=True,
+    type=click.IntRange(1),
+    metavar="N",
+    help="Choose by the first N tokens and measure what follows (repeat) [32].",
+)
 @text_options
 @base_options
 @json_file_option
@@ -38,8 +46,13 @@ def evaluate(
     hub route eval acme/near --data law=test-law.jsonl --data novel=other.jsonl --plot confusion.svg
     hub route eval acme/demix --data novel=test.jsonl --dev novel=valid.jsonl
 
+    What is measured is what `hub run` and `hub serve` answer with. A text is continued with the weights that its first
+    N tokens give, and what follows them is measured (of texts that are no longer, their second half); a row to
+    classify is read whole.
+
     The figures stand beside the bare base, the one adapter that is best over all sets, all adapters averaged (for
-    perplexity also their probabilities: uniform), and the oracle: the adapter of the set's name, or for another name
+    perplexity also their probabilities: uniform; of a likelihood router their mixture by the running posterior: demix),
+    and the oracle: the adapter of the set's name, or for another name
     the one that does best on it.
     """  # noqa: D301
     from router.api import evaluate as evaluate_router
@@ -64,12 +77,17 @@ def _print(report: Report) -> None:
             return "-"
         return f"{value:.2f}" if report.metric == "perplexity" else f"{100 * value:.1f}%"
 
-    rows = [(row["set"], *(text(row[way]) for way in report.ways), row["expert"]) for row in report.rows]
-    click.echo(columns((report.metric.upper(), *report.ways, "oracle is"), rows))
+    prompts = ("prompt_tokens",) if report.metric == "perplexity" else ()
+    rows = [
+        (row["set"], *(str(row[p]) for p in prompts), *(text(row[way]) for way in report.ways), row["expert"])
+        for row in report.rows
+    ]
+    click.echo(columns((report.metric.upper(), *("prompt" for _ in prompts), *report.ways, "oracle is"), rows))
     experts = list(next(iter(report.confusion.values())))
     click.echo()
     weights = [(name, *(f"{w[e]:.2f}" for e in experts)) for name, w in report.confusion.items()]
     click.echo(columns(("MEAN WEIGHT", *experts), weights))
+    say(f"measured: {report.measured}")
     say(f"best single over all sets: {report.best_single}")
 
 

@@ -14,8 +14,8 @@ from router.dispatch import row_expressions
 from router.engine.grammar import CompiledGrammar
 from router.engine.host import Host
 from router.engine.request import ContextExceeded, Request
-from router.engine.routing import NO_TASK
 from router.engine.targets import Target
+from router.router import NO_TASK
 
 MOST = 1024  # tokens written where nothing else bounds them
 
@@ -77,7 +77,7 @@ def prepare(host: Host, request: Request, target: Target) -> PreparedRow:
         An empty text, one that leaves no room for a continuation, or a base that can neither generate nor classify it.
     """
     if target.routing is not None:
-        target.routing.check_task(request.task)
+        target.routing.router.check_task(request.task)
     elif request.task is not None:
         raise UsageError(NO_TASK, hint="leave the task out, or name a router of the method `task`")
     return _prepared(host, request, target)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from compose.expr.tree import IDENTITY, Ref
-from hub.errors import NotFound, UsageError, suggest
 from hub.store import Artifact, Store
 from router.artifact import load
 from router.bench import Batch, tree
@@ -18,7 +17,6 @@ from router.engine.sources import KnownAdapter
 from router.router import Router
 
 _NO_ROWS: Any = None  # a router of tokens looks at none beforehand
-NO_TASK = "this is no router that is asked for a task"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,19 +43,6 @@ class Routing:
     def asks_members(self) -> bool:
         """Whether the members have to be resident before it can choose: it knows nothing of them by itself."""
         return self.by_token or not all(self.router.statistics.get(name) for name in self.router.experts)
-
-    def check_task(self, task: str | None) -> None:
-        """Refuse a row that names no task where the router reads one, or that names a task where it does not."""
-        if not self.router.scorer.reads_tasks:
-            if task is not None:
-                raise UsageError(f"{NO_TASK}: {self.router.scorer.name} chooses by itself", hint="leave the task out")
-            return
-        experts = ", ".join(self.router.experts)
-        if task is None:
-            raise UsageError("a row of this router says its task, and this one names none", hint=f"one of {experts}")
-        if task not in self.router.experts:
-            near = suggest(task, self.router.experts)
-            raise NotFound(f"the task is {task!r}, which is no member of the router", hint=near or f"one of {experts}")
 
     def activate(self, host: Host) -> None:
         """Make it weigh its experts at each token."""

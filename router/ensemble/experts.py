@@ -76,30 +76,47 @@ def expert_log_probs(
         A member gives NaN: it is named.
     """
     ids, mask = checked(model, input_ids, attention_mask)
-    batch, length = ids.shape
-    valid = (mask[:, 1:] & mask[:, :-1]).bool()
-    context = context or context_of(model) or length
-    overlap = max(1, context // 4) if overlap is None else overlap
-    result = torch.zeros(len(members), batch, max(length - 1, 0), device=ids.device)
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
     with active(model, members):
-        for window in windows(length, context, overlap):
-            width = window.end - window.start
-            # As many texts at once as the bound allows; where one is too much already, it is read in segments.
-            group = max(1, max_logits // (len(members) * width * vocabulary))
-            segment = max(1, max_logits // (len(members) * min(group, batch) * vocabulary))
-            for top in range(0, batch, group):
-                part = slice(top, top + group)
-                reader = Reader(model, ids[part, window.start : window.end], mask[part, window.start : window.end])
-                read = reader.read(len(members), segment)  # (E, b, width - 1)
-                # Of the part that a window shares with the one before it, only context is taken.
-                result[:, part, window.first - 1 : window.end - 1] = read[:, :, window.first - window.start - 1 :]
-    # Padding is masked first: what a model says there may be NaN without harm.
-    result.masked_fill_(~valid, 0.0)
+        result, valid = read_log_probs(
+            model, len(members), ids, mask, context=context, overlap=overlap, max_logits=max_logits
+        )
     if bool(result.isnan().any()):
         bad = result.isnan().any(2).any(0)
         _name_nan(model, members, ids[bad], mask[bad])
     return result, valid
+
+
+@torch.no_grad()
+def read_log_probs(
+    model: PreTrainedModel,
+    experts: int,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    context: int | None = None,
+    overlap: int | None = None,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[Tensor, Tensor]:
+    """What `expert_log_probs` gives, of what is active: so many experts for any batch, or one that weighs tokens."""
+    batch, length = ids.shape
+    valid = (mask[:, 1:] & mask[:, :-1]).bool()
+    context = context or context_of(model) or length
+    overlap = max(1, context // 4) if overlap is None else overlap
+    result = torch.zeros(experts, batch, max(length - 1, 0), device=ids.device)
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    for window in windows(length, context, overlap):
+        width = window.end - window.start
+        # As many texts at once as the bound allows; where one is too much already, it is read in segments.
+        group = max(1, max_logits // (experts * width * vocabulary))
+        segment = max(1, max_logits // (experts * min(group, batch) * vocabulary))
+        for top in range(0, batch, group):
+            part = slice(top, top + group)
+            reader = Reader(model, ids[part, window.start : window.end], mask[part, window.start : window.end])
+            read = reader.read(experts, segment)  # (E, b, width - 1)
+            # Of the part that a window shares with the one before it, only context is taken.
+            result[:, part, window.first - 1 : window.end - 1] = read[:, :, window.first - window.start - 1 :]
+    # Padding is masked: what a model says there may be NaN without harm.
+    return result.masked_fill_(~valid, 0.0), valid
 
 
 class Reader:

@@ -15,15 +15,16 @@ from compose.expr.tree import Add, Expr, Scale
 from hub.console.progress import Steps
 from hub.errors import UsageError
 from router.bench import Batch, Experts, tree
+from router.dispatch import row_expressions
 from router.ensemble.demix import mix
-from router.ensemble.experts import active, expert_log_probs
+from router.ensemble.experts import active, expert_log_probs, read_log_probs
 from router.ensemble.posterior import fitted, log_prior
 from router.router import Router
+from router.scorer import RowScorer
 
-WAYS = {
-    "perplexity": ("base", "best single", "average", "uniform", "routed", "oracle"),
-    "accuracy": ("base", "best single", "average", "routed", "oracle"),
-}
+PROMPT = 32  # tokens of a text that its experts are chosen by
+WAYS = ("base", "best single", "average", "uniform", "routed", "oracle")
+WAYS_OF_LABELS = ("base", "best single", "average", "routed", "oracle")
 
 
 @dataclass(frozen=True)
@@ -33,27 +34,28 @@ class Report:
     Attributes
     ----------
     metric : ``perplexity`` (lower is better) or ``accuracy``.
-    rows : for each set: its name, the figure of each of its `ways`, how many items, which expert the oracle took.
+    ways : what is compared, in order.
+    measured : in a sentence, what the figures are of.
+    rows : for each set (and each length of the prompt): its name, the figure of each of its `ways`, how many items,
+        which expert the oracle took.
     best_single : the one expert that does best over all sets.
-    confusion : set -> mean weight of each expert on its rows.
-    single : set -> figure of each expert alone.
+    confusion : set -> mean weight of each expert on its rows; the longest prompt's where there are several.
+    single : set -> figure of each expert alone; likewise.
     """
 
     metric: str
+    ways: tuple[str, ...]
+    measured: str
     rows: tuple[dict[str, Any], ...]
     best_single: str
     confusion: Mapping[str, Mapping[str, float]]
     single: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    @property
-    def ways(self) -> tuple[str, ...]:
-        """What is compared, in order."""
-        return WAYS[self.metric]
-
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
             "metric": self.metric,
+            "measured": self.measured,
             "best_single": self.best_single,
             "rows": list(self.rows),
             "confusion": {name: dict(figures) for name, figures in self.confusion.items()},
@@ -66,46 +68,61 @@ def perplexities(
     model: PreTrainedModel,
     sets: Mapping[str, Sequence[Tensor]],
     *,
+    prompts: Sequence[int] = (PROMPT,),
     dev: Mapping[str, Sequence[Tensor]] | None = None,
     pad: int = 0,
     progress: Steps | None = None,
 ) -> Report:
-    """Perplexity of each set of encoded rows under base, best single, average, uniform, router and oracle.
+    """Perplexity of what follows a prompt, under base, best single, average, uniform, router and oracle.
 
-    The oracle of a set is the expert of its name; where none has it, the one that does best on it. `average` weighs the
-    experts' effects alike, `uniform` their output probabilities. A ``likelihood`` router mixes probabilities by the
-    running posterior (DEMix), from a prior fitted on the rows that `dev` has for the set; the others weigh the experts
-    inside the model.
+    ``routed`` is what the engine answers with: a scorer of rows weighs the experts by the prompt alone and keeps to
+    that, a scorer of tokens weighs them at each token. A prompt is the first tokens of a text, as many as `prompts`
+    says, or the first half of a text that is no longer. `average` weighs the experts' effects alike, `uniform` their
+    output probabilities. The oracle of a set is the expert of its name; where none has it, the one that does best on
+    it. For a ``likelihood`` router `demix` mixes the probabilities by the posterior, which moves on with each token, as
+    ``ensemble.demix(...)`` answers; it starts from a prior fitted on the rows that `dev` has for the set.
     """
-    names = list(router.experts)
-    measured: dict[str, _Losses] = {}
-    for name, rows in sets.items():
+    names, mixes = list(router.experts), router.scorer.name == "likelihood"
+    measured: dict[tuple[str, int], _Losses] = {}
+    for done, (name, rows) in enumerate(sets.items(), 1):
         prior = _prior(router, model, (dev or {}).get(name, ()), pad)
-        measured[name] = _losses(router, model, name, rows, prior, pad)
+        measured |= {(name, n): losses for n, losses in _losses(router, model, name, rows, prior, pad, prompts).items()}
         if progress is not None:
-            progress("measure", len(measured), len(sets))
+            progress("measure", done, len(sets))
+    ways = (*WAYS[:4], *(("demix",) if mixes else ()), *WAYS[4:])
     best = names[int(torch.stack([losses.alone[2:] for losses in measured.values()]).mean(0).argmin())]
     table, single = [], {}
-    for name, losses in measured.items():
+    for (name, prompt), losses in measured.items():
         base, mean, *own = losses.alone.exp().tolist()
         single[name] = alone = dict(zip(names, own, strict=True))
         oracle = name if name in alone else min(alone, key=alone.__getitem__)
-        figures = (base, alone[best], mean, math.exp(losses.uniform), math.exp(losses.routed), alone[oracle])
-        values = dict(zip(WAYS["perplexity"], figures, strict=True))
-        table.append({"set": name, **values, "expert": oracle, "items": losses.tokens})
-    confusion = {name: dict(zip(names, losses.weights.tolist(), strict=True)) for name, losses in measured.items()}
-    return Report("perplexity", tuple(table), best, confusion, single)
+        figures = {"base": base, "best single": alone[best], "average": mean, "oracle": alone[oracle]}
+        figures |= {way: math.exp(loss) for way, loss in losses.mixed.items()}
+        row = {way: figures[way] for way in ways}
+        table.append({"set": name, "prompt_tokens": prompt, **row, "expert": oracle, "items": losses.tokens})
+    confusion = {name: dict(zip(names, losses.weights.tolist(), strict=True)) for (name, _), losses in measured.items()}
+    told = "perplexity of what follows a prompt, or the first half of a text that is no longer; routed: as served, "
+    told += "weighed at each token" if router.level == "site" else "weighed by the prompt"
+    return Report("perplexity", ways, told, tuple(table), best, confusion, single)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Losses:
-    """Nats a token on one set: base, average and each expert (2 + E,), uniform, routed; the experts' mean weights."""
+    """Nats on one set behind prompts of one length: of base, average and each expert (2 + E,), and of mixtures."""
 
     alone: Tensor
-    uniform: float
-    routed: float
-    tokens: int
-    weights: Tensor
+    mixed: dict[str, float]
+    weights: Tensor  # of the experts (E,), summed over the rows, and in the end their mean
+    tokens: int = 0
+
+    def add(self, way: str, log_probs: Tensor, counted: Tensor) -> None:
+        """Take up log probabilities (B, T-1) where they count."""
+        self.mixed[way] = self.mixed.get(way, 0.0) - float(log_probs.double()[counted].sum())
+
+    def mean(self, rows: int) -> _Losses:
+        """A token, and a row."""
+        mixed = {way: loss / self.tokens for way, loss in self.mixed.items()}
+        return _Losses(self.alone / self.tokens, mixed, self.weights / rows, self.tokens)
 
 
 def _prior(router: Router, model: PreTrainedModel, rows: Sequence[Tensor], pad: int) -> Tensor:
@@ -120,45 +137,74 @@ def _prior(router: Router, model: PreTrainedModel, rows: Sequence[Tensor], pad: 
 
 
 def _losses(
-    router: Router, model: PreTrainedModel, name: str, rows: Sequence[Tensor], prior: Tensor, pad: int
-) -> _Losses:
+    router: Router,
+    model: PreTrainedModel,
+    name: str,
+    rows: Sequence[Tensor],
+    prior: Tensor,
+    pad: int,
+    prompts: Sequence[int],
+) -> dict[int, _Losses]:
+    """Losses of a set behind prompts of each length."""
     members: list[Expr | None] = [None, average(router.experts), *map(tree, router.experts.values())]
-    total = torch.zeros(len(members), dtype=torch.float64)
-    weights = torch.zeros(len(router.experts), dtype=torch.float64)
-    own, alike, tokens = 0.0, 0.0, 0
+    count = len(router.experts)
+    total = {n: _Losses(torch.zeros(2 + count).double(), {}, torch.zeros(count).double()) for n in prompts}
     for batch in _batches(rows, pad, model):
-        asked = Batch(batch.input_ids, batch.attention_mask, (name,) * len(batch) if name in router.experts else ())
         # One pass for base, average and every expert; all mixtures of probabilities follow from it.
         log_probs, valid = expert_log_probs(model, members, batch.input_ids, batch.attention_mask)
-        total -= log_probs.double().sum((1, 2)).cpu()
-        tokens += int(valid.sum())
-        even = mix(log_probs[2:], valid, log_prior=log_prior(None, len(weights)), temperature=math.inf)
-        alike += float(even.nll.sum())
+        mixed = {"uniform": mix(log_probs[2:], valid, log_prior=log_prior(None, count), temperature=math.inf)}
         if router.scorer.name == "likelihood":
-            score = even.reweighed(prior=prior.exp(), **_pace(router))
-            own += float(score.nll.sum())
-            weights += score.final.sum(0).cpu()
-        else:  # weighs inside the model, so it needs a pass of its own
-            own += _routed_nll(router, model, asked, valid)
-            weights += router.weights(model, asked).double().sum(0).cpu()
-    if not tokens:
+            mixed["demix"] = mixed["uniform"].reweighed(prior=prior.exp(), **_pace(router))
+        at_tokens: Tensor | None = None  # of a router that weighs tokens: the same behind any prompt
+        for n, losses in total.items():
+            prompt = _prompt(batch, n, (name,) if name in router.experts else (), pad)
+            begins = prompt.attention_mask.sum(1, keepdim=True)
+            counted = valid & (torch.arange(1, valid.shape[1] + 1, device=valid.device) >= begins)
+            weights = router.weights(model, prompt)
+            if isinstance(router.scorer, RowScorer):
+                served = _rows_log_probs(model, row_expressions(list(router.experts.values()), weights), batch)
+            else:
+                served = at_tokens = _token_log_probs(router, model, batch) if at_tokens is None else at_tokens
+            losses.alone -= (log_probs.double() * counted).sum((1, 2)).cpu()
+            losses.weights += weights.double().sum(0).cpu()
+            losses.tokens += int(counted.sum())
+            losses.add("routed", served, counted)
+            for way, score in mixed.items():
+                losses.add(way, score.log_probs, counted)
+    if not all(losses.tokens for losses in total.values()):
         raise UsageError(f"the texts of {name!r} have no token to predict", hint="give longer texts")
-    return _Losses(total / tokens, alike / tokens, own / tokens, tokens, weights / len(rows))
+    return {n: losses.mean(len(rows)) for n, losses in total.items()}
+
+
+def _prompt(batch: Batch, tokens: int, task: tuple[str, ...], pad: int) -> Batch:
+    """The first tokens of each row, or the first half of a row that has no more."""
+    lengths = batch.attention_mask.sum(1).tolist()
+    cut = [tokens if length > tokens else max(1, length // 2) for length in lengths]
+    rows = [ids[:n].cpu() for ids, n in zip(batch.input_ids, cut, strict=True)]
+    return Batch.of(rows, pad=pad, tasks=task * len(rows)).to(batch.input_ids.device)
 
 
 def _pace(router: Router) -> dict[str, Any]:
-    """How the weights of a ``likelihood`` router move."""
+    """How the weights of a ``likelihood`` router's mixture move."""
     options = router.scorer.options
     prefix = None if options.tokens is None else options.tokens - 1
     how = {"gamma": options.gamma, "hedge": options.hedge, "prefix": prefix}
     return {"temperature": router.gating.temperature, **how}
 
 
-def _routed_nll(router: Router, model: PreTrainedModel, batch: Batch, valid: Tensor) -> float:
-    with torch.no_grad(), router.routed(model, batch):
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    log_probs = logits[:, :-1].float().log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
-    return -float(log_probs.masked_fill(~valid, 0.0).double().sum())
+def _rows_log_probs(model: PreTrainedModel, expressions: Sequence[Expr | None], batch: Batch) -> Tensor:
+    """Log probability of each token (B, T-1), each row under its own expression; those of one are read together."""
+    found = torch.zeros(len(batch), batch.input_ids.shape[1] - 1, device=batch.input_ids.device)
+    for expression in dict.fromkeys(expressions):
+        own = [i for i, other in enumerate(expressions) if other == expression]
+        found[own] = expert_log_probs(model, [expression], batch.input_ids[own], batch.attention_mask[own])[0][0]
+    return found
+
+
+def _token_log_probs(router: Router, model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The same under a router that weighs its experts at each token."""
+    with router.routed(model, batch):
+        return read_log_probs(model, 1, batch.input_ids, batch.attention_mask)[0][0]
 
 
 def average(experts: Experts) -> Expr:
@@ -212,9 +258,11 @@ def accuracies(
     for name, figures in right.items():
         oracle = name if name in names else max(names, key=lambda expert: figures[expert])
         values = (math.nan, figures[best], figures["average"], figures["routed"], figures[oracle])
-        ways = dict(zip(WAYS["accuracy"], values, strict=True))
+        ways = dict(zip(WAYS_OF_LABELS, values, strict=True))
         table.append({"set": name, **ways, "expert": oracle, "items": len(sets[name].rows)})
-    return Report("accuracy", tuple(table), best, confusion, {n: {e: f[e] for e in names} for n, f in right.items()})
+    single = {n: {e: f[e] for e in names} for n, f in right.items()}
+    told = "accuracy; routed: as it is served, each row answered by the expert that weighs most for all of it"
+    return Report("accuracy", WAYS_OF_LABELS, told, tuple(table), best, confusion, single)
 
 
 def _right(

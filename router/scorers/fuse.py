@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compose.runtime.model_runtime import runtime
 from hub.errors import UsageError
 from router.bench import Bench, sites_of
-from router.scorer import SHARED, ScorerOptions, SiteScorer, SiteScores, Statistics, register
+from router.scorer import SHARED, Recorder, ScorerOptions, SiteScorer, SiteScores, Statistics, register
 from router.sitewise import learn
 
 
@@ -65,16 +65,16 @@ class Fuse(SiteScorer):
         """Refuse: the weights depend on the experts' answers; see `mixer`."""
         raise UsageError("fuse has no scores before the experts have answered", hint="route with its mixer")
 
-    def mixer(self, statistics: Mapping[str, Statistics]) -> _Attention:
+    def mixer(self, statistics: Mapping[str, Statistics], record: Recorder | None = None) -> _Attention:
         """The attention."""
-        return _Attention(statistics.get(SHARED, {}))
+        return _Attention(statistics.get(SHARED, {}), record)
 
 
 class _Attention:
     """A `compose.slots.gate.Mixer`."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: Mapping[str, Tensor], record: Recorder | None = None) -> None:
+        self.tensors, self.record = tensors, record
 
     def mix(self, path: str, y: Tensor, deltas: Tensor) -> Tensor:
         """`y` (B, T, d) plus the attended deltas (B, T, E, d)."""
@@ -83,5 +83,7 @@ class _Attention:
         query, key = (self.tensors[f"{path}/{part}"].to(y.device) for part in ("query", "key"))  # (n, d)
         q, k = y.float() @ query.T, deltas.float() @ key.T  # (B, T, n), (B, T, E, n)
         w = ((k @ q[..., None]) / q.shape[-1] ** 0.5).softmax(-2)  # (B, T, E, 1)
+        if self.record is not None:
+            self.record(path, w[..., 0].detach())
         mixed: Tensor = y + (w.to(deltas.dtype) * deltas).sum(-2)
         return mixed

@@ -41,6 +41,7 @@ class Likelihood(RowScorer):
     Options = LikelihoodOptions
     paper = "arXiv 2108.05036"
     needs_data = False
+    continues = True
 
     def check(self, gating: Gating, experts: int) -> None:
         """Refuse a temperature beside hedged weights, too."""

@@ -35,6 +35,7 @@ class Smear(RowScorer):
     Options = SmearOptions
     paper = "arXiv 2306.03745"
     joint = True
+    continues = True  # it learns through their loss
 
     def fit(self, bench: Bench) -> dict[str, Statistics]:
         """Train the router; statistics of an expert are its vector (d,) and bias."""

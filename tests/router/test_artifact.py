@@ -209,7 +209,8 @@ def test_eval_stands_beside_what_has_to_be_beaten(place):
     for row in found["rows"]:
         single = found["single"][row["set"]]
         assert row["oracle"] == pytest.approx(single[row["expert"]]) and row["expert"] == row["set"]
-        assert row["routed"] <= min(single.values()) * 2 ** (1 / 8), "the regret bound: ln 2 over the text's tokens"
+        assert row["demix"] <= min(single.values()) * 2 ** (1 / 8), "the regret bound: ln 2 over the text's tokens"
+        assert row["prompt_tokens"] == 32 and row["items"] > 0
         assert sum(found["confusion"][row["set"]].values()) == pytest.approx(1.0)
         assert row["uniform"] > 0
     table = hub("route", "eval", "ns/router", *DATA, "--max-rows", "1").stdout
@@ -223,13 +224,14 @@ def test_eval_stands_beside_what_has_to_be_beaten(place):
 def test_a_prior_is_fitted_on_rows_like_those_of_a_set(place):
     """Of texts that law explains best, the prior is law's; so the mixture starts where it would end, or close by."""
     fit("likelihood", "--option", "hedge=true", ref="ns/hedged@1.0.0")
-    sets = ("--data", "novel=law.jsonl", "--max-rows", "2", "--json", "-")
+    sets = ("--data", "novel=law.jsonl", "--max-rows", "2", "--prompt-tokens", "1", "--json", "-")
     plain, fitted = (
         json.loads(hub("route", "eval", "ns/hedged", *sets, *dev).stdout)["rows"][0]
         for dev in ((), ("--dev", "novel=law.jsonl"))
     )
-    assert fitted["uniform"] == plain["uniform"] and fitted["routed"] < plain["routed"]
-    assert plain["routed"] <= min(plain["uniform"], plain["oracle"] * 2 ** (1 / 8)) * 5 ** (1 / 8), "ln 5 nats a text"
+    assert fitted["uniform"] == plain["uniform"] and fitted["demix"] < plain["demix"]
+    assert fitted["routed"] == plain["routed"], "what is served starts from no rows' prior"
+    assert plain["demix"] <= min(plain["uniform"], plain["oracle"] * 2 ** (1 / 8)) * 5 ** (1 / 8), "ln 5 nats a text"
     told = hub("route", "eval", "ns/hedged", *sets, "--dev", "nvel=law.jsonl", code=2).stderr
     assert "--data none" in told and "did you mean novel" in told
     fit("arrow")
