@@ -20,6 +20,7 @@ from compose.base.sites import SiteMap
 from compose.expr.tree import Call, Expr, Ref, Scale, Seq
 from compose.kind.adapter import Adapter
 from compose.kind.tensors import PREFIX
+from compose.slots.limits import limits
 from hub.errors import GateError, HubError
 
 Weighted = list[tuple[float, str]]
@@ -151,7 +152,8 @@ def heads_of(expr: Expr, adapters: Mapping[str, Adapter], names: Sequence[str]) 
         return [(1.0, expr.text)] if any(name in adapters[expr.text].saved for name in names) else []
     if isinstance(expr, Scale):
         return [(expr.factor * w, name) for w, name in heads_of(expr.of, adapters, names)]
-    assert not isinstance(expr, Call)  # noqa: S101 - merges are adapters of their own once activated
+    # A merge is an adapter of its own once activated; `at(...)` keeps what its argument brings whole.
+    assert not isinstance(expr, Call) or limits(expr)  # noqa: S101
     parts = [heads_of(child, adapters, names) for child in expr.children]
     if isinstance(expr, Seq):
         return next((part for part in reversed(parts) if part), [])

@@ -197,7 +197,7 @@ def _mixture(expr: Expr) -> Mixture | None:
 
 
 def _refuse_calls(expr: Expr) -> None:
-    if isinstance(expr, Call) and get_function(expr.function).family != "merge":
+    if isinstance(expr, Call) and get_function(expr.function).family not in ("merge", "select"):
         raise UsageError(
             f"{expr.function}(...) does not run inside one forward pass",
             hint="`hub route fit` makes a router of its members, which can be named here",
