@@ -23,10 +23,16 @@ _DTYPES = ("auto", "fp32", "bf16", "fp16")
 @click.option("--router", metavar="REF", help="A router that chooses the adapter for each row.")
 @click.option("--adapter-column", metavar="COLUMN", help="Each row names its own adapter, expression or router here.")
 @click.option("--task-column", metavar="COLUMN", help="Each row names here which member of a `task` router answers.")
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Default: stdout.")
+@click.option(
+    "--adapter", "adapters", metavar="NAME=DIR|REF", multiple=True, help="What a name in expressions stands for."
+)
+@click.option(
+    "--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="Default: stdout, as JSON lines."
+)
 @click.option("--overwrite", is_flag=True, help="Replace --out, and forget a run that was interrupted.")
 @click.option("--text", metavar="COLUMN", default="text", show_default=True, help="The text or prompt.")
 @click.option("--pair", metavar="COLUMN", help="A second text, for tasks on pairs.")
+@click.option("--chat", is_flag=True, help="The text is what a user says, for the base's chat template.")
 @click.option("--into", metavar="COLUMN", default="output", show_default=True, help="Where the answer goes.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True, help="Of a continuation.")
 @click.option("--stop", metavar="TEXT", multiple=True, help="End a continuation before this text; repeatable.")
@@ -35,23 +41,28 @@ _DTYPES = ("auto", "fp32", "bf16", "fp16")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling; every line has its own stream.")
 @click.option("--scores", metavar="N", type=click.IntRange(0, 1000), default=0, help="Add the N best labels or tokens.")
 @click.option("--route-weights", is_flag=True, help="Add what the router gave each adapter.")
-@click.option("--on-error", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="Bad lines.")
+@click.option("--on-error", type=click.Choice(["skip", "stop"]), default="skip", show_default=True, help="Bad rows.")
 @quantize_option()
 @click.option("--dtype", type=click.Choice(_DTYPES), default="auto", show_default=True, help="auto: fp32 on a CPU.")
+@click.option("--device", metavar="DEVICE", help="cpu, cuda:1 [a GPU where there is one].")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Rows computed together.")
 @click.option("--resident", metavar="SIZE", default="4GiB", show_default=True, help="Adapters kept in memory.")
 @click.option("--allow-base-drift", is_flag=True, help="Take adapters of other weights of the same architecture.")
-def run(source: str, out: Path | None, **given: Any) -> None:
-    """Run JSONL rows through a base and its adapters: one process, any mixture of tasks.
+@click.pass_context
+def run(ctx: click.Context, /, source: str, out: Path | None, **given: Any) -> None:
+    """Run the rows of a file through a base and its adapters: one process, any mixture of tasks.
 
-    Each row comes out as it went in with the answer added: a continuation, or the label of an adapter with a head. The
-    order of the rows is kept, whatever is computed together. With --out a run that was interrupted goes on where it
-    was when the same command is given again, and ends in the same bytes.
+    FILE and --out are JSON lines, CSV, TSV or Parquet by their suffix; FILE and JSON lines also .gz. Each row comes out
+    as it went in with the answer added: a continuation, or the label of an adapter with a head. The order of the rows
+    is kept, whatever is computed together. With --out a run that was interrupted goes on where it was when the same
+    command is given again, and ends in the same bytes. A row that cannot be computed says so in its place, and the
+    command ends in 1.
 
     \b
     hub run mails.jsonl --expr local/triage --out answers.jsonl
-    hub run mixed.jsonl --base builtin:tiny-lm --adapter-column adapter --scores 3 > answers.jsonl
+    hub run mixed.csv --base builtin:tiny-lm --adapter-column adapter --scores 3 --out answers.parquet
     """  # noqa: D301  (\b is click's mark for text that is not rewrapped)
+    from compose.planning.members import assignments
     from hub.console.progress import bars
     from router.running.run import run as run_rows
 
@@ -59,16 +70,18 @@ def run(source: str, out: Path | None, **given: Any) -> None:
     expr, router = given.pop("expr"), given.pop("router")
     if router is not None:
         _check_router(router)
-    _report(
-        run_rows(
-            sys.stdin.buffer if source == "-" else source,
-            sys.stdout.buffer if out is None else out,
-            adapter=expr or router,
-            progress=bars,
-            on_resume=lambda rows: click.echo(f"going on after row {rows:,}", err=True),
-            **given,
-        )
+    outcome = run_rows(
+        sys.stdin.buffer if source == "-" else source,
+        sys.stdout.buffer if out is None else out,
+        adapter=expr or router,
+        adapters=assignments(given.pop("adapters")),
+        progress=bars,
+        on_resume=lambda rows: click.echo(f"going on after row {rows:,}", err=True),
+        **given,
     )
+    _report(outcome)
+    if outcome.failed:
+        ctx.exit(1)
 
 
 def _check_choice(given: dict[str, Any]) -> None:

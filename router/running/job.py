@@ -8,13 +8,13 @@ from itertools import islice
 from time import perf_counter
 from typing import Any, BinaryIO, Protocol
 
+from hub.contents.rows import Line, RowError, Rows
 from hub.errors import HubError
 from router.engine.engine import Engine
 from router.engine.job import Answer
 from router.engine.prepare import PreparedRow
 from router.running.journal import Mark
-from router.running.lines import Line, Lines, RowError
-from router.running.rows import Options, encode
+from router.running.rows import Options, Render, encode
 
 WINDOW = 16  # batches: rows are sorted by length within so many
 
@@ -78,7 +78,7 @@ class Outcome:
     seconds: float
 
 
-def check(lines: Lines, options: Options) -> dict[str, int]:
+def check(lines: Rows, options: Options) -> dict[str, int]:
     """Read a whole input for what would stop the run later; returns each adapter it names and the first such line.
 
     Raises
@@ -108,9 +108,15 @@ def check_adapters(engine: Engine, named: Mapping[str, int], source: str) -> Non
 
 
 def go(
-    engine: Engine, lines: Lines, options: Options, sink: Sink, *, advance: Callable[[int], None] = lambda _: None
+    engine: Engine,
+    lines: Rows,
+    options: Options,
+    sink: Sink,
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+    pack: Callable[[bytes], bytes] = bytes,
 ) -> Outcome:
-    """Compute all lines that the sink does not have yet.
+    """Compute all lines that the sink does not have yet; `pack` is what becomes of a window's lines before they go.
 
     Raises
     ------
@@ -122,9 +128,10 @@ def go(
         answers = _window(engine, window, options, sink, lines.name)
         errors = [answer for answer in answers if isinstance(answer, HubError)]
         first = first or next(iter(errors), None)
-        text = b"".join(_out(line, answer, options) for line, answer in zip(window, answers, strict=True))
+        text = pack(b"".join(_out(line, answer, options) for line, answer in zip(window, answers, strict=True)))
         mark = Mark(
-            rows=lines.number,
+            rows=lines.count,
+            lines=lines.number,
             offset=lines.offset,
             sha256=lines.sha256,
             written=mark.written + len(text),
@@ -147,13 +154,14 @@ def _window(
             raise named
         answers[line.number] = named
 
+    render = Render(engine.host.tokenizer)
     ready: list[PreparedRow] = []
     readable: list[Line] = []
     for line in window:
         try:
             if line.row is None:
                 raise line.error or RowError("?")
-            ready.append(engine.prepare(options.request(line.row, line.number)))
+            ready.append(engine.prepare(options.request(line.row, line.number, render)))
             readable.append(line)
         except HubError as error:
             fail(line, error)

@@ -1,9 +1,10 @@
 """How far a run has come, so that it goes on after any interruption as if there had been none.
 
-Rows are taken in windows. `OUT` holds the rows of finished windows and grows by a whole window at a time; beside it
-`OUT.journal` holds the settings, where the last window ended (in the input, in `OUT`), and the finished batches of the
-window under way. What is computed together depends on the input and the settings alone, so a batch that was cut off
-comes out the same when it is computed again. Both files are synced to disk before the run goes on.
+Rows are taken in windows. `OUT` holds the rows of finished windows and grows by a whole window at a time (where `OUT`
+is a table, `OUT.rows` does, and `OUT` is made of it in the end; see `router.running.tables`). Beside it `OUT.journal`
+holds the settings, where the last window ended (in the input, in `OUT`), and the finished batches of the window under
+way. What is computed together depends on the input and the settings alone, so a batch that was cut off comes out the
+same when it is computed again. Both files are synced to disk before the run goes on.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from filelock import FileLock, Timeout
 from hub.errors import Conflict, UsageError
 from hub.io.files import atomic_write, fsync_directory
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Mark:
-    """The end of a window: rows and bytes of the input before it with their hash, bytes of the output, pinned refs."""
+    """The end of a window: rows, lines and bytes of the input before it, their hash, bytes written, pinned refs."""
 
     rows: int = 0
+    lines: int = 0
     offset: int = 0
     sha256: str = ""
     written: int = 0
@@ -46,6 +48,8 @@ class Journal:
         Everything that the output depends on besides the input; JSON.
     overwrite
         Begin anew, whatever is there.
+    grows
+        The file that grows, where it is not the output itself; it goes with the journal.
 
     Raises
     ------
@@ -55,8 +59,10 @@ class Journal:
         Another process is writing it.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
-        self.out, self.path = out, _beside(out)
+    def __init__(
+        self, out: Path, settings: Mapping[str, Any], *, overwrite: bool = False, grows: Path | None = None
+    ) -> None:
+        self.out, self.grows, self.path = out, grows or out, _beside(out)
         self._settings = json.loads(json.dumps(settings))
         self.mark = Mark()
         self.pins: dict[str, str] = {}
@@ -69,8 +75,8 @@ class Journal:
         for young in out.parent.glob(f".{self.path.name}.*.tmp"):  # a kill has left them
             young.unlink()
         if overwrite:
-            self.path.unlink(missing_ok=True)
-            out.unlink(missing_ok=True)
+            for file in (self.path, out, self.grows):
+                file.unlink(missing_ok=True)
         self.resumed = self._open()
 
     def batch(self, key: str) -> list[Any] | None:
@@ -85,7 +91,7 @@ class Journal:
 
     def commit(self, lines: bytes, mark: Mark) -> None:
         """Append a window's lines to the output; from now on they are there."""
-        with self.out.open("r+b") as file:
+        with self.grows.open("r+b") as file:
             file.seek(self.mark.written)
             file.truncate()
             file.write(lines)
@@ -98,6 +104,8 @@ class Journal:
         """The output is whole: forget the journal."""
         self.path.unlink(missing_ok=True)
         fsync_directory(self.path.parent)
+        if self.grows != self.out:
+            self.grows.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
@@ -116,7 +124,7 @@ class Journal:
             except UsageError:
                 self.close()
                 raise
-        self.out.touch()
+        self.grows.touch()
         atomic_write(self.path, self._head())
         fsync_directory(self.out.parent)
         return False
@@ -124,7 +132,7 @@ class Journal:
     def _read(self) -> bool | None:
         """Go on where the journal says; None where not even its head was written."""
         *lines, torn = self.path.read_bytes().split(b"\n")
-        if len(lines) < 2 or not self.out.exists():
+        if len(lines) < 2 or not self.grows.exists():
             return None
         if torn:  # cut off while it was written
             atomic_write(self.path, b"\n".join([*lines, b""]))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from hub.errors import HubError, UsageError
+from router.engine.job import BREAKDOWNS
 from router.engine.request import Request, Result
 
+MESSAGES = "messages"
 _DIGITS = 4  # of probabilities: more would show the rounding of the batch a row was computed in
 
 
@@ -27,8 +32,11 @@ class Options:
         Ref, expression or router for all rows, where no column names one.
     route_weights
         Add the router's weights.
+    chat
+        The text is what a user says, to be put into the base's chat template. A row with a column ``messages`` (turns
+        of a chat: role and content) instead of a text is put into it anyway.
     on_error
-        "stop" at the first bad line, or "skip" it and say so in its place.
+        "skip" a bad row and say so in its place, or "stop" at the first one.
     """
 
     text: str = "text"
@@ -44,16 +52,22 @@ class Options:
     seed: int = 0
     scores: int = 0
     route_weights: bool = False
-    on_error: str = "stop"
+    chat: bool = False
+    on_error: str = "skip"
 
-    def request(self, row: Mapping[str, Any], number: int) -> Request:
-        """The request of the row at a line. Raises UsageError for a column that is missing or holds no text."""
+    def request(self, row: Mapping[str, Any], number: int, render: Render | None = None) -> Request:
+        """The request of the row at a line; without `render` its messages are looked at, but not put into a template.
+
+        Raises UsageError for a column that is missing or holds no text, or messages that the template refuses.
+        """
         if clash := [name for name in row if name == self.into or name.startswith(self.into + "_")]:
             raise UsageError(
                 f"has a column {clash[0]!r} already", hint="--into NAME puts the answer into another column"
             )
+        turns = self._turns(row)
         return Request(
-            text=_text(row, self.text, "--text"),
+            text=_text(row, self.text, "--text") if turns is None else render(turns) if render else "checked",
+            special=turns is None,
             pair=None if self.pair is None else _text(row, self.pair, "--pair"),
             adapter=self.adapter if self.adapter_column is None else _name(row, self.adapter_column, "an adapter"),
             task=None if self.task_column is None else _name(row, self.task_column, "a task"),
@@ -65,6 +79,12 @@ class Options:
             scores=self.scores,
             weights=self.route_weights,
         )
+
+    def _turns(self, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """The chat that a row is; None where it is a text."""
+        if self.text not in row and MESSAGES in row:
+            return _messages(row[MESSAGES])
+        return [{"role": "user", "content": _text(row, self.text, "--text")}] if self.chat else None
 
     def columns(self, result: Result) -> dict[str, Any]:
         """Columns of a result."""
@@ -92,12 +112,50 @@ class Options:
         return {self.into: None, f"{self.into}_error": error.message}
 
 
+class Render:
+    """From the turns of a chat to the text that the base's chat template makes of them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, turns: Sequence[Mapping[str, Any]]) -> str:
+        """Raise UsageError where there is no template, or it refuses the turns."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise UsageError("is a chat, and this base has no chat template", hint="give texts, and no --chat")
+        try:
+            return str(self._tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+        except (TemplateError, AttributeError, ArithmeticError, *BREAKDOWNS) as error:
+            raise UsageError(f"is a chat that the base's template refuses: {error}") from error
+
+
 def encode(row: Mapping[str, Any]) -> bytes:
-    """One line of JSONL."""
+    """One line of JSONL; what JSON has no word for, such as a date of a Parquet file, is written as text."""
     try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(row, ensure_ascii=False, default=_as_text).encode() + b"\n"
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape and UTF-8 cannot hold
-        return json.dumps(row).encode() + b"\n"
+        return json.dumps(row, default=_as_text).encode() + b"\n"
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return b64encode(value).decode()
+    return str(value.isoformat()) if hasattr(value, "isoformat") else str(value)
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    """Turns of a chat, given as a list or, in a cell of a table, as its JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise UsageError(f"{MESSAGES!r} is no JSON: {value[:40]}") from None
+    turns = value if isinstance(value, list) else []
+    fine = [isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns]
+    if not fine or not all(fine):
+        what = f"its item {fine.index(False) + 1} is none" if fine else "it is no list of them"
+        hint = '[{"role": "user", "content": "..."}]'
+        raise UsageError(f"{MESSAGES!r} holds turns with a role and a content, and {what}", hint=hint)
+    return [{name: part for name, part in turn.items() if part is not None} for turn in turns]
 
 
 def _text(row: Mapping[str, Any], column: str, option: str) -> str:

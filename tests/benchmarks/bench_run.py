@@ -25,9 +25,9 @@ from bench_tools import interleave, llama, machine, ratio, report, shape_options
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import compose
+from hub.contents.rows import JsonLines
 from router.engine.engine import Engine
 from router.running.job import Stream, go
-from router.running.lines import Lines
 from router.running.rows import Options
 
 
@@ -92,7 +92,7 @@ class Bench:
     def _ours(self) -> list[str]:
         out = io.BytesIO()
         asked = Options(adapter_column="adapter", max_new_tokens=self.options.tokens)
-        go(self.engine, Lines(io.BytesIO(self.file), "rows"), asked, Stream(out))
+        go(self.engine, JsonLines(io.BytesIO(self.file), "rows"), asked, Stream(out))
         return [json.loads(line)["output"].strip() for line in out.getvalue().splitlines()]
 
     def _mixed(self) -> list[str]:

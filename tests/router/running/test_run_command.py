@@ -12,21 +12,21 @@ import pytest
 from click.testing import CliRunner
 
 from hub.cli import main
+from hub.contents.rows import MAX_LINE, JsonLines, RowError
 from hub.errors import Conflict
 from router.engine.engine import Engine
 from router.running.job import Stream, go
 from router.running.journal import Journal
-from router.running.lines import MAX_LINE, Lines, RowError
 from router.running.rows import Options
 
 BASE = "builtin:tiny-lm"
-OPTIONS = Options(adapter_column="adapter", max_new_tokens=5, scores=2)
+OPTIONS = Options(adapter_column="adapter", max_new_tokens=5, scores=2, on_error="stop")
 
 
 def computed(engine, path, options=OPTIONS) -> bytes:
     out = io.BytesIO()
     with path.open("rb") as stream:
-        go(engine, Lines(stream, path.name), options, Stream(out))
+        go(engine, JsonLines(stream, path.name), options, Stream(out))
     return out.getvalue()
 
 
@@ -143,7 +143,7 @@ def test_a_bad_line_is_named_and_can_be_skipped(engine, jsonl, line, words):
 
 def test_lines_of_any_size_are_read_in_bounded_memory():
     text = b"x" * (MAX_LINE + 5) + b"\n" + b'{"a": 1}\r\n' + b'\xff\n{"b": 2}'
-    huge, good, binary, last = Lines(io.BytesIO(text), "f")
+    huge, good, binary, last = JsonLines(io.BytesIO(text), "f")
     assert "longer than 16 MiB" in huge.error.message
     assert (good.number, good.row) == (2, {"a": 1})
     assert "not UTF-8" in binary.error.message
@@ -196,8 +196,8 @@ def test_killed_twenty_times_and_still_the_same_bytes(published, jsonl, tmp_path
 
 def resume(engine, path, out):
     with path.open("rb") as stream:
-        lines, journal = Lines(stream, path.name), Journal(out, {"rows": engine.rows})
-        assert lines.skip(journal.mark.offset, lines=journal.mark.rows)
+        lines, journal = JsonLines(stream, path.name), Journal(out, {"rows": engine.rows})
+        assert lines.skip(journal.mark.offset, count=journal.mark.rows, number=journal.mark.lines)
         assert not journal.mark.offset or lines.sha256 == journal.mark.sha256
         go(engine, lines, OPTIONS, journal)
         journal.finish()
@@ -221,7 +221,7 @@ def test_a_journal_refuses_other_settings_and_other_input(hub, jsonl, tmp_path, 
     broken = jsonl([*path.read_text().splitlines(keepends=True), "{oops\n"], name="broken.jsonl")
 
     monkeypatch.setattr("router.running.job.WINDOW", 1)
-    stdin = ("-", *command[1:], "--batch-size", 4)
+    stdin = ("-", *command[1:], "--batch-size", 4, "--on-error", "stop")
     assert "line 13 is not JSON" in hub(*stdin, code=1, input=broken.read_text()).stderr
     assert len(out.read_text().splitlines()) == 12  # windows before the bad line are there
     told = hub(*stdin, "--max-new-tokens", 4, code=2, input=path.read_text()).stderr
