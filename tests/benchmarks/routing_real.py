@@ -36,7 +36,7 @@ from real_tasks import TASKS
 
 from hub.cli import main as command
 
-KNOWN = "bible_kjv,code_python,legal_terms_of_service,medical_pubmed,news_science,wikipedia"
+KNOWN = "bible_kjv,code_python,legal_terms_of_service,medical_pubmed"
 NOVEL = "political_speeches,web_overheard"
 Row = dict[str, str]
 
@@ -50,14 +50,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--parts", default="tasks,domains")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--train", type=int, default=240, help="training rows of each task")
-    parser.add_argument("--test", type=int, default=50, help="test rows of each task")
-    parser.add_argument("--epochs", type=float, default=2, help="of each task's training")
+    parser.add_argument("--test", type=int, default=30, help="test rows of each task")
+    parser.add_argument("--epochs", type=float, default=2.0, help="of each task's training")
     parser.add_argument("--methods", default="discriminant,centroid", help="routers over the tasks")
     parser.add_argument("--served", type=int, default=16, help="rows that hub serve is asked for")
     parser.add_argument("--known", default=KNOWN, help="domains with an adapter")
     parser.add_argument("--novel", default=NOVEL, help="domains without one")
     parser.add_argument("--steps", type=int, default=30, help="steps of 4 x 128 tokens for each domain")
-    parser.add_argument("--rows", type=int, default=6, help="test texts of each domain")
+    parser.add_argument("--rows", type=int, default=4, help="test texts of each domain")
     parser.add_argument("--tokens", type=int, default=288, help="tokens of each test text")
     parser.add_argument("--prompts", default="4,16,64,256", help="tokens of the prompts")
     parser.add_argument("--domain-methods", default="likelihood,discriminant,centroid,arrow,phatgoose")
@@ -185,7 +185,7 @@ class Tasks:
     def _run(self, mixed: Path, way: str, *how: str) -> list[dict[str, Any]]:
         """`hub run` over the mixed rows."""
         out = self.place / f"{way}.out.jsonl"
-        hub("run", mixed, "--base", self.options.base, *how, "--out", out, "--overwrite", "--batch-size", 16)
+        hub("run", mixed, "--base", self.options.base, *how, "--out", out, "--overwrite", "--dtype", "bf16")
         return read(out)
 
     def _served(self, router: str, rows: Sequence[Row]) -> list[str]:
@@ -211,7 +211,7 @@ class Tasks:
             "task=classification",
             f"data.train={self.place / f'{name}.jsonl'}",
             "max_length=48",
-            f"duration={self.options.epochs} epochs",
+            f"duration={self.options.epochs:g} epochs",
             "lr=1e-3",
             "head_lr=5e-3",
             "precision=bf16",
@@ -247,7 +247,7 @@ class Tasks:
 @contextmanager
 def serving(base: Path) -> Iterator[str]:
     """`hub serve` in a process of its own; gives its address."""
-    words = [sys.executable, "-m", "hub", "serve", str(base), "--port", "0"]
+    words = [sys.executable, "-m", "hub", "serve", str(base), "--port", "0", "--dtype", "bf16"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -232,14 +232,14 @@ def test_expressions_name_directories_as_compose_check_takes_them(hub, published
         published.store.get(f"local/{name}").materialize(tmp_path / name)
     rows = write(tmp_path / "rows.jsonl", [{"text": "The parties agree"}] * 2)
     named = hub("run", rows, "--expr", "local/law", "--max-new-tokens", 4).stdout
-    assert hub("run", rows, "--expr", "./law", "--max-new-tokens", 4).stdout == named, "the base is found, too"
+    assert hub("run", rows, "--expr", '"./law"', "--max-new-tokens", 4).stdout == named, "the base is found, too"
     mixed = ("run", rows, "--max-new-tokens", 4)
     expected = hub(*mixed, "--expr", "0.5 * local/law + local/code").stdout
-    assert hub(*mixed, "--expr", "0.5 * ./law + c", "--adapter", "c=local/code").stdout == expected
-    assert json.loads(hub(*mixed, "--expr", "./mood").stdout.splitlines()[0])["output"] in {"bad", "good"}
-    assert "there is no directory ./lwa" in hub(*mixed, "--expr", "./lwa", code=1).stderr
+    assert hub(*mixed, "--expr", '0.5 * "./law" + c', "--adapter", "c=local/code").stdout == expected
+    assert json.loads(hub(*mixed, "--expr", '"./mood"').stdout.splitlines()[0])["output"] in {"bad", "good"}
+    assert "there is no directory ./lwa" in hub(*mixed, "--expr", '"./lwa"', code=1).stderr
     out = ("--out", tmp_path / "out.jsonl")
-    hub(*mixed, "--expr", "at(./law, layers=[0])", "--device", "cpu", *out)
+    hub(*mixed, "--expr", 'at("./law", layers=[0])', "--device", "cpu", *out)
     limited = (tmp_path / "out.jsonl").read_text()
     assert limited != named and limited == hub(*mixed, "--expr", "at(local/law, layers=[0])").stdout
 
