@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from compose.base.texts import Text, encode, read_texts
 from compose.expr.tokens import IDENTITY_WORD
 from compose.expr.tree import IDENTITY, Ref
 from compose.planning.held import held_as
-from compose.planning.members import AdapterFinder, StoredAdapter
+from compose.planning.members import AdapterFinder, StoredAdapter, manifest_of
 from compose.runtime.model_runtime import runtime
 from compose.slots.gate import refuse_outside
 from hub.console.progress import Steps
@@ -250,13 +250,13 @@ def explain(
 
 
 def on_base(
-    members: Mapping[str, Artifact],
+    members: Mapping[str, Artifact | Path],
     *,
     base: str | None = None,
     quantize: str | None = None,
     allow_base_drift: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """The base with artifacts resident under their names, frozen, and its tokenizer.
+    """The base with artifacts, or packed directories, resident under their names, frozen, and its tokenizer.
 
     Parameters
     ----------
@@ -267,7 +267,7 @@ def on_base(
     allow_base_drift
         Accept adapters trained on other weights of the same architecture.
     """
-    facts = [artifact.manifest for artifact in members.values()]
+    facts = [manifest for where in members.values() if (manifest := manifest_of(where)) is not None]
     base = base or next((at_hand(m.base) for m in facts if m.base is not None), None)
     if base is None:
         raise UsageError("nothing says which base the members were made for", hint="--base BASE")
@@ -288,7 +288,7 @@ def _bench(
     progress: Steps | None,
     base: OnBase,
 ) -> Bench:
-    artifacts = {name: cast(Artifact, stored.where) for name, stored in adapters_of(members).items()}
+    artifacts = {name: stored.where for name, stored in adapters_of(members).items()}
     model, tokenizer = on_base(artifacts, **base)
     rows = {name: encode(tokenizer, own, most=max_length) for name, own in texts.items()}
     experts = {name: Ref(name) if stored else IDENTITY for name, stored in members.items()}

@@ -26,7 +26,7 @@ from compose.planning.members import AdapterFinder, StoredAdapter
 from compose.planning.plan import plan
 from compose.planning.requirements import requirements
 from compose.reader import refuse_readers
-from hub.errors import BaseMismatch, IntegrityError, NotFound, UsageError
+from hub.errors import BaseMismatch, Conflict, IntegrityError, NotFound, UsageError
 from hub.io.disk import tensor_file
 from hub.manifest import BaseIdentity, Digest, Draft, Lineage, Manifest, Requirement
 from hub.pack import pack
@@ -97,24 +97,28 @@ class StoredRouter:
 def members_of(texts: Sequence[str], finder: AdapterFinder) -> dict[str, StoredAdapter | None]:
     """Members by name, from ``ns/name@1.0.0`` or ``name=ns/name``; a name is the ref's last part where none is given.
 
-    The bare base is a member by the word ``identity`` (``none=identity``), and None here.
+    The bare base is a member by the word ``identity`` (``none=identity``), and None here. A directory that was packed
+    is one by its path; it is put into the store with the router.
 
     Raises
     ------
     UsageError
-        No members, two of one name, or something that is no published adapter.
+        No members, two of one name, or something that is no published or packed adapter.
+    Conflict
+        A packed directory whose version is published with another digest.
     NotFound, BaseMismatch
         A member that is not here or was yanked, or members of different bases or tokenizers.
     """
     members: dict[str, StoredAdapter | None] = {}
     for text in texts:
-        name, equals, ref = text.partition("=") if _is_named(text) else ("", "", text)
+        name, _, ref = text.partition("=") if _is_named(text) else ("", "", text)
         stored = None if ref == IDENTITY_WORD else finder.find(ref)
         if stored is not None and (stored.manifest is None or stored.manifest.type not in ("adapter", "merge")):
             what = "a directory" if stored.manifest is None else f"a {stored.manifest.type}"
             raise UsageError(f"{ref} is {what}, and a router chooses among published adapters", hint="hub push DIR")
-        name = name if equals or stored is None else AdapterRef.parse(stored.ref).name
-        name = name or ref
+        if stored is not None and stored.manifest is not None and isinstance(stored.where, Path):
+            _refuse_other_release(stored.manifest, ref, finder.store)
+        name = name or (AdapterRef.parse(stored.manifest.name).name if stored and stored.manifest else ref)
         if name in members:
             raise UsageError(f"two members are called {name!r}", hint=f"name one of them: other={ref}")
         members[name] = stored
@@ -127,6 +131,20 @@ def members_of(texts: Sequence[str], finder: AdapterFinder) -> dict[str, StoredA
     if len(adapters) < len(members) and any(stored.facts.labels for stored in adapters.values()):
         raise UsageError("the members classify, and the bare base has no head to do so", hint="leave identity out")
     return members
+
+
+def _refuse_other_release(packed: Manifest, ref: str, store: Store) -> None:
+    """Conflict where a packed directory's version is published with other bytes: told before any work."""
+    try:
+        there = store.get(f"{packed.name}@{packed.version}")
+    except NotFound:
+        return
+    if there.digest != packed.digest:
+        raise Conflict(
+            f"{ref} is another {packed.ref} than the one that is published",
+            ref=packed.ref,
+            hint=f"hub push {ref} --repack --bump auto, then name that version",
+        )
 
 
 def adapters_of(members: Mapping[str, StoredAdapter | None]) -> dict[str, StoredAdapter]:
@@ -188,11 +206,13 @@ def publish(
 ) -> Artifact:
     """Put a router into the finder's store under ``ns/name@version``, whole or not at all.
 
-    `words` are the counts of the members' texts by name; `kept` are requirements whose ranges stay as they were.
+    Members that are packed directories are put there first. `words` are the counts of the members' texts by name;
+    `kept` are requirements whose ranges stay as they were.
     """
     name = AdapterRef.parse(ref)
     if name.version is None:
         raise UsageError(f"{ref} names no version, and a published one never changes", hint=f"write {name.id}@1.0.0")
+    members = {name: _in_store(stored, finder.store) for name, stored in members.items()}
     adapters = adapters_of(members)
     manifests = [stored.manifest for stored in adapters.values() if stored.manifest is not None]
     tasks = {m.task for m in manifests}
@@ -217,6 +237,13 @@ def publish(
         (out / "README.md").write_text(_card(draft, members), encoding="utf-8")
         pack(out, draft)
         return finder.store.put(out)
+
+
+def _in_store(stored: StoredAdapter | None, store: Store) -> StoredAdapter | None:
+    if stored is None or isinstance(stored.where, Artifact):
+        return stored
+    artifact = store.put(stored.where)
+    return StoredAdapter.of(str(artifact.ref), artifact)
 
 
 def _write(out: Path, router: Router, members: Mapping[str, StoredAdapter | None], words: Mapping[str, Counts]) -> None:
