@@ -20,6 +20,7 @@ from router.running.journal import Journal
 from router.running.rows import Options
 
 BASE = "builtin:tiny-lm"
+STOP = ("--on-error", "stop")
 OPTIONS = Options(adapter_column="adapter", max_new_tokens=5, scores=2, on_error="stop")
 
 
@@ -96,7 +97,7 @@ def test_a_directory_that_changed_is_refused_when_a_run_goes_on(hub, published, 
     monkeypatch.setattr("router.running.job.WINDOW", 1)
     published.store.get("law").materialize(tmp_path / "mine")
     lines = jsonl(count=8).read_text()
-    asked = ("-", "--expr", '0.5 * "./mine"', "--max-new-tokens", 2, "--batch-size", 4, "--out", "out.jsonl")
+    asked = ("-", "--expr", '0.5 * "./mine"', "--max-new-tokens", 2, "--batch-size", 4, "--out", "out.jsonl", *STOP)
     hub(*asked, code=1, input=lines + "{oops\n")
     weights = tmp_path / "mine" / "adapter_model.safetensors"
     before = weights.read_bytes()
