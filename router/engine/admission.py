@@ -7,6 +7,7 @@ never hold more than the bound: over all batches, rows times the places of the l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from time import monotonic
 
 from hub.errors import HubError
@@ -112,6 +113,9 @@ class Admission:
     def _route(self, jobs: Sequence[Job]) -> list[tuple[Job, HubError | None]]:
         """Let routers choose for the first rows that are open; the errors."""
         open_ones = [job for job in jobs if asks(job.row.prepared) and not job.row.cancelled][: self.rows]
+        if self._work.running:  # who writes waits for one prompt that is chosen for, or for a few short ones
+            read = accumulate(len(job.row.prepared.ids) for job in open_ones)
+            open_ones = open_ones[: max(1, sum(tokens <= self._work.pace.chunk for tokens in read))]
         errors: list[tuple[Job, HubError | None]] = []
         routed = self.chooser.route([job.row.prepared for job in open_ones])
         for job, row in zip(open_ones, routed, strict=True):

@@ -92,6 +92,21 @@ def test_what_comes_alone_waits_for_one_step_however_much_came_before_it():
         turns.charge(f"new {n}", 5.0)
 
 
+def test_routers_choose_for_as_much_as_a_chunk_while_others_write(engine):
+    steps = traffic.Steps(engine)
+    writes = steps.submit(Request(text="To be", adapter="law", max_new_tokens=60))
+    while not writes.row.written:
+        steps.turn()
+    long = "The parties to this agreement shall be governed by the laws of the state " * 5
+    jobs = [steps.submit(Request(text=long, adapter="local/near", max_new_tokens=1)) for _ in range(6)]
+    steps.turn()
+    assert sum(job.row.prepared.open for job in jobs) == 5
+    before = writes.row.written
+    for job in jobs:
+        steps.until(job)
+    assert writes.row.written - before >= 5
+
+
 @pytest.mark.parametrize("chunk", [8, 33, 4096])
 def test_chunks_do_not_change_an_answer(engine, chunk):
     text = "The parties to this agreement shall be governed by the laws of the state " * 4
