@@ -57,9 +57,8 @@ class Origin:
         """Whether an adapter has other values since, or another one has its name; without ``values`` only the last."""
         if any(a.revision != revision for a, revision in self._revisions):
             return True
-        if any(resident.get(name) is not a for name, a in self.adapters.items()):
-            return True
-        if any(resident.get(name, a) is not a for name, a in self.members.items()):
+        others = any(resident.get(name) is not a for name, a in self.adapters.items())
+        if others or any(resident.get(name, a) is not a for name, a in self.members.items()):
             return True
         if not values:
             return False
