@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 from router.serving.tool_format import ToolFormat, call_of
@@ -71,8 +72,9 @@ class _Object:
     def _open(self) -> None:
         self._depth += 1
         if self._depth == 2 and self._from < 0 and (found := _HEAD.fullmatch(self.raw[:-1])):
-            self._from = self._told = found.end()
-            self.name = str(json.loads(found[1]))
+            with suppress(ValueError):  # a model may write what is no JSON
+                self.name = str(json.loads(found[1]))
+                self._from = self._told = found.end()
 
     def more(self) -> str:
         """Arguments that have not been told yet."""

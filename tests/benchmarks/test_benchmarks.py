@@ -113,3 +113,12 @@ def test_attach(bench):
     assert [row["side"] for row in report["rows"]] == ["ours", "peft"]
     assert all(row[name] > 0 for row in report["rows"] for name in ("load_s", "load_cpu_s", "first_ms", "swap_ms"))
     assert report["adapter_bytes"] > 0
+
+
+def test_structured(bench):
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    report, table = bench("bench_structured", "--rows=2", "--tokens=4", "--rounds=1")
+    assert [row["grammar"] for row in report["rows"]] == ["object", "any JSON", "endless"]
+    assert all(row["mask_us"] > 0 and row["read_ms"] > 0 for row in report["rows"])
+    assert report["rows"][-1]["ratio"] > 0
+    assert "mask_us" in table

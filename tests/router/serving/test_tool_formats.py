@@ -65,6 +65,12 @@ def test_calls_are_read_whatever_pieces_they_come_in(form, before):
     "text",
     [
         *("plain words", "", " \n", "a < b", "<tool", "[TOOL", '{"a": 1}', '{"name": "other", "arguments": {}}', "{"),
+        *(
+            '{"name": "a\\q", "arguments": {"b": 1}}',
+            '{"name": "a\nb", "arguments": {}}',
+            "{]",
+            '{"name": 5, "arguments": {}}',
+        ),
         *("<tool_call>no</tool_call>", "<tool_call>", '[TOOL_CALLS] {"x"', '<tool_call>{"name": "weather"', "[1, 2]"),
     ],
 )
