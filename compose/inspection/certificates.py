@@ -51,10 +51,10 @@ def _of(call: Call, outline: FakeBase, finder: AdapterFinder) -> Mapping[str, Ce
     limited = [node for node in call.walk() if isinstance(node, Call) and getattr(bind(node), "rank", None) is not None]
     members = [outline.runtime.adapters[name] for name in call.refs]
     size = sum(4 * site.in_features * site.out_features for site in _sites(members, outline))
-    if not limited and size <= MOST and not need_data(call):
-        return {str(call): Certificate()}  # what is not cut loses nothing
     if need_data(call) or size > MOST:
         return {str(call): None}
+    if not limited:
+        return {str(call): Certificate()}  # what is not cut loses nothing
     home = Workspace(outline.runtime)
     try:
         with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -95,11 +95,14 @@ def take_size(head: nn.Module, state: Mapping[str, Tensor]) -> None:
 def own_vocabulary(adapter: Adapter, sites: SiteMap, model: PreTrainedModel) -> int | None:
     """Tokens of an adapter that carries tables of another vocabulary than the base's; None of any other."""
     for path in filter(None, (sites.output, sites.embedding)):
-        own, base = adapter.head(path), model.get_submodule(path)
-        tables = None if own is None else (cast("Tensor", own.weight), cast("Tensor", base.weight))
-        if tables is not None and len(tables[0]) != len(tables[1]):
-            return len(tables[0])
+        own = _tokens(adapter.head(path))
+        if own is not None and own != _tokens(model.get_submodule(path)):
+            return own
     return None
+
+
+def _tokens(table: nn.Module | None) -> int | None:
+    return getattr(table, "num_embeddings", getattr(table, "out_features", None))
 
 
 def level(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
