@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch.nn.functional import pad
+from transformers import PreTrainedModel
 
 from compose.artifacts.export_format import FORMATS, ExportFormat, Written
 from compose.base.model import name_of
@@ -14,6 +15,7 @@ from compose.formats.files import read_config, read_tensors, write_config, write
 from compose.kind.low_rank import LowRankConfig
 from compose.kind.tensors import PREFIX
 from compose.merging.merge import lower_to_lora
+from compose.parameter_space.execute import Merged
 from compose.runtime.model_runtime import runtime
 from hub.contents.checks import CONFIG, EXTRA, WEIGHTS
 from hub.contents.tensor_files import read_header
@@ -47,20 +49,40 @@ class VLLM(ExportFormat):
                 )
             self.copy_adapter(fields, out)
         else:
-            model = self.load()
-            lowered = lower_to_lora(model, runtime(model).rows[0], rank=self.rank)
-            if lowered.adapter.saved:
-                raise KindError(f"{artifact.ref} carries whole modules, which vLLM refuses", hint="use --format merged")
-            sites, named = runtime(model).sites, self.base_name or name_of(model)
-            export_peft(lowered.adapter, out, sites=sites, model=model, base=named, task="causal_lm")
+            lowered = write_lowered(self.load(), out, what=str(artifact.ref), rank=self.rank, base_name=self.base_name)
             measured["discarded"] = lowered.certificate.share
             notes.append(f"written as one LoRA: {lowered.certificate}")
-        if _uniform(out):
+        rank, changed = fit(out)
+        if changed:
             notes.append("ranks and scales differ by module: the scales went into B, the ranks were filled with zeros")
-        rank = _check_vllm(out)
         room = next(most for most in VLLM_RANKS if rank <= most)
         notes.append(f"serve it with: vllm serve BASE --enable-lora --max-lora-rank {room} --lora-modules NAME=DIR")
         return notes, measured
+
+
+def write_lowered(
+    model: PreTrainedModel, out: Path, *, what: str, rank: int | None, base_name: str | None = None
+) -> Merged:
+    """Write what is active on a model, for its one row, as a plain LoRA in PEFT's form.
+
+    Raises
+    ------
+    KindError
+        ``what`` carries whole modules, or changes no weights, or has no finite rank and none is given.
+    """
+    home = runtime(model)
+    lowered = lower_to_lora(model, home.rows[0], rank=rank)
+    if lowered.adapter.saved:
+        raise KindError(f"{what} carries whole modules, which vLLM refuses", hint="use --format merged")
+    named = base_name or name_of(model)
+    export_peft(lowered.adapter, out, sites=home.sites, model=model, base=named, task="causal_lm")
+    return lowered
+
+
+def fit(directory: Path) -> tuple[int, bool]:
+    """Bring a PEFT directory of a LoRA to vLLM's rules and check them; returns its rank and whether numbers moved."""
+    changed = _uniform(directory)
+    return _check_vllm(directory), changed
 
 
 def _uniform(directory: Path) -> bool:

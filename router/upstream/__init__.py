@@ -1,0 +1,1 @@
+"""Our adapters in front of, and inside, engines of others."""
