@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 
-from compose.algebra import parse, to_json
+from compose.algebra import normalize, parse, to_json
 from compose.base.compatibility import compare
 from compose.base.fingerprint import directory_identity
 from compose.base.location import locate
@@ -148,13 +148,13 @@ class Names:
 
     def _mean(self, text: str, store: Store, remotes: Sequence[str]) -> Meaning:
         finder = AdapterFinder(store, fetch=lambda ref: _fetch(ref, store, remotes), paths=False)
-        expr = substitute(_read(text), lambda ref: _by_digest(finder.find(ref.text).manifest))
-        planned = plan(expr, finder.resolve, check_base=self._check)
+        planned = plan(_read(text), finder.resolve, check_base=self._check)  # messages show what was asked for
         members = {leaf: finder.find(leaf).manifest for leaf in planned.leaves}
         manifests = [manifest for manifest in members.values() if manifest is not None]
         _refuse(planned.expression, manifests)
-        whole = substitute(planned.expression, lambda ref: _by_digest(members[ref.text]))
-        shown = substitute(planned.expression, lambda ref: _by_version(members[ref.text]))
+        # However a ref was written, its digest decides the order of the normal form.
+        whole = normalize(substitute(planned.expression, lambda ref: _by_digest(members[ref.text])))
+        shown = normalize(substitute(planned.expression, lambda ref: _by_version(members[ref.text])))
         facts = {
             "format": _FORMAT,
             "expression": to_json(whole),
