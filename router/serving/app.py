@@ -21,7 +21,7 @@ from hub.errors import HubError
 from router.engine.engine import Engine
 from router.serving.endpoints import chat, completions, models, responses, state, texts
 from router.serving.errors import LATER, may_retry, refusal
-from router.serving.server import Server
+from router.serving.server import DIGEST, Server
 from router.serving.tool_format import TOOL_FORMATS
 
 _OPEN = ("/health", "/ready")
@@ -98,7 +98,13 @@ def create_app(
         app.add_route(path, _guarded(server, path, endpoint), methods=[method])
 
     if origins:
-        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[DIGEST],
+        )
 
     async def unknown(_request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):

@@ -22,6 +22,7 @@ from router.serving.waiting import Rows
 from router.serving.wire.body import Answer, Body, Usage, usage
 
 MAX_BODY = 8 * 2**20  # bytes
+DIGEST = "x-moduloom-digest"  # the header that tells which version answered
 BodyT = TypeVar("BodyT", bound=Body)
 _PATHS = {"generate": "/v1/completions", "classify": "/v1/classify"}
 
@@ -87,7 +88,9 @@ class Server:
     def stream(self, rows: Rows, words: Words, copies: int = 1) -> Response:
         """An answer in pieces."""
         parts = events(rows, words, self.errors, lambda results: self.count(results, copies))
-        return StreamingResponse(parts, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(
+            parts, media_type="text/event-stream", headers={"Cache-Control": "no-store", **_told(rows)}
+        )
 
     def decoded(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
@@ -95,9 +98,13 @@ class Server:
             return str(self.engine.host.encoder.decode(ids))
 
 
-def answer(value: Answer) -> Response:
-    """JSON."""
-    return JSONResponse(value.model_dump())
+def answer(value: Answer, rows: Rows) -> Response:
+    """JSON, with the digest of what answered."""
+    return JSONResponse(value.model_dump(), headers=_told(rows))
+
+
+def _told(rows: Rows) -> dict[str, str]:
+    return {} if rows.digest is None else {DIGEST: rows.digest}
 
 
 def _no_number(name: str) -> float:

@@ -23,12 +23,19 @@ class ClientGone(HubError):
 
 
 class Rows:
-    """Rows that were queued; what becomes of them comes through :meth:`news` or :meth:`results`."""
+    """Rows that were queued; what becomes of them comes through :meth:`news` or :meth:`results`.
+
+    Attributes
+    ----------
+    digest
+        Of what answers them, as `Result.digest`; None where that has none.
+    """
 
     def __init__(self, scheduler: Scheduler, rows: Sequence[PreparedRow]) -> None:
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
         self._scheduler = scheduler
+        self.digest = rows[0].target.digest if rows else None  # one request names one model
         self._jobs: list[Job] = []
         try:
             for index, row in enumerate(rows):

@@ -34,12 +34,15 @@ async def chat(server: Server, request: Request) -> Response:
     tools = asked.toolbox(tokenizer, server.tool_format)
     rows = await server.rows(asked.requests(tokenizer, tools))
     if asked.stream:
-        return server.stream(rows, ChatWords(asked, tools), asked.n)
+        return server.stream(rows, ChatWords(asked, tools, rows.digest), asked.n)
     results = await rows.results(request)
     choices = [choice(i, result, asked.top_logprobs, tools) for i, result in enumerate(results)]
     told = server.count(results, asked.n)
-    frame: dict[str, Any] = {"id": identifier("chatcmpl"), "created": now(), "model": asked.model}
-    return answer(ChatAnswer(**frame, choices=choices, usage=told))
+    return answer(ChatAnswer(**_frame(asked, rows.digest), choices=choices, usage=told), rows)
+
+
+def _frame(asked: Chat, digest: str | None) -> dict[str, Any]:
+    return {"id": identifier("chatcmpl"), "created": now(), "model": asked.model, "system_fingerprint": digest}
 
 
 class ChatWords:
@@ -47,8 +50,8 @@ class ChatWords:
 
     field, done = "messages", "data: [DONE]\n\n"
 
-    def __init__(self, asked: Chat, tools: Toolbox | None) -> None:
-        self._frame: dict[str, Any] = {"id": identifier("chatcmpl"), "created": now(), "model": asked.model}
+    def __init__(self, asked: Chat, tools: Toolbox | None, digest: str | None) -> None:
+        self._frame = _frame(asked, digest)
         self._chunk = ChatChunkWithUsage if asked.with_usage else ChatChunk
         self._asked, self._tools = asked.top_logprobs, tools
         self._readers: dict[int, ToolReader] = {}

@@ -30,7 +30,7 @@ async def completions(server: Server, request: Request) -> Response:
     wanted = asked.requests()
     rows = await server.rows(wanted)
     if asked.stream:
-        return server.stream(rows, CompletionWords(asked), asked.n)
+        return server.stream(rows, CompletionWords(asked, rows.digest), asked.n)
     results = await rows.results(request)
     choices = [choice(i, result) for i, result in enumerate(results)]
     if asked.echo:
@@ -40,8 +40,11 @@ async def completions(server: Server, request: Request) -> Response:
         choices = [echoed(c, r, text, nothing_new=nothing_new) for c, r, text in told]
         results = [replace(r, written=0) for r in results] if nothing_new else results
     told_usage = server.count(results, asked.n)
-    frame: dict[str, Any] = {"id": identifier("cmpl"), "created": now(), "model": asked.model}
-    return answer(CompletionAnswer(**frame, choices=choices, usage=told_usage))
+    return answer(CompletionAnswer(**_frame(asked, rows.digest), choices=choices, usage=told_usage), rows)
+
+
+def _frame(asked: Completion, digest: str | None) -> dict[str, Any]:
+    return {"id": identifier("cmpl"), "created": now(), "model": asked.model, "system_fingerprint": digest}
 
 
 class CompletionWords:
@@ -49,8 +52,8 @@ class CompletionWords:
 
     field, done = "prompt", "data: [DONE]\n\n"
 
-    def __init__(self, asked: Completion) -> None:
-        self._frame: dict[str, Any] = {"id": identifier("cmpl"), "created": now(), "model": asked.model}
+    def __init__(self, asked: Completion, digest: str | None) -> None:
+        self._frame = _frame(asked, digest)
         self._chunk = CompletionAnswer if asked.with_usage else CompletionChunk
         self._ends: Counter[int] = Counter()  # characters of the tokens that were told, of each row
 

@@ -29,7 +29,7 @@ async def responses(server: Server, request: Request) -> Response:
         return server.stream(rows, ResponseWords(asked, tools))
     (result,) = await rows.results(request)
     server.count([result])
-    return answer(whole(asked, result, tools))
+    return answer(whole(asked, result, tools), rows)
 
 
 class Event(Answer):

@@ -15,19 +15,21 @@ from router.serving.wire.others import Classify, ClassifyAnswer, Detokenize, Emb
 async def classify(server: Server, request: Request) -> Response:
     """Labels with their probabilities."""
     asked = await server.body(request, Classify)
-    results = await (await server.rows(asked.requests(), "classify")).results(request)
+    rows = await server.rows(asked.requests(), "classify")
+    results = await rows.results(request)
     data = [classified(i, result) for i, result in enumerate(results)]
     ident, told = identifier("classify"), server.count(results)
-    return answer(ClassifyAnswer(id=ident, model=asked.model, data=data, usage=told))
+    return answer(ClassifyAnswer(id=ident, model=asked.model, data=data, usage=told), rows)
 
 
 async def embeddings(server: Server, request: Request) -> Response:
     """Vectors of texts."""
     asked = await server.body(request, Embed)
     asked.check(server.engine.host.width)
-    results = await (await server.rows(asked.requests(), "embed")).results(request)
+    rows = await server.rows(asked.requests(), "embed")
+    results = await rows.results(request)
     server.count(results)
-    return answer(embedded(asked, results))
+    return answer(embedded(asked, results), rows)
 
 
 async def tokenize(server: Server, request: Request) -> Response:

@@ -173,6 +173,28 @@ def test_tokens_are_counted_by_the_digest_that_answered_and_time_in_the_queue(cl
         assert counted(digest, "prompt") == before[0] + 2 * usage["prompt_tokens"]
 
 
+def test_an_answer_tells_the_digest_that_it_is_of(client, published):
+    law = published.store.get("law").digest
+    chat = {"messages": [{"role": "user", "content": TEXT}], "max_tokens": 2}
+    asked = [
+        ("/v1/completions", {"prompt": TEXT, "max_tokens": 2}),
+        ("/v1/completions", {"prompt": TEXT, "max_tokens": 2, "stream": True}),
+        ("/v1/chat/completions", chat),
+        ("/v1/chat/completions", {**chat, "stream": True}),
+        ("/v1/responses", {"input": TEXT, "max_output_tokens": 2}),
+        ("/v1/embeddings", {"input": TEXT}),
+    ]
+    for path, body in asked:
+        answered = client.post(path, json={"model": "law", **body})
+        assert answered.status_code == 200 and answered.headers["x-moduloom-digest"] == law, path
+        if "completions" in path:
+            assert f'"system_fingerprint": "{law}"' in answered.text.replace('":"', '": "'), path
+        answered = client.post(path, json={"model": "0.5 * law + 0.5 * code", **body})
+        assert answered.headers["x-moduloom-digest"] not in (law, ""), path
+        bare = client.post(path, json={"model": BASE, **body})
+        assert bare.status_code == 200 and "x-moduloom-digest" not in bare.headers, path
+
+
 def test_a_request_reaches_no_directory_of_the_server(published, tmp_path, monkeypatch):
     """Names given on the command line may stand for directories; paths in requests never do, there or not."""
     monkeypatch.chdir(tmp_path)
