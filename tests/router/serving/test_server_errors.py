@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -195,18 +197,25 @@ def test_an_answer_tells_the_digest_that_it_is_of(client, published):
         assert bare.status_code == 200 and "x-moduloom-digest" not in bare.headers, path
 
 
-def test_a_request_reaches_no_directory_of_the_server(published, tmp_path, monkeypatch):
+@pytest.fixture
+def short():
+    """A directory with a path that no message cuts."""
+    with tempfile.TemporaryDirectory() as place:
+        yield Path(place)
+
+
+def test_a_request_reaches_no_directory_of_the_server(published, short, monkeypatch):
     """Names given on the command line may stand for directories; paths in requests never do, there or not."""
-    monkeypatch.chdir(tmp_path)
-    published.store.get("law").materialize(tmp_path / "mine")
-    (tmp_path / "mine" / "module.json").unlink()
-    engine = Engine(BASE, store=published.store, adapters={"tone": tmp_path / "mine"}, dtype="fp32", rows=4, tokens=256)
+    monkeypatch.chdir(short)
+    published.store.get("law").materialize(short / "mine")
+    (short / "mine" / "module.json").unlink()
+    engine = Engine(BASE, store=published.store, adapters={"tone": short / "mine"}, dtype="fp32", rows=4, tokens=256)
     with TestClient(create_app(engine), raise_server_exceptions=False) as client:
         assert ask(client, TEXT, model="tone").status_code == 200
         assert ask(client, TEXT, model="0.5 * tone + code").status_code == 200
         said = set()
         for name in ("mine", "other"):
-            for path in (f"./{name}", f"{tmp_path}/{name}", f"../{tmp_path.name}/{name}", f"~/{name}"):
+            for path in (f"./{name}", f"{short}/{name}", f"../{short.name}/{name}", f"~/{name}"):
                 for text in (path, f'"{path}"', f'tone + "{path}"', f"{BASE}:{path}"):
                     answer = ask(client, TEXT, model=text)
                     assert answer.status_code in (400, 404), text
