@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +23,15 @@ from train.fewshot.classifier.spec import rows_of, spec_of
 from train.fewshot.examples import Columns, Example, check_texts, to_examples
 from train.fewshot.job import FewShotResult, Job, learn
 from train.fewshot.outputs import read_outputs, run_outputs
-from train.fewshot.prompts.defaults import name_words
 from train.fewshot.reading.head import Head
 from train.fewshot.reading.views import View
+from train.fewshot.recipes.readings import NEARNESS, name_texts, names_of
 from train.fewshot.run import FewShotOutcome, Request, free_version, publish, rows_facts, run, split_of
 from train.result import FitResult
 
 __all__ = ["few_shot", "fit", "more", "start"]
 
 _SAY_NOTHING = ("N/A", "...", "text", "-")
-_NEARNESS = 10.0  # of cosines to names: about the scale at which they are probabilities
 
 
 def few_shot(
@@ -239,14 +239,16 @@ def start(
               words=request.words, seed=request.seed, budget=request.budget, max_length=request.max_length,
               say=say)  # fmt: skip
     by_names = tokenizer.mask_token_id is not None and not job.masked
+    began = time.process_time()
     learned = _by_names(job) if by_names else learn(job, "zero-shot")
+    seconds = round(time.process_time() - began, 2)
     learned = replace(learned, facts={**learned.facts, "rows": rows_facts(())})
     learned.classifier.spec = learned.classifier.spec.model_copy(update={"columns": (text, text2), "label": label})
     facts: dict[str, Any] = {"method": learned.method, "labels": names, "train_rows": 0, "test_rows": 0}
     if ref is not None:
         artifact = publish(learned, request, ref, {}, store)
         facts |= {"ref": str(artifact.ref), "digest": artifact.digest}
-    return FewShotOutcome(learned.classifier, {**facts, "learn_seconds": 0.0, **learned.facts})
+    return FewShotOutcome(learned.classifier, {**facts, "learn_seconds": seconds, **learned.facts})
 
 
 def _by_names(job: Job) -> FewShotResult:
@@ -255,13 +257,13 @@ def _by_names(job: Job) -> FewShotResult:
         told = "a name says what one text is about, and not what two have to do with each other"
         raise UsageError(told, hint="label a few pairs: hub few-shot FILE --base BASE")
     compose.activate(job.model, None)
-    texts = [" ".join(job.words.get(label, ()) or name_words(label)) for label in job.labels]
-    if not all(texts) or len(set(texts)) < len(texts):
+    names = names_of(job)
+    if names is None:
         raise UsageError("the labels' names say nothing, or two the same", hint="give words: --word LABEL=WORD")
-    named = job.reading.features([View()], (), [Example(t) for t in texts]).states[0]
-    weight = _NEARNESS * named.T
+    weight = NEARNESS * names.states.T
     read = job.reading.features([View()], (), job.examples).states[0]
     adapter = job.identity()
     compose.activate(job.model, None)
+    facts = {"names": list(name_texts(job))}
     member = head_member([View()], Head((weight,), -(read @ weight).mean(0), 0.0), (), adapted=False)
-    return FewShotResult(job.classifier(member), adapter, "zero-shot", job.config(1), FitResult(), {"names": texts})
+    return FewShotResult(job.classifier(member), adapter, "zero-shot", job.config(1), FitResult(), facts)

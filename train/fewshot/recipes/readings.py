@@ -27,7 +27,17 @@ from train.fewshot.reading.head import STEPS, Head, HeadChoice, choose_head
 from train.fewshot.reading.views import Features, View
 from train.fewshot.splits import folds
 
-__all__ = ["BareReadings", "MemberAndTensors", "Names", "masks_of", "name_texts", "names_of", "views_of", "with_names"]
+__all__ = [
+    "NEARNESS",
+    "BareReadings",
+    "MemberAndTensors",
+    "Names",
+    "masks_of",
+    "name_texts",
+    "names_of",
+    "views_of",
+    "with_names",
+]
 
 MemberAndTensors: TypeAlias = tuple[Member, Mapping[str, Tensor]]
 
